@@ -1,0 +1,64 @@
+"""Fixtures that more than one test file uses: a tiny model whose axis sizes all differ, and one Ray for the session."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+# Before anything imports them: small thread pools, no telemetry, and no re-creation of workers through another tool.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+
+@pytest.fixture
+def tiny_model() -> Any:
+    """A random but fixed Model: M=2 members, K=4 classes, D=5 latent, C=1, H=8, W=12."""
+    import torch
+
+    from clarity.checkpoints import Model
+    from clarity.classifiers import EnsembleConfig, LatentEnsemble
+    from clarity.data import Preprocessing
+    from clarity.vae import VAEConfig, build_vae
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        vae = build_vae(VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))).eval()
+        ensemble = LatentEnsemble(EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=2)).eval()
+    return Model(
+        vae=vae,
+        ensemble=ensemble,
+        class_names=("ant", "bee", "cow", "dog"),
+        preprocessing=Preprocessing(mode="L", height=8, width=12),
+        image_ensemble=None,
+        card={},
+        fingerprint="tiny",
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[Any]:
+    """A real Ray of two CPUs in its own directory, started once for the whole session."""
+    import shutil
+
+    import ray
+
+    # A short path: the sockets' names below it must stay under 107 characters.
+    directory = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=200_000_000,
+        _temp_dir=directory,
+        log_to_driver=False,
+    )
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)

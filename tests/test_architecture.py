@@ -1,0 +1,93 @@
+"""The structure of the code, read with ast: who may import whom, and what clarity/ never does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = sorted(path.stem for path in (ROOT / "clarity").glob("*.py") if path.stem != "__init__")
+
+# A room imports only from levels above its own line; rooms of one line may not import each other unless named below.
+LEVELS = [
+    {"storage", "vae", "uncertainty", "schema", "resources"},
+    {"data", "classifiers", "audit", "kernels"},
+    {"training", "checkpoints", "search"},
+    {"methods", "judges"},
+    {"explain", "metrics"},
+    {"findings", "plots"},
+    {"report"},
+]
+WITHIN_A_LEVEL = {("training", "checkpoints")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file, without those for type checking alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "clarity":
+                found |= {f"clarity.{alias.name}" for alias in node.names}
+    return found
+
+
+def level(room: str) -> int:
+    return next(i for i, rooms in enumerate(LEVELS) if room in rooms)
+
+
+def test_rooms_are_all_on_the_plan() -> None:
+    assert set(ROOMS) <= set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_from_above(room: str) -> None:
+    for module in imports_of(ROOT / "clarity" / f"{room}.py"):
+        other = module.removeprefix("clarity.")
+        if module.startswith("clarity.") and other in ROOMS and (room, other) not in WITHIN_A_LEVEL:
+            assert level(other) < level(room), f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "__init__"])
+def test_room_never_imports_ray_nor_prints(room: str) -> None:
+    path = ROOT / "clarity" / f"{room}.py"
+    assert not {module for module in imports_of(path) if module.split(".")[0] == "ray"}
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_job_does_not_import_another_job(path: Path) -> None:
+    jobs = {other.stem for other in (ROOT / "jobs").glob("*.py")}
+    assert not {module for module in imports_of(path) if module.split(".")[0] == "jobs" or module in jobs}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_job_can_be_run_by_its_name(path: Path) -> None:
+    assert path.read_text().startswith("#!/usr/bin/env python")
+    assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
+
+
+def test_tables_are_read_without_torch_or_ray() -> None:
+    code = "import sys, clarity; clarity.read_audit; print([m for m in ('torch', 'ray') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
+
+
+def test_top_level_holds_nothing_unplanned() -> None:
+    planned = {"jobs", "clarity", "cluster.yaml", "tests", "pyproject.toml", "README.md", "LICENSE", "docs", "setup.py"}
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if tracked.returncode or not tracked.stdout:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= planned
