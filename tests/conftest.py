@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before anything imports them: small thread pools, no telemetry, and no re-creation of workers through another tool.
@@ -39,6 +40,34 @@ def tiny_model() -> Any:
         card={},
         fingerprint="tiny",
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a model for the shipped digits: random but fixed weights, M=3 members, D=5 latent."""
+    import torch
+
+    from clarity.checkpoints import Model, save_model
+    from clarity.classifiers import EnsembleConfig, LatentEnsemble
+    from clarity.data import Preprocessing
+    from clarity.vae import VAEConfig, build_vae
+
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        vae = build_vae(VAEConfig(image_shape=(1, 28, 28), latent_dim=5, channels=(6, 7, 8))).eval()
+        ensemble = LatentEnsemble(EnsembleConfig(num_classes=10, latent_dim=5, hidden=(6, 7), num_members=3)).eval()
+    directory = tmp_path_factory.mktemp("model") / "digits"
+    model = Model(
+        vae=vae,
+        ensemble=ensemble,
+        class_names=tuple("0123456789"),
+        preprocessing=Preprocessing(mode="L", height=28, width=28),
+        image_ensemble=None,
+        card={},
+        fingerprint="",
+    )
+    save_model(model, directory, card={})
+    return directory
 
 
 @pytest.fixture(scope="session")

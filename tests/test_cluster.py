@@ -48,3 +48,43 @@ def test_cluster_never_switches_authentication_off(cluster: dict[str, Any]) -> N
     starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
     assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
     assert any(target.endswith("auth_token") for target in cluster["file_mounts"])
+
+
+# Field names of the custom resource RayJob, ray.io/v1, as the KubeRay operator defines them.
+RAYJOB = {
+    "spec": "activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint entrypointNumCpus "
+    "entrypointNumGpus entrypointResources jobId managedBy metadata preRunningDeadlineSeconds rayClusterSpec "
+    "runtimeEnvYAML shutdownAfterJobFinishes submissionMode submitterConfig submitterPodTemplate suspend "
+    "ttlSecondsAfterFinished",
+    "cluster": "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec "
+    "headServiceAnnotations historyServerOptions managedBy networkPolicy rayVersion suspend tlsOptions "
+    "upgradeStrategy workerGroupSpecs",
+    "autoscaler": "args command env envFrom idleTimeoutSeconds image imagePullPolicy resources securityContext "
+    "upscalingMode version volumeMounts",
+    "auth": "enableK8sTokenAuth mode secretName",
+    "head": "enableIngress headService ingressOptions labels rayStartParams resources serviceType template",
+    "worker": "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts priority rayStartParams replicas "
+    "resources scaleStrategy suspend template",
+}
+
+
+def test_rayjob_manifest_uses_the_custom_resources_field_names() -> None:
+    page = (FILE.parent / "docs" / "clusters.md").read_text()
+    manifest = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = manifest["spec"]["rayClusterSpec"]
+    parts = {
+        "spec": manifest["spec"],
+        "cluster": cluster,
+        "autoscaler": cluster["autoscalerOptions"],
+        "auth": cluster["authOptions"],
+        "head": cluster["headGroupSpec"],
+        "worker": cluster["workerGroupSpecs"][0],
+    }
+    for part, found in parts.items():
+        assert set(found) <= set(RAYJOB[part].split()), part
+    worker = cluster["workerGroupSpecs"][0]
+    assert worker["minReplicas"] == 0 and worker["maxReplicas"] > 0
+    assert cluster["authOptions"]["mode"] == "token"
+    # A container of a worker asks for its GPU, or nothing would ever scale one up.
+    assert worker["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
