@@ -7,6 +7,9 @@ Shapes: C, H, W image; D latent; K classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -63,6 +66,7 @@ def shard_schema(image_shape: tuple[int, int, int], attributes: tuple[str, ...] 
     """Table that a source reads for one shard: one row for each image, in the listing's order.
 
     ``image`` holds the preprocessed pixels (C, H, W), uint8, null where ``error`` says why it could not be read.
+
     Args:
         image_shape: (C, H, W).
         attributes: extra nullable int8 columns carried into ``codes``.
@@ -80,8 +84,16 @@ def shard_schema(image_shape: tuple[int, int, int], attributes: tuple[str, ...] 
     )
 
 
-def codes_schema(num_classes: int, latent_dim: int, attributes: tuple[str, ...] = ()) -> pa.Schema:
-    """Schema of ``codes/*.parquet``; error rows carry null in every column after ``label_name`` but status and error."""
+def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Schema of ``codes/*.parquet``, sorted by image_id.
+
+    Error rows carry null in every column but image_id, label, label_name, status, error and the extra ones.
+
+    Args:
+        num_classes: K.
+        latent_dim: D.
+        extra: further columns that came with the data's listing (attributes, another classifier's predictions).
+    """
     types = {
         "image_id": pa.string(),
         "label": pa.int32(),
@@ -99,8 +111,10 @@ def codes_schema(num_classes: int, latent_dim: int, attributes: tuple[str, ...] 
         "x": pa.binary(),
     }
     schema = _described(types, CODES_DOC, required=("image_id", "status"))
-    for name in attributes:
-        schema = schema.append(pa.field(name, pa.int8()))
+    for field in extra:
+        if field.name in types:
+            raise ValueError(f"extra column {field.name!r} of the listing: the name is taken; rename it in the data")
+        schema = schema.append(field)
     return schema
 
 
@@ -134,6 +148,22 @@ def counterfactuals_schema(latent_dim: int) -> pa.Schema:
         "x_cf": pa.binary(),
     }
     return _described(types, COUNTERFACTUALS_DOC, required=("image_id", "source", "target", "method", "status"))
+
+
+def fixed_size_list(values: np.ndarray, valid: np.ndarray | None = None) -> pa.FixedSizeListArray:
+    """A (B, N) array as a column fixed_size_list[N], null where ``valid`` (B,) is False; no copy of the values."""
+    array = np.ascontiguousarray(values)
+    mask = None if valid is None or valid.all() else pa.array(~valid)
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1], mask=mask)
+
+
+def matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A column fixed_size_list[N] without nulls as a (B, N) array; read-only where it can be a view."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if array.null_count:
+        raise ValueError(f"expected a column without nulls, found {array.null_count}; filter by status first")
+    # flatten() honours the offset of a slice, .values does not.
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
 
 
 def _described(types: dict[str, pa.DataType], docs: dict[str, str], required: tuple[str, ...]) -> pa.Schema:

@@ -1,0 +1,45 @@
+"""The tables' schemas, and the way between arrays and list columns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from clarity import schema
+
+
+def test_codes_schema_documents_every_column() -> None:
+    found = schema.codes_schema(4, 5)
+    assert found.names == list(schema.CODES_DOC)
+    assert all(field.metadata[b"doc"] for field in found)
+    assert found.field("probs").type == pa.list_(pa.float32(), 4)
+    assert found.field("z").type == pa.list_(pa.float32(), 5)
+
+
+def test_counterfactuals_schema_documents_every_column() -> None:
+    found = schema.counterfactuals_schema(5)
+    assert found.names == list(schema.COUNTERFACTUALS_DOC)
+    assert found.field("z_cf").type == pa.list_(pa.float32(), 5)
+    assert not found.field("target").nullable
+
+
+def test_codes_schema_takes_extra_columns_but_no_taken_name() -> None:
+    assert schema.codes_schema(4, 5, [pa.field("smiling", pa.int8())]).names[-1] == "smiling"
+    with pytest.raises(ValueError, match="taken"):
+        schema.codes_schema(4, 5, [pa.field("source", pa.int8())])
+
+
+def test_fixed_size_list_and_matrix_are_inverse() -> None:
+    values = np.arange(15, dtype=np.float32).reshape(3, 5)
+    column = pa.chunked_array([schema.fixed_size_list(values[:2]), schema.fixed_size_list(values[2:])])
+    assert (schema.matrix(column) == values).all()
+    assert (schema.matrix(schema.fixed_size_list(values)[1:]) == values[1:]).all()
+    assert schema.matrix(column[:0]).shape == (0, 5)
+
+
+def test_fixed_size_list_nulls_rows_that_are_not_valid() -> None:
+    column = schema.fixed_size_list(np.ones((3, 2), np.float32), np.array([True, False, True]))
+    assert column.to_pylist() == [[1, 1], None, [1, 1]]
+    with pytest.raises(ValueError, match="1; filter by status"):
+        schema.matrix(column)
