@@ -1,0 +1,122 @@
+"""The resource plan: what it gives on known machines, and the rule that no placement takes a node's last CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clarity.resources import Resources, job_path, plan_resources
+
+
+def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus, "memory": memory}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        # cores, GPUs -> actors, CPUs and threads of each
+        ([node(2)], (1, 1.0, 0.0, 2)),
+        ([node(1)], (1, 0.5, 0.0, 1)),
+        ([node(4)], (1, 3.0, 0.0, 4)),
+        ([node(16)], (4, 3.75, 0.0, 4)),
+        ([node(2), node(2)], (2, 0.5, 0.0, 2)),
+        ([node(0), node(2), node(2)], (2, 0.5, 0.0, 2)),
+        ([node(8, 1)], (1, 1.0, 1.0, 8)),
+        ([node(4), node(32, 8)], (8, 1.0, 1.0, 4)),
+        ([node(4, 8)], (8, 0.37, 1.0, 1)),
+    ],
+)
+def test_plan_resources_knows_common_machines(
+    nodes: list[dict[str, float]], expected: tuple[int, float, float, int]
+) -> None:
+    found = plan_resources(nodes, num_shards=1000)
+    assert (found.num_actors, found.cpus_per_actor, found.gpus_per_actor, found.threads_per_actor) == expected
+
+
+def test_plan_resources_uses_a_cluster_of_hundreds() -> None:
+    found = plan_resources([node(0)] + [node(16)] * 300, num_shards=20_000)
+    assert (found.num_actors, found.cpus_per_actor) == (1200, 3.75)
+    found = plan_resources([node(4)] + [node(64, 8)] * 200, num_shards=20_000)
+    assert (found.num_actors, found.gpus_per_actor) == (1600, 1)
+
+
+def test_plan_resources_gives_no_more_actors_than_shards_or_memory() -> None:
+    assert plan_resources([node(64)], num_shards=3).num_actors == 3
+    assert plan_resources([node(64, memory=5e9)], num_shards=100).num_actors == 5
+
+
+cluster = st.lists(st.integers(1, 96), min_size=1, max_size=8)
+
+
+@given(cluster, st.integers(1, 500))
+def test_plan_resources_never_lets_a_placement_take_the_last_cpu(cpus: list[int], num_shards: int) -> None:
+    found = plan_resources([node(c) for c in cpus], num_shards=num_shards)
+    size = found.cpus_per_actor
+    for c in cpus:
+        most = min(found.num_actors, int(c / size + 1e-9))  # all that Ray could put there
+        assert c - most * size >= (1 if c > 2 else 0.5) - 1e-9
+        assert c - most * size >= found.io_cpus
+    # All have a place now, and when the largest node is lost an actor still has one, single CPUs apart.
+    large = sorted(c for c in cpus if c > 1)
+    assert len(large) < 2 or large[-2] >= size
+    assert sum(int(c / size + 1e-9) for c in cpus) >= found.num_actors
+
+
+@given(st.lists(st.tuples(st.integers(1, 96), st.integers(0, 8)), min_size=1, max_size=6))
+def test_plan_resources_leaves_gpu_nodes_a_cpu(shapes: list[tuple[int, int]]) -> None:
+    try:
+        found = plan_resources([node(c, g) for c, g in shapes], num_shards=1000)
+    except ValueError as error:
+        assert "CPU" in str(error)
+        return
+    if found.gpus_per_actor:
+        for c, g in shapes:
+            assert c - min(g, found.num_actors) * found.cpus_per_actor >= min(1, c / 2) - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "remedy"),
+    [
+        ([node(0)], {}, "--num-cpus"),
+        ([node(2)], {"actors": 64}, "--actors 5 or fewer"),
+        ([node(2)], {"gpus_per_actor": 1}, "--gpus-per-actor 0"),
+        ([node(16, 4)], {"actors": 5}, "--actors 4"),
+        ([node(16, 4)], {"gpus_per_actor": 1.5}, "whole number"),
+        ([node(16)], {"actors": 0}, "at least 1"),
+        ([node(1, 16)], {}, "more CPUs"),
+    ],
+)
+def test_plan_resources_refuses_what_cannot_be_scheduled(
+    nodes: list[dict[str, float]], asked: dict[str, float], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        plan_resources(nodes, num_shards=100, **asked)  # type: ignore[arg-type]
+
+
+def test_plan_resources_shares_a_gpu() -> None:
+    assert plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0.25).num_actors == 4
+    assert plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0, actors=2).gpus_per_actor == 0
+
+
+def test_resources_describe_themselves() -> None:
+    assert Resources(2, 0.5, 0.0, 2, 0.5, 2).describe().startswith("2 actors on 2 nodes, each 0.5 CPU, 2 threads")
+
+
+def test_job_path_keeps_away_from_a_temporary_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert job_path(None, "runs/digits/model", "--model") == str(tmp_path / "runs/digits/model")
+    assert job_path("model", "", "--model") == str(tmp_path / "model")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert job_path(None, "runs/digits/model", "--model") == "/home/somebody/runs/digits/model"
+    assert job_path("/data/model", "", "--model") == "/data/model"
+    assert job_path("s3://bucket/model", "", "--model") == "s3://bucket/model"
+    with pytest.raises(ValueError, match=r"--out audit: .* give an absolute path"):
+        job_path("audit", "", "--out")
