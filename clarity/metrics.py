@@ -1,0 +1,379 @@
+"""What the comparison counts: each metric a pure function, and the summary of rows with bootstrap intervals.
+
+Knows definitions and units. Does not know methods, audits or files; which nets answer comes in as their answers, and
+``judge_images`` asks them in one place. All images are judged after rounding to 8 bits, whoever made them.
+
+Shapes: B rows, C, H, W image in [0, 1], D latent, K classes, M members, F features, A attributes, T points of a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clarity.judges import Judges, predict_features, predict_probs, reconstruct
+
+#: Neighbours over which implausibility averages, and pixels that count as moved.
+NEIGHBOURS = 5
+MOVED = 0.1
+#: A Frechet distance of fewer images on either side is noise, and null.
+FRECHET_MINIMUM = 500
+#: Pieces in which COUT swaps the pixels.
+COUT_STEPS = 20
+
+#: What each metric of a summary says; all but the last three are means over (image, target) pairs.
+METRICS_DOC = {
+    "strict_validity": "share of requested pairs whose mean target probability exceeds min_target_prob at the end",
+    "argmax_validity": "share of pairs whose own classifier (mean over its members) sees the target in the result",
+    "oracle_agreement": "share of pairs on which the independent image oracle sees the target",
+    "reencoded_agreement": "share of pairs on which the latent ensemble sees the target after decode, 8 bits, encode",
+    "im1": "squared error of the target class's autoencoder over that of the source class's; below 1 is good",
+    "im2": "squared difference of the target class's and the common autoencoder, over the L1 norm of the image",
+    "implausibility": f"mean distance to the {NEIGHBOURS} nearest real images of the target, in oracle features",
+    "cout": "area under p(target) minus area under p(source) while pixels are swapped in, by the oracle; -1 to 1",
+    "l1_x": "sum over pixels of |x_cf - x|",
+    "l2_x": "root of the sum over pixels of (x_cf - x)^2",
+    "l1_reconstruction": "sum over pixels of |x_cf - reconstruction|",
+    "l2_reconstruction": "root of the sum over pixels of (x_cf - reconstruction)^2",
+    "l1_z": "sum over the code of |z_cf - z|",
+    "sparsity": f"share of pixels that moved by more than {MOVED} from the reconstruction",
+    "label_variation": "mean Jensen-Shannon divergence of the other attributes between x and x_cf, in nats",
+    "predictive_initial": "predictive uncertainty at the start, own classifier, in nats",
+    "predictive_final": "predictive uncertainty at the end, in nats",
+    "aleatoric_initial": "aleatoric uncertainty at the start, in nats",
+    "aleatoric_final": "aleatoric uncertainty at the end, in nats",
+    "epistemic_initial": "epistemic uncertainty at the start, in nats; null for a single classifier",
+    "epistemic_final": "epistemic uncertainty at the end, in nats; null for a single classifier",
+    "steps": "updates applied",
+    "gradient_evaluations": "gradients of one classifier: steps times members",
+    "frechet_distance": f"between oracle features of results and of other real images; null under {FRECHET_MINIMUM}",
+    "counterfactuals_per_second": "pairs searched per second, in one process with equal batches, converged or not",
+    "milliseconds_per_step": "time of one update of one pair within such a batch",
+}
+
+Array = np.ndarray
+
+
+# --- one number a row -------------------------------------------------------------------------------------------------
+
+
+def l1(a: Array, b: Array) -> Array:
+    """Sum of |a - b| over everything but the rows, (B,) float64."""
+    return np.abs(np.asarray(a, dtype=np.float64) - b).reshape(len(a), -1).sum(axis=1)
+
+
+def l2(a: Array, b: Array) -> Array:
+    """Euclidean norm of a - b over everything but the rows, (B,) float64."""
+    return np.sqrt(((np.asarray(a, dtype=np.float64) - b) ** 2).reshape(len(a), -1).sum(axis=1))
+
+
+def sparsity(x_cf: Array, reconstruction: Array, moved: float = MOVED) -> Array:
+    """Share of pixels (B,) that moved by more than ``moved`` from the reconstruction; of several channels the largest
+    move counts.
+    """
+    return (np.abs(x_cf - reconstruction).max(axis=1) > moved).mean(axis=(1, 2))
+
+
+def im1(x_cf: Array, by_target: Array, by_source: Array) -> Array:
+    """IM1 (Van Looveren and Klaise 2021): ||x' - AE_target(x')||^2 / (||x' - AE_source(x')||^2 + 1e-7), (B,)."""
+    return l2(x_cf, by_target) ** 2 / (l2(x_cf, by_source) ** 2 + 1e-7)
+
+
+def im2(x_cf: Array, by_target: Array, by_all: Array) -> Array:
+    """IM2 (Van Looveren and Klaise 2021): ||AE_target(x') - AE_all(x')||^2 / (||x'||_1 + 1e-7), (B,)."""
+    return l2(by_target, by_all) ** 2 / (l1(x_cf, np.zeros_like(x_cf)) + 1e-7)
+
+
+def implausibility(features: Array, real: Array, neighbours: int = NEIGHBOURS) -> Array:
+    """Mean Euclidean distance (B,) of each row's features (B, F) to its nearest ``neighbours`` of ``real`` (N, F).
+
+    Null (NaN) where there are fewer real images than neighbours.
+    """
+    if len(real) < neighbours:
+        return np.full(len(features), np.nan)
+    real = real.astype(np.float64)
+    parts = []
+    for start in range(0, len(features), 1024):
+        rows = features[start : start + 1024].astype(np.float64)
+        squared = (rows**2).sum(1)[:, None] + (real**2).sum(1)[None] - 2 * rows @ real.T
+        nearest = np.partition(squared, neighbours - 1, axis=1)[:, :neighbours]
+        parts.append(np.sqrt(np.maximum(nearest, 0)).mean(axis=1))
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def cout(
+    x: Array,
+    x_cf: Array,
+    source: Array,
+    target: Array,
+    predict: Callable[[Array], Array],
+    steps: int = COUT_STEPS,
+) -> Array:
+    """COUT (Khorram and Fuxin 2022), (B,) in [-1, 1]: area under p(target) minus area under p(source).
+
+    The pixels of x (all channels of a pixel at once) are swapped for those of x_cf in ``steps`` equal pieces, the
+    largest |difference| first, ties by position; areas by the trapezoid rule. ``predict`` gives probabilities (B, K).
+    """
+    rows, pixels = np.arange(len(x)), x.shape[2] * x.shape[3]
+    order = np.argsort(-np.abs(x_cf - x).sum(axis=1).reshape(len(x), -1), axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(pixels)[None].repeat(len(x), 0), axis=1)
+    rank = rank.reshape(len(x), 1, *x.shape[2:])
+    area = np.zeros(len(x))
+    for step in range(steps + 1):
+        probs = predict(np.where(rank < round(pixels * step / steps), x_cf, x)).astype(np.float64)
+        weight = 0.5 if step in (0, steps) else 1.0
+        area += weight * (probs[rows, target] - probs[rows, source]) / steps
+    return area
+
+
+def jensen_shannon(p: Array, q: Array) -> Array:
+    """Jensen-Shannon divergence in nats of Bernoulli distributions with probabilities p and q, any shape."""
+
+    def entropy(prob: Array) -> Array:
+        prob = np.clip(prob.astype(np.float64), 1e-12, 1 - 1e-12)
+        return -(prob * np.log(prob) + (1 - prob) * np.log(1 - prob))
+
+    return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)
+
+
+def label_variation(probs_x: Array, probs_cf: Array, others: Array | None = None) -> Array:
+    """Mean Jensen-Shannon divergence (B,) in nats over attributes (B, A), only those where ``others`` (A,) is true."""
+    divergence = jensen_shannon(probs_x, probs_cf)
+    return divergence.mean(axis=1) if others is None else divergence[:, others].mean(axis=1)
+
+
+def attribute_flips(probs_x: Array, probs_cf: Array) -> Array:
+    """Which attributes (B, A) bool changed sides of one half between x and x_cf."""
+    return (probs_x > 0.5) != (probs_cf > 0.5)
+
+
+def gradient_evaluations(steps: Array, num_members: int) -> Array:
+    """Gradients of one classifier that a search of ``steps`` (B,) took."""
+    return np.asarray(steps, dtype=np.float64) * num_members
+
+
+# --- numbers of many rows ---------------------------------------------------------------------------------------------
+
+
+def frechet_distance(a: Array, b: Array, minimum: int = FRECHET_MINIMUM) -> float | None:
+    """Squared Frechet distance of the Gaussians with the moments of features a (N, F) and b (N', F).
+
+    ||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) (Heusel et al. 2017, Eq. 6). None when either
+    side has fewer than ``minimum`` rows.
+    """
+    if min(len(a), len(b)) < max(minimum, 2):
+        return None
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+    # The root's trace through a symmetric matrix with the same eigenvalues: nothing complex, and no division.
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    return float(max(distance, 0.0))
+
+
+def bootstrap_interval(
+    values: Array, groups: Array, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[Array, Array, Array]:
+    """Mean (Q,) of ``values`` (N, Q) without its NaNs, and the ends of a percentile interval over resampled groups.
+
+    Whole groups (images), not rows, are drawn with replacement: the pairs of one image are not independent. The same
+    seed draws the same images, so that intervals of two methods over the same images are comparable. NaN where no
+    value is.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or len(values) != len(groups):
+        raise ValueError(f"values (N, Q) with one group a row are expected, got {values.shape}, {len(groups)} groups")
+    _, index = np.unique(groups, return_inverse=True)
+    number = int(index.max()) + 1 if len(index) else 0
+    present = ~np.isnan(values)
+    sums, counts = np.zeros((number, values.shape[1])), np.zeros((number, values.shape[1]))
+    np.add.at(sums, index, np.where(present, values, 0))
+    np.add.at(counts, index, present)
+    generator = np.random.default_rng(seed)
+    means = []
+    for start in range(0, draws, 100):
+        picks = generator.integers(0, number, (min(100, draws - start), number)) if number else np.zeros((1, 0), int)
+        weights = np.stack([np.bincount(row, minlength=number) for row in picks]).astype(np.float64)
+        means.append(_ratio(weights @ sums, weights @ counts))
+    drawn, tail = np.concatenate(means), (1 - level) / 2
+    mean = _ratio(sums.sum(0), counts.sum(0))
+    low, high = np.full(len(mean), np.nan), np.full(len(mean), np.nan)
+    known = ~np.isnan(mean)
+    if known.any():
+        low[known], high[known] = np.nanquantile(drawn[:, known], [tail, 1 - tail], axis=0)
+    return mean, low, high
+
+
+def _ratio(sums: Array, counts: Array) -> Array:
+    return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.nan)
+
+
+def summarise(
+    columns: Mapping[str, Array],
+    frechet: Callable[[Array], float | None] | None = None,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """One dict for all rows, then one for each (source, target): every metric with ``_low`` and ``_high`` around it.
+
+    Args:
+        columns: ``image_id``, ``source``, ``target``, and any of ``METRICS_DOC`` (NaN where unknown), each (N,).
+        frechet: distance of the rows with the given indices (all of one target), or None.
+        draws: of the bootstrap; 0 leaves the intervals out.
+        seed: of the bootstrap.
+
+    The Frechet distance of all rows is the mean over targets; it has no interval, since resampling biases it.
+    """
+    names = [name for name in METRICS_DOC if name in columns]
+    values = np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
+    source, target = np.asarray(columns["source"]), np.asarray(columns["target"])
+    ids = np.asarray(columns["image_id"])
+
+    def row(chosen: Array, distance: float | None) -> dict[str, Any]:
+        mean, low, high = bootstrap_interval(values[chosen], ids[chosen], draws=max(draws, 1), seed=seed)
+        out: dict[str, Any] = {"num_images": len(np.unique(ids[chosen])), "num_pairs": len(chosen)}
+        for q, name in enumerate(names):
+            out[name] = _null(mean[q])
+            out[f"{name}_low"], out[f"{name}_high"] = (_null(low[q]), _null(high[q])) if draws else (None, None)
+        return out | {"frechet_distance": distance}
+
+    per_target = [frechet(np.flatnonzero(target == k)) if frechet else None for k in np.unique(target)]
+    known = [distance for distance in per_target if distance is not None]
+    overall = float(np.mean(known)) if known and len(known) == len(per_target) else None
+    rows = [{"source": None, "target": None} | row(np.arange(len(ids)), overall)]
+    for pair in sorted(set(zip(source.tolist(), target.tolist()))):
+        chosen = np.flatnonzero((source == pair[0]) & (target == pair[1]))
+        distance = frechet(chosen) if frechet else None
+        rows.append({"source": pair[0], "target": pair[1]} | row(chosen, distance))
+    return rows
+
+
+def _null(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+# --- asking the judges ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reality:
+    """Real training images of each class, in two disjoint halves: K entries each, in the order of the classes.
+
+    ``features`` (n, F) of one half are what implausibility and Frechet distances compare with; ``images`` of the other
+    half (n, C, H, W) uint8 are where the control row draws its random real images.
+    """
+
+    features: Sequence[Array]
+    images: Sequence[Array]
+
+
+def reality(judges: Judges, images: Array, labels: Array) -> Reality:
+    """Split real images (N, C, H, W) uint8 of each class by turns: even ones to compare with, odd ones to draw."""
+    rows = [np.flatnonzero(np.asarray(labels) == k) for k in range(len(judges.class_names))]
+    features = [
+        predict_features(judges.oracle, images[chosen[::2]]) if len(chosen) else np.zeros((0, 1)) for chosen in rows
+    ]
+    return Reality(features, [images[chosen[1::2]] for chosen in rows])
+
+
+def judge_images(
+    judges: Judges,
+    real: Reality,
+    x: Array,
+    reconstruction: Array,
+    x_cf: Array,
+    source: Array,
+    target: Array,
+    other_attributes: Array | None = None,
+) -> dict[str, Array]:
+    """Everything that depends on images and judges alone, one entry a row; ``features`` (B, F) come along.
+
+    Args:
+        judges: trained judges.
+        real: what implausibility compares with.
+        x: originals (B, C, H, W) uint8, one for each row.
+        reconstruction: of the originals, uint8.
+        x_cf: results, uint8.
+        source: class that the classifier under test sees in x, (B,).
+        target: wanted class, (B,).
+        other_attributes: (A,) bool, attributes that should stay; all when None.
+    """
+    originals, drawn, results = (np.asarray(image, dtype=np.float32) / 255 for image in (x, reconstruction, x_cf))
+    source, target = np.asarray(source, dtype=np.int64), np.asarray(target, dtype=np.int64)
+    rows = np.arange(len(target))
+    probs = predict_probs(judges.oracle, results)
+    features = predict_features(judges.oracle, results)
+    by_target = reconstruct(judges.autoencoders, target, results)
+    by_source = reconstruct(judges.autoencoders, source, results)
+    by_all = reconstruct(judges.autoencoders, np.full(len(rows), len(judges.class_names)), results)
+    far = np.full(len(rows), np.nan)
+    for k in np.unique(target):
+        far[target == k] = implausibility(features[target == k], real.features[int(k)])
+    out = {
+        "oracle_class": probs.argmax(axis=1),
+        "oracle_target_prob": probs[rows, target],
+        "oracle_agreement": (probs.argmax(axis=1) == target).astype(np.float64),
+        "im1": im1(results, by_target, by_source),
+        "im2": im2(results, by_target, by_all),
+        "implausibility": far,
+        "cout": cout(originals, results, source, target, lambda images: predict_probs(judges.oracle, images)),
+        "l1_x": l1(results, originals),
+        "l2_x": l2(results, originals),
+        "l1_reconstruction": l1(results, drawn),
+        "l2_reconstruction": l2(results, drawn),
+        "sparsity": sparsity(results, drawn),
+        "features": features,
+    }
+    if judges.attribute_net is not None:
+        before = predict_probs(judges.attribute_net, originals, sigmoid=True)
+        after = predict_probs(judges.attribute_net, results, sigmoid=True)
+        out["label_variation"] = label_variation(before, after, other_attributes)
+        flips = attribute_flips(before, after)
+        out |= {f"flip_{name}": flips[:, a].astype(np.float64) for a, name in enumerate(judges.attributes)}
+    return out
+
+
+# --- curves and gradients (Figures 5, 7, 8, 10) -----------------------------------------------------------------------
+
+
+def monotonicity(curves: Array) -> Array:
+    """Net rise over total variation of each curve (..., T): 1 where it only rises, lower the more it turns back."""
+    moves = np.diff(np.asarray(curves, dtype=np.float64), axis=-1)
+    return moves.sum(axis=-1) / np.maximum(np.abs(moves).sum(axis=-1), 1e-12)
+
+
+def plateau_width(curves: Array, margin: float = 0.01) -> Array:
+    """Share of each probability curve (..., T) that lies within ``margin`` of 0 or 1: the paper's plateau effect."""
+    curves = np.asarray(curves)
+    return ((curves < margin) | (curves > 1 - margin)).mean(axis=-1)
+
+
+def steepest(curves: Array) -> Array:
+    """Largest slope of each curve (..., T) over t in [0, 1]."""
+    curves = np.asarray(curves, dtype=np.float64)
+    return np.abs(np.diff(curves, axis=-1)).max(axis=-1) * (curves.shape[-1] - 1)
+
+
+def gradient_spread(gradients: Array) -> dict[str, float]:
+    """How the members' gradients (M, B, D) differ: ``noise_to_signal`` and ``mean_cosine`` between two members.
+
+    noise_to_signal is the variance of one member's gradient over members, summed over D, over the squared norm of
+    their mean without its own share of noise; its median over rows, since a row at rest has no signal.
+    """
+    gradients = np.asarray(gradients, dtype=np.float64)
+    members = len(gradients)
+    if members < 2:
+        raise ValueError(f"the spread over members needs at least two of them, got {members}")
+    mean = gradients.mean(axis=0)
+    variance = gradients.var(axis=0, ddof=1).sum(axis=-1)
+    signal = np.maximum((mean**2).sum(axis=-1) - variance / members, 1e-300)
+    units = gradients / np.maximum(np.linalg.norm(gradients, axis=-1, keepdims=True), 1e-300)
+    cosine = ((units.sum(axis=0) ** 2).sum(axis=-1) - members) / (members * (members - 1))
+    return {"noise_to_signal": float(np.median(variance / signal)), "mean_cosine": float(cosine.mean())}

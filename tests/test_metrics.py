@@ -1,0 +1,268 @@
+"""Metrics against slow transcriptions of their definitions, and against closed forms."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clarity import metrics
+from clarity.judges import build_judges
+
+B, C, H, W, K, F = 3, 2, 8, 12, 4, 5
+
+
+def images(seed: int, rows: int = B) -> np.ndarray:
+    return np.random.default_rng(seed).random((rows, C, H, W)).astype(np.float32)
+
+
+def test_l1_and_l2_sum_over_everything_but_rows() -> None:
+    a, b = images(0), images(1)
+    for i in range(B):
+        difference = [float(p) - float(q) for p, q in zip(a[i].ravel(), b[i].ravel())]
+        assert metrics.l1(a, b)[i] == pytest.approx(sum(abs(d) for d in difference))
+        assert metrics.l2(a, b)[i] == pytest.approx(sum(d * d for d in difference) ** 0.5)
+
+
+def test_sparsity_counts_pixels_not_channels() -> None:
+    a = np.zeros((1, C, H, W), dtype=np.float32)
+    b = a.copy()
+    b[0, 0, 2, 3] = 0.11
+    b[0, :, 4, 5] = -0.5
+    b[0, 1, 6, 7] = 0.09
+    assert metrics.sparsity(b, a)[0] == pytest.approx(2 / (H * W))
+
+
+def test_im1_and_im2_follow_their_definitions() -> None:
+    x, target, source, every = (images(seed) for seed in range(4))
+    for i in range(B):
+        top = sum((float(p) - float(q)) ** 2 for p, q in zip(x[i].ravel(), target[i].ravel()))
+        bottom = sum((float(p) - float(q)) ** 2 for p, q in zip(x[i].ravel(), source[i].ravel()))
+        assert metrics.im1(x, target, source)[i] == pytest.approx(top / (bottom + 1e-7))
+        gap = sum((float(p) - float(q)) ** 2 for p, q in zip(target[i].ravel(), every[i].ravel()))
+        assert metrics.im2(x, target, every)[i] == pytest.approx(gap / (float(np.abs(x[i]).sum()) + 1e-7))
+
+
+def test_implausibility_is_the_mean_of_the_nearest() -> None:
+    rng = np.random.default_rng(3)
+    rows, real = rng.normal(size=(2100, F)), rng.normal(size=(17, F))
+    slow = [sorted(float(np.linalg.norm(row - other)) for other in real)[:3] for row in rows]
+    assert np.allclose(metrics.implausibility(rows, real, 3), np.mean(slow, axis=1))
+    assert np.isnan(metrics.implausibility(rows[:4], real[:2], 3)).all()
+
+
+def slow_cout(x: np.ndarray, x_cf: np.ndarray, source: int, target: int, predict, steps: int) -> float:
+    pixels = [(i, j) for i in range(H) for j in range(W)]
+    pixels.sort(key=lambda p: -float(np.abs(x_cf[:, p[0], p[1]] - x[:, p[0], p[1]]).sum()))
+    now, curve = x.copy(), []
+    for step in range(steps + 1):
+        for i, j in pixels[: round(H * W * step / steps)]:
+            now[:, i, j] = x_cf[:, i, j]
+        curve.append(predict(now[None])[0])
+    area = [sum((a[k] + b[k]) / 2 for a, b in pairwise(curve)) / steps for k in (target, source)]
+    return float(area[0] - area[1])
+
+
+def test_cout_matches_a_slow_walk() -> None:
+    weight = np.random.default_rng(5).normal(size=(C * H * W, K))
+
+    def predict(batch: np.ndarray) -> np.ndarray:
+        logits = batch.reshape(len(batch), -1) @ weight
+        return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+    x, x_cf = images(6), images(7)
+    source, target = np.array([0, 1, 2]), np.array([3, 0, 1])
+    fast = metrics.cout(x, x_cf, source, target, predict, steps=7)
+    slow = [slow_cout(x[i], x_cf[i], source[i], target[i], predict, 7) for i in range(B)]
+    assert np.allclose(fast, slow, atol=1e-6)
+
+
+def test_cout_is_one_where_the_first_pixel_decides_and_bounded() -> None:
+    x = np.zeros((1, 1, 10, 10), dtype=np.float32)
+    x_cf = x.copy()
+    x_cf[0, 0, 7, 7] = 1
+
+    def predict(batch: np.ndarray) -> np.ndarray:
+        seen = batch[:, 0, 7, 7]
+        return np.stack([1 - seen, seen], axis=1)
+
+    value = metrics.cout(x, x_cf, np.array([0]), np.array([1]), predict, steps=100)[0]
+    assert value == pytest.approx(1 - 1 / 100)  # one trapezoid from -1 to 1
+    assert metrics.cout(x, x, np.array([0]), np.array([1]), predict, steps=10)[0] == pytest.approx(-1)
+
+
+def test_jensen_shannon_is_zero_symmetric_and_at_most_log_two() -> None:
+    p, q = np.array([0.0, 0.3, 1.0]), np.array([1.0, 0.3, 0.2])
+    divergence = metrics.jensen_shannon(p, q)
+    assert divergence[0] == pytest.approx(log(2), abs=1e-6) and divergence[1] == pytest.approx(0, abs=1e-12)
+    assert np.allclose(divergence, metrics.jensen_shannon(q, p))
+    middle = 0.6
+    slow = sum(
+        0.5 * (a * log(a / m) if a else 0) + 0.5 * (b * log(b / m) if b else 0)
+        for a, b, m in ((1.0, 0.2, middle), (0.0, 0.8, 1 - middle))
+    )
+    assert divergence[2] == pytest.approx(slow, abs=1e-6)
+
+
+def test_label_variation_leaves_the_wanted_attribute_out() -> None:
+    before, after = np.array([[0.1, 0.5, 0.9]]), np.array([[0.9, 0.5, 0.9]])
+    assert metrics.label_variation(before, after, np.array([False, True, True]))[0] == pytest.approx(0, abs=1e-9)
+    assert metrics.label_variation(before, after)[0] == pytest.approx(metrics.jensen_shannon(before, after).mean())
+    assert metrics.attribute_flips(before, after).tolist() == [[True, False, False]]
+
+
+def test_gradient_evaluations_count_members() -> None:
+    assert metrics.gradient_evaluations(np.array([0, 3]), 50).tolist() == [0, 150]
+
+
+def test_frechet_distance_of_whitened_samples_is_the_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    rows = 600
+    mean_a, mean_b = rng.normal(size=F), rng.normal(size=F)
+    spread_a, spread_b = rng.uniform(0.5, 2, F), rng.uniform(0.5, 2, F)
+    turn = np.linalg.qr(rng.normal(size=(F, F)))[0]
+
+    def sample(mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
+        raw = rng.normal(size=(rows, F))
+        raw -= raw.mean(0)
+        raw = raw @ np.linalg.inv(np.linalg.cholesky(np.cov(raw.T))).T  # covariance exactly 1
+        return (raw * spread) @ turn + mean
+
+    expected = ((mean_a - mean_b) ** 2).sum() + ((spread_a - spread_b) ** 2).sum()  # covariances that commute
+    a, b = sample(mean_a, spread_a), sample(mean_b, spread_b)
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_matches_the_definition_where_covariances_do_not_commute() -> None:
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=(700, F)) @ rng.normal(size=(F, F))
+    b = rng.normal(size=(600, F)) @ rng.normal(size=(F, F)) + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()  # eigenvalues of a product of two covariances
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected)
+
+
+def test_frechet_distance_of_few_images_is_null() -> None:
+    rows = np.random.default_rng(0).normal(size=(500, F))
+    assert metrics.frechet_distance(rows, rows[:499]) is None
+    assert metrics.frechet_distance(rows, rows) is not None
+
+
+def test_bootstrap_interval_resamples_images_not_rows() -> None:
+    rng = np.random.default_rng(2)
+    per_image = rng.normal(size=100)
+    rows = np.repeat(per_image, 9)[:, None]  # nine identical pairs an image carry the information of one
+    groups = np.repeat([f"image {i}" for i in range(100)], 9)
+    mean, low, high = metrics.bootstrap_interval(rows, groups, draws=2000)
+    width = 2 * 1.96 * per_image.std() / 10
+    assert mean[0] == pytest.approx(per_image.mean())
+    assert (high - low)[0] == pytest.approx(width, rel=0.1)
+    _, naive_low, naive_high = metrics.bootstrap_interval(rows, np.arange(900), draws=2000)
+    assert (naive_high - naive_low)[0] < 0.5 * width
+
+
+def test_bootstrap_interval_is_repeatable_and_knows_nulls() -> None:
+    values = np.array([[1.0, np.nan, np.nan], [2.0, 5.0, np.nan], [4.0, 5.0, np.nan]])
+    first = metrics.bootstrap_interval(values, np.array(["a", "b", "b"]), draws=150)
+    again = metrics.bootstrap_interval(values, np.array(["a", "b", "b"]), draws=150)
+    assert all(np.array_equal(p, q, equal_nan=True) for p, q in zip(first, again))
+    mean, low, high = first
+    assert mean[:2] == pytest.approx([7 / 3, 5]) and np.isnan([mean[2], low[2], high[2]]).all()
+    assert (low[0], high[0]) == (1, 3) and (low[1], high[1]) == (5, 5)
+
+
+@given(st.integers(1, 30), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_bootstrap_interval_holds_its_mean_between_the_extremes(rows: int, seed: int) -> None:
+    values = np.random.default_rng(seed).random((rows, 2))
+    mean, low, high = metrics.bootstrap_interval(values, np.arange(rows), draws=40, seed=seed)
+    assert (values.min(0) <= low).all() and (low <= high).all() and (high <= values.max(0)).all()
+    assert mean == pytest.approx(values.mean(0))
+
+
+def test_summarise_gives_all_pairs_then_each() -> None:
+    columns = {
+        "image_id": np.array(["a", "a", "b", "c"]),
+        "source": np.array([0, 0, 0, 1]),
+        "target": np.array([1, 2, 1, 2]),
+        "strict_validity": np.array([1.0, 0.0, 1.0, 1.0]),
+        "epistemic_final": np.full(4, np.nan),
+    }
+    rows = metrics.summarise(columns, lambda chosen: float(len(chosen)), draws=50)
+    assert [(row["source"], row["target"]) for row in rows] == [(None, None), (0, 1), (0, 2), (1, 2)]
+    assert [row["num_pairs"] for row in rows] == [4, 2, 1, 1] and rows[0]["num_images"] == 3
+    assert [row["strict_validity"] for row in rows] == [0.75, 1, 0, 1]
+    assert rows[0]["frechet_distance"] == 2 and rows[1]["frechet_distance"] == 2
+    assert rows[0]["epistemic_final"] is None and rows[0]["epistemic_final_low"] is None
+    assert 0 <= rows[0]["strict_validity_low"] < 0.75 < rows[0]["strict_validity_high"] <= 1
+
+
+def test_summarise_leaves_a_mean_over_targets_out_when_one_is_unknown() -> None:
+    columns = {
+        "image_id": np.array(["a", "b"]),
+        "source": np.array([0, 0]),
+        "target": np.array([1, 2]),
+        "steps": np.array([3.0, 4.0]),
+    }
+    rows = metrics.summarise(columns, lambda chosen: 1.0 if chosen[0] else None, draws=0)
+    assert rows[0]["frechet_distance"] is None and rows[0]["steps"] == 3.5 and rows[0]["steps_low"] is None
+
+
+def test_judge_images_answers_for_every_row() -> None:
+    torch.manual_seed(0)
+    judges = build_judges((C, H, W), "abcd", ("hat", "beard"))
+    rng = np.random.default_rng(0)
+    real_images = rng.integers(0, 256, (60, C, H, W)).astype(np.uint8)
+    real = metrics.reality(judges, real_images, np.arange(60) % K)
+    assert [len(features) for features in real.features] == [8, 8, 8, 8] == [len(drawn) + 1 for drawn in real.images]
+    x, drawn, x_cf = (rng.integers(0, 256, (B, C, H, W)).astype(np.uint8) for _ in range(3))
+    source, target = np.array([0, 1, 3]), np.array([2, 0, 1])
+    out = metrics.judge_images(judges, real, x, drawn, x_cf, source, target, np.array([True, False]))
+    assert all(len(values) == B for values in out.values())
+    assert np.allclose(out["l1_x"], np.abs(x_cf / 255.0 - x / 255.0).sum((1, 2, 3)), rtol=1e-5)
+    assert out["features"].shape == (B, 64) and (np.abs(out["cout"]) <= 1).all()
+    with torch.inference_mode():
+        rebuilt = judges.autoencoders[2](torch.from_numpy(x_cf[:1]) / 255).numpy()
+        common = judges.autoencoders[K](torch.from_numpy(x_cf[:1]) / 255).numpy()
+    expected = ((rebuilt - common) ** 2).sum() / (x_cf[0].sum() / 255 + 1e-7)
+    assert out["im2"][0] == pytest.approx(expected, rel=1e-4)
+    alone = metrics.judge_images(judges, real, x[1:2], drawn[1:2], x_cf[1:2], source[1:2], target[1:2])
+    assert alone["implausibility"][0] == pytest.approx(out["implausibility"][1], rel=1e-4)
+    assert set(metrics.METRICS_DOC) > {"label_variation", "im1"} and "flip_beard" in out
+
+
+def test_reality_keeps_its_halves_apart() -> None:
+    judges = build_judges((C, H, W), "abcd")
+    pixels = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, C, H, W), dtype=np.uint8)
+    real = metrics.reality(judges, pixels, np.arange(40) % K)
+    drawn = {int(image[0, 0, 0]) for images in real.images for image in images}
+    assert drawn == {i for i in range(40) if (i // K) % 2 == 1}
+
+
+def test_monotonicity_and_plateaus_of_known_curves() -> None:
+    rising, wave, flat = np.linspace(0, 1, 101), np.array([0, 1, 0, 1.0]), np.zeros(5)
+    assert metrics.monotonicity(rising) == pytest.approx(1)
+    assert metrics.monotonicity(wave) == pytest.approx(1 / 3)
+    assert metrics.monotonicity(np.stack([wave, -wave])) == pytest.approx([1 / 3, -1 / 3])
+    assert metrics.plateau_width(rising, margin=0.0999) == pytest.approx(20 / 101)
+    assert metrics.plateau_width(flat) == 1
+    assert metrics.steepest(rising) == pytest.approx(1) and metrics.steepest(wave) == pytest.approx(3)
+
+
+def test_gradient_spread_recovers_noise_over_signal() -> None:
+    rng = np.random.default_rng(0)
+    signal = np.zeros((1, 400, F))
+    signal[..., 0] = 2.0
+    spread = metrics.gradient_spread(signal + rng.normal(size=(60, 400, F)))
+    assert spread["noise_to_signal"] == pytest.approx(F / 4, rel=0.05)
+    same = metrics.gradient_spread(np.repeat(signal, 3, axis=0))
+    assert same["noise_to_signal"] == pytest.approx(0, abs=1e-9) and same["mean_cosine"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="two"):
+        metrics.gradient_spread(signal)
