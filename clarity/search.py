@@ -10,7 +10,9 @@ Shapes: B rows, D latent, K classes, M members, N rows waiting in all, S slots.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -23,6 +25,10 @@ MAX_CHANGES = 5  # of one pixel by jsma (Schut et al. 2021, the authors' code)
 
 #: Slots of a block. Part of the arithmetic, not a tuning flag: another size may give other last bits.
 SLOTS = 256
+BATCHED_SLOTS = 128
+BATCHED_STRIDE = 4
+CUDA_SLOTS = 4096
+CUDA_STRIDE = 8
 
 Rows = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
@@ -127,6 +133,17 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().flatten(1).sum(dim=1)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """How to run a search, apart from what is searched."""
+
+    update: str
+    bounds: tuple[float, float] | None
+    slots: int
+    on_step: OnStep | None
+    threads: int
+
+
 # --- update rules: one step of S slots at once. ``lane`` tells how a (S,) tensor is viewed to go with a point. --------
 
 
@@ -181,8 +198,21 @@ UPDATES: dict[str, type[_Adam] | type[_Jsma]] = {"adam": _Adam, "jsma": _Jsma}
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
+class _Queue:
+    """Hands out row numbers in order; the only thing that workers share."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.next = total, 0
+        self.lock = threading.Lock()
+
+    def take(self, count: int) -> range:
+        with self.lock:
+            first, self.next = self.next, min(self.next + count, self.total)
+            return range(first, self.next)
+
+
 def _search(
-    gradient: Gradient,
+    make_gradient: Callable[[], Gradient],
     start: Tensor,
     rows: Rows,
     config: SearchConfig,
@@ -191,52 +221,101 @@ def _search(
     dim: int,
     slots: int,
     stride: int,
+    workers: int,
     bounds: tuple[float, float] | None,
     on_step: OnStep | None,
     engine: str,
 ) -> Counterfactuals:
-    """Algorithm 1 for all rows, ``slots`` of them at a time; rows lie along ``dim`` of start and of each tensor in
-    ``rows``.
+    """Algorithm 1 for all rows, which lie along ``dim`` of start and of each tensor in ``rows``, ``slots`` at a time.
+
+    On a CPU each worker is a thread of the host with a block of its own, and each operation runs on that thread alone:
+    how many there are cannot change a bit, and none waits for another at the end of every operation.
+    """
+    total = start.shape[dim]
+    result = Counterfactuals(
+        point=start.clone(),
+        steps=torch.zeros(total, dtype=torch.int32, device=start.device),
+        converged=torch.zeros(total, dtype=torch.bool, device=start.device),
+        target_prob_initial=torch.zeros(total, device=start.device),
+        target_prob_final=torch.zeros(total, device=start.device),
+        finite=torch.ones(total, dtype=torch.bool, device=start.device),
+        engine=engine,
+    )
+    queue = _Queue(total)
+
+    def work() -> None:
+        with torch.no_grad():
+            _run_block(make_gradient(), start, rows, config, update, dim, slots, stride, bounds, on_step, queue, result)
+
+    workers = min(workers, -(-total // slots))
+    if start.device.type != "cpu":
+        work()
+        return result
+    with _threads(1), ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(work) for _ in range(workers)]:
+            done.result()
+    return result
+
+
+def _run_block(
+    gradient: Gradient,
+    start: Tensor,
+    rows: Rows,
+    config: SearchConfig,
+    update: str,
+    dim: int,
+    slots: int,
+    stride: int,
+    bounds: tuple[float, float] | None,
+    on_step: OnStep | None,
+    queue: _Queue,
+    result: Counterfactuals,
+) -> None:
+    """Search in one block until the queue is empty and every slot has ended.
 
     Every ``stride`` evaluations the rows that have ended are written out and the next ones take their slots; until then
     an ended row stands still, so that ``stride`` changes no result, only how often the host looks.
     """
-    device, total = start.device, start.shape[dim]
+    device = start.device
     lane = tuple(-1 if axis == dim % start.dim() else 1 for axis in range(start.dim()))
     others = [axis for axis in range(start.dim()) if axis != dim % start.dim()]
 
-    final = start.clone()
-    steps_final = torch.zeros(total, dtype=torch.int64, device=device)
-    prob_initial = torch.zeros(total, device=device)
-    prob_final = torch.zeros(total, device=device)
-
-    # A slot without a row holds a copy of the first one and never moves.
-    first = torch.arange(slots, device=device).clamp_(max=total - 1)
-    point = start.index_select(dim, first)
-    held = {name: values.index_select(dim if values.dim() > 1 else 0, first) for name, values in rows.items()}
-    row = torch.where(torch.arange(slots, device=device) < total, first, -1)
-    waiting = min(slots, total)
-    steps = torch.zeros(slots, dtype=torch.int64, device=device)
-    active = row >= 0
-    prob = torch.zeros(slots, device=device)
-    fresh: Tensor | None = active.nonzero().squeeze(1)  # slots whose row has not been evaluated yet
-    # The probability that a row must exceed to end; -1 after the last update ends every row. NaN exceeds nothing and
-    # ends too.
+    # A slot without a row holds the first row and never moves: its numbers are as good as any.
+    nobody = torch.zeros(slots, dtype=torch.int64, device=device)
+    point = start.index_select(dim, nobody)
+    held = {name: values.index_select(dim if values.dim() > 1 else 0, nobody) for name, values in rows.items()}
+    row = nobody - 1
+    steps, active, prob = torch.zeros_like(nobody), row >= 0, torch.zeros(slots, device=device)
+    state = UPDATES[update](point, config)
+    # What a row must exceed to end. After the last update -1 ends every row; NaN is never <= and ends its row too.
     limit = torch.full((config.max_steps + 1,), config.min_target_prob, device=device)
     limit[-1] = -1
-    state = UPDATES[update](point, config)
 
-    while bool((row >= 0).any()):
-        for _ in range(stride):
+    free = torch.arange(slots, device=device)
+    living = 0
+    while True:
+        taken = queue.take(len(free))
+        fresh = free[: len(taken)]
+        living += len(taken)
+        if len(taken):
+            index = torch.arange(taken.start, taken.stop, device=device)
+            row[fresh], steps[fresh], active[fresh] = index, 0, True
+            point.index_copy_(dim, fresh, start.index_select(dim, index))
+            for name, values in rows.items():
+                axis = dim if values.dim() > 1 else 0
+                held[name].index_copy_(axis, fresh, values.index_select(axis, index))
+            state.load(fresh, dim)
+        if not living:
+            return
+
+        for turn in range(stride):
             grad, target_prob, logits = gradient(point, held)
             prob = torch.where(active, target_prob, prob)
-            if fresh is not None:
-                prob_initial[row[fresh]] = prob[fresh]
-                fresh = None
+            if turn == 0 and len(taken):
+                result.target_prob_initial[row[fresh]] = prob[fresh]
             if on_step is not None and logits is not None:
                 seen = active.nonzero().squeeze(1)
-                if len(seen):
-                    on_step(steps[seen], row[seen], point.index_select(dim, seen), prob[seen], logits[:, seen])
+                on_step(steps[seen], row[seen], point.index_select(dim, seen), prob[seen], logits[:, seen])
             active &= prob <= limit[steps]
             moved = state(point, grad, steps, lane)
             if bounds is not None:
@@ -244,26 +323,20 @@ def _search(
             active &= torch.linalg.vector_norm(moved, ord=math.inf, dim=others) < math.inf
             point = torch.where(active.view(lane), moved, point)
             steps += active
-        ended = ((row >= 0) & ~active).nonzero().squeeze(1)
-        if len(ended):
-            index = row[ended]
-            final.index_copy_(dim, index, point.index_select(dim, ended))
-            steps_final[index], prob_final[index] = steps[ended], prob[ended]
-            count = min(len(ended), total - waiting)
-            row[ended[count:]] = -1
-            if count:
-                taken, fresh = torch.arange(waiting, waiting + count, device=device), ended[:count]
-                waiting += count
-                row[fresh], steps[fresh], active[fresh] = taken, 0, True
-                point.index_copy_(dim, fresh, start.index_select(dim, taken))
-                for name, values in rows.items():
-                    axis = dim if values.dim() > 1 else 0
-                    held[name].index_copy_(axis, fresh, values.index_select(axis, taken))
-                state.load(fresh, dim)
 
-    converged = prob_final > config.min_target_prob
-    finite = converged | (torch.isfinite(prob_final) & (steps_final == config.max_steps))
-    return Counterfactuals(final, steps_final.int(), converged, prob_initial, prob_final, finite, engine)
+        free = ((row >= 0) & ~active).nonzero().squeeze(1)
+        living -= len(free)
+        if len(free):
+            index = row[free]
+            final, applied = prob[free], steps[free]
+            result.point.index_copy_(dim, index, point.index_select(dim, free))
+            result.steps[index], result.target_prob_final[index] = applied.int(), final
+            result.converged[index] = final > config.min_target_prob
+            # A row ends because it got there, because its updates are spent, or because a number was not finite.
+            result.finite[index] = (final > limit[applied]) & (final < math.inf)
+            row[free] = -1
+        if living < slots - len(free):
+            free = (row < 0).nonzero().squeeze(1)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
@@ -280,35 +353,94 @@ def _autograd(objective: Objective) -> Gradient:
     return gradient
 
 
-def _plain(
-    objective: Objective,
-    start: Tensor,
-    rows: Rows,
-    config: SearchConfig,
-    update: str,
-    slots: int,
-    bounds: tuple[float, float] | None,
-    on_step: OnStep | None,
-) -> Counterfactuals:
+def _analytic(objective: LatentObjective, slots: int) -> Gradient:
+    """Gradient of Eq. 6 written out, for points (D, S) and rows ``target_is`` (K, S), ``reference`` (D, S).
+
+    A slot is a column, so that every operation runs along the slots, and each of them through all members: what a
+    hidden layer of all members costs is one (M, out, in) x (M, in, S) product and two passes in place.
+    """
+    members, latent = objective.layers[0][0].shape[:2]
+    first = objective.layers[0][0].transpose(1, 2).reshape(-1, latent).contiguous()  # (M * out, D)
+    forward = [weight.transpose(1, 2).contiguous() for weight, _ in objective.layers[1:]]
+    biases = [bias.unsqueeze(2).contiguous() for _, bias in objective.layers]
+    backward = [weight.contiguous() for weight, _ in objective.layers[1:]]
+    first_back = first.t().contiguous()
+    hidden = [torch.empty(members, weight.shape[2], slots, device=weight.device) for weight, _ in objective.layers]
+    slopes = [torch.empty_like(values) for values in hidden]
+    top = torch.empty(members, 1, slots, device=first.device)
+    chain = torch.ops.aten.threshold_backward.grad_input
+
+    def gradient(point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, None]:
+        torch.mm(first, point, out=hidden[0].view(-1, slots))
+        hidden[0].add_(biases[0])
+        for index, weight in enumerate(forward):
+            hidden[index].relu_()
+            torch.bmm(weight, hidden[index], out=hidden[index + 1])
+            hidden[index + 1].add_(biases[index + 1])
+        logits = hidden[-1]
+        torch.amax(logits, dim=1, keepdim=True, out=top)
+        probs = logits.sub_(top).exp_()
+        torch.sum(probs, dim=1, keepdim=True, out=top)
+        probs.mul_(top.reciprocal_())
+        target_prob = (probs.mean(dim=0) * rows["target_is"]).sum(dim=0)
+        slope = probs.sub_(rows["target_is"])
+        for index in range(len(backward) - 1, -1, -1):
+            torch.bmm(backward[index], slope, out=slopes[index])
+            slope = slopes[index]
+            chain(slope, hidden[index], 0, grad_input=slope)
+        pull = (point - rows["reference"]).sign_()
+        grad = torch.addmm(pull, first_back, slope.view(-1, slots), beta=objective.distance_weight, alpha=1 / members)
+        return grad, target_prob, None
+
+    return gradient
+
+
+def _plain(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
     """Autograd through any objective: the engine that defines what the others must give."""
-    stride = 1 if on_step is not None or start.device.type == "cpu" else 8
     return _search(
-        _autograd(objective),
+        lambda: _autograd(objective),
         start,
         rows,
         config,
-        update,
+        run.update,
         dim=0,
-        slots=slots,
-        stride=stride,
-        bounds=bounds,
-        on_step=on_step,
+        slots=run.slots,
+        stride=1 if run.on_step is not None or start.device.type == "cpu" else CUDA_STRIDE,
+        workers=1 if run.on_step is not None else run.threads,
+        bounds=run.bounds,
+        on_step=run.on_step,
         engine="plain",
     )
 
 
+def _batched(objective: LatentObjective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
+    """Analytic gradients of the stacked classifiers in PyTorch alone; a row is a column there."""
+    slots = BATCHED_SLOTS if start.device.type == "cpu" else CUDA_SLOTS
+    classes = torch.arange(objective.layers[-1][0].shape[2], device=start.device)
+    result = _search(
+        lambda: _analytic(objective, slots),
+        start.t().contiguous(),
+        {
+            "target_is": (classes[:, None] == rows["target"]).float(),
+            "reference": rows["reference"].t().contiguous(),
+        },
+        config,
+        run.update,
+        dim=1,
+        slots=slots,
+        stride=BATCHED_STRIDE if start.device.type == "cpu" else CUDA_STRIDE,
+        workers=run.threads,
+        bounds=None,
+        on_step=None,
+        engine="batched",
+    )
+    result.point = result.point.t().contiguous()
+    return result
+
+
 #: What the engines are and what they need; ``auto`` takes the fastest that fits.
 ENGINES: dict[str, str] = {
+    "batched": "analytic gradients of a LatentObjective in PyTorch, any device",
     "plain": "autograd, any objective, any device",
 }
 
@@ -377,13 +509,11 @@ def descend(
             )
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
-    start = start.detach()
-    if not len(start):
-        empty = torch.zeros(0, device=start.device)
-        none = torch.zeros(0, dtype=torch.bool, device=start.device)
-        return Counterfactuals(start.clone(), empty.int(), none, empty, empty.clone(), none.clone(), "plain")
-    with _threads(threads), torch.no_grad():
-        return _plain(objective, start, rows, config, update, slots, bounds, on_step)
+    run = _Run(update, bounds, slots, on_step, torch.get_num_threads() if threads is None else threads)
+    with torch.no_grad():
+        if engine in ("auto", "batched") and isinstance(objective, LatentObjective) and on_step is None:
+            return _batched(objective, start.detach(), rows, config, run)
+        return _plain(objective, start.detach(), rows, config, run)
 
 
 def _float32(value: float) -> float:
