@@ -1,0 +1,208 @@
+"""The ensembles that are explained: many small classifiers computed as one.
+
+Knows the classifiers of latent codes and of images, with their members stacked along a leading axis, so that fifty cost
+about what one costs. Does not know how they are trained or stored.
+
+Shapes: B rows, C, H, W image, D latent, K classes, M members; every ensemble maps rows to logits (M, B, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clarity.vae import VAES, VAEConfig, feature_shape, in_blocks, require_eval
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """What an ensemble is built from; the defaults are the paper's 16-16-16-K for MNIST.
+
+    Args:
+        num_classes: K.
+        latent_dim: D, the width of the input.
+        hidden: widths of the hidden layers, each followed by a ReLU.
+        num_members: M.
+    """
+
+    num_classes: int
+    latent_dim: int = 16
+    hidden: tuple[int, ...] = (16, 16)
+    num_members: int = 50
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if self.num_classes < 2:
+            raise ValueError(f"an ensemble needs at least 2 classes, got {self.num_classes}")
+        if min(self.latent_dim, self.num_members, *self.hidden) < 1:
+            raise ValueError(f"latent_dim, hidden and num_members must be at least 1, got {self}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths from the code to the classes."""
+        return (self.latent_dim, *self.hidden, self.num_classes)
+
+
+class LatentEnsemble(nn.Module):
+    """M multilayer perceptrons on latent codes; ``weights.{i}`` is (M, in, out), ``biases.{i}`` (M, out)."""
+
+    def __init__(self, config: EnsembleConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weights, self.biases = _perceptrons(config)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Logits (M, B, K) of codes (B, D), seen by all members, or (M, B, D), one batch for each."""
+        return _perceptron_logits(z, self.weights, self.biases)
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight (M, in, out), bias (M, out)) of each layer, contiguous float32; a ReLU follows all but the last."""
+        return [
+            (weight.detach().float().contiguous(), bias.detach().float().contiguous())
+            for weight, bias in zip(self.weights, self.biases)
+        ]
+
+    def select(self, members: Sequence[int]) -> LatentEnsemble:
+        """The ensemble of some of the members, in the order given."""
+        return _selected(self, members, LatentEnsemble(replace(self.config, num_members=len(members))))
+
+    def member(self, m: int) -> LatentEnsemble:
+        """The ensemble of member m alone."""
+        return self.select([m])
+
+
+class ImageEnsemble(nn.Module):
+    """M convolutional classifiers, the paper's CNN: the VAE's encoder up to its mean, then the latent classifier.
+
+    The members' convolutions are one grouped convolution, so all tensors keep the member axis in front.
+    """
+
+    def __init__(self, config: EnsembleConfig, vae_config: VAEConfig) -> None:
+        super().__init__()
+        if config.latent_dim != vae_config.latent_dim:
+            raise ValueError(
+                f"latent_dim of the ensemble is {config.latent_dim}, of the encoder {vae_config.latent_dim}"
+            )
+        self.config = config
+        self.vae_config = vae_config
+        encoder, _ = VAES[vae_config.architecture].layers(vae_config)
+        self.encoder_layers = nn.Sequential(*(_grouped(layer, config.num_members) for layer in encoder))
+        channels, height, width = feature_shape(vae_config)
+        features = channels * height * width
+        bound = features**-0.5
+        self.mean_weight = nn.Parameter(_uniform((config.num_members, config.latent_dim, features), bound))
+        self.mean_bias = nn.Parameter(_uniform((config.num_members, config.latent_dim), bound))
+        self.weights, self.biases = _perceptrons(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (M, B, K) of images (B, C, H, W), seen by all members, or (M, B, C, H, W), one batch for each."""
+        members = self.config.num_members
+        if x.ndim == 4:
+            grouped = x.repeat(1, members, 1, 1)
+        else:
+            grouped = x.transpose(0, 1).flatten(1, 2)
+        h = self.encoder_layers(grouped)
+        h = h.unflatten(1, (members, -1)).flatten(2).transpose(0, 1)
+        z = torch.baddbmm(self.mean_bias.unsqueeze(1), h, self.mean_weight.transpose(1, 2))
+        return _perceptron_logits(z, self.weights, self.biases)
+
+    def select(self, members: Sequence[int]) -> ImageEnsemble:
+        """The ensemble of some of the members, in the order given."""
+        return _selected(self, members, ImageEnsemble(replace(self.config, num_members=len(members)), self.vae_config))
+
+    def member(self, m: int) -> ImageEnsemble:
+        """The ensemble of member m alone."""
+        return self.select([m])
+
+
+Ensemble = TypeVar("Ensemble", LatentEnsemble, ImageEnsemble)
+
+
+def stack_members(ensembles: Sequence[Ensemble]) -> Ensemble:
+    """One ensemble of all members of the given ones, in their order."""
+    first = ensembles[0]
+    config = replace(first.config, num_members=sum(ensemble.config.num_members for ensemble in ensembles))
+    if isinstance(first, ImageEnsemble):
+        stacked: nn.Module = ImageEnsemble(config, first.vae_config)
+    else:
+        stacked = LatentEnsemble(config)
+    states = [ensemble.state_dict() for ensemble in ensembles]
+    stacked.load_state_dict(
+        {
+            name: tensor if tensor.ndim == 0 else torch.cat([state[name] for state in states])
+            for name, tensor in states[0].items()
+        }
+    )
+    return stacked.train(first.training)  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def logits_rows(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor) -> Tensor:
+    """Logits (M, B, K) of codes (B, D) or images (B, C, H, W), each row computed as if it were alone.
+
+    On CPU a row's bits depend neither on its batch mates, nor on its place, nor on the numbers of rows and threads.
+    """
+    require_eval(ensemble)
+    return in_blocks(ensemble, points, dim=1)
+
+
+def _perceptrons(config: EnsembleConfig) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights and biases, uniform within 1 / sqrt(fan-in), from torch's global generator."""
+    weights, biases = nn.ParameterList(), nn.ParameterList()
+    for inputs, outputs in pairwise(config.widths):
+        weights.append(nn.Parameter(_uniform((config.num_members, inputs, outputs), inputs**-0.5)))
+        biases.append(nn.Parameter(_uniform((config.num_members, outputs), inputs**-0.5)))
+    return weights, biases
+
+
+def _uniform(shape: tuple[int, ...], bound: float) -> Tensor:
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
+def _perceptron_logits(z: Tensor, weights: nn.ParameterList, biases: nn.ParameterList) -> Tensor:
+    h = z.expand(len(weights[0]), *z.shape) if z.ndim == 2 else z
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        h = torch.baddbmm(bias.unsqueeze(1), F.relu(h) if i else h, weight)
+    return h
+
+
+def _grouped(layer: nn.Module, members: int) -> nn.Module:
+    """The layer that computes one such layer for each member, on channels laid out member by member."""
+    if isinstance(layer, nn.Conv2d):
+        grouped = nn.Conv2d(
+            layer.in_channels * members,
+            layer.out_channels * members,
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            groups=members,
+        )
+        return grouped
+    if isinstance(layer, nn.BatchNorm2d):
+        return nn.BatchNorm2d(layer.num_features * members, eps=layer.eps, momentum=layer.momentum)
+    if isinstance(layer, nn.PReLU):
+        return nn.PReLU(layer.num_parameters * members)
+    if not list(layer.parameters()):
+        return layer
+    raise ValueError(f"no grouped form is known of the layer {type(layer).__name__}")
+
+
+def _selected(ensemble: Ensemble, members: Sequence[int], target: Ensemble) -> Ensemble:
+    total = ensemble.config.num_members
+    if not len(members) or not all(0 <= m < total for m in members):
+        raise ValueError(f"members must be one or more of 0 ... {total - 1}, got {list(members)}")
+    index = torch.as_tensor(list(members))
+    state = {
+        name: tensor
+        if tensor.ndim == 0
+        else tensor.unflatten(0, (total, -1))[index.to(tensor.device)].flatten(0, 1).clone()
+        for name, tensor in ensemble.state_dict().items()
+    }
+    target.load_state_dict(state)
+    return target.train(ensemble.training).to(next(ensemble.parameters()).device)

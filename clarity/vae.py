@@ -1,0 +1,331 @@
+"""The variational autoencoder: images to latent codes and back.
+
+Knows architectures, the evidence lower bound, and how to run a network so that a row's bits depend on that row alone.
+Does not know about classes, files or training loops. Ends in ``VAES``: a new architecture is one function and one line.
+
+Shapes: B rows, C, H, W image in [0, 1], D latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """What a VAE is built from; the defaults are the paper's network for MNIST.
+
+    Args:
+        architecture: a key of ``VAES``.
+        image_shape: (C, H, W); every layer's size follows from it.
+        latent_dim: D.
+        channels: outputs of each stride-2 convolution of the encoder; the decoder mirrors them.
+        beta: weight of the KL term.
+        loss: a key of ``LOSSES``.
+    """
+
+    architecture: str = "conv"
+    image_shape: tuple[int, int, int] = (1, 28, 28)
+    latent_dim: int = 16
+    channels: tuple[int, ...] = (32, 64, 128)
+    beta: float = 1.0
+    loss: str = "bce"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if self.architecture not in VAES:
+            raise ValueError(f"unknown VAE architecture {self.architecture!r}; choose from {', '.join(sorted(VAES))}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown reconstruction loss {self.loss!r}; choose from {', '.join(sorted(LOSSES))}")
+        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
+            raise ValueError(f"image_shape must be three positive numbers (C, H, W), got {self.image_shape}")
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"channels must be one or more positive numbers, got {self.channels}")
+        if self.latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
+        if not self.beta >= 0:
+            raise ValueError(f"beta must be at least 0, got {self.beta}")
+
+
+#: Reconstruction losses from decoder logits, one value a pixel: negative log-likelihoods up to a constant.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce": lambda logits, x: F.binary_cross_entropy_with_logits(logits, x, reduction="none"),
+    "mse": lambda logits, x: (torch.sigmoid(logits) - x).square(),
+    "l1": lambda logits, x: (torch.sigmoid(logits) - x).abs(),
+}
+
+
+class VAE(nn.Module):
+    """A Gaussian encoder and a decoder, built by ``build_vae`` from a config (Kingma and Welling 2014)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder_layers, self.decoder_layers = VAES[config.architecture].layers(config)
+        self.feature_shape = feature_shape(config)
+        features = self.feature_shape[0] * self.feature_shape[1] * self.feature_shape[2]
+        self.mean = nn.Linear(features, config.latent_dim)
+        self.log_var = nn.Linear(features, config.latent_dim)
+        self.decoder_input = nn.Linear(config.latent_dim, features)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameters of the posterior: mean (B, D) and log-variance (B, D) of images (B, C, H, W)."""
+        h = self.encoder_layers(x).flatten(1)
+        return self.mean(h), self.log_var(h)
+
+    def decode_logits(self, z: Tensor) -> Tensor:
+        """Logits of the pixels (B, C, H, W) of codes (B, D)."""
+        return self.decoder_layers(self.decoder_input(z).unflatten(1, self.feature_shape))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
+        return torch.sigmoid(self.decode_logits(z))
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the reconstruction from a sampled code, and the posterior's mean and log-variance.
+
+        One call for the whole training step, which is what a data-parallel wrapper needs.
+        """
+        mean, log_var = self.encode(x)
+        return self.decode_logits(mean + torch.exp(0.5 * log_var) * noise), mean, log_var
+
+
+def elbo(vae: nn.Module, x: Tensor, noise: Tensor, config: VAEConfig | None = None) -> dict[str, Tensor]:
+    """The negative evidence lower bound with the KL term weighed by beta (Higgins et al. 2017).
+
+    Args:
+        vae: a VAE, or a wrapper around one, whose config is then given apart.
+        x: images (B, C, H, W).
+        noise: standard normal (B, D).
+        config: of the VAE.
+
+    Returns:
+        ``loss`` = ``reconstruction`` + beta * ``kl``: sums over pixels or dimensions, means over the rows, in nats.
+    """
+    config = config or vae.config  # type: ignore[assignment]
+    assert isinstance(config, VAEConfig)
+    logits, mean, log_var = vae(x, noise)
+    # The sums stay in float32 when the network ran in a shorter type.
+    reconstruction = LOSSES[config.loss](logits.float(), x.float()).flatten(1).sum(1).mean()
+    mean, log_var = mean.float(), log_var.float()
+    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
+    return {"loss": reconstruction + config.beta * kl, "reconstruction": reconstruction, "kl": kl}
+
+
+# ---- architectures -------------------------------------------------------------------------------------------------
+
+
+def feature_shape(config: VAEConfig) -> tuple[int, int, int]:
+    """Shape of what the encoder's layers hand to the two heads: each stride-2 convolution halves, rounding up."""
+    _, height, width = config.image_shape
+    for _ in config.channels:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return config.channels[-1], height, width
+
+
+def _down(inputs: int, outputs: int, activation: Callable[[int], nn.Module]) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), activation(outputs)]
+
+
+def _ups(config: VAEConfig, outputs: tuple[int, ...]) -> list[nn.ConvTranspose2d]:
+    """Transposed convolutions that undo the encoder's halvings exactly, for any height and width."""
+    sizes = [config.image_shape[1:]]
+    for _ in config.channels:
+        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+    sizes.reverse()
+    inputs = (config.channels[-1], *outputs[:-1])
+    return [
+        nn.ConvTranspose2d(
+            inputs[i],
+            outputs[i],
+            3,
+            stride=2,
+            padding=1,
+            output_padding=(after[0] - 2 * before[0] + 1, after[1] - 2 * before[1] + 1),
+        )
+        for i, (before, after) in enumerate(pairwise(sizes))
+    ]
+
+
+def conv_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
+    """Convolution, BatchNorm, PReLU for each entry of channels, and the mirror of it (the paper's VAE for MNIST)."""
+    ends = (config.image_shape[0], *config.channels)
+    encoder = [layer for pair in pairwise(ends) for layer in _down(*pair, nn.PReLU)]
+    decoder: list[nn.Module] = [nn.PReLU(config.channels[-1])]
+    ups = _ups(config, (*config.channels[-2::-1], config.image_shape[0]))
+    for up in ups[:-1]:
+        decoder += [up, nn.BatchNorm2d(up.out_channels), nn.PReLU(up.out_channels)]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder, ups[-1])
+
+
+def beta_vae_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
+    """Layers of PyTorch-VAE's beta-VAE (Subramanian 2020), ending in logits of [0, 1] where it ends in a tanh."""
+
+    def activation(_: int) -> nn.Module:
+        return nn.LeakyReLU()
+
+    ends = (config.image_shape[0], *config.channels)
+    encoder = [layer for pair in pairwise(ends) for layer in _down(*pair, activation)]
+    decoder: list[nn.Module] = []
+    for up in _ups(config, (*config.channels[-2::-1], config.channels[0])):
+        decoder += [up, nn.BatchNorm2d(up.out_channels), nn.LeakyReLU()]
+    return nn.Sequential(*encoder), nn.Sequential(
+        *decoder, nn.Conv2d(config.channels[0], config.image_shape[0], 3, padding=1)
+    )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One entry of ``VAES``: how to build the layers, and the fields of ``VAEConfig`` that suit them."""
+
+    layers: Callable[[VAEConfig], tuple[nn.Sequential, nn.Sequential]]
+    doc: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+VAES: dict[str, Architecture] = {
+    "conv": Architecture(conv_layers, "three convolutions, BatchNorm, PReLU: the paper's network for MNIST"),
+    "beta_vae": Architecture(
+        beta_vae_layers,
+        "the beta-VAE of PyTorch-VAE: the paper's network for CelebA",
+        {"channels": (32, 64, 128, 256, 512), "latent_dim": 128, "loss": "mse"},
+    ),
+}
+
+
+def vae_config(architecture: str, image_shape: tuple[int, int, int], **fields: Any) -> VAEConfig:
+    """The config of an architecture for an image shape: its defaults, then the fields that are not None."""
+    if architecture not in VAES:
+        raise ValueError(f"unknown VAE architecture {architecture!r}; choose from {', '.join(sorted(VAES))}")
+    given = {name: value for name, value in fields.items() if value is not None}
+    config = VAEConfig(architecture=architecture, image_shape=image_shape)
+    return replace(config, **{**VAES[architecture].defaults, **given})
+
+
+def build_vae(config: VAEConfig) -> VAE:
+    """A VAE with fresh weights drawn from torch's global generator."""
+    return VAE(config)
+
+
+# ---- rows that do not know each other ------------------------------------------------------------------------------
+
+#: Rows of one inference call on CPU and elsewhere: the fastest of 16 ... 512 for 28x28, and fixed, see ``in_blocks``.
+ROW_BLOCK = {"cpu": 128, "cuda": 1024}
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """Compute on one thread inside the block; yields the number of threads that was set before and is set again after.
+
+    Libraries cut long sums by the number of threads, so only a fixed number gives the same bits everywhere.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) -> Tensor:
+    """Apply a function to rows in blocks of one fixed size, the last one padded with zeros, without gradients.
+
+    Libraries choose their kernels by shape and by number of threads, so a row computed in two batch sizes differs in
+    its last bits. With one block size and one thread for a block (several blocks at a time, one for each of torch's
+    threads) the kernel is always the same, and within it no row's arithmetic depends on its place: the tests hold
+    this bitwise for every layer used.
+
+    Args:
+        function: maps a block to a tensor whose axis ``dim`` holds the block's rows.
+        rows: (B, ...).
+        dim: axis of the rows in the output.
+    """
+    size = ROW_BLOCK.get(rows.device.type, 1024)
+
+    def compute(start: int) -> Tensor:
+        part = rows[start : start + size]
+        with torch.inference_mode():
+            # A fresh buffer each time: alignment of the memory is a shape too.
+            block = rows.new_zeros((size, *rows.shape[1:]))
+            block[: len(part)] = part
+            return function(block).narrow(dim, 0, len(part))
+
+    starts = range(0, max(len(rows), 1), size)
+    if rows.device.type != "cpu":
+        return torch.cat([compute(start) for start in starts], dim)
+    with one_thread() as threads:
+        if threads == 1 or len(starts) == 1:
+            outputs = [compute(start) for start in starts]
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                outputs = list(pool.map(compute, starts))
+    return torch.cat(outputs, dim)
+
+
+def _folded(layers: nn.Sequential) -> nn.Sequential:
+    """The layers with each BatchNorm folded into the convolution before it, channels last: the same map, faster."""
+    folded: list[nn.Module] = []
+    for layer in layers:
+        previous = folded[-1] if folded else None
+        if isinstance(layer, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d | nn.ConvTranspose2d):
+            folded[-1] = fuse_conv_bn_eval(
+                previous.eval(), layer.eval(), transpose=isinstance(previous, nn.ConvTranspose2d)
+            )
+        else:
+            folded.append(layer)
+    return nn.Sequential(*folded)
+
+
+def require_eval(module: nn.Module) -> None:
+    """Raise ValueError when a network is in training mode."""
+    if module.training:
+        raise ValueError("the network is in training mode, where rows depend on each other; call .eval() on it first")
+
+
+@torch.inference_mode()
+def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean and log-variance (B, D) of images (B, C, H, W), each row computed as if it were alone.
+
+    On CPU a row's bits depend neither on its batch mates, nor on its place, nor on the numbers of rows and threads.
+    """
+    require_eval(vae)
+    layers = _folded(vae.encoder_layers)
+    weight = torch.cat([vae.mean.weight, vae.log_var.weight])
+    bias = torch.cat([vae.mean.bias, vae.log_var.bias])
+
+    def encode(block: Tensor) -> Tensor:
+        h = layers(block.contiguous(memory_format=torch.channels_last))
+        return F.linear(h.contiguous().flatten(1), weight, bias)
+
+    mean, log_var = in_blocks(encode, _checked(x, vae.config.image_shape)).chunk(2, 1)
+    return mean.contiguous(), log_var.contiguous()
+
+
+@torch.inference_mode()
+def decode_rows(vae: VAE, z: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] of codes (B, D), each row computed as if it were alone (see ``encode_rows``)."""
+    require_eval(vae)
+    layers = _folded(vae.decoder_layers)
+
+    def decode(block: Tensor) -> Tensor:
+        h = vae.decoder_input(block).unflatten(1, vae.feature_shape)
+        return torch.sigmoid(layers(h.contiguous(memory_format=torch.channels_last))).contiguous()
+
+    return in_blocks(decode, _checked(z, (vae.config.latent_dim,)))
+
+
+def _checked(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(rows.shape[1:]) != shape or not rows.is_floating_point():
+        raise ValueError(f"expected float rows of shape {('B', *shape)}, got {tuple(rows.shape)} of {rows.dtype}")
+    return rows
