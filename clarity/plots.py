@@ -1,0 +1,499 @@
+"""Figures: the grids, curves and maps of notebooks, of the README and of the comparison.
+
+Knows how to draw arrays. Does not know models, methods or audits; nothing global is touched: no pyplot, no backend, no
+style outside the figure being made. Every figure reads in greyscale: what colour tells, a dash, a marker or a shade
+tells too.
+
+Shapes: R rows and Q columns of a grid, C, H, W image, K classes, M members, T points of a curve, N points.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from clarity import storage
+
+Array = np.ndarray
+
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # letters stay letters in the PDF
+    "svg.hashsalt": "clarity",
+    "figure.dpi": 150,
+    "savefig.dpi": 200,
+}
+DARK, MIDDLE, LIGHT = "#7f0000", "#2166ac", "#6baed6"  # falling darkness
+FULL_WIDTH = 6.75  # inches, two columns of a paper
+TEXT: dict[str, Any] = {"ha": "center", "va": "center"}
+
+
+class Picture(Figure):
+    """A matplotlib figure that shows itself as the last line of a notebook cell, and writes itself to files."""
+
+    def _repr_png_(self) -> bytes:
+        return self.render("png")
+
+    def render(self, suffix: str) -> bytes:
+        """The figure as the bytes of a png, pdf or svg file, the same bytes each time."""
+        if suffix not in ("png", "pdf", "svg"):
+            raise ValueError(f"a figure is written as png, pdf or svg, got {suffix!r}")
+        metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
+        buffer = BytesIO()
+        with style.context(["default", STYLE]):
+            self.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.04, metadata=metadata)
+        return buffer.getvalue()
+
+    def write(self, stem: str, suffixes: Sequence[str] = ("png", "pdf")) -> list[str]:
+        """Write ``stem``.png and ``stem``.pdf (or what ``suffixes`` names), on a disk or an object store."""
+        paths = [f"{stem}.{suffix}" for suffix in suffixes]
+        for path, suffix in zip(paths, suffixes):
+            storage.write_bytes(path, self.render(suffix))
+        return paths
+
+
+Drawing = TypeVar("Drawing", bound=Callable[..., Picture])
+
+
+def _styled(draw: Drawing) -> Drawing:
+    """Draw under ``STYLE``, and leave every setting of the session as it was."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any, **kwargs: Any) -> Picture:
+        with style.context(["default", STYLE]):
+            return draw(*args, **kwargs)
+
+    return styled  # type: ignore[return-value]
+
+
+def _picture(width: float, height: float) -> Picture:
+    picture = Picture(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(picture)
+    return picture
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+@_styled
+def image_grid(
+    images: Sequence[Sequence[Array | None]],
+    column_names: Sequence[str],
+    row_names: Sequence[str] = (),
+    *,
+    notes: Sequence[Sequence[str]] = (),
+    differences: bool = False,
+    cell: float = 0.62,
+) -> Picture:
+    """Images in R rows and Q columns, the original first in each row (Tables 1 and 2, Figures 1, 2, 4 and 9).
+
+    Args:
+        images: (C, H, W) each, uint8 or float in [0, 1]; None leaves the place empty with a dash.
+        column_names: Q names, above.
+        row_names: R names, on the left.
+        notes: R x Q short texts under the images.
+        differences: under each row, each image minus the row's first: black where it lost light, white where it
+            gained, grey where nothing changed.
+        cell: side of an image, in inches.
+    """
+    _check_grid(images, column_names, row_names, notes)
+    blocks = 2 if differences else 1
+    rows, columns = len(images) * blocks, len(column_names)
+    aspect = next(image.shape[1] / image.shape[2] for row in images for image in row if image is not None)
+    below = 0.13 if notes else 0.0
+    side = 0.11 * max([len(name) for name in row_names], default=0) * 0.62
+    extra = 0.75 if differences else 0.0
+    picture = _picture(side + columns * cell + extra, 0.2 + rows * (cell * aspect + below))
+    axes = picture.subplots(rows, columns, squeeze=False)
+    engine = picture.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)  # type: ignore[call-arg]
+    for q, name in enumerate(column_names):
+        axes[0, q].set_title(name, pad=3)
+    for r, row in enumerate(images):
+        if row_names:
+            axes[r * blocks, 0].set_ylabel(row_names[r], rotation=0, ha="right", va="center", labelpad=4)
+        for q, image in enumerate(row):
+            place = axes[r * blocks, q]
+            _blank(place)
+            if image is None:
+                place.text(0.5, 0.5, "–", transform=place.transAxes, **TEXT)
+            else:
+                place.imshow(_displayed(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if notes:
+                place.set_xlabel(notes[r][q], fontsize=6, labelpad=1.5)
+            if differences:
+                _difference(axes[r * blocks + 1, q], image if q else None, row[0])
+    if differences:
+        bar = picture.colorbar(
+            ScalarMappable(Normalize(-1, 1), "gray"), ax=axes[:, -1].tolist(), shrink=0.5, aspect=30, pad=0.06
+        )
+        bar.set_label("difference from the original")
+        bar.set_ticks([-1, 0, 1], labels=["−1", "0", "+1"])
+    return picture
+
+
+def _check_grid(images: Any, column_names: Any, row_names: Any, notes: Any) -> None:
+    if not images or any(len(row) != len(column_names) for row in images):
+        raise ValueError(
+            f"a grid needs rows of {len(column_names)} images each, got rows of {[len(row) for row in images]}"
+        )
+    for name, given in (("row_names", row_names), ("notes", notes)):
+        if given and len(given) != len(images):
+            raise ValueError(f"a grid of {len(images)} rows needs as many {name}, got {len(given)}")
+    if all(image is None for row in images for image in row):
+        raise ValueError("a grid needs at least one image")
+
+
+def _displayed(image: Array) -> Array:
+    """(C, H, W) uint8 or float as imshow takes it: (H, W) or (H, W, 3), float in [0, 1]."""
+    image = np.asarray(image)
+    scaled = image / 255 if image.dtype == np.uint8 else np.clip(image.astype(np.float64), 0, 1)
+    if scaled.ndim != 3 or scaled.shape[0] not in (1, 3):
+        raise ValueError(f"an image to draw has shape (1 or 3, H, W), got {scaled.shape}")
+    return scaled[0] if scaled.shape[0] == 1 else scaled.transpose(1, 2, 0)
+
+
+def _difference(place: Any, image: Array | None, original: Array | None) -> None:
+    _blank(place)
+    if image is None or original is None:
+        for spine in place.spines.values():
+            spine.set_visible(False)
+        return
+    moved = _displayed(image) - _displayed(original)
+    shown = moved if moved.ndim == 2 else moved.mean(axis=2)
+    place.imshow(shown, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+
+
+def _blank(place: Any) -> None:
+    place.set_xticks([])
+    place.set_yticks([])
+    for spine in place.spines.values():
+        spine.set_visible(True)
+        spine.set_linewidth(0.4)
+        spine.set_color("0.6")
+
+
+def counterfactual(
+    x: Array, x_cf: Array, *, source: str, target: str, reconstruction: Array | None = None, note: str = ""
+) -> Picture:
+    """One counterfactual beside its original with their difference: the inline picture of a notebook.
+
+    The difference is taken from the reconstruction where one is given, so that the VAE's own error is not shown.
+    """
+    base = x if reconstruction is None else reconstruction
+    names = ["original", *(["reconstruction"] if reconstruction is not None else []), f"{source} → {target}"]
+    shown = [x, *([reconstruction] if reconstruction is not None else []), x_cf]
+    picture = image_grid([shown], names, notes=[["" for _ in shown[:-1]] + [note]] if note else (), cell=1.0)
+    return _with_difference(picture, x_cf, base)
+
+
+@_styled
+def _with_difference(picture: Picture, x_cf: Array, base: Array) -> Picture:
+    count = len(picture.axes)
+    width, height = picture.get_size_inches()
+    picture.set_size_inches(width * (count + 1) / count, height)
+    grid = picture.add_gridspec(1, count + 1)
+    for i, place in enumerate(list(picture.axes)):
+        place.set_subplotspec(grid[0, i])
+    place = picture.add_subplot(grid[0, count])
+    _difference(place, x_cf, base)
+    place.set_title("difference", pad=3)
+    return picture
+
+
+@_styled
+def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Sequence[float], *, target: str) -> Picture:
+    """A search as a strip: images at some of its steps, with the step and the target probability under each."""
+    if not len(images) == len(steps) == len(target_prob) > 0:
+        raise ValueError(
+            f"a strip needs one step and one probability an image, got {len(images)}, {len(steps)}, {len(target_prob)}"
+        )
+    picture = _picture(min(FULL_WIDTH, 0.72 * len(images)), 1.25)
+    axes = picture.subplots(1, len(images), squeeze=False)[0]
+    for i, place in enumerate(axes):
+        _blank(place)
+        place.imshow(_displayed(images[i]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        place.set_title(f"step {steps[i]}" if not i else f"{steps[i]}", pad=3)
+        place.set_xlabel(f"{target_prob[i]:.2f}", labelpad=2)
+    axes[0].set_ylabel(f"p({target})", rotation=0, ha="right", va="bottom", labelpad=4, y=-0.32)
+    return picture
+
+
+@_styled
+def class_pair_map(
+    values: Array, class_names: Sequence[str], *, title: str, label: str, percent: bool = False, low_is_bad: bool = True
+) -> Picture:
+    """A number for each (source, target) as a K x K map with the numbers written in; NaN stays empty.
+
+    Args:
+        values: (K, K), sources in rows, targets in columns.
+        class_names: K names.
+        title: above the map.
+        label: of the shade, with its unit.
+        percent: write shares as percentages.
+        low_is_bad: the worst value gets the darkest shade.
+    """
+    values, count = np.asarray(values, dtype=np.float64), len(class_names)
+    if values.shape != (count, count):
+        raise ValueError(f"a map of {count} classes needs values ({count}, {count}), got {values.shape}")
+    side = max(2.4, 0.36 * count + 0.9)
+    picture = _picture(side + 0.7, side)
+    place = picture.subplots()
+    low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0.0, 1.0)
+    scale = Normalize(low, high if high > low else low + 1)
+    cmap = matplotlib.colormaps["gray" if low_is_bad else "gray_r"]
+    shown = place.imshow(np.ma.masked_invalid(values), cmap=cmap, norm=scale)
+    for i in range(count):
+        for j in range(count):
+            if np.isfinite(values[i, j]):
+                text = f"{100 * values[i, j]:.0f}" if percent else f"{values[i, j]:.3g}"
+                dark = cmap(scale(values[i, j]))[0] < 0.5
+                place.text(j, i, text, color="white" if dark else "black", fontsize=6, **TEXT)
+    place.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 3 else 0)
+    place.set_yticks(range(count), class_names)
+    place.set_xlabel("target")
+    place.set_ylabel("source")
+    place.set_title(title)
+    place.spines[:].set_visible(False)
+    bar = picture.colorbar(shown, ax=place, shrink=0.7, aspect=22)
+    bar.set_label(label)
+    if percent:
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    return picture
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+@_styled
+def probability_curves(
+    panels: Mapping[str, tuple[Array, Array]], *, xlabel: str = "position t on the segment between the two codes"
+) -> Picture:
+    """Figure 5: the target's probability along a segment, one thin line for each classifier, in one panel a segment.
+
+    Args:
+        panels: title -> (curves of image classifiers (M, T), curves of latent classifiers (M', T)).
+        xlabel: below the middle of the panels.
+    """
+    picture = _picture(min(FULL_WIDTH, 0.4 + 3.1 * len(panels)), 2.3)
+    axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    image_count = latent_count = 0
+    for place, (title, (image_curves, latent_curves)) in zip(axes, panels.items()):
+        image_count, latent_count = len(image_curves), len(latent_curves)
+        t = np.linspace(0, 1, image_curves.shape[-1])
+        for curve in latent_curves:
+            place.plot(t, curve, color=LIGHT, lw=0.7, alpha=0.6, zorder=2)
+        for curve in image_curves:
+            place.plot(t, curve, color=DARK, lw=0.6, alpha=0.7, ls=(0, (4, 1.5)), zorder=3)
+        place.set_title(title)
+        _unit_axes(place)
+    axes[0].set_ylabel("probability of the target")
+    picture.supxlabel(xlabel, fontsize=8)
+    handles = [
+        Line2D([], [], color=DARK, ls=(0, (4, 1.5)), label=f"{image_count} image classifiers (REVISE)"),
+        Line2D([], [], color=LIGHT, label=f"{latent_count} latent classifiers"),
+    ]
+    picture.legend(handles=handles, loc="outside upper center", ncols=2)
+    return picture
+
+
+@_styled
+def segment_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
+    """Figure 7: the image ensemble's target probability on the same segment, walked in the image and in the latent
+    space.
+
+    Args:
+        panels: title -> (curve in the image space (T,), curve in the latent space (T,)).
+    """
+    picture = _picture(min(FULL_WIDTH, 0.4 + 3.1 * len(panels)), 2.2)
+    axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for place, (title, curves) in zip(axes, panels.items()):
+        t = np.linspace(0, 1, len(curves[0]))
+        place.plot(t, curves[0], color=DARK, ls=(0, (4, 1.5)))
+        place.plot(t, curves[1], color=MIDDLE)
+        place.set_title(title)
+        _unit_axes(place)
+    axes[0].set_ylabel("probability of the target")
+    picture.supxlabel("position t on the segment", fontsize=8)
+    handles = [
+        Line2D([], [], color=DARK, ls=(0, (4, 1.5)), label="walked in the image space"),
+        Line2D([], [], color=MIDDLE, label="walked in the latent space"),
+    ]
+    picture.legend(handles=handles, loc="outside upper center", ncols=2)
+    return picture
+
+
+def _unit_axes(place: Any) -> None:
+    place.set_xlim(0, 1)
+    place.set_ylim(-0.02, 1.02)
+    place.set_xticks([0, 0.5, 1], labels=["0", "0.5", "1"])
+    place.set_yticks([0, 0.5, 1], labels=["0", "0.5", "1"])
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One search, step by step: each (T,), the start included; ``images`` may hold the first and the last."""
+
+    target_prob: Array
+    aleatoric: Array
+    epistemic: Array
+    images: tuple[Array, Array] | None = None
+
+
+@_styled
+def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_target_prob: float = 0.99) -> Picture:
+    """Figure 8: target probability, logarithm of the epistemic uncertainty and aleatoric uncertainty at each step."""
+    picture = _picture(min(FULL_WIDTH, 0.5 + 3.1 * len(traces)), 2.5)
+    axes = picture.subplots(1, len(traces), sharey=True, squeeze=False)[0]
+    logs = [np.log10(np.maximum(trace.epistemic, 1e-8)) for trace in traces.values()]
+    bottom, top = np.floor(min(map(np.min, logs))), max(0.0, float(np.ceil(max(map(np.max, logs)))))
+    height = max(1.02, max(float(np.max(trace.aleatoric)) for trace in traces.values()) * 1.03)
+    for i, (place, (name, trace), log) in enumerate(zip(axes, traces.items(), logs)):
+        steps = np.arange(len(trace.target_prob))
+        place.axhline(min_target_prob, color="0.75", lw=0.6, zorder=0)
+        place.plot(steps, trace.target_prob, color=MIDDLE)
+        place.plot(steps, trace.aleatoric, color="#4d9221", ls=(0, (1, 1)), lw=1.4)
+        right = place.twinx()
+        right.plot(steps, log, color=DARK, ls=(0, (5, 1.5)), lw=1)
+        right.set_ylim(bottom, top)
+        right.spines["right"].set_visible(True)
+        if i == len(traces) - 1:
+            right.set_ylabel("log$_{10}$ epistemic uncertainty (nats)")
+        else:
+            right.set_yticklabels([])
+        place.set_ylim(-0.02, height)
+        place.set_xlim(0, max(1, steps[-1]))
+        place.set_xlabel("step")
+        place.set_title(f"{name}, {source} → {target}, {steps[-1]} steps")
+        for k, image in enumerate(trace.images or ()):
+            corner = place.inset_axes((0.62 + 0.19 * k, 0.33, 0.17, 0.24))
+            corner.imshow(_displayed(image), cmap="gray", vmin=0, vmax=1)
+            _blank(corner)
+            corner.set_title(("start", "end")[k], fontsize=6, pad=1.5)
+    axes[0].set_ylabel("target probability;\naleatoric uncertainty (nats)")
+    handles = [
+        Line2D([], [], color=MIDDLE, label="target probability"),
+        Line2D([], [], color="#4d9221", ls=(0, (1, 1)), lw=1.4, label="aleatoric (nats)"),
+        Line2D([], [], color=DARK, ls=(0, (5, 1.5)), label="log$_{10}$ epistemic (right axis)"),
+    ]
+    picture.legend(handles=handles, loc="outside upper center", ncols=3)
+    return picture
+
+
+def uncertainty_curve(trace: Trace, *, source: str, target: str, name: str = "Clarity") -> Picture:
+    """One search's probability and uncertainties by step; see ``search_traces`` for several side by side."""
+    return search_traces({name: trace}, source=source, target=target)
+
+
+@dataclass(frozen=True)
+class LatentMap:
+    """One panel of Figure 10: a map (G, G) of epistemic uncertainty, rows by z2 and columns by z1, and a path (T, 2).
+
+    ``image`` is what the search ended with; ``group`` names the panels that share one scale of shades.
+    """
+
+    epistemic: Array
+    path: Array
+    image: Array | None = None
+    group: str = ""
+
+
+@_styled
+def latent_paths(
+    panels: Mapping[str, LatentMap],
+    extent: tuple[float, float, float, float],
+    source_points: Array,
+    target_points: Array,
+    *,
+    source: str,
+    target: str,
+) -> Picture:
+    """Figure 10: the paths of the methods in a 2-D latent space over the epistemic uncertainty of their classifier.
+
+    Args:
+        panels: name -> map and path.
+        extent: (z1 low, z1 high, z2 low, z2 high) of every map.
+        source_points: (N, 2) codes of test images of the source class.
+        target_points: (N', 2) of the target class.
+        source: name of the class.
+        target: name of the class.
+    """
+    count = len(panels)
+    picture = _picture(FULL_WIDTH, 0.75 + FULL_WIDTH / max(count, 3))
+    axes = picture.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
+    groups = list(dict.fromkeys(panel.group for panel in panels.values()))
+    for place, (name, panel) in zip(axes, panels.items()):
+        shared = max(float(other.epistemic.max()) for other in panels.values() if other.group == panel.group)
+        shown = place.imshow(
+            panel.epistemic, extent=extent, origin="lower", cmap="gray", vmin=0, vmax=shared, aspect="auto"
+        )
+        place.scatter(*source_points.T, s=5, marker="o", c="#fec44f", edgecolors="black", linewidths=0.15, alpha=0.75)
+        place.scatter(*target_points.T, s=6, marker="^", c="#1c9099", edgecolors="white", linewidths=0.15, alpha=0.75)
+        place.plot(*panel.path.T, color="white", lw=2.6, zorder=4)
+        place.plot(*panel.path.T, color="#d7301f", lw=1.3, zorder=5)
+        place.scatter(*panel.path[0], s=34, marker="o", c="white", edgecolors="black", linewidths=1, zorder=6)
+        place.scatter(*panel.path[-1], s=34, marker="s", c="black", edgecolors="white", linewidths=1, zorder=7)
+        place.set_xlim(extent[0], extent[1])
+        place.set_ylim(extent[2], extent[3])
+        place.set_title(name)
+        place.set_xlabel("$z_1$")
+        place.set_box_aspect(1)
+        if panel.image is not None:
+            corner = place.inset_axes((0.72, 0.72, 0.27, 0.27))
+            corner.imshow(_displayed(panel.image), cmap="gray", vmin=0, vmax=1)
+            _blank(corner)
+        if [other.group for other in panels.values()][: list(panels).index(name) + 1].count(panel.group) == 1:
+            members = [axis for axis, other in zip(axes, panels.values()) if other.group == panel.group]
+            bar = picture.colorbar(shown, ax=members, location="bottom", shrink=0.8 / len(members) + 0.1, aspect=18)
+            bar.set_label(f"epistemic uncertainty (nats), {panel.group}" if len(groups) > 1 else "epistemic (nats)")
+    axes[0].set_ylabel("$z_2$")
+    handles = [
+        Line2D([], [], ls="", marker="o", mfc="#fec44f", mec="black", mew=0.3, ms=4, label=f"test images of {source}"),
+        Line2D([], [], ls="", marker="^", mfc="#1c9099", mec="black", mew=0.3, ms=4, label=f"test images of {target}"),
+        Line2D([], [], color="#d7301f", label="path"),
+        Line2D([], [], ls="", marker="o", mfc="white", mec="black", ms=5, label="start"),
+        Line2D([], [], ls="", marker="s", mfc="black", mec="white", ms=6, label="end"),
+    ]
+    picture.legend(handles=handles, loc="outside upper center", ncols=5)
+    return picture
+
+
+@_styled
+def score_bars(scores: Mapping[str, tuple[float, float, float]], *, label: str) -> Picture:
+    """Methods' scores as points with intervals: name -> (mean, low, high), best on top in the order given."""
+    picture = _picture(3.3, 0.5 + 0.2 * len(scores))
+    place = picture.subplots()
+    for i, (mean, low, high) in enumerate(scores.values()):
+        place.plot([low, high], [i, i], color="0.4", lw=1)
+        place.plot(mean, i, marker="o", color="black", ms=3.5)
+    place.set_yticks(range(len(scores)), list(scores))
+    place.invert_yaxis()
+    place.set_xlabel(label)
+    place.grid(axis="x", lw=0.3, color="0.8")
+    return picture

@@ -1,0 +1,127 @@
+"""Figures: they show what they are given, write the same files each time, and leave the session's style alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from clarity import plots
+
+C, H, W, K = 3, 8, 12, 4
+
+
+def image(value: float) -> np.ndarray:
+    return np.full((C, H, W), value, dtype=np.float32)
+
+
+def trace(steps: int) -> plots.Trace:
+    t = np.linspace(0, 1, steps + 1)
+    return plots.Trace(t, 0.5 * t * (1 - t), 0.1 * t * (1 - t), (image(0.1), image(0.9)))
+
+
+def latent_map(group: str) -> plots.LatentMap:
+    return plots.LatentMap(np.random.default_rng(0).random((6, 6)), np.array([[0.0, 0], [1, 1]]), image(0.5), group)
+
+
+PICTURES = {
+    "image_grid": lambda: plots.image_grid(
+        [[image(0), image(1), None], [image(0.5), None, image(0.2)]], ["original", "a", "b"], ["1 → 2", "3 → 0"]
+    ),
+    "image_grid_differences": lambda: plots.image_grid(
+        [[image(0), image(1)]], ["original", "a"], ["1 → 2"], notes=[["", "p = 1"]], differences=True
+    ),
+    "counterfactual": lambda: plots.counterfactual(image(0.2), image(0.7), source="cat", target="dog", note="p = 1"),
+    "path_strip": lambda: plots.path_strip([image(0.1), image(0.9)], [0, 7], [0.1, 0.99], target="dog"),
+    "class_pair_map": lambda: plots.class_pair_map(
+        np.where(np.eye(K, dtype=bool), np.nan, 0.5), "abcd", title="t", label="share", percent=True
+    ),
+    "probability_curves": lambda: plots.probability_curves({"a": (np.random.rand(2, 9), np.random.rand(3, 9))}),
+    "segment_curves": lambda: plots.segment_curves({"a": (np.random.rand(9), np.random.rand(9))}),
+    "search_traces": lambda: plots.search_traces({"R": trace(9), "C": trace(4)}, source="3", target="8"),
+    "uncertainty_curve": lambda: plots.uncertainty_curve(trace(5), source="3", target="8"),
+    "latent_paths": lambda: plots.latent_paths(
+        {"FGSM": latent_map("image"), "R": latent_map("image"), "Clarity": latent_map("latent")},
+        (-3, 3, -2, 2), np.zeros((5, 2)), np.ones((7, 2)), source="5", target="1",
+    ),
+    "score_bars": lambda: plots.score_bars({"a": (0.5, 0.4, 0.6), "b": (0.9, 0.8, 0.95)}, label="share"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_picture_renders_inline_and_to_files(name: str, tmp_path: Path) -> None:
+    picture = PICTURES[name]()
+    shown = Image.open(BytesIO(picture._repr_png_()))
+    assert min(shown.size) > 50 and np.asarray(shown.convert("L")).std() > 1
+    paths = picture.write(str(tmp_path / "figure"), ("png", "pdf", "svg"))
+    assert [Path(path).read_bytes()[:5] for path in paths] == [b"\x89PNG\r", b"%PDF-", b"<?xml"]
+    assert max(picture.get_size_inches()[0], 0) <= 2 * plots.FULL_WIDTH
+
+
+def test_picture_is_the_same_bytes_each_time() -> None:
+    for suffix in ("png", "pdf", "svg"):
+        first, second = (PICTURES["search_traces"]().render(suffix) for _ in range(2))
+        assert first == second
+    with pytest.raises(ValueError, match="gif"):
+        PICTURES["score_bars"]().render("gif")
+
+
+def test_importing_touches_nothing_global() -> None:
+    code = (
+        "import matplotlib, sys; before = dict(matplotlib.rcParams); import clarity.plots as p; "
+        "p.score_bars({'a': (0, 0, 1)}, label='x')._repr_png_(); "
+        "assert 'matplotlib.pyplot' not in sys.modules; "
+        "assert {k: v for k, v in matplotlib.rcParams.items() if k != 'backend'} "
+        "== {k: v for k, v in before.items() if k != 'backend'}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_style_of_the_session_does_not_reach_a_picture() -> None:
+    plain = PICTURES["score_bars"]().render("png")
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        assert PICTURES["score_bars"]().render("png") == plain
+
+
+def test_difference_is_grey_where_nothing_changed() -> None:
+    changed = image(0.5)
+    changed[:, 2, 3] = 1.0
+    picture = plots.counterfactual(image(0.5), changed, source="a", target="b")
+    shown = picture.axes[-1].images[0].get_array()
+    assert shown.shape == (H, W) and shown[2, 3] == pytest.approx(0.5) and np.count_nonzero(shown) == 1
+    assert picture.axes[-1].images[0].get_clim() == (-1, 1)
+
+
+def test_grid_keeps_rows_and_columns_apart() -> None:
+    rows = [[image((r * 3 + q) / 10) for q in range(3)] for r in range(2)]
+    picture = plots.image_grid(rows, ["original", "a", "b"], ["first", "second"])
+    values = [float(axis.images[0].get_array().mean()) for axis in picture.axes]
+    assert values == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert [axis.get_title() for axis in picture.axes[:3]] == ["original", "a", "b"]
+
+
+def test_bytes_and_floats_are_drawn_alike() -> None:
+    byte = np.full((1, H, W), 51, dtype=np.uint8)
+    assert np.allclose(plots._displayed(byte), 0.2) and plots._displayed(byte).shape == (H, W)
+    assert plots._displayed(image(2.0)).max() == 1 and plots._displayed(image(0.3)).shape == (H, W, 3)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows of 2"):
+        plots.image_grid([[image(0)]], ["a", "b"])
+    with pytest.raises(ValueError, match="row_names"):
+        plots.image_grid([[image(0)]], ["a"], ["x", "y"])
+    with pytest.raises(ValueError, match="at least one"):
+        plots.image_grid([[None]], ["a"])
+    with pytest.raises(ValueError, match="values"):
+        plots.class_pair_map(np.zeros((2, 3)), "ab", title="", label="")
+    with pytest.raises(ValueError, match="1 or 3"):
+        plots.counterfactual(np.zeros((2, H, W)), np.zeros((2, H, W)), source="a", target="b")
+    with pytest.raises(ValueError, match="strip"):
+        plots.path_strip([image(0)], [0, 1], [0.5], target="a")
