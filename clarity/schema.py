@@ -64,6 +64,19 @@ COUNTERFACTUALS_DOC = {
     "x_cf": "the counterfactual image as PNG; null with --images none",
 }
 
+#: What each column of ``traces`` says. One row for each (image, target, step) of the traced images.
+TRACES_DOC = {
+    "image_id": "the image, as in codes",
+    "source": "class that the latent ensemble sees in the image",
+    "target": "wanted class",
+    "step": "updates applied so far, from 0",
+    "target_prob": "mean probability of the target, by the method's own classifier",
+    "predictive": "predictive uncertainty, by the method's own classifier, in nats",
+    "aleatoric": "aleatoric uncertainty, in nats",
+    "epistemic": "epistemic uncertainty, in nats; null for a single classifier",
+    "z": "code of the point, D values; pixel methods: the code of the image",
+}
+
 
 def shard_schema(image_shape: tuple[int, int, int], attributes: tuple[str, ...] = ()) -> pa.Schema:
     """Table that a source reads for one shard: one row for each image, in the listing's order.
@@ -151,6 +164,22 @@ def counterfactuals_schema(latent_dim: int) -> pa.Schema:
         "x_cf": pa.binary(),
     }
     return _described(types, COUNTERFACTUALS_DOC, required=("image_id", "source", "target", "method", "status"))
+
+
+def traces_schema(latent_dim: int) -> pa.Schema:
+    """Schema of ``traces/*.parquet``; rows of a file are sorted by (target, image_id, step)."""
+    types = {
+        "image_id": pa.string(),
+        "source": pa.int32(),
+        "target": pa.int32(),
+        "step": pa.int32(),
+        "target_prob": pa.float32(),
+        "predictive": pa.float32(),
+        "aleatoric": pa.float32(),
+        "epistemic": pa.float32(),
+        "z": pa.list_(pa.float32(), latent_dim),
+    }
+    return _described(types, TRACES_DOC, required=("image_id", "source", "target", "step"))
 
 
 def fixed_size_list(values: np.ndarray, valid: np.ndarray | None = None) -> pa.FixedSizeListArray:

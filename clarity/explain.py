@@ -1,0 +1,698 @@
+"""From a shard of images to the rows of an audit: encode, predict, search every wanted target, decode, judge.
+
+Here the rooms meet: models, methods and tables. Also what each worker of a job runs on one shard, as plain functions
+and one class: reading, explaining, writing. Does not know Ray.
+
+Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from clarity import audit, data, schema, storage
+from clarity.checkpoints import Model, fold_of, load_model
+from clarity.classifiers import logits_rows
+from clarity.methods import METHODS, Pairs
+from clarity.search import Counterfactuals, SearchConfig
+from clarity.uncertainty import decompose
+from clarity.vae import decode_rows, encode_rows, in_blocks
+
+
+@dataclass
+class Explained:
+    """The tables of a shard, and ``stats``: engine, device, threads, seconds by stage."""
+
+    codes: pa.Table
+    counterfactuals: pa.Table
+    stats: dict[str, Any]
+    traces: pa.Table | None = None
+
+
+@dataclass
+class Judged:
+    """What classifiers see in B points: mean probabilities (B, K), uncertainties (B,) in nats."""
+
+    probs: np.ndarray
+    predictive: np.ndarray
+    aleatoric: np.ndarray
+    epistemic: np.ndarray
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class _Part:
+    """Images that one ensemble explains, and what is known of them so far: B images, P pairs.
+
+    ``of`` (P,) is the image of each pair, ``target`` (P,) its target.
+    """
+
+    model: Model
+    ids: list[str]
+    label: pa.Array
+    pixels: np.ndarray = field(init=False)
+    x: Tensor = field(init=False)
+    z: Tensor = field(init=False)
+    log_var: Tensor = field(init=False)
+    reconstruction: Tensor = field(init=False)
+    seen: Judged = field(init=False)
+    source: np.ndarray = field(init=False)
+    of: np.ndarray = field(init=False)
+    target: np.ndarray = field(init=False)
+    pairs: Pairs = field(init=False)
+    found: Counterfactuals = field(init=False)
+    initial: Judged = field(init=False)
+    final: Judged = field(init=False)
+    x_cf: Tensor = field(init=False)
+    z_cf: Tensor = field(init=False)
+    shown: np.ndarray = field(init=False)
+    again: Judged = field(init=False)
+
+
+class Explainer:
+    """Explains shards of images with one method and one model.
+
+    A row's bits depend on its image, its target, the model and the configuration alone.
+
+    Args:
+        model: a Model, or the place of one.
+        method: a key of METHODS.
+        config: of the search.
+        targets: class indices to ask for; None for all. The class that the model sees is never asked for.
+        images: png, or none to keep codes only.
+        only: all, or misclassified: the images for which the model sees another class than the data.
+        by_fold: judge and search each image with the classifiers of the fold that did not see it, for images that the
+            model was trained on.
+        device: auto, cpu or cuda.
+        threads: of this process; None leaves them as they are.
+        engine: of the search; a key of ENGINES, or auto.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path,
+        method: str = "clarity",
+        config: SearchConfig | None = None,
+        *,
+        targets: Sequence[int] | None = None,
+        images: str = "png",
+        only: str = "all",
+        by_fold: bool = False,
+        device: str = "auto",
+        threads: int | None = None,
+        engine: str = "auto",
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        if images not in ("png", "none"):
+            raise ValueError(f"unknown images {images!r}; choose from png, none")
+        if only not in ("all", "misclassified"):
+            raise ValueError(f"unknown only {only!r}; choose from all, misclassified")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = load_model(model, device) if isinstance(model, str | Path) else model.to(device)
+        self.method, self.config, self.images, self.only, self.engine = (
+            method,
+            config or SearchConfig(),
+            images,
+            only,
+            engine,
+        )
+        self.device, self.threads = device, threads or torch.get_num_threads()
+        self.targets = tuple(range(self.model.num_classes)) if targets is None else tuple(sorted(set(targets)))
+        if bad := [target for target in self.targets if not 0 <= target < self.model.num_classes]:
+            raise ValueError(f"targets {bad}: expected class indices below {self.model.num_classes}")
+        needs = METHODS[method].classifier
+        if needs.startswith("image") and self.model.image_ensemble is None:
+            raise ValueError(
+                f"method {method!r} needs a classifier of images, which this model lacks: train it with --image-members"
+            )
+        self.folds = self.model.folds if by_fold else ()
+
+    def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
+        """Explain a shard (``schema.shard_schema``): its codes sorted by image_id, its pairs by (target, image_id).
+
+        Args:
+            shard: images, or the reasons why they could not be read.
+            extra: further columns for ``codes``, a row for each of the shard.
+            trace: how many of its first images are traced too.
+        """
+        return with_pictures(self.search_shard(shard, extra, trace), self.model.image_shape)
+
+    def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
+        """``explain_shard`` before its pictures are made: columns ``x`` and ``x_cf`` hold raw pixels."""
+        clock = _Clock()
+        extra = extra if extra is not None else pa.table({})
+        traced = set(shard["image_id"][:trace].to_pylist())
+        labels = data.label_indices(shard["label_name"], self.model.class_names)
+        valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
+        ids = np.array(shard["image_id"].to_pylist(), object)
+        codes = [self._error_rows(shard, labels, extra, np.flatnonzero(~valid))]
+        pairs, traces, engine = [self._no_pairs()], [], None
+
+        fold = np.array([fold_of(name, len(self.folds)) if self.folds else 0 for name in ids], int)
+        for number, ensemble in enumerate(self.folds or (self.model.ensemble,)):
+            rows = np.flatnonzero(valid & (fold == number))
+            if not len(rows):
+                continue
+            part = _Part(replace(self.model, ensemble=ensemble), ids[rows].tolist(), labels.take(pa.array(rows)))
+            self._see(part, schema.matrix(shard["image"].take(rows)), clock)
+            codes.append(self._code_rows(part, shard["label_name"].take(rows), extra.take(rows)))
+            self._ask(part)
+            if len(part.target):
+                self._search(part, clock)
+                engine = part.found.engine
+                pairs.append(self._pair_rows(part))
+                if traced:
+                    with clock("trace"):
+                        traces.append(self._trace(part, traced))
+
+        with clock("table"):
+            tables = [
+                pa.concat_tables(codes).sort_by("image_id"),
+                pa.concat_tables(pairs).sort_by([("target", "ascending"), ("image_id", "ascending")]),
+            ]
+            trace_table = None
+            if trace:
+                keys = [(name, "ascending") for name in ("target", "image_id", "step")]
+                trace_table = pa.concat_tables([self._no_traces(), *traces]).sort_by(keys)
+        stats = {
+            "engine": engine,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            "threads": self.threads,
+            "images": len(ids),
+            "pairs": len(tables[1]),
+            "seconds": clock.seconds,
+        }
+        return Explained(tables[0], tables[1], stats, trace_table)
+
+    # ---- the stages ------------------------------------------------------------------------------------------------
+
+    def _see(self, part: _Part, pixels: np.ndarray, clock: _Clock) -> None:
+        """Encode the images, reconstruct them, and let the ensemble look at their codes."""
+        with clock("encode"):
+            part.pixels = pixels.reshape(-1, *self.model.image_shape)
+            part.x = self._unit(part.pixels)
+            part.z, part.log_var = encode_rows(self.model.vae, part.x)
+            part.reconstruction = decode_rows(self.model.vae, part.z)
+            part.seen = judge(logits_rows(part.model.ensemble, part.z))
+            part.source = part.seen.probs.argmax(1).astype(np.int32)
+
+    def _ask(self, part: _Part) -> None:
+        """Make the pairs: every wanted target of every image, the class that the ensemble sees excepted."""
+        asked = np.ones(len(part.ids), bool)
+        if self.only == "misclassified":
+            known = part.label.fill_null(-1).to_numpy(zero_copy_only=False)
+            asked = (known >= 0) & (known != part.source)
+        of = [np.flatnonzero(asked & (part.source != target)) for target in self.targets]
+        part.of = np.concatenate([np.zeros(0, np.int64), *of])
+        part.target = np.repeat(np.array(self.targets, np.int64), [len(places) for places in of])
+        place = torch.from_numpy(part.of).to(self.device)
+        noise = torch.from_numpy(data.noise(part.ids, self.model.latent_dim)).to(self.device)
+        target = torch.from_numpy(part.target).to(self.device)
+        part.pairs = Pairs(part.x[place], part.z[place], part.log_var[place], noise[place], target)
+
+    def _search(self, part: _Part, clock: _Clock) -> None:
+        """Search the pairs, then decode what was found, quantise it, and let the ensemble look at it again."""
+        method = METHODS[self.method]
+        with clock("search"):
+            part.found = method.search(part.model, part.pairs, self.config, engine=self.engine, threads=self.threads)
+        with clock("judge"):
+            # The start depends on the image, not on the target: looked at once.
+            part.final = judge(classifier_logits(part.model, self.method, part.found.point))
+            part.initial = self._judge_start(part)
+        with clock("decode"):
+            latent = method.space == "latent"
+            part.x_cf = decode_rows(self.model.vae, part.found.point) if latent else part.found.point
+            part.shown = quantise(part.x_cf)
+        with clock("reencode"):
+            z_again, _ = encode_rows(self.model.vae, self._unit(part.shown))
+            part.again = judge(logits_rows(part.model.ensemble, z_again))
+            part.z_cf = part.found.point if latent else z_again
+
+    def _judge_start(self, part: _Part) -> Judged:
+        method = METHODS[self.method]
+        if method.classifier == "ensemble" and method.space == "latent":
+            start = part.seen
+        else:
+            start = judge(classifier_logits(part.model, self.method, part.z if method.space == "latent" else part.x))
+        return Judged(*(values[part.of] for values in vars(start).values()))
+
+    def _unit(self, pixels: np.ndarray) -> Tensor:
+        """Pixels (B, C, H, W) uint8 as the model takes them: float32 in [0, 1], on its device."""
+        return torch.tensor(pixels, device=self.device).float() / 255
+
+    def _trace(self, part: _Part, traced: set[str]) -> pa.Table:
+        """The path of the chosen images' pairs, searched once more by the engine that shows its steps (plain)."""
+        chosen = np.flatnonzero([part.ids[place] in traced for place in part.of])
+        index = torch.from_numpy(chosen).to(self.device)
+        some = Pairs(*(getattr(part.pairs, fields.name)[index] for fields in dataclasses.fields(Pairs)))
+        parts = [self._no_traces()]
+
+        def on_step(steps: Tensor, rows: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
+            pair = chosen[_numpy(rows)]
+            uncertainty = decompose(logits)
+            several = len(logits) > 1
+            z = point if point.dim() == 2 else encode_rows(self.model.vae, point)[0]
+            columns = {
+                "image_id": pa.array(part.ids, pa.string()).take(pa.array(part.of[pair])),
+                "source": part.source[part.of[pair]],
+                "target": part.target[pair].astype(np.int32),
+                "step": _numpy(steps).astype(np.int32),
+                "target_prob": _numpy(target_prob),
+                "predictive": _numpy(uncertainty.predictive),
+                "aleatoric": _numpy(uncertainty.aleatoric),
+                "epistemic": _numpy(uncertainty.epistemic) if several else pa.nulls(len(pair), pa.float32()),
+                "z": schema.fixed_size_list(_numpy(z)),
+            }
+            parts.append(self._table(columns, parts[0].schema))
+
+        if len(chosen):
+            METHODS[self.method].search(part.model, some, self.config, on_step=on_step, threads=self.threads)
+        return pa.concat_tables(parts)
+
+    # ---- the tables ------------------------------------------------------------------------------------------------
+
+    def _code_rows(self, part: _Part, label_name: pa.ChunkedArray, extra: pa.Table) -> pa.Table:
+        columns = {
+            "image_id": part.ids,
+            "label": part.label,
+            "label_name": label_name,
+            "source": part.source,
+            "source_name": self._names(part.source),
+            "probs": schema.fixed_size_list(part.seen.probs),
+            "predictive": part.seen.predictive,
+            "aleatoric": part.seen.aleatoric,
+            "epistemic": part.seen.epistemic,
+            "z": schema.fixed_size_list(_numpy(part.z)),
+            "reconstruction_l1": _l1(part.reconstruction, part.x),
+            "status": ["ok"] * len(part.ids),
+            "error": pa.nulls(len(part.ids), pa.string()),
+            "x": self._raw(part.pixels),
+        }
+        return self._table(columns, self._codes_schema(extra), extra)
+
+    def _error_rows(self, shard: pa.Table, label: pa.Array, extra: pa.Table, rows: np.ndarray) -> pa.Table:
+        expected = self._codes_schema(extra)
+        columns: dict[str, Any] = {field.name: pa.nulls(len(rows), field.type) for field in expected}
+        columns["label"] = label.take(pa.array(rows))
+        for name in ("image_id", "label_name", "error"):
+            columns[name] = shard[name].take(pa.array(rows))
+        columns["status"] = ["error"] * len(rows)
+        return self._table(columns, expected, extra.take(pa.array(rows)))
+
+    def _pair_rows(self, part: _Part) -> pa.Table:
+        found, several = part.found, not METHODS[self.method].classifier.endswith("member")
+        finite = _numpy(found.finite)
+        rows = len(part.target)
+        target = part.target.astype(np.int32)
+        columns = {
+            "image_id": pa.array(part.ids, pa.string()).take(pa.array(part.of)),
+            "label": part.label.take(pa.array(part.of)),
+            "source": part.source[part.of],
+            "source_name": self._names(part.source[part.of]),
+            "target": target,
+            "target_name": self._names(target),
+            "method": [self.method] * rows,
+            "status": pa.array(np.where(finite, "ok", "nonfinite")),
+            "converged": _numpy(found.converged),
+            "steps": _numpy(found.steps),
+            "target_prob_initial": _numpy(found.target_prob_initial),
+            "target_prob_final": _numpy(found.target_prob_final),
+            "predictive_initial": part.initial.predictive,
+            "aleatoric_initial": part.initial.aleatoric,
+            "epistemic_initial": part.initial.epistemic if several else pa.nulls(rows, pa.float32()),
+            "predictive_final": part.final.predictive,
+            "aleatoric_final": part.final.aleatoric,
+            "epistemic_final": part.final.epistemic if several else pa.nulls(rows, pa.float32()),
+            "distance_z_l1": _l1(part.z_cf, part.pairs.z),
+            "distance_z_l2": _l2(part.z_cf, part.pairs.z),
+            "distance_x_l1": _l1(part.x_cf, part.reconstruction[torch.from_numpy(part.of).to(self.device)]),
+            "reencoded_class": part.again.probs.argmax(1).astype(np.int32),
+            "reencoded_target_prob": part.again.probs[np.arange(rows), target],
+            "z_cf": schema.fixed_size_list(_numpy(part.z_cf)),
+            "x_cf": self._raw(part.shown),
+        }
+        return self._table(columns, schema.counterfactuals_schema(self.model.latent_dim))
+
+    def _table(self, columns: dict[str, Any], expected: pa.Schema, extra: pa.Table | None = None) -> pa.Table:
+        """Columns as a table of a schema, numbers that are NaN as null, the picture column still raw."""
+        arrays = []
+        for fields in expected:
+            if extra is not None and fields.name in extra.column_names:
+                arrays.append(extra[fields.name])
+            elif isinstance(columns[fields.name], pa.Array | pa.ChunkedArray):
+                arrays.append(columns[fields.name])
+            else:
+                arrays.append(pa.array(columns[fields.name], fields.type, from_pandas=True))
+        return pa.table(arrays, schema=expected)
+
+    def _codes_schema(self, extra: pa.Table) -> pa.Schema:
+        return schema.codes_schema(self.model.num_classes, self.model.latent_dim, extra.schema)
+
+    def _no_pairs(self) -> pa.Table:
+        return schema.counterfactuals_schema(self.model.latent_dim).empty_table()
+
+    def _no_traces(self) -> pa.Table:
+        return schema.traces_schema(self.model.latent_dim).empty_table()
+
+    def _names(self, classes: np.ndarray) -> pa.Array:
+        return pa.array(self.model.class_names, pa.string()).take(pa.array(classes))
+
+    def _raw(self, pixels: np.ndarray) -> pa.Array:
+        """Raw pixels as a binary column, until ``with_pictures``."""
+        if self.images == "none":
+            return pa.nulls(len(pixels), pa.binary())
+        flat = schema.fixed_size_list(pixels.reshape(len(pixels), -1))
+        size = flat.type.list_size
+        return pa.Array.from_buffers(pa.binary(size), len(flat), [None, flat.values.buffers()[1]]).cast(pa.binary())
+
+
+# ---- small things --------------------------------------------------------------------------------------------------
+
+
+def judge(logits: Tensor) -> Judged:
+    """Mean probabilities and uncertainties from logits (M, B, K), each row computed as if it were alone."""
+
+    def look(block: Tensor) -> Tensor:
+        members = block.transpose(0, 1)
+        return torch.cat([members.softmax(-1).mean(0), torch.stack(decompose(members), 1)], 1)
+
+    values = _numpy(in_blocks(look, logits.transpose(0, 1)))
+    return Judged(values[:, :-3], *np.ascontiguousarray(values[:, -3:].T))
+
+
+def quantise(x: Tensor) -> np.ndarray:
+    """Pictures in [0, 1] as uint8."""
+    return _numpy((x * 255).round().clamp(0, 255).to(torch.uint8))
+
+
+def with_pictures(explained: Explained, image_shape: tuple[int, int, int]) -> Explained:
+    """The tables with their raw pixels made into PNG files."""
+
+    def drawn(table: pa.Table, name: str) -> pa.Table:
+        place = table.column_names.index(name)
+        column = table[name].combine_chunks()
+        valid = column.is_valid().to_numpy(zero_copy_only=False)
+        files = np.full(len(column), None, object)
+        if valid.any():
+            raw = np.frombuffer(b"".join(column.drop_null().to_pylist()), np.uint8)
+            files[valid] = schema.to_png(raw.reshape(-1, *image_shape))
+        return table.set_column(place, table.schema.field(name), pa.array(files, pa.binary()))
+
+    return replace(
+        explained, codes=drawn(explained.codes, "x"), counterfactuals=drawn(explained.counterfactuals, "x_cf")
+    )
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
+
+
+def _l1(a: Tensor, b: Tensor) -> np.ndarray:
+    return np.abs(_numpy(a) - _numpy(b)).reshape(len(a), -1).sum(1)
+
+
+def _l2(a: Tensor, b: Tensor) -> np.ndarray:
+    return np.sqrt(np.square(_numpy(a) - _numpy(b)).reshape(len(a), -1).sum(1))
+
+
+def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
+    """Logits of the method's own classifier."""
+    ensemble = model.ensemble.member(0) if METHODS[method].classifier == "member" else model.ensemble
+    return logits_rows(ensemble, points)
+
+
+# ---- what the workers of a job run ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker of a run is told: the audit and its plan, the run's name, the data set."""
+
+    uri: str
+    run: str
+    plan: audit.Plan
+    dataset: data.Dataset
+    preprocessing: data.Preprocessing
+
+
+def read_shard(row: dict[str, Any], work: Work) -> dict[str, Any]:
+    """First worker of a shard: its part of the listing in, its images out.
+
+    Rows that pass between workers are {shard, note, ...tables as bytes}; ``note`` is JSON and tells how it ended.
+    """
+
+    def read() -> dict[str, Any]:
+        listing = _unpack(row["listing"])
+        start = time.perf_counter()
+        images = data.read_shard(work.dataset, listing, work.preprocessing)
+        seconds = {"read": time.perf_counter() - start}
+        return {"listing": row["listing"], "images": _pack(images), "note": json.dumps({"seconds": seconds})}
+
+    return _attempt(work, row["shard"], "read", read, {"listing": b"", "images": b""})
+
+
+class ExplainShard:
+    """Second worker of a shard: images in, tables out; keeps the model from shard to shard."""
+
+    def __init__(self, work: Work, **options: Any) -> None:
+        self.work, self.options = work, options
+
+    @cached_property
+    def explainer(self) -> Explainer:
+        """The model at work."""
+        # Made under the first attempt rather than with the worker: a model that cannot be loaded, or that kills the
+        # process, then counts as this shard's failure instead of being tried for ever.
+        plan = self.work.plan
+        return Explainer(
+            storage.join(self.work.uri, "model"),
+            plan.method,
+            SearchConfig(**plan.config),
+            targets=plan.targets,
+            images=plan.images,
+            only=plan.only,
+            by_fold=bool(plan.model["num_folds"]),
+            **self.options,
+        )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Explain one shard; passes on what failed before."""
+        empty = {"codes": b"", "counterfactuals": b"", "traces": b""}
+        note = json.loads(row["note"])
+        if "error" in note or note.get("done"):
+            return {"shard": row["shard"], "note": row["note"], **empty}
+
+        def run() -> dict[str, Any]:
+            listing, plan = _unpack(row["listing"]), self.work.plan
+            extra = listing.select([name for name, _ in plan.dataset["extra"]])
+            trace = plan.trace - plan.shards[row["shard"]]["start"]
+            explained = self.explainer.search_shard(_unpack(row["images"]), extra, max(0, trace))
+            stats = explained.stats | {"seconds": note["seconds"] | explained.stats["seconds"]}
+            return {
+                "codes": _pack(explained.codes),
+                "counterfactuals": _pack(explained.counterfactuals),
+                "traces": _pack(explained.traces) if explained.traces is not None else b"",
+                "note": json.dumps(stats),
+            }
+
+        return _attempt(self.work, row["shard"], "explain", run, empty)
+
+
+def write_shard(row: dict[str, Any], work: Work) -> dict[str, Any]:
+    """Last worker of a shard: makes the pictures, writes the files and commits them; {shard, note} out."""
+    note = json.loads(row["note"])
+    if "error" in note or note.get("done"):
+        return {"shard": row["shard"], "note": row["note"]}
+
+    def write() -> dict[str, Any]:
+        plan, clock = work.plan, _Clock()
+        with clock("pictures"):
+            raw = Explained(_unpack(row["codes"]), _unpack(row["counterfactuals"]), {})
+            drawn = with_pictures(raw, plan.image_shape)
+        tables = {
+            "codes": drawn.codes.cast(plan.codes_schema()),
+            "counterfactuals": drawn.counterfactuals.cast(plan.counterfactuals_schema()),
+        }
+        if row["traces"]:
+            tables["traces"] = _unpack(row["traces"])
+        with clock("write"):
+            about = note | {"seconds": note["seconds"] | clock.seconds}
+            audit.write_shard(work.uri, plan, row["shard"], tables, about)
+        about["seconds"] |= clock.seconds
+        return {"note": json.dumps(about)}
+
+    return _attempt(work, row["shard"], "write", write, {})
+
+
+def _attempt(
+    work: Work, shard: int, stage: str, action: Callable[[], dict[str, Any]], otherwise: dict[str, Any]
+) -> dict[str, Any]:
+    """Do a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
+    note: dict[str, Any]
+    try:
+        again = audit.begin_attempt(work.uri, work.run, shard, stage) > 1
+        # A lost machine makes Ray do things again that may have ended well.
+        if again and audit.is_committed(work.uri, work.plan.fingerprint, shard):
+            return {"shard": shard, "note": json.dumps({"done": True}), **otherwise}
+        return {"shard": shard, **action()}
+    except audit.GivenUp as error:
+        note = {"error": str(error), "given_up": True}
+    except Exception as error:  # whatever it is, the other shards go on
+        note = {"error": f"{type(error).__name__}: {error}"}
+    return {"shard": shard, "note": json.dumps(note | {"stage": stage}), **otherwise}
+
+
+def _pack(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _unpack(data_: Any) -> pa.Table:
+    return pa.ipc.open_stream(pa.py_buffer(data_)).read_all()
+
+
+# ---- in a notebook -------------------------------------------------------------------------------------------------
+
+
+def explain(
+    model: Model | str | Path,
+    images: Any,
+    targets: Any = "all",
+    *,
+    method: str = "clarity",
+    config: SearchConfig | None = None,
+    image_ids: Sequence[str] | None = None,
+    **options: Any,
+) -> pa.Table:
+    """Counterfactuals of a few images: the table of ``schema.counterfactuals_schema``, pictures as PNG.
+
+    Args:
+        model: a Model, or the place of one.
+        images: (B, C, H, W) or (B, H, W) pixels, uint8 or floats in [0, 1], of the model's size; or a sequence of such
+            arrays, PIL images, or places of image files.
+        targets: all, or class names or indices; the class that the model sees is left out.
+        method: a key of METHODS.
+        config: of the search.
+        image_ids: names for the rows; by default the files' places, else 0, 1, 2 ...
+        **options: of the Explainer.
+
+    Raises:
+        ValueError: an image that cannot be used, naming it; an unknown target or method.
+    """
+    model = load_model(model) if isinstance(model, str | Path) else model
+    if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
+        raise ValueError(
+            f"images: expected an array or a sequence of images, got {type(images).__name__}; put it in a list"
+        )
+    if image_ids is None:
+        image_ids = [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(images)]
+    if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):
+        raise ValueError(f"image_ids: expected {len(images)} distinct names, got {len(set(image_ids))}")
+    pixels = np.zeros((len(images), *model.image_shape), np.uint8)
+    for place, image in enumerate(images):
+        content = storage.read_bytes(image) if isinstance(image, str | Path) else image
+        try:
+            pixels[place] = model.preprocessing.apply(_array(content))
+        except data.UnreadableImage as error:
+            raise ValueError(f"image {image_ids[place]}: {error}") from None
+    count = len(images)
+    shard = pa.table(
+        [
+            pa.array(image_ids, pa.string()),
+            pa.nulls(count, pa.string()),
+            schema.fixed_size_list(pixels.reshape(count, -1)),
+            pa.nulls(count, pa.string()),
+        ],
+        schema=schema.shard_schema(model.image_shape),
+    )
+    chosen = class_indices(targets, model.class_names)
+    return Explainer(model, method, config, targets=chosen, **options).explain_shard(shard).counterfactuals
+
+
+def _array(image: Any) -> Any:
+    """Torch tensors as arrays; the rest as it is."""
+    return image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+
+
+def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | None:
+    """Class indices of names or indices; None for "all".
+
+    Raises:
+        ValueError: an unknown one, with the choices.
+    """
+    if names is None or (isinstance(names, str) and names == "all"):
+        return None
+    found = []
+    for name in [names] if isinstance(names, str | int) else names:
+        if isinstance(name, str) and name in class_names:
+            found.append(list(class_names).index(name))
+        elif isinstance(name, int | np.integer) and not isinstance(name, bool) and 0 <= name < len(class_names):
+            found.append(int(name))
+        else:
+            raise ValueError(f"unknown class {name!r}; choose from {', '.join(class_names)}")
+    if not found:
+        raise ValueError("expected at least one target, got none")
+    return tuple(sorted(set(found)))
+
+
+def decode(
+    source: audit.Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu"
+) -> np.ndarray:
+    """Pictures (B, C, H, W) uint8 of codes in an audit's tables, by the model that the audit keeps.
+
+    Gives the pictures of a run with ``--images none``, and those of the tables again within one grey level. For
+    pixel methods, whose ``z_cf`` is the code of a picture, it gives that picture's reconstruction.
+
+    Args:
+        source: an audit, or the place of one.
+        rows: rows of counterfactuals, or of codes with ``column`` = z.
+        column: the codes' column.
+        device: where to decode.
+    """
+    uri = source.uri if isinstance(source, audit.Audit) else str(source)
+    model = load_model(storage.join(uri, "model"), device)
+    codes = torch.tensor(schema.matrix(rows[column]), device=device)
+    return quantise(decode_rows(model.vae, codes))
+
+
+def verify(uri: str | Path, *, workers: int = 4) -> audit.Verification:
+    """``audit.verify`` with a sample of the codes decoded again by the audit's own model."""
+    plan = audit.read_plan(str(uri))
+    if METHODS[plan.method].space != "latent":
+        return audit.verify(uri, workers=workers)
+    model = load_model(storage.join(str(uri), "model"))
+
+    def redecode(codes: np.ndarray) -> np.ndarray:
+        return quantise(decode_rows(model.vae, torch.tensor(codes)))
+
+    return audit.verify(uri, redecode=redecode, workers=workers)
