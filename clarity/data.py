@@ -1,10 +1,10 @@
-"""Images and where they come from: sources list a data set, then read any part of its listing into an Arrow table.
+"""Images and where they come from: a source lists a data set, then reads any part of the listing into an Arrow table.
 
-Knows file layouts, decoding and preprocessing. Does not know shards' sizes, models, or what is asked of an image.
+Knows file layouts, decoding and preprocessing. Does not know the sizes of shards, models, or what is asked of an image.
 
-A listing is a table of one row for each image, in an order that depends on the data alone: ``image_id`` (unique),
-``location`` and ``row`` (where its bytes lie), ``size`` (of that file), ``label_name`` (null when there is none), then the
-attributes. Adding a source means writing its two functions and its line in ``SOURCES``.
+The listing is a table of one row for each image, in an order that depends on the data alone: ``image_id`` (unique),
+``location`` and ``row`` (where its bytes lie), ``size`` (of that file), ``label_name`` (null: none), the attributes.
+To add a source, write its two functions and its line in ``SOURCES``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +34,6 @@ from PIL import Image, UnidentifiedImageError
 
 from clarity import schema, storage
 
-MAX_PIXELS = 64 << 20
 #: What is decoded, and nothing else: some of Pillow's other formats start programs.
 FORMATS = {
     "BMP": (".bmp",),
@@ -44,8 +45,8 @@ FORMATS = {
     "WEBP": (".webp",),
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
-SPLITS = ("train", "test", "all")
-SAMPLE_ROWS = 64
+MAX_PIXELS = 64 << 20
+MAX_BYTES = 1 << 30
 LISTING_COLUMNS = ("image_id", "location", "row", "size", "label_name")
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -58,22 +59,21 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_FORMAT_NAMES = ", ".join(FORMATS)
 
 
 class UnreadableImage(ValueError):
     """Why one image cannot be used: what was expected, what was found, what to do. Becomes the row's ``error``."""
 
 
-# --------------------------------------------------------------------------------------------- from bytes to pixels
+# From bytes to pixels
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes the model's pixels, the same in training and explaining; stored in model.json.
 
-    In this order: first frame; orientation by EXIF; 16-bit and float pixels scaled to 8 bits; transparency laid on white;
-    mode (grey by ITU-R 601-2 luma); centre crop; resize (bilinear, antialiased, the aspect is not kept).
+    In this order: first frame; orientation by EXIF; 16-bit and float pixels scaled to 8 bits; transparency laid on
+    white; mode (grey: ITU-R 601-2 luma); centre crop; resize (bilinear, antialiased, the aspect is not kept).
 
     Args:
         mode: "L" (grey, C=1) or "RGB" (C=3).
@@ -90,9 +90,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.mode not in ("L", "RGB"):
             raise ValueError(f"expected mode 'L' (grey) or 'RGB' (colour), found {self.mode!r}: choose one of them")
-        for name, value in (("height", self.height), ("width", self.width), ("center_crop", self.center_crop)):
-            if name == "center_crop" and value is None:
-                continue
+        for name, value in (("height", self.height), ("width", self.width), ("center_crop", self.center_crop or 1)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 8192:
                 raise ValueError(f"expected {name} in pixels, 1 to 8192, found {value!r}: choose one in that range")
 
@@ -106,21 +104,15 @@ class Preprocessing:
 
         Args:
             image: a file's bytes or a PIL image, of any size; or an array of exactly the model's size, (C, H, W),
-                (H, W, C) or, for one channel, (H, W): uint8, integers in [0, 255], or floats in [0, 1].
+                (H, W, C) or, for one channel, (H, W): uint8, integers in [0, 255], uint16, or floats in [0, 1].
 
         Raises:
             UnreadableImage: it is none, or cannot be used; says why.
         """
         if isinstance(image, np.ndarray):
             return self._from_array(image)
-        try:
-            picture = _upright(image if isinstance(image, Image.Image) else _open(image))
-            picture = self._fit(_convert(picture, self.mode))
-        except (UnreadableImage, MemoryError):
-            raise
-        except Exception as error:  # Pillow's decoders raise what they like on broken bytes
-            raise UnreadableImage(f"expected a whole image, found a broken one ({error}): copy it again") from None
-        pixels = np.asarray(picture)
+        picture = image if isinstance(image, Image.Image) else _open(image)
+        pixels = np.asarray(_decode(picture, lambda: self._fit(_convert(_upright(picture), self.mode))))
         return pixels.reshape(self.image_shape) if self.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def to_json(self) -> dict[str, Any]:
@@ -134,9 +126,9 @@ class Preprocessing:
         Raises:
             ValueError: another set of fields, or a value out of its range.
         """
-        expected = set(cls.__dataclass_fields__)
-        if not isinstance(fields, dict) or not {"mode", "height", "width"} <= set(fields) <= expected:
-            raise ValueError(f"expected preprocessing with {', '.join(sorted(expected))}, found {fields!r}: restore it")
+        names = cls.__dataclass_fields__
+        if not isinstance(fields, dict) or not {"mode", "height", "width"} <= fields.keys() <= names.keys():
+            raise ValueError(f"expected preprocessing with {', '.join(names)}, found {fields!r}: restore the file")
         return cls(**fields)
 
     def _fit(self, picture: Image.Image) -> Image.Image:
@@ -146,8 +138,8 @@ class Preprocessing:
         if side := self.center_crop:
             if side > min(width, height):
                 raise UnreadableImage(
-                    f"expected at least {side} x {side} pixels for the centre crop, found {width} x {height}: leave it out, "
-                    "or train with a smaller center_crop"
+                    f"expected at least {side} x {side} pixels for the centre crop, found {width} x {height}: "
+                    "leave it out, or train with a smaller centre crop"
                 )
             left, top = round((width - side) / 2), round((height - side) / 2)
             picture = picture.crop((left, top, left + side, top + side))
@@ -155,7 +147,7 @@ class Preprocessing:
 
     def _from_array(self, array: np.ndarray) -> np.ndarray:
         channels, height, width = self.image_shape
-        if array.shape == (height, width, channels) and array.shape != self.image_shape:
+        if array.shape != self.image_shape and array.shape == (height, width, channels):
             array = array.transpose(2, 0, 1)
         elif channels == 1 and array.shape == (height, width):
             array = array[None]
@@ -168,30 +160,43 @@ class Preprocessing:
 
 
 def _open(data: bytes) -> Image.Image:
-    """An image of which only the header has been read."""
+    """An image of which the header alone has been read."""
     if not data:
         raise UnreadableImage("expected an image, found an empty file: copy it again")
     try:
-        return Image.open(io.BytesIO(data), formats=list(FORMATS))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadableImage(_too_large("more")) from None
+        return _decode(data, lambda: Image.open(io.BytesIO(data), formats=list(FORMATS)))
     except UnidentifiedImageError:
-        start = data[:16]
+        start = data[:12]
         what = "text" if all(9 <= byte <= 13 or 32 <= byte < 127 for byte in start) else "bytes"
         raise UnreadableImage(
-            f"expected an image ({_FORMAT_NAMES}), found {what} that begins with {start!r}: convert it or leave it out"
+            f"expected an image ({', '.join(FORMATS)}), found {what} that begins with {start!r}: "
+            "convert it or leave it out"
         ) from None
 
 
-def _too_large(found: Any) -> str:
-    return f"expected at most {MAX_PIXELS} pixels, found {found}: make it smaller"
+def _decode(content: Any, action: Callable[[], Image.Image]) -> Image.Image:
+    """Do something with Pillow, whose decoders raise what they like on broken bytes."""
+    try:
+        return action()
+    except (UnreadableImage, UnidentifiedImageError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large("more") from None
+    except Exception as error:
+        # Neither an address in memory nor a whole file in the message: a row's reason is the same in each run.
+        reason = re.sub(r"\s*<[^>]*>", "", str(error) or type(error).__name__)[:120]
+        raise UnreadableImage(f"expected a whole image, found a broken one ({reason}): copy it again") from None
+
+
+def _too_large(found: str) -> UnreadableImage:
+    return UnreadableImage(f"expected at most {MAX_PIXELS} pixels, found {found}: make the image smaller")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
     """The first frame, decoded, turned as its EXIF orientation says."""
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(_too_large(f"{width} x {height}"))
+        raise _too_large(f"{width} x {height}")
     picture.load()
     turn = _TURNS.get(_orientation(picture))
     return picture if turn is None else picture.transpose(turn)
@@ -215,44 +220,29 @@ def _convert(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_uint8(values: np.ndarray, whole: int) -> np.ndarray:
-    """Pixels as 8 bits: integers of [0, whole], floats of [0, 1]; rounded."""
+    """Pixels as 8 bits, rounded: floats of [0, 1], 16-bit integers of [0, 65535], others of [0, whole]."""
+    kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
     if values.dtype == np.uint8:
         return values
-    if values.dtype == np.bool_:
-        return values * np.uint8(255)
-    if values.dtype == np.uint16:
-        whole = 65535
-    if values.dtype.kind == "f":
-        if bad := int(values.size - np.isfinite(values).sum()):
-            raise UnreadableImage(
-                f"expected finite pixels, found {bad} of {values.size} NaN or infinite: mend or leave out"
-            )
-        top: float = 1
-    elif values.dtype.kind in "iu":
-        top = whole
-    else:
+    if kind not in "biuf":
         raise UnreadableImage(f"expected pixels of type uint8 or float32, found {values.dtype}: convert them")
+    if bad := int(np.size(values) - np.isfinite(values).sum()):
+        raise UnreadableImage(
+            f"expected finite pixels, found {bad} of {values.size} NaN or infinite: mend or leave out"
+        )
+    top = 1 if kind in "bf" else 65535 if (kind, bits) == ("u", 16) else whole
     low, high = values.min(), values.max()
     if low < 0 or high > top:
         raise UnreadableImage(f"expected {values.dtype} pixels in [0, {top}], found {low} to {high}: scale them")
     return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------ the data set
+# The data set
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Which images: a source, where its data lies, which part. Cheap and picklable; ``open_dataset`` checks it.
-
-    Args:
-        source: a key of SOURCES.
-        data: local path or s3:// URI; None for digits.
-        split: "train", "test" or "all"; celeba_hair also has "valid".
-        attributes: names of the columns carried along as int8.
-        unlabelled: celeba_hair: list the faces without exactly one hair colour too, with a null label. Other sources always
-            list what has no label.
-    """
+    """Which images: a source, where its data lies, which part. Cheap and picklable; made by ``open_dataset``."""
 
     source: str
     data: str | None = None
@@ -261,7 +251,7 @@ class Dataset:
     unlabelled: bool = False
 
 
-Readable = bytes | Image.Image | UnreadableImage
+Content = bytes | Image.Image | UnreadableImage
 
 
 @dataclass(frozen=True)
@@ -269,23 +259,23 @@ class Source:
     """What a source can do.
 
     Args:
-        doc: one line on the layout that it reads.
+        doc: the layout that it reads, in a line.
         list_images: the listing of a data set.
-        read_images: for rows of the listing, pairs (place in the rows, content), in any order.
+        read_images: for rows of a listing, pairs (place among the rows, content), in any order.
         default_preprocessing: None: looked up in the images.
         needs_data: whether a place must be given.
         remote: whether the place may be an object store.
         splits: the choices of ``split``.
-        attributes: the names that can be carried along, given the place; None: it has none.
+        attributes: what can be carried along, for a place; None: nothing.
     """
 
     doc: str
     list_images: Callable[[Dataset], pa.Table]
-    read_images: Callable[[Dataset, pa.Table], Iterable[tuple[int, Readable]]]
+    read_images: Callable[[Dataset, pa.Table], Iterable[tuple[int, Content]]]
     default_preprocessing: Preprocessing | None = None
     needs_data: bool = True
     remote: bool = True
-    splits: tuple[str, ...] = SPLITS
+    splits: tuple[str, ...] = ("train", "test", "all")
     attributes: Callable[[str], list[str]] | None = None
 
 
@@ -302,11 +292,12 @@ def open_dataset(
 
     Args:
         source: a key of SOURCES.
-        data: where it lies; a local path is made absolute, for workers in other directories.
-        split: one of the source's splits.
+        data: where it lies; a local path is made absolute, for workers in other directories. None for digits.
+        split: "train", "test" or "all"; celeba_hair also has "valid".
         download: mnist: fetch what is missing into ``data``.
-        attributes: see Dataset.
-        unlabelled: see Dataset.
+        attributes: columns carried along as int8: celeba_hair's 40 (1 or 0), integer columns of parquet.
+        unlabelled: celeba_hair: list the faces without exactly one hair colour too, with a null label. Other sources
+            list what has no label in any case.
 
     Raises:
         ValueError: an unknown source, split or attribute; data missing, superfluous or not there.
@@ -317,34 +308,40 @@ def open_dataset(
     if split not in kind.splits:
         raise ValueError(f"unknown split {split!r} of {source}: expected one of {', '.join(kind.splits)}")
     if download and source != "mnist":
-        raise ValueError(f"{source} cannot be downloaded: expected download for mnist only; give the place of the data")
-    if kind.needs_data and not (data and str(data).strip()):
-        raise ValueError(f"{source} expects a place of its data ({kind.doc}), found none: name it")
-    if data and not kind.needs_data:
+        raise ValueError(f"expected a download of mnist only, found {source}: name the place of its data instead")
+    if data is not None and not kind.needs_data:
         raise ValueError(
-            f"{source} ships with the package and expects no data, found {storage.display(data)}: leave it out"
+            f"{source} ships with the package and takes no data, found {storage.display(data)}: leave it out"
         )
-    if data:
-        storage.filesystem(data)
-        if not storage.is_remote(data):
-            data = os.path.abspath(os.path.expanduser(data))
-        elif not kind.remote:
-            raise ValueError(f"{source} expects a local directory, found {storage.display(data)}: copy it here")
-        if download:
-            _download_mnist(str(data))
-        if not storage.exists(data):
-            raise ValueError(
-                f"{source} expects data ({kind.doc}), found nothing at {storage.display(data)}: check the path, and that it "
-                "is there on this machine"
-            )
+    if kind.needs_data:
+        if not str(data or "").strip():
+            raise ValueError(f"{source} expects the place of its data ({kind.doc}), found none: name it")
+        data = _checked_place(source, str(data), download)
     if attributes:
-        choices = kind.attributes(str(data)) if kind.attributes else []
+        choices = [name for name in kind.attributes(str(data)) if name not in _TAKEN] if kind.attributes else []
         if unknown := [name for name in attributes if name not in choices]:
             raise ValueError(
                 f"unknown attributes {', '.join(map(repr, unknown))} of {source}: expected some of "
-                f"{', '.join(choices) or 'none, as this source has no attributes'}"
+                f"{', '.join(choices) or 'none, as there are none'}"
             )
     return Dataset(source, None if data is None else str(data), split, tuple(dict.fromkeys(attributes)), unlabelled)
+
+
+def _checked_place(source: str, data: str, download: bool) -> str:
+    place = storage.display(data)
+    if not storage.is_remote(data):
+        storage.filesystem(data)
+        data = os.path.abspath(os.path.expanduser(data))
+    elif not SOURCES[source].remote:
+        raise ValueError(f"{source} expects a local directory, found {place}: copy it here")
+    if download:
+        _download_mnist(data)
+    if not storage.exists(data):
+        raise ValueError(
+            f"{source} expects data ({SOURCES[source].doc}), found nothing at {place}: check the path, and that this "
+            "machine can reach it"
+        )
+    return data
 
 
 def list_images(dataset: Dataset) -> pa.Table:
@@ -354,25 +351,22 @@ def list_images(dataset: Dataset) -> pa.Table:
         ValueError: no image, or image ids that are missing or double.
     """
     listing = SOURCES[dataset.source].list_images(dataset)
+    ids = listing["image_id"]
     where = f"{dataset.source} {storage.display(dataset.data or '')}".strip()
-    if not len(listing):
+    if not len(ids):
         reasons = "".join(f"; left out: {count} {reason}" for reason, count in left_out(listing).items())
         raise ValueError(
-            f"expected images in split {dataset.split!r} of {where}, found none{reasons}: check the place and its layout "
-            f"({SOURCES[dataset.source].doc}), or choose another split"
+            f"expected images in split {dataset.split!r} of {where}, found none{reasons}: check the place and its "
+            f"layout ({SOURCES[dataset.source].doc}), or choose another split"
         )
-    ids = listing["image_id"]
     if ids.null_count:
-        row = pc.index(pc.is_null(ids), True).as_py()
-        raise ValueError(
-            f"expected an image_id in every row of {where}, found null ({ids.null_count}, first at {row}): fill it"
-        )
+        raise ValueError(f"expected an image_id in every row of {where}, found null in {ids.null_count}: fill them")
     if len(pc.unique(ids)) < len(ids):
         counts = pc.value_counts(ids)
-        double = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1)).field("values")
+        double = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
         raise ValueError(
             f"expected each image_id of {where} once, found {len(double)} more than once "
-            f"({', '.join(repr(name) for name in double[:3].to_pylist())}): rename or drop them"
+            f"({', '.join(map(repr, double[:3].to_pylist()))}): rename or drop them"
         )
     return listing
 
@@ -391,10 +385,9 @@ def class_names_of(listing: pa.Table) -> tuple[str, ...]:
     names = pc.unique(listing["label_name"]).drop_null().to_pylist()
     if len(names) < 2:
         raise ValueError(
-            f"expected images of at least two classes, found {len(names)} ({', '.join(map(repr, names)) or 'no labels'}): "
-            "a class is a folder, or a value of the label column"
+            f"expected images of at least two classes, found {', '.join(map(repr, names)) or 'no labels'}: a class is a folder, or a value of the column label"
         )
-    return tuple(sorted(names, key=int if all(re.fullmatch(r"-?\d{1,18}", name) for name in names) else None))
+    return tuple(sorted(names, key=int if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names) else None))
 
 
 def label_indices(label_names: pa.Array | pa.ChunkedArray, class_names: Sequence[str]) -> pa.Array:
@@ -404,18 +397,17 @@ def label_indices(label_names: pa.Array | pa.ChunkedArray, class_names: Sequence
 
 
 def listing_fingerprint(listing: pa.Table) -> str:
-    """sha256 over the listing, the sizes of the files included; independent of how the table is cut into chunks."""
+    """sha256 over the rows of a listing, sizes of files included, however the table is cut into chunks."""
     digest = hashlib.sha256()
-    for name in listing.column_names:
-        digest.update(json.dumps([name, str(listing.schema.field(name).type), len(listing)]).encode())
-        column = listing[name]
-        digest.update(np.packbits(pc.is_null(column).to_numpy()).tobytes())
-        if pa.types.is_string(column.type):
-            digest.update(pc.binary_length(pc.fill_null(column, "")).to_numpy().astype("<i4").tobytes())
-            for chunk in column.chunks:
-                digest.update("".join(value or "" for value in chunk.to_pylist()).encode())
+    for field in listing.schema:
+        column = listing[field.name]
+        digest.update(json.dumps([field.name, str(field.type), len(column)]).encode())
+        digest.update(np.packbits(column.is_null().to_numpy()).tobytes())
+        if pa.types.is_string(field.type):
+            digest.update(pc.binary_length(column.fill_null("")).to_numpy().astype("<i4").tobytes())
+            digest.update("".join(text or "" for text in column.to_pylist()).encode())
         else:
-            digest.update(pc.fill_null(column, 0).to_numpy().astype("<i8").tobytes())
+            digest.update(column.fill_null(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -427,10 +419,9 @@ def infer_preprocessing(
     mode: str | None = None,
     center_crop: int | None = None,
 ) -> Preprocessing:
-    """The preprocessing for training: what is given, else the source's own, else looked up in a sample of the images.
+    """The preprocessing for training: what is given, else the source's own, else looked up in 64 of the images.
 
-    Looked up: grey if all of the sample are, else RGB; their size if it is common to all and no side is above 128, else
-    64 x 64.
+    Looked up: grey if all of them are, else RGB; their size if all have the same and no side is above 128, else 64 x 64.
 
     Args:
         dataset: where the images are.
@@ -440,25 +431,24 @@ def infer_preprocessing(
         center_crop: side of the centred square taken first.
 
     Raises:
-        ValueError: none of the sample can be read, or a value out of its range.
+        ValueError: none of them can be read, or a value out of its range.
     """
-    known = SOURCES[dataset.source].default_preprocessing
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if known is None:
-        if size is None or mode is None:
-            sizes, grey = _sample(dataset, listing)
-            mode = mode or ("L" if grey else "RGB")
-            size = size or (sizes.pop() if len(sizes) == 1 and max(min(sizes)) <= 128 and not center_crop else (64, 64))
-        return Preprocessing(mode, *size, center_crop)
-    if image_size is not None and size is not None:
-        known = replace(known, height=size[0], width=size[1])
-    return replace(known, mode=mode or known.mode, center_crop=center_crop or known.center_crop)
+    if known := SOURCES[dataset.source].default_preprocessing:
+        height, width = size or (known.height, known.width)
+        return Preprocessing(mode or known.mode, height, width, center_crop or known.center_crop)
+    if size is None or mode is None:
+        sizes, grey = _sample(dataset, listing)
+        mode = mode or ("L" if grey else "RGB")
+        common = sizes.pop() if len(sizes) == 1 and not center_crop else (64, 64)
+        size = size or (common if max(common) <= 128 else (64, 64))
+    return Preprocessing(mode, *size, center_crop)
 
 
 def _sample(dataset: Dataset, listing: pa.Table) -> tuple[set[tuple[int, int]], bool]:
-    """The sizes (height, width) in a sample of the images, and whether all of it is grey."""
-    places = np.unique(np.linspace(0, len(listing) - 1, SAMPLE_ROWS).astype(int))
-    sizes, grey, reason = set(), True, ""
+    """The sizes (height, width) in 64 of the images, and whether all of these are grey."""
+    places = np.unique(np.linspace(0, len(listing) - 1, 64).astype(int))
+    sizes, grey, reasons = set(), True, []
     for _, content in SOURCES[dataset.source].read_images(dataset, listing.take(places)):
         try:
             if isinstance(content, UnreadableImage):
@@ -468,9 +458,9 @@ def _sample(dataset: Dataset, listing: pa.Table) -> tuple[set[tuple[int, int]], 
             sizes.add((width, height) if _orientation(picture) >= 5 else (height, width))
             grey = grey and (picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I"))
         except UnreadableImage as error:
-            reason = reason or str(error)
+            reasons.append(str(error))
     if not sizes:
-        raise ValueError(f"expected images, found none that can be read among {len(places)}; the first: {reason}")
+        raise ValueError(f"expected images, found none that can be read among {len(places)}; the first: {reasons[0]}")
     return sizes, grey
 
 
@@ -480,10 +470,10 @@ def read_shard(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) -
     An image that cannot be read is a row with a null image and its reason; its neighbours are unharmed.
 
     Raises:
-        storage.StorageError: the place itself fails for the moment: no image's fault, so the shard is to be read again.
+        StorageError: the place itself fails for the moment: no image's fault, so the shard is to be read again.
     """
     pixels = np.zeros((len(rows), *preprocessing.image_shape), np.uint8)
-    errors: list[str | None] = ["expected an image, found nothing read: report this"] * len(rows)
+    errors: list[str | None] = ["expected an image, found that its source gave none: report this"] * len(rows)
     for place, content in SOURCES[dataset.source].read_images(dataset, rows):
         try:
             if isinstance(content, UnreadableImage):
@@ -492,35 +482,31 @@ def read_shard(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) -
             errors[place] = None
         except UnreadableImage as error:
             errors[place] = str(error)
-    bad = np.array([error is not None for error in errors], bool)
     fields = schema.shard_schema(preprocessing.image_shape, dataset.attributes)
-    kind = fields.field("image").type
-    images = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), type=kind, mask=pa.array(bad))
+    images = schema.fixed_size_list(pixels.reshape(len(rows), -1), np.array([error is None for error in errors], bool))
     columns = [rows["image_id"], rows["label_name"], images, pa.array(errors, pa.string())]
     return pa.table([*columns, *(rows[name] for name in dataset.attributes)], schema=fields)
 
 
 def read_all(
-    dataset: Dataset, listing: pa.Table, preprocessing: Preprocessing, *, rows_at_once: int = 1024
+    dataset: Dataset, listing: pa.Table, preprocessing: Preprocessing
 ) -> tuple[np.ndarray, list[str], list[str | None], dict[str, str]]:
     """Every readable image, for training.
 
     Returns:
-        Pixels uint8 (N, C, H, W), image ids and label names of the N readable images, and image id -> reason of the others.
+        Pixels uint8 (N, C, H, W), ids and label names of the N readable images; id -> reason of the others.
     """
     images = np.empty((len(listing), *preprocessing.image_shape), np.uint8)
     ids: list[str] = []
     label_names: list[str | None] = []
     errors: dict[str, str] = {}
-    for start in range(0, len(listing), rows_at_once):
-        shard = read_shard(dataset, listing.slice(start, rows_at_once), preprocessing)
-        good = pc.is_null(shard["error"])
-        for image_id, error in zip(
-            *(shard.filter(pc.invert(good))[name].to_pylist() for name in ("image_id", "error"))
-        ):
-            errors[image_id] = error
+    for start in range(0, len(listing), 1024):
+        shard = read_shard(dataset, listing.slice(start, 1024), preprocessing)
+        good = shard["error"].is_null()
+        bad = shard.filter(pc.invert(good))
+        errors.update(zip(bad["image_id"].to_pylist(), bad["error"].to_pylist()))
         shard = shard.filter(good)
-        pixels = shard["image"].combine_chunks().flatten().to_numpy().reshape(-1, *preprocessing.image_shape)
+        pixels = schema.matrix(shard["image"]).reshape(-1, *preprocessing.image_shape)
         images[len(ids) : len(ids) + len(pixels)] = pixels
         ids += shard["image_id"].to_pylist()
         label_names += shard["label_name"].to_pylist()
@@ -528,18 +514,18 @@ def read_all(
 
 
 def split_of(image_id: str) -> str:
-    """Either "train", or "test" for one image in ten: by a hash of its id, so that it stays when images are added."""
+    """The split of an image whose source names none: "test" for one in ten, by a hash of its id, so that it stays."""
     digest = hashlib.sha256(b"split:" + image_id.encode()).digest()
     return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
 
 
 def noise(image_ids: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
-    """Standard normal noise, float32 (B, dim), each row drawn from its image id and the seed alone (SHAKE-256, Box-Muller)."""
+    """Standard normal noise, float32 (B, dim), each row drawn from its image id and the seed alone."""
     pairs = (dim + 1) // 2
     stream = b"".join(hashlib.shake_256(f"noise:{seed}:{name}".encode()).digest(16 * pairs) for name in image_ids)
     uniform = ((np.frombuffer(stream, "<u8") >> np.uint64(11)) + 0.5) / 2.0**53
-    radius, angle = uniform.reshape(len(image_ids), 2, pairs).transpose(1, 0, 2)
-    radius, angle = np.sqrt(-2 * np.log(radius)), 2 * np.pi * angle
+    first, second = uniform.reshape(len(image_ids), 2, pairs).transpose(1, 0, 2)
+    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :dim].astype(np.float32)
 
 
@@ -551,20 +537,21 @@ def _listing(
     sizes: Any,
     label_names: Any,
     attributes: Sequence[Any] = (),
-    left_out: dict[str, int] | None = None,
 ) -> pa.Table:
-    fields = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), *([pa.int8()] * len(dataset.attributes))]
-    metadata = {"clarity.left_out": json.dumps({reason: count for reason, count in (left_out or {}).items() if count})}
-    return pa.table(
-        [image_ids, locations, rows, sizes, label_names, *attributes],
-        pa.schema(list(zip((*LISTING_COLUMNS, *dataset.attributes), fields)), metadata=metadata),
-    )
+    kinds = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), *[pa.int8()] * len(dataset.attributes)]
+    fields = pa.schema(list(zip((*LISTING_COLUMNS, *dataset.attributes), kinds)))
+    return pa.table([image_ids, locations, rows, sizes, label_names, *attributes], fields)
 
 
-# --------------------------------------------------------------------------------------------------- mnist
+def _without(listing: pa.Table, missed: dict[str, int]) -> pa.Table:
+    """The listing, with a note of what was left out of it."""
+    said = {reason: count for reason, count in missed.items() if count}
+    return listing.replace_schema_metadata({"clarity.left_out": json.dumps(said)})
 
 
-_IDX = {"train": "train", "test": "t10k"}
+# mnist
+
+
 _MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _MNIST_SHA256 = {
     "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -577,24 +564,24 @@ _MNIST_SHA256 = {
 def _list_mnist(dataset: Dataset) -> pa.Table:
     parts = []
     for split in ("train", "test") if dataset.split == "all" else (dataset.split,):
-        images, labels = _idx(str(dataset.data), split)
-        count = len(images)
-        names = np.array([str(digit) for digit in range(256)])[labels]
-        ids = [f"{split}/{row:05d}" for row in range(count)]
-        parts.append(_listing(dataset, ids, [split] * count, range(count), [images.size] * count, names))
+        images, labels = _mnist(str(dataset.data), split)
+        ids = [f"{split}/{row:05d}" for row in range(len(images))]
+        sizes = np.full(len(images), images.size)
+        parts.append(_listing(dataset, ids, [split] * len(images), range(len(images)), sizes, labels.astype(str)))
     return pa.concat_tables(parts)
 
 
-def _read_mnist(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Readable]]:
+def _read_mnist(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
     for place, (split, row) in enumerate(zip(rows["location"].to_pylist(), rows["row"].to_pylist())):
-        yield place, Image.fromarray(_idx(str(dataset.data), split)[0][row])
+        yield place, Image.fromarray(_mnist(str(dataset.data), split)[0][row])
 
 
 @functools.lru_cache(maxsize=4)
-def _idx(data: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _mnist(data: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 28, 28) and labels (N,), uint8, mapped from the disk where the files are unpacked."""
-    images = _read_idx(data, f"{_IDX[split]}-images-idx3-ubyte", 3)
-    labels = _read_idx(data, f"{_IDX[split]}-labels-idx1-ubyte", 1)
+    stem = {"train": "train", "test": "t10k"}[split]
+    images = _read_idx(data, f"{stem}-images-idx3-ubyte", 3)
+    labels = _read_idx(data, f"{stem}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise ValueError(
             f"expected as many labels as images in {data}, found {len(labels)} and {len(images)}: copy it again"
@@ -603,29 +590,26 @@ def _idx(data: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_idx(data: str, file: str, axes: int) -> np.ndarray:
-    found = [
-        path
-        for folder in (os.path.join(data, "MNIST", "raw"), os.path.join(data, "raw"), data)
-        for path in (os.path.join(folder, file), os.path.join(folder, f"{file}.gz"))
-        if os.path.exists(path)
-    ]
-    if not found:
-        raise ValueError(
-            f"expected MNIST/raw/{file}[.gz] below {data}, found none: check the path, or ask for the download"
-        )
+    folders = [os.path.join(data, "MNIST", "raw"), os.path.join(data, "raw"), data]
+    paths = [os.path.join(folder, name) for folder in folders for name in (file, f"{file}.gz")]
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
+        raise ValueError(f"expected MNIST/raw/{file}[.gz] in {data}, found none: check the path, or ask for a download")
+    broken = f"expected a whole idx file of {axes} axes, found {path}, which is none: copy it again"
     try:
-        if found[0].endswith(".gz"):
-            content = np.frombuffer(gzip.decompress(storage.read_bytes(found[0])), np.uint8)
-        else:
-            content = np.memmap(found[0], np.uint8, "r")
-    except (EOFError, ValueError, gzip.BadGzipFile) as error:
-        raise ValueError(f"expected a whole idx file, found {found[0]} ({error}): copy it again") from None
-    shape = tuple(np.frombuffer(content[4 : 4 + 4 * axes].tobytes().ljust(4 * axes, b"\0"), ">i4").tolist())
-    if content[:4].tobytes() != bytes([0, 0, 8, axes]) or len(content) != 4 + 4 * axes + np.prod(shape, dtype=np.int64):
-        raise ValueError(
-            f"expected a whole idx file of {axes} axes, found {found[0]} of {len(content)} bytes: copy it again"
-        )
-    return content[4 + 4 * axes :].reshape(shape)
+        mapped = not path.endswith(".gz") and os.path.getsize(path)
+        content = np.memmap(path, np.uint8, "r") if mapped else np.frombuffer(_gunzip(path), np.uint8)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise ValueError(broken) from None
+    start = 4 + 4 * axes
+    shape = [int.from_bytes(content[place : place + 4].tobytes(), "big") for place in range(4, start, 4)]
+    if content[:4].tobytes() != bytes([0, 0, 8, axes]) or len(content) != start + int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(broken)
+    return content[start:].reshape(shape)
+
+
+def _gunzip(path: str) -> bytes:
+    return gzip.decompress(storage.read_bytes(path))
 
 
 def _download_mnist(data: str) -> None:
@@ -638,14 +622,14 @@ def _download_mnist(data: str) -> None:
                 content = answer.read(16 << 20)
         except OSError as error:
             raise ValueError(
-                f"expected to fetch {_MNIST_URL}{file}, found {error}: copy MNIST to {path} by hand"
+                f"expected to fetch {_MNIST_URL}{file}, found {error}: copy it to {path} by hand"
             ) from None
         if (found := hashlib.sha256(content).hexdigest()) != expected:
             raise ValueError(f"expected {file} with sha256 {expected}, found {found}: try again, or copy it by hand")
         storage.write_bytes(path, content)
 
 
-# --------------------------------------------------------------------------------------------------- folder
+# folder
 
 
 def _list_folder(dataset: Dataset) -> pa.Table:
@@ -656,47 +640,49 @@ def _list_folder(dataset: Dataset) -> pa.Table:
     shown = [(file, parts) for file, parts in files if not any(part.startswith(".") for part in parts)]
     images = [(file, parts) for file, parts in shown if file.path.lower().endswith(EXTENSIONS)]
     missed = {"hidden files": len(files) - len(shown), "files without an image's extension": len(shown) - len(images)}
-    # train/ and test/ are splits where both are there or nothing else is; a lone "train" among others is a class.
-    tops = {parts[0] for _, parts in images if len(parts) > 1}
-    splits = {"train", "test"} & tops
-    if len(splits) == 2 or (splits and splits == tops):
-        if dataset.split != "all" and dataset.split not in splits:
+    splits = _split_folders(images)
+    folders = [root]
+    if splits:
+        chosen = splits if dataset.split == "all" else splits & {dataset.split}
+        if not chosen:
             raise ValueError(
-                f"expected a folder {dataset.split}/ in {storage.display(root)}, found only {splits.pop()}/: "
+                f"expected a folder {dataset.split}/ in {storage.display(root)}, found only {', '.join(splits)}/: "
                 "choose that split, or all"
             )
-        inside = [(file, parts) for file, parts in images if len(parts) > 1 and parts[0] in splits]
-        missed["images outside train/ and test/"] = len(images) - len(inside)
-        images = [(file, parts) for file, parts in inside if dataset.split in (parts[0], "all")]
-        folders = sorted(splits) if dataset.split == "all" else [dataset.split]
-        depth = 1
-    else:
-        missed_classes = set()
-        folders, depth = [""], 0
-    missed_classes = {
-        (*([folder] if folder else []), label)
-        for folder in folders
-        for label in storage.list_dirs(storage.join(root, folder) if folder else root)
-        if not label.startswith(".")
-    } - {parts[: depth + 1] for _, parts in images}
-    missed["class folders without an image"] = len(missed_classes)
-    if not depth and dataset.split != "all":
+        missed["images outside train/ and test/"] = sum(parts[0] not in splits for _, parts in images)
+        images = [(file, parts[1:]) for file, parts in images if parts[0] in chosen]
+        folders = [storage.join(root, split) for split in chosen]
+    classes = {parts[0] for _, parts in images if len(parts) > 1}
+    named = {label for folder in folders for label in storage.list_dirs(folder) if not label.startswith(".")}
+    missed["class folders without an image"] = len(named - classes)
+    if not splits and dataset.split != "all":
         images = [(file, parts) for file, parts in images if split_of(_printable(file.path)) == dataset.split]
-    return _listing(
+    listing = _listing(
         dataset,
         [_printable(file.path) for file, _ in images],
         [_quote(file.path) for file, _ in images],
         [0] * len(images),
         [file.size for file, _ in images],
-        [_printable(parts[depth]) if len(parts) > depth + 1 else None for _, parts in images],
-        left_out=missed,
+        [_printable(parts[0]) if len(parts) > 1 else None for _, parts in images],
     )
+    return _without(listing, missed)
 
 
-def _read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Readable]]:
+def _split_folders(images: list[tuple[storage.FileInfo, tuple[str, ...]]]) -> set[str]:
+    """The split folders at the top: train and test together, or one that is alone; among others it is a class."""
+    tops = {parts[0] for _, parts in images if len(parts) > 1}
+    found = {"train", "test"} & tops
+    return found if len(found) == 2 or found == tops else set()
+
+
+def _read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
     """Each location as a file below the data's place; an object store is asked for several at once."""
 
-    def read(location: str) -> Readable:
+    def read(location: str, size: int | None) -> Content:
+        if (size or 0) > MAX_BYTES:
+            return UnreadableImage(
+                f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller"
+            )
         try:
             return storage.read_bytes(storage.join(str(dataset.data), _unquote(location)))
         except storage.StorageError as error:
@@ -704,242 +690,279 @@ def _read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Readabl
                 raise
             return UnreadableImage(f"expected a file, found none that can be read ({error.reason}): restore it")
 
-    locations = rows["location"].to_pylist()
+    locations, sizes = rows["location"].to_pylist(), rows["size"].to_pylist()
     if not storage.is_remote(str(dataset.data)):
-        yield from enumerate(map(read, locations))
+        yield from enumerate(map(read, locations, sizes))
         return
     with ThreadPoolExecutor(16) as pool:
-        for start in range(0, len(locations), 64):
-            yield from enumerate(pool.map(read, locations[start : start + 64]), start)
+        for start in range(0, len(rows), 64):
+            yield from enumerate(pool.map(read, locations[start : start + 64], sizes[start : start + 64]), start)
 
 
 def _printable(path: str) -> str:
-    """A file's name as text: bytes that are no UTF-8 are written as their hexadecimal escapes."""
+    """A file's name as text; bytes that are no UTF-8 become their hexadecimal escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _quote(path: str) -> str:
     """A file's name as text from which ``_unquote`` gets it back, whatever its bytes."""
-    text = path.replace("%", "%25")
-    return re.sub(r"[\udc80-\udcff]", lambda found: f"%{ord(found[0]) - 0xDC00:02X}", text)
+    return re.sub(r"[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", path.replace("%", "%25"))
 
 
 def _unquote(location: str) -> str:
     return os.fsdecode(urllib.parse.unquote_to_bytes(location)) if "%" in location else location
 
 
-# --------------------------------------------------------------------------------------------------- parquet
+# parquet
+
+
+#: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
+_TAKEN = {*LISTING_COLUMNS, *schema.CODES_DOC, "image", "split"}
 
 
 def _list_parquet(dataset: Dataset) -> pa.Table:
-    root = str(dataset.data)
-    if storage.is_dir(root):
-        files = [file for file in storage.list_files(root, ".parquet") if not re.search(r"(^|/)[._]", file.path)]
-        prefixes = [f"{file.path}#" for file in files]
-    else:
-        fs, path = storage.filesystem(root)
-        files = [storage.FileInfo("", fs.get_file_info(path).size)]
-        prefixes = [""]
+    parts, missed = [], 0
+    for file, uri in _parquet_files(str(dataset.data)):
+        listing, others = _list_parquet_file(dataset, uri, file)
+        parts.append(listing)
+        missed += others
+    return _without(pa.concat_tables(parts).combine_chunks(), {"rows whose split is neither train nor test": missed})
+
+
+def _parquet_files(root: str) -> list[tuple[storage.FileInfo, str]]:
+    """The files of a data set, each with its URI; a data set of a single file has an empty path."""
+    files = [file for file in storage.list_files(root) if not file.path or file.path.endswith(".parquet")]
+    files = [file for file in files if not re.search(r"(^|/)[._]", file.path)]
     if not files:
         raise ValueError(f"expected files *.parquet in {storage.display(root)}, found none: check the place")
-    parts, other = [], 0
-    for file, prefix in zip(files, prefixes):
-        uri = storage.join(root, file.path) if file.path else root
-        table, missed = _list_parquet_file(dataset, uri, file, prefix)
-        parts.append(table)
-        other += missed
-    if dataset.split == "all":
-        other = 0
-    left = {"rows whose split is neither train nor test": other} if other else {}
-    return pa.concat_tables(parts).combine_chunks().replace_schema_metadata({"clarity.left_out": json.dumps(left)})
+    return [(file, storage.join(root, file.path)) for file in files]
 
 
-def _list_parquet_file(dataset: Dataset, uri: str, file: storage.FileInfo, prefix: str) -> tuple[pa.Table, int]:
-    wanted = ["image_id", "label", "split", *dataset.attributes]
+def _list_parquet_file(dataset: Dataset, uri: str, file: storage.FileInfo) -> tuple[pa.Table, int]:
     with storage.open_parquet(uri) as parquet:
-        kinds = {field.name: field.type for field in parquet.schema_arrow}
-        _image_path(uri, kinds)
-        names = [name for name in wanted if name in kinds]
-        table = storage.attempt("read", uri, lambda: parquet.read(columns=names))
-        count = parquet.metadata.num_rows
-    columns = {}
-    for name in wanted:
-        if name in names:
-            columns[name] = _cast(uri, name, table[name], pa.int8() if name in dataset.attributes else pa.string())
-        else:
-            columns[name] = pa.nulls(count, pa.int8() if name in dataset.attributes else pa.string())
-    if "image_id" not in kinds:
-        columns["image_id"] = pa.array([f"{prefix}{row:08d}" for row in range(count)], pa.string())
-    rows = np.arange(count)
-    missed = 0
-    if "split" in kinds:
-        split = columns["split"].to_numpy(zero_copy_only=False) if count else np.array([], object)
-        keep = np.ones(count, bool) if dataset.split == "all" else split == dataset.split
-        missed = sum(value not in ("train", "test") for value in split.tolist())
-    elif dataset.split != "all":
-        keep = np.array(
-            [name is None or split_of(name) == dataset.split for name in columns["image_id"].to_pylist()], bool
-        )
+        kinds = _parquet_kinds(uri, parquet)
+        names = [name for name in ("image_id", "label", "split", *dataset.attributes) if name in kinds]
+        try:
+            table = storage.attempt("read", uri, lambda: parquet.read(names))
+        except pa.ArrowException as error:
+            raise ValueError(f"expected a whole Parquet file, found {storage.display(uri)}, broken ({error})") from None
+        rows = np.arange(parquet.metadata.num_rows)
+    columns = {name: _cast(uri, name, table[name], name in dataset.attributes) for name in names}
+    prefix = f"{file.path}#" if file.path else ""
+    numbered = pa.array([f"{prefix}{row:08d}" for row in rows], pa.string())
+    ids = columns.get("image_id", numbered)
+    others = 0
+    if dataset.split == "all":
+        keep = np.ones(len(rows), bool)
+    elif "split" in columns:
+        keep = np.array([split == dataset.split for split in columns["split"].to_pylist()], bool)
+        others = sum(split not in ("train", "test") for split in columns["split"].to_pylist())
     else:
-        keep = np.ones(count, bool)
-    mask = pa.array(keep, pa.bool_())
-    kept = int(keep.sum())
+        keep = np.array([name is None or split_of(name) == dataset.split for name in ids.to_pylist()], bool)
+    empty = pa.nulls(len(rows))
     listing = _listing(
         dataset,
-        columns["image_id"].filter(mask),
-        [file.path] * kept,
+        ids.filter(pa.array(keep)),
+        [file.path] * int(keep.sum()),
         rows[keep],
-        [file.size] * kept,
-        columns["label"].filter(mask),
-        [columns[name].filter(mask) for name in dataset.attributes],
+        [file.size] * int(keep.sum()),
+        columns.get("label", empty).filter(pa.array(keep)).cast(pa.string()),
+        [columns.get(name, empty).filter(pa.array(keep)).cast(pa.int8()) for name in dataset.attributes],
     )
-    return listing, missed
+    return listing, others
 
 
-def _image_path(uri: str, kinds: dict[str, pa.DataType]) -> str:
-    """The leaf that holds the images' bytes: "image", or "image.bytes"."""
+def _parquet_kinds(uri: str, parquet: pq.ParquetFile) -> dict[str, pa.DataType]:
+    """The type of each column; that of image has been checked."""
+    kinds = {field.name: field.type for field in parquet.schema_arrow}
     if "image" not in kinds:
         raise ValueError(
-            f"expected a column image in {storage.display(uri)}, found {', '.join(kinds) or 'no columns'}: rename the column "
-            "that holds the images' bytes"
+            f"expected a column image in {storage.display(uri)}, found {', '.join(kinds) or 'no columns'}: "
+            "rename the one that holds the files of the images"
         )
-    kind, path = kinds["image"], "image"
+    kind = kinds["image"]
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind, path = kind.field("bytes").type, "image.bytes"
+        kind = kind.field("bytes").type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)):
         raise ValueError(
-            f"expected a column image of bytes or struct<bytes, path> in {storage.display(uri)}, found {kinds['image']}: store "
-            "the images' files in it"
+            f"expected a column image of bytes or struct<bytes, path> in {storage.display(uri)}, found "
+            f"{kinds['image']}: store the files of the images in it"
         )
-    return path
+    return kinds
 
 
-def _cast(uri: str, name: str, column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+def _cast(uri: str, name: str, column: pa.ChunkedArray, attribute: bool) -> pa.Array:
+    """A column of the listing: int8 for an attribute, else strings, which integers are written as."""
     found = column.type
     if pa.types.is_dictionary(found):
         column = column.cast(found.value_type)
-    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    whole = pa.types.is_integer(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type)
-    if not (whole or (text and pa.types.is_string(kind))):
+    kind = column.type
+    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    if not whole and (attribute or not (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
         raise ValueError(
-            f"expected a column {name} of {'strings or integers' if pa.types.is_string(kind) else 'integers'} in "
+            f"expected a column {name} of {'integers' if attribute else 'strings or integers'} in "
             f"{storage.display(uri)}, found {found}: convert it"
         )
     try:
-        return column.cast(kind).combine_chunks()
+        return column.cast(pa.int8() if attribute else pa.string()).combine_chunks()
     except pa.ArrowInvalid as error:
-        raise ValueError(f"expected {name} of type {kind} in {storage.display(uri)}, found {error}: mend it") from None
+        raise ValueError(f"expected values of int8 in column {name} of {storage.display(uri)}, found {error}") from None
 
 
-def _read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Readable]]:
+def _read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
     """The images of the rows: only the row groups that hold them are read, and those in small batches."""
     locations, numbers = np.array(rows["location"].to_pylist(), object), rows["row"].to_numpy()
     for location in dict.fromkeys(locations):
-        uri = storage.join(str(dataset.data), location) if location else str(dataset.data)
         places = np.flatnonzero(locations == location)
         places = places[np.argsort(numbers[places], kind="stable")]
-        with storage.open_parquet(uri) as parquet:
-            leaf = _image_path(uri, {field.name: field.type for field in parquet.schema_arrow})
-            starts = np.cumsum([0] + [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)])
-            groups = np.searchsorted(starts, numbers[places], side="right") - 1
-            for group in np.unique(groups):
-                inside = places[groups == group]
-                yield from _read_row_group(uri, parquet, int(group), leaf, inside, numbers[inside] - starts[group])
+        done = 0
+        try:
+            for place, content in _read_parquet_file(storage.join(str(dataset.data), location), numbers[places]):
+                yield int(places[place]), content
+                done = place + 1
+        except (OSError, ValueError) as error:  # Arrow's errors are among them
+            if getattr(error, "transient", False):
+                raise
+            for place in places[done:]:
+                yield (
+                    int(place),
+                    UnreadableImage("expected the Parquet file that was listed, found it broken: restore it"),
+                )
 
 
-def _read_row_group(
-    uri: str, parquet: pq.ParquetFile, group: int, leaf: str, places: np.ndarray, offsets: np.ndarray
-) -> Iterator[tuple[int, Readable]]:
+def _read_parquet_file(uri: str, numbers: np.ndarray) -> Iterator[tuple[int, Content]]:
+    """Pairs (place among ``numbers``, content), for ascending numbers of rows."""
+    with storage.open_parquet(uri) as parquet:
+        ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
+        if not len(ends) or numbers[-1] >= ends[-1]:
+            raise ValueError("fewer rows than were listed")
+        struct = pa.types.is_struct(_parquet_kinds(uri, parquet)["image"])
+        groups = np.searchsorted(ends, numbers, side="right")
+        for group in np.unique(groups):
+            places = np.flatnonzero(groups == group).tolist()
+            first = int(ends[group]) - parquet.metadata.row_group(group).num_rows
+            for batch in _read_row_group(uri, parquet, int(group), "image.bytes" if struct else "image"):
+                column = batch.column(0).field("bytes") if struct else batch.column(0)
+                while places and numbers[places[0]] < first + len(batch):
+                    place = places.pop(0)
+                    content = column[int(numbers[place]) - first].as_py()
+                    missing = UnreadableImage("expected the bytes of an image, found null: fill or drop the row")
+                    yield place, missing if content is None else content
+                first += len(batch)
+                if not places:
+                    break
+
+
+def _read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaf: str) -> Iterator[pa.RecordBatch]:
+    """One row group in batches of about 16 MiB; after a transient error it is read again up to where it was."""
     info = parquet.metadata.row_group(group)
-    size = max(1, info.total_byte_size // max(1, info.num_rows))
-    batch_rows = int(np.clip((16 << 20) // size, 1, 1024))
-    done, first = 0, 0
-    try:
-        for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=[leaf], use_threads=False):
-            column = batch.column(0)
-            column = column.field("bytes") if leaf == "image.bytes" else column
-            while done < len(places) and offsets[done] < first + len(batch):
-                content = column[int(offsets[done] - first)].as_py()
-                missing = UnreadableImage("expected an image's bytes, found null: fill or drop the row")
-                yield int(places[done]), missing if content is None else content
-                done += 1
-            first += len(batch)
-            if done == len(places):
-                return
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, storage.StorageError) and error.transient:
+    rows = int(np.clip((16 << 20) * info.num_rows // max(1, info.total_byte_size), 1, 1024))
+    stream: Iterator[pa.RecordBatch] | None = None
+    done = 0
+
+    def step() -> pa.RecordBatch | None:
+        nonlocal stream
+        if stream is None:
+            fresh = parquet.iter_batches(rows, row_groups=[group], columns=[leaf], use_threads=False)
+            stream = itertools.islice(fresh, done, None)
+        try:
+            return next(stream, None)
+        except OSError:
+            stream = None
             raise
-        reason = str(error).splitlines()[0]
-        for place in places[done:]:
-            yield (
-                int(place),
-                UnreadableImage(f"expected a whole Parquet file, found a broken part ({reason}): restore it"),
-            )
+
+    while (batch := storage.attempt("read", uri, step)) is not None:
+        done += 1
+        yield batch
 
 
-# --------------------------------------------------------------------------------------------------- digits
+def _parquet_attributes(data: str) -> list[str]:
+    with storage.open_parquet(_parquet_files(data)[0][1]) as parquet:
+        kinds = {field.name: field.type for field in parquet.schema_arrow}
+    return [name for name, kind in kinds.items() if pa.types.is_integer(kind) or pa.types.is_boolean(kind)]
+
+
+# digits
 
 
 def _as_parquet(dataset: Dataset) -> Dataset:
-    return replace(dataset, source="parquet", data=str(Path(__file__).with_name("digits.parquet")))
+    return replace(dataset, data=str(Path(__file__).with_name("digits.parquet")))
 
 
 def _list_digits(dataset: Dataset) -> pa.Table:
     return _list_parquet(_as_parquet(dataset))
 
 
-def _read_digits(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Readable]]:
+def _read_digits(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
     return _read_parquet(_as_parquet(dataset), rows)
 
 
-# --------------------------------------------------------------------------------------------------- celeba_hair
+# celeba_hair
 
 
 _HAIR = {"Black_Hair": "black", "Blond_Hair": "blond", "Brown_Hair": "brown", "Gray_Hair": "gray"}
-_PARTITIONS = ("train", "valid", "test")
+_PARTITIONS = {"0": "train", "1": "valid", "2": "test"}
 
 
 def _list_celeba(dataset: Dataset) -> pa.Table:
     root = str(dataset.data)
+    folder = storage.join(root, "img_align_celeba")
+    if not storage.is_dir(folder):
+        raise ValueError(f"expected a folder img_align_celeba/ in {storage.display(root)}, found none: check the path")
     names = _celeba_attributes(root)
-    wanted = [names.index(name) + 1 for name in (*_HAIR, *dataset.attributes)]
-    lines = _celeba_lines(root, "list_attr_celeba.txt")[2:]
-    table: list[list[Any]] = []
-    for number, line in enumerate(lines, 3):
-        cells = line.split()
-        if len(cells) != len(names) + 1 or not set(cells[1:]) <= {"1", "-1"}:
-            raise ValueError(
-                f"expected a file name and {len(names)} values 1 or -1 in line {number} of list_attr_celeba.txt, found "
-                f"{line[:60]!r}: restore the file"
-            )
-        table.append([cells[0], *(cells[column] == "1" for column in wanted)])
-    partitions = {}
-    for number, line in enumerate(_celeba_lines(root, "list_eval_partition.txt"), 1):
-        cells = line.split()
-        if len(cells) != 2 or cells[1] not in ("0", "1", "2"):
-            raise ValueError(
-                f"expected 'name 0|1|2' in line {number} of list_eval_partition.txt, found {line[:60]!r}: restore it"
-            )
-        partitions[cells[0]] = _PARTITIONS[int(cells[1])]
-    if lost := [row[0] for row in table if row[0] not in partitions]:
-        raise ValueError(
-            f"expected every face in list_eval_partition.txt, found {len(lost)} missing ({lost[0]}): restore it"
-        )
-    if dataset.split != "all":
-        table = [row for row in table if partitions[row[0]] == dataset.split]
-    hair = [[colour for colour, given in zip(_HAIR.values(), row[1:]) if given] for row in table]
-    listed = [place for place, colours in enumerate(hair) if dataset.unlabelled or len(colours) == 1]
-    sizes = {file.path: file.size for file in storage.list_files(storage.join(root, "img_align_celeba"))}
-    return _listing(
-        dataset,
-        [table[place][0] for place in listed],
-        [f"img_align_celeba/{_quote(table[place][0])}" for place in listed],
-        [0] * len(listed),
-        [sizes.get(table[place][0]) for place in listed],
-        [hair[place][0] if len(hair[place]) == 1 else None for place in listed],
-        [[int(table[place][5 + k]) for place in listed] for k in range(len(dataset.attributes))],
-        {"faces without exactly one of black, blond, brown, gray hair": len(table) - len(listed)},
+    partitions = dict(_celeba_rows(root, "list_eval_partition.txt", 0, 1, set(_PARTITIONS)))
+    hair = [names.index(name) + 1 for name in _HAIR]
+    carried = [names.index(name) + 1 for name in dataset.attributes]
+    faces: list[tuple[Any, ...]] = []
+    others = 0
+    for cells in _celeba_rows(root, "list_attr_celeba.txt", 2, len(names), {"1", "-1"}):
+        if cells[0] not in partitions:
+            raise ValueError(f"expected every face in list_eval_partition.txt, found no {cells[0]!r}: restore the file")
+        if dataset.split not in ("all", _PARTITIONS[partitions[cells[0]]]):
+            continue
+        colours = [colour for colour, column in zip(_HAIR.values(), hair) if cells[column] == "1"]
+        if len(colours) != 1:
+            others += 1
+            if not dataset.unlabelled:
+                continue
+        label = colours[0] if len(colours) == 1 else None
+        faces.append((cells[0], label, *(int(cells[column] == "1") for column in carried)))
+    ids, label_names, *attributes = zip(*faces) if faces else [()] * (2 + len(carried))
+    sizes = {file.path: file.size for file in storage.list_files(folder)}
+    locations = [f"img_align_celeba/{_quote(name)}" for name in ids]
+    listing = _listing(
+        dataset, ids, locations, [0] * len(ids), [sizes.get(name) for name in ids], label_names, attributes
     )
+    reason = "faces without exactly one of black, blond, brown, gray hair"
+    return _without(listing, {} if dataset.unlabelled else {reason: others})
+
+
+def _celeba_rows(root: str, file: str, skipped: int, values: int, choices: set[str]) -> Iterator[list[str]]:
+    """The cells of each line: a file's name and its values."""
+    for number, line in enumerate(_celeba_lines(root, file)[skipped:], skipped + 1):
+        cells = line.split()
+        if len(cells) != values + 1 or "/" in cells[0] or not choices.issuperset(cells[1:]):
+            raise ValueError(
+                f"expected a file's name and {values} of {', '.join(sorted(choices))} in line {number} of {file}, "
+                f"found {line[:60]!r}: restore the file"
+            )
+        yield cells
+
+
+def _celeba_attributes(root: str) -> list[str]:
+    lines = _celeba_lines(root, "list_attr_celeba.txt")
+    names = lines[1].split() if len(lines) > 1 else []
+    if missing := [name for name in _HAIR if name not in names]:
+        raise ValueError(
+            f"expected the names of the attributes in line 2 of list_attr_celeba.txt, found no {', '.join(missing)}: "
+            "restore the file"
+        )
+    if lines[0].strip() != str(len(lines) - 2):
+        raise ValueError(
+            f"expected {lines[0].strip()[:20]} faces in list_attr_celeba.txt, as its first line says, found "
+            f"{len(lines) - 2}: copy it again"
+        )
+    return names
 
 
 def _celeba_lines(root: str, file: str) -> list[str]:
@@ -947,34 +970,9 @@ def _celeba_lines(root: str, file: str) -> list[str]:
         return storage.read_bytes(storage.join(root, file)).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"expected {file} beside img_align_celeba/ in {storage.display(root)}, found {error}: lay out the official files"
+            f"expected {file} beside img_align_celeba/, found none that can be read ({error}): "
+            "lay out the official files"
         ) from None
-
-
-def _celeba_attributes(root: str) -> list[str]:
-    lines = _celeba_lines(root, "list_attr_celeba.txt")
-    names = lines[1].split() if len(lines) > 1 else []
-    if missing := set(_HAIR) - set(names):
-        raise ValueError(
-            f"expected the attributes' names in line 2 of list_attr_celeba.txt, found no {', '.join(sorted(missing))}: restore it"
-        )
-    if lines[0].strip() != str(len(lines) - 2):
-        raise ValueError(
-            f"expected {lines[0].strip()} faces in list_attr_celeba.txt, found {len(lines) - 2}: copy it again"
-        )
-    return names
-
-
-def _parquet_attributes(data: str) -> list[str]:
-    uri = data
-    if storage.is_dir(data):
-        uri = storage.join(data, next((file.path for file in storage.list_files(data, ".parquet")), ""))
-    with storage.open_parquet(uri) as parquet:
-        return [
-            field.name
-            for field in parquet.schema_arrow
-            if pa.types.is_integer(field.type) or pa.types.is_boolean(field.type)
-        ]
 
 
 SOURCES: dict[str, Source] = {
@@ -986,21 +984,25 @@ SOURCES: dict[str, Source] = {
         needs_data=False,
     ),
     "mnist": Source(
-        "torchvision's layout: MNIST/raw/*-ubyte[.gz]",
+        "torchvision's layout, MNIST/raw/*-ubyte[.gz]",
         _list_mnist,
         _read_mnist,
         Preprocessing("L", 28, 28),
         remote=False,
     ),
-    "folder": Source("class folders of images, with or without train/ and test/ above them", _list_folder, _read_files),
+    "folder": Source(
+        "class folders of images, with or without train/ and test/ above them",
+        _list_folder,
+        _read_files,
+    ),
     "parquet": Source(
-        "a Parquet file or a directory of them: image (bytes or struct<bytes, path>), with or without label, image_id, split",
+        "a Parquet file or a directory of them, with a column image; optional label, image_id, split",
         _list_parquet,
         _read_parquet,
         attributes=_parquet_attributes,
     ),
     "celeba_hair": Source(
-        "official layout: img_align_celeba/, list_attr_celeba.txt, list_eval_partition.txt",
+        "official layout, img_align_celeba/, list_attr_celeba.txt, list_eval_partition.txt",
         _list_celeba,
         _read_files,
         Preprocessing("RGB", 64, 64, center_crop=148),

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,33 +31,27 @@ import pyarrow.parquet as pq
 URI = str | Path
 T = TypeVar("T")
 
-ATTEMPTS = 5
-FIRST_PAUSE_S = 0.2
-STREAM_BYTES = 1 << 20
+#: Attempts of each operation, each of them up to three requests of the store's own client; the pause doubles each time.
+ATTEMPTS = 6
+FIRST_PAUSE_S = 0.25
 OPTIONS = ("endpoint_url", "region")
 
 _QUERY = re.compile(r"\?([A-Za-z][\w-]*=[^&?]*(?:&[A-Za-z][\w-]*=[^&?]*)*)$")
 _SECRET = re.compile(
     r"(?i)\b(?:AKIA|ASIA)[A-Z0-9]{12,}|(?<=//)[^/@\s]+(?=@)|(?<=[?&])[^=&\s]*(?:key|secret|token|password|signature)[^&\s]*"
 )
-_TRANSIENT_ERRNO = {errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED}
-_TRANSIENT_TEXT = re.compile(
-    r"(?i)SLOW_?DOWN|SERVICE_?UNAVAILABLE|INTERNAL_?(FAILURE|ERROR)|THROTTL|REQUEST_?TIMEOUT|NETWORK_CONNECTION"
-    r"|curlCode|timed? ?out|connection reset|HTTP status 5\d\d|HTTP response code:? 5\d\d"
-)
+_ANSWER = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)")
+_TRANSIENT = re.compile(r"(?i)slow_?down|unavailable|internal_?(fail|err)|throttl|time_?out|network_|curl|status 5\d\d")
+_TRANSIENT_ERRNO = {errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE}
 _REMEDY = {
-    errno.ENOSPC: "free space on that disk, or choose another place",
-    errno.EDQUOT: "free space in that quota, or choose another place",
+    errno.ENOSPC: "free space there, or choose another place",
+    errno.EDQUOT: "free space there, or choose another place",
     errno.EROFS: "that file system is read-only: choose another place",
     errno.EACCES: "give this user the right to it, or choose another place",
     errno.EPERM: "give this user the right to it, or choose another place",
-    errno.ENOENT: "check the path, and that it is mounted on this machine",
-    errno.ENOTDIR: "a file stands where a directory is expected: check the path",
-    errno.EISDIR: "a directory stands where a file is expected: check the path",
-    errno.EEXIST: "a file stands where a directory is expected: check the path",
-    errno.ELOOP: "its links go in circles: mend the link",
-    errno.ENAMETOOLONG: "choose a shorter path",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOTDIR: "a file stands where a directory is expected: choose another path",
+    errno.EEXIST: "a file stands where a directory is expected: choose another path",
+    errno.EISDIR: "a directory stands where a file is expected: choose another path",
 }
 
 
@@ -91,16 +86,19 @@ def is_remote(uri: URI) -> bool:
 
 
 def display(uri: URI) -> str:
-    """The URI as it may be printed: without a user, a password or a key that somebody put into it."""
-    return _SECRET.sub("***", str(uri))
+    """A URI, or a text that quotes one, as it may be printed: without a secret in it or known to this process."""
+    text = str(uri)
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        text = text.replace(os.environ.get(variable) or "\0", "***")
+    return _SECRET.sub("***", text)
 
 
 def join(uri: URI, *parts: str) -> str:
     """The URI of something below ``uri``; an object store's options stay at the end."""
     if not is_remote(uri):
-        return os.path.join(str(uri), *parts)
+        return os.path.join(uri, *filter(None, parts))
     base, query = _split(uri)
-    return "/".join([base.rstrip("/"), *parts]) + query
+    return "/".join([base.rstrip("/"), *filter(None, parts)]) + query
 
 
 def name(uri: URI) -> str:
@@ -115,16 +113,11 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
         ValueError: another scheme, an unknown option, or credentials in the URI.
     """
     if not is_remote(uri):
-        if found := re.match(r"([A-Za-z][\w+.-]*)://", str(uri)):
-            raise ValueError(
-                f"expected a local path or s3://bucket/key, found the scheme {found[1]!r} in {display(uri)}: "
-                "copy the data to one of them, or mount it"
-            )
-        return pafs.LocalFileSystem(), os.path.abspath(uri)
+        return pafs.LocalFileSystem(), _local(uri)
     base, query = _split(uri)
     options = dict(parse_qsl(query[1:], keep_blank_values=True))
-    bucket, _, key = base.removeprefix("s3://").partition("/")
     endpoint = urlsplit(options.get("endpoint_url", ""))
+    bucket, _, key = base.removeprefix("s3://").partition("/")
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(
             f"unknown option {', '.join(unknown)} in {display(uri)}: expected {' or '.join(OPTIONS)}; "
@@ -137,32 +130,23 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
         )
     if not bucket or (endpoint.geturl() and not (endpoint.scheme in ("http", "https") and endpoint.netloc)):
         raise ValueError(
-            f"expected s3://bucket/key, found {display(uri)}: write it so, with or without "
-            "?endpoint_url=http://host:port"
+            f"expected s3://bucket/key, or with ?endpoint_url=http://host:port behind it, found {display(uri)}: write it so"
         )
     return _s3(bucket, endpoint.scheme, endpoint.netloc, options.get("region")), f"{bucket}/{key}".rstrip("/")
 
 
 def exists(uri: URI) -> bool:
     """Whether a file, a directory or a prefix with objects below it is there."""
-    if not is_remote(uri):
-        filesystem(uri)
-        return os.path.exists(uri)
-    fs, path = filesystem(uri)
-    return bool(attempt("look at", uri, lambda: fs.get_file_info(path)).type != pafs.FileType.NotFound)
+    return _kind(uri) != pafs.FileType.NotFound
 
 
 def is_dir(uri: URI) -> bool:
     """Whether a directory, or a prefix with objects below it, is there."""
-    if not is_remote(uri):
-        filesystem(uri)
-        return os.path.isdir(uri)
-    fs, path = filesystem(uri)
-    return bool(attempt("look at", uri, lambda: fs.get_file_info(path)).type == pafs.FileType.Directory)
+    return _kind(uri) == pafs.FileType.Directory
 
 
 def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
-    """Every file below a directory whose name ends in ``suffix``, sorted by path.
+    """Every file below a directory whose name ends in ``suffix``, sorted by path; of a file: itself, its path empty.
 
     Links are followed, but each directory is listed once, under its own name rather than a link's, so that links in
     circles end. A link that leads nowhere is listed with size 0: reading it says so.
@@ -172,11 +156,16 @@ def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
     """
     if is_remote(uri):
         fs, path = filesystem(uri)
+        info = attempt("look at", uri, lambda: fs.get_file_info(path))
+        if info.type == pafs.FileType.File:
+            return [FileInfo("", info.size)]
         found = attempt("list", uri, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True)))
         files = [FileInfo(info.path[len(path) + 1 :], info.size) for info in found if info.type == pafs.FileType.File]
     else:
-        filesystem(uri)
-        files = attempt("list", uri, lambda: list(_walk(str(uri))))
+        root = _local(uri)
+        if os.path.isfile(root):
+            return [FileInfo("", os.path.getsize(root))]
+        files = attempt("list", uri, lambda: list(_walk(root)))
     return sorted((file for file in files if file.path.endswith(suffix)), key=lambda file: file.path)
 
 
@@ -186,42 +175,41 @@ def list_dirs(uri: URI) -> list[str]:
         fs, path = filesystem(uri)
         found = attempt("list", uri, lambda: fs.get_file_info(pafs.FileSelector(path)))
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
-    return attempt("list", uri, lambda: sorted(entry.name for entry in os.scandir(uri) if entry.is_dir()))
+    return attempt("list", uri, lambda: sorted(entry.name for entry in os.scandir(_local(uri)) if entry.is_dir()))
 
 
 def read_bytes(uri: URI) -> bytes:
     """The content of a file."""
-    fs, path = filesystem(uri)
     if not is_remote(uri):
-        return attempt("read", uri, lambda: Path(uri).read_bytes())
+        return attempt("read", uri, lambda: _read_local(_local(uri)))
+    fs, path = filesystem(uri)
 
-    def read() -> bytes:
+    def get() -> bytes:
         with fs.open_input_file(path) as file:
             return bytes(file.read())
 
-    return attempt("read", uri, read)
+    return attempt("read", uri, get)
 
 
 def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
-    """Put a file there whole or not at all, replacing what was there.
+    """Put a file there whole or not at all, replacing what was there; its directory is made when missing.
 
     On a disk: a temporary file, fsync, rename, with the rights that the user's umask gives. On an object store: one
     object, which appears when its upload is complete.
 
     Args:
-        uri: the file; its directory is made when missing.
+        uri: the file.
         data: its content.
         scratch: a directory of the same file system for the temporary file; by default the file's own, hidden there.
     """
-    fs, path = filesystem(uri)
     if not is_remote(uri):
-        attempt("write", uri, lambda: _write_local(path, data, os.path.abspath(scratch) if scratch else None))
+        attempt("write", uri, lambda: _write_local(_local(uri), data, _local(scratch) if scratch else None))
         return
+    fs, path = filesystem(uri)
 
     def put() -> None:
-        # One write call: a stream that fails half-way is never closed into a complete object.
         with fs.open_output_stream(path) as file:
-            file.write(data)
+            file.write(data)  # one call: a stream that failed half-way is never completed by its closing
 
     attempt("write", uri, put)
 
@@ -240,40 +228,27 @@ def read_json(uri: URI) -> Any:
 
 def write_json(uri: URI, value: Any, *, scratch: URI | None = None) -> None:
     """Write a value as JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(uri, (text + "\n").encode(), scratch=scratch)
 
 
 def delete(uri: URI) -> None:
     """Delete a file; one that is not there is deleted already."""
     fs, path = filesystem(uri)
-
-    def remove() -> None:
-        try:
-            fs.delete_file(path)
-        except FileNotFoundError:
-            return
-
-    attempt("delete", uri, remove)
+    attempt("delete", uri, lambda: _unless_missing(fs.delete_file, path))
 
 
 def delete_tree(uri: URI) -> None:
     """Delete a directory with everything below it; links in it are removed, not followed."""
-    if not is_remote(uri):
-        filesystem(uri)
-        if os.path.lexists(uri):
-            attempt("delete", uri, lambda: shutil.rmtree(uri))
-        return
     fs, path = filesystem(uri)
-    attempt("delete", uri, lambda: fs.delete_dir_contents(path, missing_dir_ok=True))
-    delete(join(uri, ""))
+    remove = fs.delete_dir if is_remote(uri) else shutil.rmtree
+    attempt("delete", uri, lambda: _unless_missing(remove, path))
 
 
 def make_dir(uri: URI) -> None:
     """Make a directory and those above it; an object store needs none."""
-    filesystem(uri)
     if not is_remote(uri):
-        attempt("make", uri, lambda: os.makedirs(uri, exist_ok=True))
+        attempt("make", uri, lambda: os.makedirs(_local(uri), exist_ok=True))
 
 
 def copy_tree(source: URI, destination: URI) -> None:
@@ -283,7 +258,7 @@ def copy_tree(source: URI, destination: URI) -> None:
 
 
 def open_parquet(uri: URI) -> pq.ParquetFile:
-    """A Parquet file, opened so that reading one row group reads no other and streams through it.
+    """A Parquet file, opened so that reading one row group reads no other, in pieces of 1 MiB.
 
     Raises:
         ValueError: it is not a whole Parquet file.
@@ -291,12 +266,12 @@ def open_parquet(uri: URI) -> pq.ParquetFile:
     fs, path = filesystem(uri)
     try:
         return attempt(
-            "read", uri, lambda: pq.ParquetFile(fs.open_input_file(path), buffer_size=STREAM_BYTES, pre_buffer=False)
+            "read", uri, lambda: pq.ParquetFile(fs.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
         )
     except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"expected a whole Parquet file, found {display(uri)}, which is none ({reason}): restore or leave it out"
+            f"expected a whole Parquet file, found {display(uri)}, which is none ({str(error).splitlines()[0]}): "
+            "copy it again or leave it out"
         ) from None
 
 
@@ -314,45 +289,54 @@ def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
     for tried in range(1, ATTEMPTS + 1):
         try:
             return action()
+        except StorageError:
+            raise
         except OSError as error:
-            transient = error.transient if isinstance(error, StorageError) else _is_transient(uri, error)
-            if transient and tried < ATTEMPTS:
-                time.sleep(FIRST_PAUSE_S * 2 ** (tried - 1) * (1 + secrets.randbelow(1000) / 1000))
-                continue
-            # The chain is cut on purpose: a store's own message may carry what a log must not.
-            raise _storage_error(what, uri, error, transient) from None
+            text = str(error)
+            transient = error.errno in _TRANSIENT_ERRNO if error.errno else bool(_TRANSIENT.search(text))
+            if not transient or tried == ATTEMPTS:
+                # The chain is cut on purpose: a store's own message may carry what a log must not.
+                raise _storage_error(what, uri, error, transient) from None
+        time.sleep(FIRST_PAUSE_S * 2 ** (tried - 1) * (1 + secrets.randbelow(1000) / 1000))
     raise AssertionError("unreachable")
 
 
 def _storage_error(what: str, uri: URI, error: OSError, transient: bool) -> StorageError:
-    if isinstance(error, StorageError):
-        return error
     code = error.errno or (errno.ENOENT if isinstance(error, FileNotFoundError) else None)
-    answer = re.search(r"AWS Error (\w+)", str(error))
-    reason = os.strerror(code) if code else (answer[1] if answer else "the store's answer was not understood")
-    detail = "" if code else f" ({_public(str(error))})"
+    answer = _ANSWER.search(str(error))
+    reason = os.strerror(code) if code else (answer[1] if answer else str(error))
+    remedy = "check the bucket, the key, the endpoint_url, the region, and this machine's rights to them"
     if transient:
         remedy = f"it failed {ATTEMPTS} times: try again later"
-    elif is_remote(uri) and code is None:
-        remedy = "check the bucket, the endpoint_url, the region, and this machine's credentials and rights"
-    else:
-        remedy = _REMEDY.get(code or 0, "check the path and its disk")
+    elif not is_remote(uri):
+        remedy = _REMEDY.get(code or 0, "check the path and its disk on this machine")
     place = error.filename if isinstance(error.filename, str) and not is_remote(uri) else uri
-    return StorageError(f"cannot {what} {display(place)}: {reason}{detail}: {remedy}", reason, code, transient)
+    said = reason if code else str(error)
+    return StorageError(display(f"cannot {what} {place}: {said}: {remedy}"), display(reason), code, transient)
 
 
-def _is_transient(uri: URI, error: OSError) -> bool:
-    if error.errno is not None:
-        return error.errno in _TRANSIENT_ERRNO
-    return is_remote(uri) and _TRANSIENT_TEXT.search(str(error)) is not None
+def _kind(uri: URI) -> pafs.FileType:
+    if is_remote(uri):
+        fs, path = filesystem(uri)
+        return attempt("look at", uri, lambda: fs.get_file_info(path).type)
+
+    def look() -> pafs.FileType:
+        try:
+            mode = os.stat(_local(uri)).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return pafs.FileType.NotFound
+        return pafs.FileType.Directory if stat.S_ISDIR(mode) else pafs.FileType.File
+
+    return attempt("look at", uri, look)
 
 
-def _public(text: str) -> str:
-    """A store's message without anything secret that this process knows."""
-    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        if value := os.environ.get(variable):
-            text = text.replace(value, "***")
-    return _SECRET.sub("***", text)
+def _local(uri: URI) -> str:
+    if found := re.match(r"([A-Za-z][\w+.-]*)://", str(uri)):
+        raise ValueError(
+            f"expected a local path or s3://bucket/key, found the scheme {found[1]!r} in {display(uri)}: "
+            "copy the data to one of them, or mount it"
+        )
+    return os.path.abspath(uri)
 
 
 def _split(uri: URI) -> tuple[str, str]:
@@ -373,40 +357,48 @@ def _s3(bucket: str, scheme: str, endpoint: str, region: str | None) -> pafs.Fil
         scheme=scheme or "https",
         endpoint_override=endpoint or None,
         connect_timeout=5,
-        request_timeout=30,
-        allow_delayed_open=True,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=2),
+        request_timeout=20,
+        allow_delayed_open=True,  # a small object is then one PUT
     )
 
 
 def _walk(root: str) -> Iterator[FileInfo]:
-    """Every file below ``root``; directories before the links to directories, so that real names win."""
+    """Every file below ``root``; directories before the links to directories, so that their own names win."""
     seen: set[tuple[int, int]] = set()
-    real, links = [""], [""][:0]
-    while real or links:
-        below = real.pop() if real else links.pop(0)
-        status = os.stat(os.path.join(root, below))
+    folders, links = [""], list[str]()
+    while folders or links:
+        below = folders.pop() if folders else links.pop(0)
+        place = os.path.join(root, below)
+        status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(os.path.join(root, below)) as entries:
+        with os.scandir(place) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = os.path.join(below, entry.name)
                 try:
                     if entry.is_dir():
-                        (links if entry.is_symlink() else real).append(path)
+                        (links if entry.is_symlink() else folders).append(path)
                     else:
                         yield FileInfo(path, entry.stat().st_size)
                 except OSError:
                     yield FileInfo(path, 0)
 
 
+def _read_local(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    with open(descriptor, "rb") as file:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENODEV, "no regular file", path)
+        return file.read()
+
+
 def _write_local(path: str, data: bytes, scratch: str | None) -> None:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
+    os.makedirs(scratch or folder, exist_ok=True)
     temporary = os.path.join(scratch or folder, f".{secrets.token_hex(8)}.tmp")
-    if scratch:
-        os.makedirs(scratch, exist_ok=True)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -414,8 +406,7 @@ def _write_local(path: str, data: bytes, scratch: str | None) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
+        _unless_missing(os.unlink, temporary)
         raise
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -424,11 +415,18 @@ def _write_local(path: str, data: bytes, scratch: str | None) -> None:
         os.close(descriptor)
 
 
-def _plain(value: Any) -> Any:
+def _unless_missing(remove: Callable[[str], Any], path: str) -> None:
+    try:
+        remove(path)
+    except FileNotFoundError:
+        return
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_finite(item) for item in value]
     return value
