@@ -134,7 +134,7 @@ class Plan:
 
     def codes_schema(self) -> pa.Schema:
         """Schema of ``codes``, with the file metadata by which a table explains itself."""
-        extra = [pa.field(name, pa.type_for_alias(kind)) for name, kind in self.dataset.get("extra", [])]
+        extra = [pa.field(name, pa.type_for_alias(kind)) for name, kind, *_ in self.dataset.get("extra", [])]
         table = schema.codes_schema(len(self.class_names), self.model["latent_dim"], extra)
         return table.with_metadata(self._metadata())
 
@@ -229,6 +229,11 @@ class Claim:
     lock: Any = None
 
     @property
+    def complete(self) -> bool:
+        """Whether the audit was finished and nothing of it is missing."""
+        return not self.pending and storage.exists(storage.join(self.uri, "_SUCCESS"))
+
+    @property
     def pending(self) -> list[int]:
         """Shards without a commit."""
         return [shard for shard in range(len(self.plan.shards)) if shard not in self.commits]
@@ -237,10 +242,10 @@ class Claim:
         """Read the commits again."""
         self.commits = valid_commits(self.uri, self.plan)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary; when nothing is pending, remove the traces of the work and mark the audit complete."""
+    def finish(self, summary: Mapping[str, Any], verified: bool) -> None:
+        """Write the summary; of a verified audit, remove the traces of the work and mark it complete."""
         storage.write_json(storage.join(self.uri, "summary.json"), summary, scratch=storage.join(self.uri, "_tmp"))
-        if self.pending:
+        if self.pending or not verified:
             return
         for name in ("_attempts", "_failures"):
             storage.delete_tree(storage.join(self.uri, name))
@@ -425,6 +430,12 @@ def to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def sees(uri: str, run: str, data: str | None = None) -> list[str]:
+    """What of the audit directory, and of the data, this machine cannot see; asked on every node before the work."""
+    places = {"--out": storage.join(uri, "_tmp", f"probe-{run}"), "--data": data}
+    return [flag for flag, place in places.items() if place and not storage.exists(place)]
+
+
 def record_failure(uri: str, shard: int, stage: str, error: str) -> None:
     """Say why a shard is missing: ``_failures/shard-00000.json``."""
     value = {"shard": shard, "stage": stage, "error": error, "attempts": MAX_ATTEMPTS}
@@ -501,7 +512,7 @@ def _known_commits(uri: str, plan: Plan) -> dict[int, dict[str, Any]]:
 
 @dataclass
 class Verification:
-    """What was counted and what is wrong, one line each."""
+    """What was counted and what is wrong, one line each; ``shards`` are those that something is wrong with."""
 
     images: int = 0
     errors: int = 0
@@ -509,6 +520,7 @@ class Verification:
     converged: int = 0
     redecoded: int = 0
     problems: list[str] = field(default_factory=list)
+    shards: list[int] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -555,6 +567,7 @@ def verify(
             for name in ("images", "errors", "pairs", "converged", "redecoded"):
                 setattr(result, name, getattr(result, name) + getattr(check, name))
             result.problems += check.problems
+            result.shards += check.shards
     if not result.problems and result.images != plan.num_images:
         result.problems.append(f"{result.images} images, the plan has {plan.num_images}")
     return result
@@ -571,6 +584,7 @@ def _verify_shard(
     result = Verification()
 
     def wrong(what: str) -> None:
+        result.shards = [shard]
         result.problems.append(f"{shard_name(shard)}: {what}")
 
     tables = {}
@@ -655,6 +669,12 @@ def _verify_shard(
             if worst > 1:
                 wrong(f"z_cf decodes to pictures that differ by {worst} grey levels from x_cf")
     return result
+
+
+def drop_commits(uri: str, shards: Iterable[int]) -> None:
+    """Take shards back, so that the next run does them again."""
+    for shard in shards:
+        storage.delete(storage.join(uri, "_commits", f"{shard_name(shard)}.json"))
 
 
 def summarise(audit: Audit) -> dict[str, Any]:

@@ -9,20 +9,26 @@ Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+import clarity
 from clarity import audit, data, schema, storage
 from clarity.checkpoints import Model, fold_of, load_model
 from clarity.classifiers import logits_rows
@@ -450,6 +456,162 @@ def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
     return logits_rows(ensemble, points)
 
 
+# ---- what a job asks for -------------------------------------------------------------------------------------------
+
+
+def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
+    """The images of a listing that are asked for, and whether ``all`` of them get pairs or the ``misclassified``.
+
+    Args:
+        listing: of ``data.list_images``.
+        where: conditions that all hold: label=A,B (names), ids=FILE (one id a line), misclassified.
+        limit: the first so many of what is left.
+
+    Raises:
+        ValueError: an unknown condition, label or id; or nothing is left.
+    """
+    only = "all"
+    for condition in where:
+        kind, _, value = condition.partition("=")
+        if kind == "misclassified" and not value:
+            only = "misclassified"
+        elif kind == "label" and value:
+            names = value.split(",")
+            known = listing["label_name"].unique().drop_null().to_pylist()
+            if unknown := sorted(set(names) - set(known)):
+                raise ValueError(
+                    f"--where {condition}: no image has the label {unknown[0]!r}; there are {', '.join(known)}"
+                )
+            listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
+        elif kind == "ids" and value:
+            names = storage.read_bytes(value).decode().splitlines()
+            kept = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
+            if len(kept) < len(set(names)):
+                unknown = sorted(set(names) - set(kept["image_id"].to_pylist()))
+                raise ValueError(
+                    f"--where {condition}: {len(unknown)} ids are not in the data, the first {unknown[0]!r}"
+                )
+            listing = kept
+        else:
+            raise ValueError(f"--where {condition}: expected label=NAME[,NAME...], ids=FILE or misclassified")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit: expected at least 1, got {limit}")
+    listing = listing.slice(0, limit)
+    if not len(listing):
+        raise ValueError("no image is left after --where; ask for more")
+    return listing, only
+
+
+def make_plan(
+    model: Model,
+    dataset: data.Dataset,
+    listing: pa.Table,
+    *,
+    method: str,
+    config: SearchConfig,
+    targets: Any = "all",
+    images: str = "png",
+    only: str = "all",
+    trace: int = 0,
+    shard_rows: int,
+    where: Sequence[str] = (),
+) -> audit.Plan:
+    """The plan of an audit over the images of a listing.
+
+    Images of the training split are explained by the classifiers of the fold that did not see them, where the model has
+    folds.
+    """
+    indices = class_indices(targets, model.class_names)
+    num_folds = len(model.folds) if dataset.split != "test" else 0
+    needed = {
+        "image_ensemble.safetensors": METHODS[method].classifier.startswith("image"),
+        "folds.safetensors": num_folds > 0,
+    }
+    sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items() if needed.get(name)}
+    extra = [field for field in listing.schema if field.name not in data.LISTING_COLUMNS]
+    return audit.Plan(
+        dataset={
+            "source": dataset.source,
+            "data": storage.display(dataset.data or ""),
+            "split": dataset.split,
+            "where": list(where),
+            "num_images": len(listing),
+            "listing": data.listing_fingerprint(listing.select(list(data.LISTING_COLUMNS))),
+            "extra": [[field.name, str(field.type), _column_digest(listing[field.name])] for field in extra],
+        },
+        model={
+            "fingerprint": model.fingerprint,
+            "class_names": list(model.class_names),
+            "image_shape": list(model.image_shape),
+            "latent_dim": model.latent_dim,
+            "num_members": model.ensemble.config.num_members,
+            "num_folds": num_folds,
+            "sums": sums,
+        },
+        method=method,
+        config=dataclasses.asdict(config),
+        targets=None if indices is None else list(indices),
+        images=images,
+        shards=audit.shard_table(listing["image_id"].to_pylist(), shard_rows),
+        only=only,
+        trace=trace,
+        versions={
+            "clarity": clarity.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+        },
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def probe(
+    model_uri: str, dataset: data.Dataset, listing: pa.Table, steps: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Measure the job on a few images: seconds and bytes for an image, pairs a second, engine.
+
+    Args:
+        model_uri: a model directory.
+        dataset: where the images lie.
+        listing: the images to measure on.
+        steps: measure this many updates, and reckon with a hundred for each pair; None searches to the end.
+        **options: of the Explainer.
+    """
+    model = load_model(model_uri)
+    if steps is not None:
+        options["config"] = replace(options["config"], max_steps=steps)
+    explainer = Explainer(model, **options)
+    images = data.read_shard(dataset, listing, model.preprocessing)
+    explainer.search_shard(images.slice(0, 2))  # what the first call alone costs
+    start = time.perf_counter()
+    explained = explainer.explain_shard(images)
+    seconds = time.perf_counter() - start
+    if steps is not None:
+        search = explained.stats["seconds"].get("search", 0.0)
+        seconds += search / (steps + 1) * 100 - search
+    size = sum(len(audit.to_parquet(table)) for table in (explained.codes, explained.counterfactuals))
+    return {
+        "seconds_per_image": seconds / len(listing),
+        "bytes_per_image": size / len(listing),
+        "pairs_per_second": explained.stats["pairs"] / seconds,
+        "engine": explained.stats["engine"],
+    }
+
+
+def raw_bytes_per_image(model: Model, num_targets: int) -> float:
+    """Bytes that an image's rows hold before compression, at most."""
+    pixels = int(np.prod(model.image_shape))
+    return (1 + num_targets) * (pixels + 4 * model.latent_dim + 160)
+
+
+def _column_digest(column: pa.ChunkedArray) -> str:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"": column.combine_chunks()})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return hashlib.sha256(sink.getvalue()).hexdigest()[:16]
+
+
 # ---- what the workers of a job run ---------------------------------------------------------------------------------
 
 
@@ -464,20 +626,26 @@ class Work:
     preprocessing: data.Preprocessing
 
 
-def read_shard(row: dict[str, Any], work: Work) -> dict[str, Any]:
+def shard_item(shard: int, listing: pa.Table) -> dict[str, Any]:
+    """What the first worker is given: the shard's number and its part of the listing."""
+    return {"shard": shard, "listing": _pack(listing).to_pybytes()}
+
+
+def read_shard(batch: pa.Table, work: Work) -> pa.Table:
     """First worker of a shard: its part of the listing in, its images out.
 
-    Rows that pass between workers are {shard, note, ...tables as bytes}; ``note`` is JSON and tells how it ended.
+    What passes between workers is a table of one row: shard, note, tables as bytes; ``note`` is JSON and tells how it
+    ended.
     """
+    row = _row(batch)
 
     def read() -> dict[str, Any]:
-        listing = _unpack(row["listing"])
         start = time.perf_counter()
-        images = data.read_shard(work.dataset, listing, work.preprocessing)
+        images = data.read_shard(work.dataset, _unpack(row["listing"]), work.preprocessing)
         seconds = {"read": time.perf_counter() - start}
-        return {"listing": row["listing"], "images": _pack(images), "note": json.dumps({"seconds": seconds})}
+        return {"note": {"seconds": seconds}, "listing": row["listing"], "images": _pack(images)}
 
-    return _attempt(work, row["shard"], "read", read, {"listing": b"", "images": b""})
+    return _attempt(work, row["shard"], "read", read, ("listing", "images"))
 
 
 class ExplainShard:
@@ -503,34 +671,32 @@ class ExplainShard:
             **self.options,
         )
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Explain one shard; passes on what failed before."""
-        empty = {"codes": b"", "counterfactuals": b"", "traces": b""}
-        note = json.loads(row["note"])
-        if "error" in note or note.get("done"):
-            return {"shard": row["shard"], "note": row["note"], **empty}
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Explain one shard; pass on what failed before."""
+        row = _row(batch)
+        names = ("codes", "counterfactuals", "traces")
+        if not row["note"].get("seconds"):
+            return _batch(row["shard"], row["note"], dict.fromkeys(names))
 
         def run() -> dict[str, Any]:
             listing, plan = _unpack(row["listing"]), self.work.plan
-            extra = listing.select([name for name, _ in plan.dataset["extra"]])
+            extra = listing.select([name for name, *_ in plan.dataset["extra"]])
             trace = plan.trace - plan.shards[row["shard"]]["start"]
             explained = self.explainer.search_shard(_unpack(row["images"]), extra, max(0, trace))
-            stats = explained.stats | {"seconds": note["seconds"] | explained.stats["seconds"]}
-            return {
-                "codes": _pack(explained.codes),
-                "counterfactuals": _pack(explained.counterfactuals),
-                "traces": _pack(explained.traces) if explained.traces is not None else b"",
-                "note": json.dumps(stats),
-            }
+            explained.stats["seconds"] |= row["note"]["seconds"]
+            tables = (explained.codes, explained.counterfactuals, explained.traces)
+            packed = {name: None if table is None else _pack(table) for name, table in zip(names, tables)}
+            return {"note": explained.stats, **packed}
 
-        return _attempt(self.work, row["shard"], "explain", run, empty)
+        return _attempt(self.work, row["shard"], "explain", run, names)
 
 
-def write_shard(row: dict[str, Any], work: Work) -> dict[str, Any]:
-    """Last worker of a shard: makes the pictures, writes the files and commits them; {shard, note} out."""
-    note = json.loads(row["note"])
-    if "error" in note or note.get("done"):
-        return {"shard": row["shard"], "note": row["note"]}
+def write_shard(batch: pa.Table, work: Work) -> pa.Table:
+    """Last worker of a shard: make the pictures, write the files, commit them; shard and note go back to the driver."""
+    row = _row(batch)
+    note = row["note"]
+    if not note.get("seconds"):
+        return _batch(row["shard"], note, {})
 
     def write() -> dict[str, Any]:
         plan, clock = work.plan, _Clock()
@@ -541,44 +707,66 @@ def write_shard(row: dict[str, Any], work: Work) -> dict[str, Any]:
             "codes": drawn.codes.cast(plan.codes_schema()),
             "counterfactuals": drawn.counterfactuals.cast(plan.counterfactuals_schema()),
         }
-        if row["traces"]:
+        if row["traces"] is not None:
             tables["traces"] = _unpack(row["traces"])
         with clock("write"):
             about = note | {"seconds": note["seconds"] | clock.seconds}
             audit.write_shard(work.uri, plan, row["shard"], tables, about)
-        about["seconds"] |= clock.seconds
-        return {"note": json.dumps(about)}
+        return {"note": about | {"seconds": about["seconds"] | clock.seconds}}
 
-    return _attempt(work, row["shard"], "write", write, {})
+    return _attempt(work, row["shard"], "write", write, ())
 
 
 def _attempt(
-    work: Work, shard: int, stage: str, action: Callable[[], dict[str, Any]], otherwise: dict[str, Any]
-) -> dict[str, Any]:
+    work: Work, shard: int, stage: str, action: Callable[[], dict[str, Any]], names: Sequence[str]
+) -> pa.Table:
     """Do a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
-    note: dict[str, Any]
+    nothing = dict.fromkeys(names)
     try:
         again = audit.begin_attempt(work.uri, work.run, shard, stage) > 1
         # A lost machine makes Ray do things again that may have ended well.
         if again and audit.is_committed(work.uri, work.plan.fingerprint, shard):
-            return {"shard": shard, "note": json.dumps({"done": True}), **otherwise}
-        return {"shard": shard, **action()}
+            return _batch(shard, {"committed": True}, nothing)
+        result = action()
+        return _batch(shard, result["note"], {name: result[name] for name in names})
     except audit.GivenUp as error:
-        note = {"error": str(error), "given_up": True}
+        return _batch(shard, {"stage": stage, "error": str(error), "given_up": True}, nothing)
     except Exception as error:  # whatever it is, the other shards go on
-        note = {"error": f"{type(error).__name__}: {error}"}
-    return {"shard": shard, "note": json.dumps(note | {"stage": stage}), **otherwise}
+        return _batch(shard, {"stage": stage, "error": f"{type(error).__name__}: {error}"}, nothing)
 
 
-def _pack(table: pa.Table) -> bytes:
+def _batch(shard: int, note: dict[str, Any], parts: Mapping[str, pa.Buffer | None]) -> pa.Table:
+    """A table of one row around buffers, which are not copied."""
+    columns: dict[str, pa.Array] = {"shard": pa.array([shard]), "note": pa.array([json.dumps(note)])}
+    for name, part in parts.items():
+        if part is None:
+            columns[name] = pa.nulls(1, pa.large_binary())
+        else:
+            ends = pa.py_buffer(np.array([0, part.size], np.int64))
+            columns[name] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, part])
+    return pa.table(columns)
+
+
+def _row(batch: pa.Table) -> dict[str, Any]:
+    row = {}
+    for name in batch.column_names:
+        scalar = batch[name][0]
+        is_bytes = pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)
+        row[name] = scalar.as_buffer() if is_bytes and scalar.is_valid else scalar.as_py()
+    if "note" in row:
+        row["note"] = json.loads(row["note"])
+    return row
+
+
+def _pack(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
 
 
-def _unpack(data_: Any) -> pa.Table:
-    return pa.ipc.open_stream(pa.py_buffer(data_)).read_all()
+def _unpack(buffer: pa.Buffer) -> pa.Table:
+    return pa.ipc.open_stream(buffer).read_all()
 
 
 # ---- in a notebook -------------------------------------------------------------------------------------------------
@@ -696,3 +884,13 @@ def verify(uri: str | Path, *, workers: int = 4) -> audit.Verification:
         return quantise(decode_rows(model.vae, torch.tensor(codes)))
 
     return audit.verify(uri, redecode=redecode, workers=workers)
+
+
+class _Door(types.ModuleType):
+    """Makes ``clarity.explain(...)`` the function even once the module of the same name is imported."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> pa.Table:
+        return explain(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Door
