@@ -1,48 +1,50 @@
 """The search: Algorithm 1 over many rows at once, each row on its own.
 
-A row is one (image, target) pair. Rows live in the slots of a block of fixed size; a row that ends leaves its slot to
-the next one waiting, and no operation mixes slots, so a row's result depends on the row alone. Knows points,
+A row is one (image, target) pair. Rows sit in the slots of a block of fixed size; one that ends leaves its slot to the
+next one waiting, and no operation mixes slots, so that a row's result depends on the row alone. Knows points,
 objectives, update rules and engines. Does not know images, VAEs or methods: an objective brings those along.
 
-Shapes: B rows, D latent, K classes, M members, N rows waiting in all, S slots.
+Shapes: B rows, D latent, K classes, M members, S slots of a block.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's constants (Kingma and Ba, 2015), those of torch.optim.Adam
-MAX_CHANGES = 5  # of one pixel by jsma (Schut et al. 2021, the authors' code)
+from clarity.vae import one_thread
 
-#: Slots of a block. Part of the arithmetic, not a tuning flag: another size may give other last bits.
-SLOTS = 256
-BATCHED_SLOTS = 128
-BATCHED_STRIDE = 4
-CUDA_SLOTS = 4096
-CUDA_STRIDE = 8
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's constants, those of its paper and of torch.optim.Adam
+MAX_CHANGES = 5  # of one pixel by jsma: the code of Schut et al. 2021
+
+#: Slots of a block on a CPU. Part of the arithmetic, no tuning flag: libraries choose their kernels by shape.
+SLOTS = 128
+#: The most slots of a block elsewhere, where a row's bits may depend on the batch.
+DEVICE_SLOTS = 16384
 
 Rows = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
-Gradient = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor | None]]
 OnStep = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Gradient = Callable[[Tensor, Rows], tuple[Tensor, Tensor, "Tensor | None"]]
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What a search depends on besides model and row; gamma, N, lambda and delta of the paper, Section 5.
+    """What a search depends on besides model and row; defaults are the paper's (Sections 2 and 5) where it has any.
 
-    ``min_target_prob`` is the mean target probability to exceed, ``max_steps`` the most updates, ``distance_weight``
-    the weight of the L1 distance, ``learning_rate`` that of Adam (the paper gives none), ``step_size`` the change of
-    one pixel in method schut. Raises ValueError on a value that cannot work.
+    Args:
+        min_target_prob: gamma, the mean target probability to exceed.
+        max_steps: N, the most updates of a row.
+        distance_weight: lambda, the weight of the L1 distance.
+        learning_rate: of Adam; the paper gives none. With 0.05 searches on digits take about 70 steps.
+        step_size: delta, the change of a pixel in one step of jsma.
     """
 
     min_target_prob: float = 0.99
@@ -52,33 +54,35 @@ class SearchConfig:
     step_size: float = 0.2
 
     def __post_init__(self) -> None:
+        def require(name: str, fits: bool, expected: str) -> None:
+            if not fits:
+                raise ValueError(f"SearchConfig.{name}: expected {expected}, got {getattr(self, name)!r}")
+
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"SearchConfig.{field.name}: expected a finite number, got {value!r}")
-        if not 0 < self.min_target_prob < 1 or _float32(self.min_target_prob) >= 1:
-            raise ValueError(
-                "SearchConfig.min_target_prob: expected a number between 0 and 1 that float32 tells from 1, "
-                f"got {self.min_target_prob!r}"
-            )
-        if not isinstance(self.max_steps, int) or self.max_steps < 0:
-            raise ValueError(f"SearchConfig.max_steps: expected an integer of at least 0, got {self.max_steps!r}")
-        if self.distance_weight < 0:
-            raise ValueError(f"SearchConfig.distance_weight: expected at least 0, got {self.distance_weight!r}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"SearchConfig.learning_rate: expected more than 0, got {self.learning_rate!r}")
-        if not 0 < self.step_size <= 1:
-            raise ValueError(f"SearchConfig.step_size: expected more than 0 and at most 1, got {self.step_size!r}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(field.name, number and math.isfinite(value), "a finite number")
+        below_one = torch.tensor(self.min_target_prob, dtype=torch.float32).item() < 1
+        require("min_target_prob", self.min_target_prob > 0 and below_one, "more than 0 and, in float32, less than 1")
+        require("max_steps", isinstance(self.max_steps, int) and self.max_steps >= 0, "an integer of at least 0")
+        require("distance_weight", self.distance_weight >= 0, "at least 0")
+        require("learning_rate", self.learning_rate > 0, "more than 0")
+        require("step_size", 0 < self.step_size <= 1, "more than 0 and at most 1")
 
 
 @dataclass
 class Counterfactuals:
     """How each row ended.
 
-    ``point`` (B, ...) float32 is where it ended, ``steps`` (B,) int32 the updates applied (0 when the start already
-    satisfies), ``converged`` (B,) bool whether ``target_prob_final`` > min_target_prob in float32, ``finite`` (B,) bool
-    False where the target probability or the next update was not a finite number: the row ends at its last finite
-    point, unconverged. ``engine`` is the one that searched.
+    Args:
+        point: (B, ...) float32, where it ended.
+        steps: (B,) int32, updates applied; 0 when the start already satisfies.
+        converged: (B,) bool, whether ``target_prob_final`` exceeds min_target_prob in float32.
+        target_prob_initial: (B,), mean target probability at the start.
+        target_prob_final: (B,), the same at the point.
+        finite: (B,) bool. False: the target probability at the point, or the next point, was not a finite number; the
+            row ended there, unconverged.
+        engine: which engine searched.
     """
 
     point: Tensor
@@ -93,93 +97,81 @@ class Counterfactuals:
         return len(self.steps)
 
 
-def ensemble_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the members of the cross-entropy to ``target`` and of the target probability, each (B,).
+# ---- objectives ------------------------------------------------------------------------------------------------------
 
-    The mean of the members' cross-entropies, as in the paper, not the cross-entropy of their mean. logits (M, B, K).
+
+def ensemble_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the members of the cross-entropy to ``target`` and of the target's probability, each (B,).
+
+    The mean of the members' cross-entropies, as in the paper, not the cross-entropy of their mean. Logits (M, B, K).
     """
-    chosen = F.log_softmax(logits, dim=-1).gather(-1, target.expand(logits.shape[0], -1).unsqueeze(-1)).squeeze(-1)
+    chosen = F.log_softmax(logits, dim=2).gather(2, target.expand(len(logits), -1).unsqueeze(2)).squeeze(2)
     return -chosen.mean(dim=0), chosen.exp().mean(dim=0)
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """L1 distance (B,) of each row of a to its row of b: a sum, not a mean."""
+    return (a - b).abs().flatten(1).sum(dim=1)
 
 
 @dataclass(frozen=True)
 class LatentObjective:
-    """Eq. 6 over stacked latent classifiers: mean cross-entropy plus ``distance_weight`` times the L1 distance of the
-    codes.
+    """Eq. 6: mean cross-entropy of stacked latent classifiers plus ``distance_weight`` times the L1 distance of codes.
 
-    ``layers`` are (weight (M, in, out), bias (M, out)) pairs with a ReLU between two of them; rows: ``target`` (B,)
-    int64, ``reference`` (B, D). Engines other than the plain one read these fields instead of calling it.
+    The plain engine calls it; the others read its fields. Rows: ``target`` (B,) int64, ``reference`` (B, D).
+
+    Args:
+        layers: (weight (M, in, out), bias (M, out)) of each layer, a ReLU between two of them.
+        distance_weight: lambda.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
     distance_weight: float
 
-    def logits(self, point: Tensor) -> Tensor:
-        """Logits (M, B, K) of points (B, D)."""
-        hidden = point.expand(self.layers[0][0].shape[0], -1, -1)
-        for index, (weight, bias) in enumerate(self.layers):
-            hidden = torch.baddbmm(bias.unsqueeze(1), torch.relu(hidden) if index else hidden, weight)
-        return hidden
-
     def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (B,), target probability (B,), logits (M, B, K)."""
-        logits = self.logits(point)
-        loss, target_prob = ensemble_terms(logits, rows["target"])
-        return loss + self.distance_weight * l1(point, rows["reference"]), target_prob, logits
+        """Loss (B,), target probability (B,) and logits (M, B, K) of codes (B, D)."""
+        logits = point.expand(len(self.layers[0][0]), -1, -1)
+        for index, (weight, bias) in enumerate(self.layers):
+            logits = torch.baddbmm(bias.unsqueeze(1), torch.relu(logits) if index else logits, weight)
+        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
+        return cross_entropy + self.distance_weight * l1(point, rows["reference"]), target_prob, logits
 
 
-def l1(a: Tensor, b: Tensor) -> Tensor:
-    """L1 distance (B,): the sum of |a - b| over everything but the rows."""
-    return (a - b).abs().flatten(1).sum(dim=1)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How to run a search, apart from what is searched."""
-
-    update: str
-    bounds: tuple[float, float] | None
-    slots: int
-    on_step: OnStep | None
-    threads: int
-
-
-# --- update rules: one step of S slots at once. ``lane`` tells how a (S,) tensor is viewed to go with a point. --------
+# ---- update rules: the next points of a block. ``lane`` is the shape in which (S,) numbers go with its points --------
 
 
 class _Adam:
-    """Adam (Kingma and Ba, 2015), moments and bias corrections of each slot's own; the sums of torch.optim.Adam."""
+    """Adam (Kingma and Ba 2015); moments and bias corrections are each slot's own, as if it had an optimiser alone."""
 
     def __init__(self, point: Tensor, config: SearchConfig) -> None:
-        steps = torch.arange(1, config.max_steps + 2, dtype=torch.float64)
-        self.rate = (config.learning_rate / (1 - BETA1**steps)).float().to(point.device)
-        self.root = (1 - BETA2**steps).sqrt().float().to(point.device)
+        step = torch.arange(1, config.max_steps + 2, dtype=torch.float64)
+        self.rate = (config.learning_rate / (1 - BETA1**step)).float().to(point.device)
+        self.root = (1 - BETA2**step).sqrt().float().to(point.device)
         self.mean, self.square = torch.zeros_like(point), torch.zeros_like(point)
 
-    def load(self, slots: Tensor, dim: int) -> None:
+    def reset(self, slots: Tensor, dim: int) -> None:
         self.mean.index_fill_(dim, slots, 0)
         self.square.index_fill_(dim, slots, 0)
 
     def __call__(self, point: Tensor, grad: Tensor, steps: Tensor, lane: tuple[int, ...]) -> Tensor:
         self.mean.lerp_(grad, 1 - BETA1)
         self.square.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-        scale = self.square.sqrt().div_(self.root[steps].view(lane)).add_(EPS)
-        return point - (self.mean / scale).mul_(self.rate[steps].view(lane))
+        scale = self.square.sqrt().div_(self.root.take(steps).view(lane)).add_(EPS)
+        return point - torch.div(self.mean, scale, out=scale).mul_(self.rate.take(steps).view(lane))
 
 
 class _Jsma:
-    """One pixel at a time (Schut et al. 2021): the one with the largest |gradient| that may still change, by
-    ``step_size`` downhill.
+    """One pixel at a time (Schut et al. 2021): of those that may change, the one with the largest |gradient|, downhill.
 
-    A pixel may change MAX_CHANGES times, and not where the step would leave it as it is (at 0 or 1, or without
-    gradient); ties go to the lowest index. Points are (S, ...) and stay in [0, 1].
+    A pixel may change MAX_CHANGES times, and only where the step would move it: not at 0 or 1 on its way out, not
+    without a gradient. Ties go to the lowest index. Rows are axis 0 of the points, which stay in [0, 1].
     """
 
     def __init__(self, point: Tensor, config: SearchConfig) -> None:
         self.step_size = config.step_size
         self.changes = torch.zeros_like(point, dtype=torch.uint8).flatten(1)
 
-    def load(self, slots: Tensor, dim: int) -> None:
+    def reset(self, slots: Tensor, dim: int) -> None:
         self.changes.index_fill_(dim, slots, 0)
 
     def __call__(self, point: Tensor, grad: Tensor, steps: Tensor, lane: tuple[int, ...]) -> Tensor:
@@ -187,23 +179,37 @@ class _Jsma:
         moved = (flat - self.step_size * slope.sign()).clamp_(0, 1)
         allowed = (moved != flat) & (self.changes < MAX_CHANGES)
         best = torch.where(allowed, slope.abs(), -1).argmax(dim=1, keepdim=True)
-        chosen = allowed.gather(1, best)
-        self.changes.scatter_add_(1, best, chosen.to(torch.uint8))
-        return flat.scatter(1, best, torch.where(chosen, moved.gather(1, best), flat.gather(1, best))).view_as(point)
+        any_allowed = allowed.gather(1, best)
+        self.changes.scatter_add_(1, best, any_allowed.to(torch.uint8))
+        pixel = torch.where(any_allowed, moved.gather(1, best), flat.gather(1, best))
+        return flat.scatter(1, best, pixel).view_as(point)
 
 
 UPDATES: dict[str, type[_Adam] | type[_Jsma]] = {"adam": _Adam, "jsma": _Jsma}
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How to search, apart from what. Rows lie along axis ``dim`` of points and of the tensors that go with them."""
+
+    engine: str
+    update: str
+    bounds: tuple[float, float] | None
+    on_step: OnStep | None
+    workers: int
+    slots: int
+    stride: int
+    dim: int = 0
 
 
 class _Queue:
-    """Hands out row numbers in order; the only thing that workers share."""
+    """Hands out row numbers in their order; all that workers share."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.next = total, 0
-        self.lock = threading.Lock()
+        self.total, self.next, self.lock = total, 0, threading.Lock()
 
     def take(self, count: int) -> range:
         with self.lock:
@@ -212,134 +218,118 @@ class _Queue:
 
 
 def _search(
-    make_gradient: Callable[[], Gradient],
-    start: Tensor,
-    rows: Rows,
-    config: SearchConfig,
-    update: str,
-    *,
-    dim: int,
-    slots: int,
-    stride: int,
-    workers: int,
-    bounds: tuple[float, float] | None,
-    on_step: OnStep | None,
-    engine: str,
+    make_gradient: Callable[[int], Gradient], start: Tensor, rows: Rows, config: SearchConfig, run: _Run
 ) -> Counterfactuals:
-    """Algorithm 1 for all rows, which lie along ``dim`` of start and of each tensor in ``rows``, ``slots`` at a time.
+    """Algorithm 1 for all rows.
 
-    On a CPU each worker is a thread of the host with a block of its own, and each operation runs on that thread alone:
-    how many there are cannot change a bit, and none waits for another at the end of every operation.
+    On a CPU each worker is a thread with a block of its own, and each operation stays on its worker's thread: so the
+    number of threads changes no bit, and none waits for another at the end of every small operation.
     """
-    total = start.shape[dim]
+    total, device = start.shape[run.dim], start.device
     result = Counterfactuals(
         point=start.clone(),
-        steps=torch.zeros(total, dtype=torch.int32, device=start.device),
-        converged=torch.zeros(total, dtype=torch.bool, device=start.device),
-        target_prob_initial=torch.zeros(total, device=start.device),
-        target_prob_final=torch.zeros(total, device=start.device),
-        finite=torch.ones(total, dtype=torch.bool, device=start.device),
-        engine=engine,
+        steps=torch.zeros(total, dtype=torch.int32, device=device),
+        converged=torch.zeros(total, dtype=torch.bool, device=device),
+        target_prob_initial=torch.zeros(total, device=device),
+        target_prob_final=torch.zeros(total, device=device),
+        finite=torch.ones(total, dtype=torch.bool, device=device),
+        engine=run.engine,
     )
     queue = _Queue(total)
 
     def work() -> None:
         with torch.no_grad():
-            _run_block(make_gradient(), start, rows, config, update, dim, slots, stride, bounds, on_step, queue, result)
+            _search_block(make_gradient(run.slots), start, rows, config, run, queue, result)
 
-    workers = min(workers, -(-total // slots))
-    if start.device.type != "cpu":
+    workers = min(run.workers, math.ceil(total / run.slots))
+    if workers <= 1:
         work()
-        return result
-    with _threads(1), ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work) for _ in range(workers)]:
-            done.result()
+    else:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for done in [pool.submit(work) for _ in range(workers)]:
+                done.result()
     return result
 
 
-def _run_block(
+def _search_block(
     gradient: Gradient,
     start: Tensor,
     rows: Rows,
     config: SearchConfig,
-    update: str,
-    dim: int,
-    slots: int,
-    stride: int,
-    bounds: tuple[float, float] | None,
-    on_step: OnStep | None,
+    run: _Run,
     queue: _Queue,
     result: Counterfactuals,
 ) -> None:
     """Search in one block until the queue is empty and every slot has ended.
 
     Every ``stride`` evaluations the rows that have ended are written out and the next ones take their slots; until then
-    an ended row stands still, so that ``stride`` changes no result, only how often the host looks.
+    an ended row stands still. So ``stride`` changes no result, only how often the host looks at the device.
     """
-    device = start.device
-    lane = tuple(-1 if axis == dim % start.dim() else 1 for axis in range(start.dim()))
-    others = [axis for axis in range(start.dim()) if axis != dim % start.dim()]
+    device, dim = start.device, run.dim
+    lane = tuple(-1 if axis == dim else 1 for axis in range(start.dim()))
+    others = [axis for axis in range(start.dim()) if axis != dim]
 
-    # A slot without a row holds the first row and never moves: its numbers are as good as any.
-    nobody = torch.zeros(slots, dtype=torch.int64, device=device)
-    point = start.index_select(dim, nobody)
-    held = {name: values.index_select(dim if values.dim() > 1 else 0, nobody) for name, values in rows.items()}
-    row = nobody - 1
-    steps, active, prob = torch.zeros_like(nobody), row >= 0, torch.zeros(slots, device=device)
-    state = UPDATES[update](point, config)
-    # What a row must exceed to end. After the last update -1 ends every row; NaN is never <= and ends its row too.
+    def axis_of(values: Tensor) -> int:
+        return min(dim, values.dim() - 1)
+
+    # An empty slot holds the first row and never moves: any numbers do.
+    empty = torch.zeros(run.slots, dtype=torch.int64, device=device)
+    point = start.index_select(dim, empty)
+    held = {name: values.index_select(axis_of(values), empty) for name, values in rows.items()}
+    row, steps, active = empty - 1, empty.clone(), empty > 0
+    prob = torch.zeros(run.slots, device=device)
+    update = UPDATES[run.update](point, config)
+    # What a row must exceed to end; after the last update anything does.
     limit = torch.full((config.max_steps + 1,), config.min_target_prob, device=device)
     limit[-1] = -1
 
-    free = torch.arange(slots, device=device)
-    living = 0
+    free, occupied = torch.arange(run.slots, device=device), 0
     while True:
         taken = queue.take(len(free))
         fresh = free[: len(taken)]
-        living += len(taken)
+        occupied += len(taken)
+        if not occupied:
+            return
         if len(taken):
             index = torch.arange(taken.start, taken.stop, device=device)
             row[fresh], steps[fresh], active[fresh] = index, 0, True
             point.index_copy_(dim, fresh, start.index_select(dim, index))
             for name, values in rows.items():
-                axis = dim if values.dim() > 1 else 0
+                axis = axis_of(values)
                 held[name].index_copy_(axis, fresh, values.index_select(axis, index))
-            state.load(fresh, dim)
-        if not living:
-            return
+            update.reset(fresh, dim)
 
-        for turn in range(stride):
+        for turn in range(run.stride):
             grad, target_prob, logits = gradient(point, held)
             prob = torch.where(active, target_prob, prob)
             if turn == 0 and len(taken):
                 result.target_prob_initial[row[fresh]] = prob[fresh]
-            if on_step is not None and logits is not None:
+            if run.on_step is not None and logits is not None:
                 seen = active.nonzero().squeeze(1)
-                on_step(steps[seen], row[seen], point.index_select(dim, seen), prob[seen], logits[:, seen])
-            active &= prob <= limit[steps]
-            moved = state(point, grad, steps, lane)
-            if bounds is not None:
-                moved.clamp_(*bounds)
-            active &= torch.linalg.vector_norm(moved, ord=math.inf, dim=others) < math.inf
+                run.on_step(steps[seen], row[seen], point.index_select(dim, seen), prob[seen], logits[:, seen])
+            moved = update(point, grad, steps, lane)
+            if run.bounds is not None:
+                moved.clamp_(*run.bounds)
+            # Zero times a sum is zero, or NaN where the next point is not finite; NaN is <= nothing.
+            active &= torch.add(prob, moved.sum(others), alpha=0) <= limit.take(steps)
             point = torch.where(active.view(lane), moved, point)
             steps += active
 
-        free = ((row >= 0) & ~active).nonzero().squeeze(1)
-        living -= len(free)
+        free = (~active & (row >= 0)).nonzero().squeeze(1)
         if len(free):
-            index = row[free]
-            final, applied = prob[free], steps[free]
+            occupied -= len(free)
+            index, final, applied = row[free], prob[free], steps[free]
             result.point.index_copy_(dim, index, point.index_select(dim, free))
             result.steps[index], result.target_prob_final[index] = applied.int(), final
             result.converged[index] = final > config.min_target_prob
             # A row ends because it got there, because its updates are spent, or because a number was not finite.
-            result.finite[index] = (final > limit[applied]) & (final < math.inf)
+            result.finite[index] = final > limit[applied]
             row[free] = -1
-        if living < slots - len(free):
+        if occupied + len(free) < run.slots:
             free = (row < 0).nonzero().squeeze(1)
 
 
-# --- engines ----------------------------------------------------------------------------------------------------------
+# ---- engines ---------------------------------------------------------------------------------------------------------
 
 
 def _autograd(objective: Objective) -> Gradient:
@@ -356,38 +346,36 @@ def _autograd(objective: Objective) -> Gradient:
 def _analytic(objective: LatentObjective, slots: int) -> Gradient:
     """Gradient of Eq. 6 written out, for points (D, S) and rows ``target_is`` (K, S), ``reference`` (D, S).
 
-    A slot is a column, so that every operation runs along the slots, and each of them through all members: what a
-    hidden layer of all members costs is one (M, out, in) x (M, in, S) product and two passes in place.
+    A slot is a column, so that elementwise work runs along the slots and each layer of all members is one product
+    (M, out, in) x (M, in, S); the sum over the members' gradients is part of the last product.
     """
-    members, latent = objective.layers[0][0].shape[:2]
-    first = objective.layers[0][0].transpose(1, 2).reshape(-1, latent).contiguous()  # (M * out, D)
-    forward = [weight.transpose(1, 2).contiguous() for weight, _ in objective.layers[1:]]
+    weights = [weight.contiguous() for weight, _ in objective.layers]
     biases = [bias.unsqueeze(2).contiguous() for _, bias in objective.layers]
-    backward = [weight.contiguous() for weight, _ in objective.layers[1:]]
+    transposed = [weight.transpose(1, 2).contiguous() for weight in weights]
+    members, latent = weights[0].shape[:2]
+    first = transposed[0].view(-1, latent)  # (M * out, D)
     first_back = first.t().contiguous()
-    hidden = [torch.empty(members, weight.shape[2], slots, device=weight.device) for weight, _ in objective.layers]
+    hidden = [bias.new_empty(members, bias.shape[1], slots) for bias in biases]
     slopes = [torch.empty_like(values) for values in hidden]
-    top = torch.empty(members, 1, slots, device=first.device)
-    chain = torch.ops.aten.threshold_backward.grad_input
+    scale = first.new_empty(members, 1, slots)
+    mask_ = torch.ops.aten.threshold_backward.grad_input
 
     def gradient(point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, None]:
         torch.mm(first, point, out=hidden[0].view(-1, slots))
         hidden[0].add_(biases[0])
-        for index, weight in enumerate(forward):
-            hidden[index].relu_()
-            torch.bmm(weight, hidden[index], out=hidden[index + 1])
-            hidden[index + 1].add_(biases[index + 1])
+        for index in range(1, len(weights)):
+            torch.bmm(transposed[index], hidden[index - 1].relu_(), out=hidden[index])
+            hidden[index].add_(biases[index])
         logits = hidden[-1]
-        torch.amax(logits, dim=1, keepdim=True, out=top)
-        probs = logits.sub_(top).exp_()
-        torch.sum(probs, dim=1, keepdim=True, out=top)
-        probs.mul_(top.reciprocal_())
-        target_prob = (probs.mean(dim=0) * rows["target_is"]).sum(dim=0)
+        torch.amax(logits, dim=1, keepdim=True, out=scale)
+        probs = logits.sub_(scale).exp_()
+        torch.sum(probs, dim=1, keepdim=True, out=scale)
+        probs.mul_(scale.reciprocal_())
+        target_prob = (probs.sum(dim=0) * rows["target_is"]).sum(dim=0).div_(members)
         slope = probs.sub_(rows["target_is"])
-        for index in range(len(backward) - 1, -1, -1):
-            torch.bmm(backward[index], slope, out=slopes[index])
-            slope = slopes[index]
-            chain(slope, hidden[index], 0, grad_input=slope)
+        for index in range(len(weights) - 1, 0, -1):
+            slope = torch.bmm(weights[index], slope, out=slopes[index - 1])
+            mask_(slope, hidden[index - 1], 0, grad_input=slope)
         pull = (point - rows["reference"]).sign_()
         grad = torch.addmm(pull, first_back, slope.view(-1, slots), beta=objective.distance_weight, alpha=1 / members)
         return grad, target_prob, None
@@ -396,67 +384,57 @@ def _analytic(objective: LatentObjective, slots: int) -> Gradient:
 
 
 def _plain(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
-    """Autograd through any objective: the engine that defines what the others must give."""
-    return _search(
-        lambda: _autograd(objective),
-        start,
-        rows,
-        config,
-        run.update,
-        dim=0,
-        slots=run.slots,
-        stride=1 if run.on_step is not None or start.device.type == "cpu" else CUDA_STRIDE,
-        workers=1 if run.on_step is not None else run.threads,
-        bounds=run.bounds,
-        on_step=run.on_step,
-        engine="plain",
-    )
+    """Autograd through any objective, on any device: what the other engines must agree with."""
+    return _search(lambda _: _autograd(objective), start, rows, config, run)
 
 
-def _batched(objective: LatentObjective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
-    """Analytic gradients of the stacked classifiers in PyTorch alone; a row is a column there."""
-    slots = BATCHED_SLOTS if start.device.type == "cpu" else CUDA_SLOTS
+def _batched(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
+    """Analytic gradients of a LatentObjective in PyTorch, on any device."""
+    assert isinstance(objective, LatentObjective)
     classes = torch.arange(objective.layers[-1][0].shape[2], device=start.device)
-    result = _search(
-        lambda: _analytic(objective, slots),
-        start.t().contiguous(),
-        {
-            "target_is": (classes[:, None] == rows["target"]).float(),
-            "reference": rows["reference"].t().contiguous(),
-        },
-        config,
-        run.update,
-        dim=1,
-        slots=slots,
-        stride=BATCHED_STRIDE if start.device.type == "cpu" else CUDA_STRIDE,
-        workers=run.threads,
-        bounds=None,
-        on_step=None,
-        engine="batched",
-    )
+    columns = {
+        "target_is": (classes.unsqueeze(1) == rows["target"]).to(start.dtype),
+        "reference": rows["reference"].t().contiguous(),
+    }
+    run = replace(run, dim=1, stride=max(4, run.stride))
+    result = _search(lambda slots: _analytic(objective, slots), start.t().contiguous(), columns, config, run)
     result.point = result.point.t().contiguous()
     return result
 
 
-#: What the engines are and what they need; ``auto`` takes the fastest that fits.
-ENGINES: dict[str, str] = {
-    "batched": "analytic gradients of a LatentObjective in PyTorch, any device",
-    "plain": "autograd, any objective, any device",
+def _native(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
+    """The compiled search of a LatentObjective, on a CPU."""
+    from clarity import kernels
+
+    assert isinstance(objective, LatentObjective)
+    found = kernels.native_search(objective.layers, start, rows["reference"], rows["target"], config, run.workers)
+    return _from_kernel(found, config, run)
+
+
+def _triton(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
+    """The fused search of a LatentObjective, on a GPU."""
+    from clarity import kernels
+
+    assert isinstance(objective, LatentObjective)
+    found = kernels.triton_search(objective.layers, start, rows["reference"], rows["target"], config, run.workers)
+    return _from_kernel(found, config, run)
+
+
+def _from_kernel(found: Mapping[str, Tensor], config: SearchConfig, run: _Run) -> Counterfactuals:
+    final, finite = found["target_prob_final"], found["finite"].bool()
+    converged = (final > config.min_target_prob) & finite
+    return Counterfactuals(
+        found["point"], found["steps"].int(), converged, found["target_prob_initial"], final, finite, run.engine
+    )
+
+
+#: Engines, slowest first. All but plain need a LatentObjective, Adam, no bounds and no ``on_step``.
+ENGINES: dict[str, Callable[[Objective, Tensor, Rows, SearchConfig, _Run], Counterfactuals]] = {
+    "plain": _plain,
+    "batched": _batched,
+    "native": _native,
+    "triton": _triton,
 }
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Torch computes on ``count`` threads inside; None leaves it as it is."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def descend(
@@ -467,54 +445,121 @@ def descend(
     update: str = "adam",
     *,
     bounds: tuple[float, float] | None = None,
-    slots: int = SLOTS,
+    slots: int | None = None,
     on_step: OnStep | None = None,
     engine: str = "auto",
     threads: int | None = None,
 ) -> Counterfactuals:
-    """Search from each row of ``start`` until its target probability exceeds ``config.min_target_prob``: Algorithm 1.
+    """Algorithm 1: from each row of ``start``, descend until its target probability exceeds ``min_target_prob``.
 
     At most ``max_steps`` updates; the probability is tested before each and once after the last. A row's result depends
-    on nothing but the row: on a CPU its bits are the same alone, shuffled, among strangers, and on any number of
-    threads, within one engine.
+    on the row alone: on a CPU its bits are the same alone, shuffled, among strangers and on any number of threads,
+    within one engine.
 
     Args:
-        objective: (point (B, ...), rows) -> (loss (B,), target_prob (B,), logits (M, B, K)), no row looking at another.
+        objective: (point (B, ...), rows) -> (loss (B,), target_prob (B,), logits (M, B, K)), each row by itself.
         start: (B, ...) float32.
-        rows: tensors with B rows each, handed to the objective in step with the points.
-        config: when to stop and how far to go.
-        update: a key of UPDATES.
-        bounds: each update is clamped to them: (0, 1) for pixels.
-        slots: rows computed at a time; part of the arithmetic.
-        on_step: called at each evaluation with (steps (b,), indices (b,), point (b, ...), target_prob (b,), logits (M,
-        b, K)) of the
-            rows still searching; forces the plain engine.
-        engine: a key of ENGINES, or auto.
-        threads: of the CPU; None leaves torch's own number.
+        rows: tensors of B rows each, handed to the objective in step with the points.
+        config: when to stop and how to step.
+        update: a key of ``UPDATES``.
+        bounds: what each updated point is clamped to: (0, 1) for pixels.
+        slots: rows computed together; on a CPU part of the arithmetic, so give a constant. None: the module's own.
+        on_step: called at each evaluation with (steps (b,), indices (b,), point (b, ...), target_prob (b,), logits
+            (M, b, K)) of the rows still searching, by the plain engine.
+        engine: a key of ``ENGINES``; auto takes the fastest that fits.
+        threads: CPU threads; None takes torch's number.
 
     Raises:
-        ValueError: shapes, names or an engine that do not fit. Nothing raises for a row.
+        ValueError: an argument that does not fit. Nothing raises for a row: see ``Counterfactuals.finite``.
     """
     if update not in UPDATES:
-        raise ValueError(f"update: expected one of {', '.join(UPDATES)}, got {update!r}")
-    if engine != "auto" and engine not in ENGINES:
-        raise ValueError(f"engine: expected auto or one of {', '.join(ENGINES)}, got {engine!r}")
+        raise ValueError(f"unknown update {update!r}; choose from {', '.join(UPDATES)}")
     if start.dim() < 2 or start.dtype != torch.float32:
-        raise ValueError(f"start: expected (B, ...) float32, got {tuple(start.shape)} {start.dtype}")
+        raise ValueError(f"start: expected float32 (B, ...), got {start.dtype} {tuple(start.shape)}")
     for name, values in rows.items():
-        if len(values) != len(start) or values.device != start.device:
+        if values.shape[:1] != start.shape[:1] or values.device != start.device:
             raise ValueError(
                 f"rows[{name!r}]: expected {len(start)} rows on {start.device}, "
-                f"got {tuple(values.shape)} on {values.device}"
+                f"got shape {tuple(values.shape)} on {values.device}"
             )
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
-    run = _Run(update, bounds, slots, on_step, torch.get_num_threads() if threads is None else threads)
-    with torch.no_grad():
-        if engine in ("auto", "batched") and isinstance(objective, LatentObjective) and on_step is None:
-            return _batched(objective, start.detach(), rows, config, run)
-        return _plain(objective, start.detach(), rows, config, run)
+    if isinstance(objective, LatentObjective):
+        _check_latent(objective, start, rows)
+    fits = isinstance(objective, LatentObjective) and update == "adam" and bounds is None and on_step is None
+    chosen = _chosen(engine, start.device.type, fits, on_step is not None)
+
+    on_cpu = start.device.type == "cpu"
+    with one_thread() as torch_threads:
+        run = _Run(
+            engine=chosen,
+            update=update,
+            bounds=bounds,
+            on_step=on_step,
+            workers=(threads or torch_threads) if on_cpu and on_step is None else 1,
+            slots=(slots or SLOTS) if on_cpu else max(1, min(slots or DEVICE_SLOTS, len(start))),
+            stride=1 if on_cpu or on_step is not None else 8,
+        )
+        return ENGINES[chosen](objective, start.detach(), rows, config, run)
 
 
-def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
+def _chosen(engine: str, device: str, fits: bool, watched: bool) -> str:
+    """The engine to use; ``fits`` tells whether one that needs a LatentObjective could."""
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose from auto, {', '.join(ENGINES)}")
+    if watched or engine == "plain":
+        return "plain"
+    if engine == "auto":
+        if not fits:
+            return "plain"
+        return next((name for name in ("triton", "native") if not _missing(name, device)), "batched")
+    if not fits:
+        raise ValueError(f"engine {engine} searches over latent classifiers only; use auto or plain for this method")
+    missing = _missing(engine, device)
+    if missing:
+        raise ValueError(f"engine {engine} {missing}; use auto, or one of batched, plain")
+    return engine
+
+
+def _missing(engine: str, device: str) -> str:
+    """Why an engine cannot run on a device; empty when it can."""
+    try:
+        from clarity import kernels
+    except ImportError:  # until the module exists
+        return "is missing" if engine in ("native", "triton") else ""
+
+    if engine == "native":
+        if device != "cpu":
+            return f"runs on a CPU, not on {device}"
+        return "" if kernels.native_available() else "is not built here (pip install . with a C++ compiler builds it)"
+    if engine == "triton":
+        if device != "cuda":
+            return f"runs on a CUDA GPU, not on {device}"
+        return "" if kernels.triton_available() else "needs the package triton"
+    return ""
+
+
+def _check_latent(objective: LatentObjective, start: Tensor, rows: Rows) -> None:
+    """Raise ValueError when codes, rows and stacked layers do not go together."""
+    for name in ("target", "reference"):
+        if name not in rows:
+            raise ValueError(f"rows: a LatentObjective needs target and reference, got {', '.join(rows) or 'none'}")
+    members, width = objective.layers[0][0].shape[:2]
+    for weight, bias in objective.layers:
+        if weight.shape[:2] != (members, width) or bias.shape != (members, weight.shape[2]):
+            raise ValueError(
+                f"layers: expected weights ({members}, {width}, out) with biases ({members}, out), "
+                f"got {tuple(weight.shape)} with {tuple(bias.shape)}"
+            )
+        width = weight.shape[2]
+    expected = (len(start), objective.layers[0][0].shape[1])
+    for name, shape in (("start", start.shape), ("rows['reference']", rows["reference"].shape)):
+        if tuple(shape) != expected:
+            raise ValueError(f"{name}: expected codes {expected}, got {tuple(shape)}")
+    target = rows["target"]
+    if target.dtype != torch.int64 or target.dim() != 1:
+        raise ValueError(f"rows['target']: expected int64 ({len(start)},), got {target.dtype} {tuple(target.shape)}")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < width:
+        raise ValueError(
+            f"rows['target']: expected classes 0 ... {width - 1}, got {int(target.min())} ... {int(target.max())}"
+        )
