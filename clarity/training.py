@@ -1,0 +1,1161 @@
+"""Training: loops that yield the metrics of each epoch, and ``train``, which runs all of them without a cluster.
+
+Knows the losses, the adversarial steps, the schedules, and how a run is cut and taken up again. Does not know where the
+images come from, nor who else trains beside it: a process is told its rank and the world's size, and members of an
+ensemble do not depend on either.
+
+Shapes: N images, B rows, C, H, W image, D latent, K classes, M members.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clarity import storage
+from clarity.checkpoints import Model, fold_of, load_model, load_tensors, read_card, save_model, save_tensors
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows, stack_members
+from clarity.data import (
+    Dataset,
+    Preprocessing,
+    class_names_of,
+    infer_preprocessing,
+    label_indices,
+    list_images,
+    listing_fingerprint,
+    open_dataset,
+    read_all,
+    split_of,
+)
+from clarity.vae import LOSSES, VAEConfig, build_vae, decode_rows, elbo, encode_rows, one_thread, vae_config
+
+Stacked = LatentEnsemble | ImageEnsemble
+
+
+@dataclass(frozen=True)
+class VAETraining:
+    """How the VAE is trained.
+
+    Args:
+        epochs: passes over the images.
+        min_updates: a small data set is passed over more often, up to this many updates.
+        batch_size: of all workers together.
+        learning_rate: the peak of a one-cycle schedule (Smith and Topin 2018).
+        seed: of the weights, the order and the noise.
+    """
+
+    epochs: int = 12
+    min_updates: int = 2500
+    batch_size: int = 128
+    learning_rate: float = 0.003
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_training(self)
+
+
+@dataclass(frozen=True)
+class EnsembleTraining:
+    """How the latent ensemble is trained.
+
+    Args:
+        epochs: passes over the codes.
+        min_updates: a small data set is passed over more often, up to this many updates.
+        batch_size: codes that each member sees in an update.
+        learning_rate: at the start of a cosine decay.
+        adversarial_eps: FGSM step (Goodfellow et al. 2015), in standard deviations of the codes.
+        balance: weight of a class, as a power of one over its share of the images: 0 is none, 1 makes all count alike.
+        seed: with a member's number, of its weights, order and noise.
+    """
+
+    epochs: int = 15
+    min_updates: int = 2500
+    batch_size: int = 256
+    learning_rate: float = 0.004
+    adversarial_eps: float = 0.2
+    balance: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_training(self)
+
+
+@dataclass(frozen=True)
+class ImageTraining:
+    """How the image ensemble is trained; fields as in ``EnsembleTraining``, but eps in pixel values."""
+
+    epochs: int = 6
+    min_updates: int = 600
+    batch_size: int = 128
+    learning_rate: float = 0.003
+    adversarial_eps: float = 0.1
+    balance: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_training(self)
+
+
+def _check_training(training: Any) -> None:
+    for name, least in (("epochs", 1), ("min_updates", 0), ("batch_size", 1), ("seed", 0)):
+        if getattr(training, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(training, name)}")
+    if not training.learning_rate > 0:
+        raise ValueError(f"learning_rate must be above 0, got {training.learning_rate}")
+    for name in ("adversarial_eps", "balance"):
+        if not getattr(training, name, 0) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(training, name)}")
+
+
+def num_epochs(training: VAETraining | EnsembleTraining | ImageTraining, num_images: int) -> int:
+    """Epochs over so many images: those asked for, or more until ``min_updates`` are made."""
+    return max(training.epochs, math.ceil(training.min_updates / _updates(num_images, training.batch_size)))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a loop: what to print, and what a later process needs to go on from here.
+
+    Args:
+        number: epochs done, from 1.
+        total: epochs in all.
+        metrics: means over the epoch.
+        state: makes the tensors of the checkpoint; copies nothing until called.
+    """
+
+    number: int
+    total: int
+    metrics: dict[str, float]
+    state: Callable[[], dict[str, Tensor]]
+
+
+# ---- the VAE -------------------------------------------------------------------------------------------------------
+
+
+def train_vae(
+    images: Tensor,
+    config: VAEConfig,
+    training: VAETraining,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    device: str | torch.device = "cpu",
+) -> Iterator[Epoch]:
+    """Train a VAE by Adam under a one-cycle schedule; on CUDA in mixed precision.
+
+    Every rank sees the same order and noise and takes its share of each batch, gradients are averaged by ``wrap`` and
+    BatchNorm's moments over all ranks, so the result depends on the world's size only by rounding.
+
+    Args:
+        images: uint8 (N, C, H, W), the same on every rank; moved to the device whole, so no step waits for data.
+        config: of the VAE.
+        training: how.
+        state: of an earlier run's epoch, to go on from it.
+        rank: of this process.
+        world: number of processes.
+        wrap: makes the module data-parallel.
+        device: to train on.
+
+    Yields:
+        An Epoch each, with loss, reconstruction and kl in nats.
+    """
+    device = torch.device(device)
+    images = images.to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        vae = build_vae(config)
+    adam = Adam(dict(vae.named_parameters()))
+    done = 0
+    if state is not None:
+        vae.load_state_dict(weights_of(state))
+        done = int(state["epoch"])
+    vae.to(device).to(memory_format=torch.channels_last).train()
+    adam.load(state, device)
+    model = wrap(_synchronised(vae) if world > 1 else vae)
+
+    total, updates = num_epochs(training, len(images)), _updates(len(images), training.batch_size)
+    for epoch in range(done, total):
+        generator = _generator(training.seed, "vae", epoch)
+        order = torch.randperm(len(images), generator=generator)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for update in range(updates):
+            batch = order[update * training.batch_size : (update + 1) * training.batch_size]
+            noise = torch.randn((len(batch), config.latent_dim), generator=generator)[rank::world]
+            x = images[batch[rank::world].to(device)].float().div_(255).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                parts = elbo(model, x, noise.to(device), config)
+            # Ranks' gradients are averaged: this makes the average the mean over the whole batch.
+            share = len(x) * world / len(batch)
+            model.zero_grad()
+            (parts["loss"] * share).backward()
+            step = epoch * updates + update
+            adam.step(one_cycle(step, total * updates, training.learning_rate))
+            sums += torch.stack(list(parts.values())).detach() * share
+        loss, reconstruction, kl = (sums / updates).tolist()
+        metrics = {"loss": loss, "reconstruction": reconstruction, "kl": kl}
+        if not math.isfinite(loss):
+            raise ValueError(f"the VAE's loss is {loss} after epoch {epoch + 1}: lower its learning_rate")
+
+        def snapshot(done: int = epoch + 1) -> dict[str, Tensor]:
+            weights = {f"model.{name}": tensor.detach().clone() for name, tensor in vae.state_dict().items()}
+            return {**weights, **adam.state(), "epoch": torch.tensor(done)}
+
+        yield Epoch(epoch + 1, total, metrics, snapshot)
+
+
+class SynchronisedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, also on CPU, where torch's own does not work."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x; running moments are those of all processes' batches."""
+        if not self.training:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce
+
+        sums = all_reduce(torch.cat([x.sum((0, 2, 3)).float(), x.new_tensor([x.numel() / x.shape[1]]).float()]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = x - mean[:, None, None].to(x.dtype)
+        variance = all_reduce(centred.float().square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            momentum = self.momentum or 0.1
+            assert self.running_mean is not None and self.running_var is not None
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None].to(x.dtype) + self.bias[:, None, None].to(x.dtype)
+
+
+def _synchronised(module: nn.Module) -> nn.Module:
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = SynchronisedBatchNorm
+    return module
+
+
+# ---- ensembles -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What the latent ensemble is trained on: posteriors (N, D) and labels (N,) of the labelled images."""
+
+    mean: Tensor
+    log_var: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Codes:
+        """Some of the rows."""
+        return Codes(self.mean[rows], self.log_var[rows], self.labels[rows])
+
+
+def train_latent_members(
+    codes: Codes,
+    config: EnsembleConfig,
+    training: EnsembleTraining,
+    members: Sequence[int],
+    *,
+    states: Mapping[int, Mapping[str, Tensor]] | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[Epoch]:
+    """Train some members of the latent ensemble as one stack.
+
+    The loss is the cross-entropy of codes drawn from the posterior, plus that of the same codes after an FGSM step. A
+    member's bits on CPU depend on its number, the codes and the training alone, not on which others share the stack.
+
+    Args:
+        codes: the training set.
+        config: of the ensemble.
+        training: how.
+        members: their numbers.
+        states: checkpoints of these members, all of one epoch, to go on from.
+        device: to train on.
+
+    Yields:
+        An Epoch each, with loss and accuracy (on clean codes); its state is a stack, cut by ``member_states``.
+    """
+    device = torch.device(device)
+    std = (codes.mean.var(0, unbiased=False) + codes.log_var.exp().mean(0)).mean().sqrt()
+    eps = training.adversarial_eps * float(std)
+    mean, std_dev, labels = codes.mean.to(device), torch.exp(0.5 * codes.log_var).to(device), codes.labels.to(device)
+
+    def draw(rows: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        noise = torch.stack([torch.randn((rows.shape[1], mean.shape[1]), generator=g) for g in generators])
+        rows = rows.to(device)
+        return mean[rows] + std_dev[rows] * noise.to(device), labels[rows]
+
+    def build(m: int) -> LatentEnsemble:
+        return _fresh(lambda: LatentEnsemble(_single(config)), training.seed, "latent", m)
+
+    yield from _train_members(build, draw, len(codes), labels, config, training, members, states, device, eps, None)
+
+
+def train_image_members(
+    images: Tensor,
+    labels: Tensor,
+    config: EnsembleConfig,
+    vae_config: VAEConfig,
+    training: ImageTraining,
+    members: Sequence[int],
+    *,
+    states: Mapping[int, Mapping[str, Tensor]] | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[Epoch]:
+    """Train some members of the image ensemble as one stack: cross-entropy of images, plus that after an FGSM step.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        config: of the ensemble.
+        vae_config: whose encoder is the members' architecture.
+        training: how.
+        members: their numbers.
+        states: checkpoints of these members, all of one epoch, to go on from.
+        device: to train on.
+    """
+    device = torch.device(device)
+    images, labels = images.to(device), labels.to(device)
+
+    def draw(rows: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        rows = rows.to(device)
+        return images[rows].float().div_(255), labels[rows]
+
+    def build(m: int) -> ImageEnsemble:
+        return _fresh(lambda: ImageEnsemble(_single(config), vae_config), training.seed, "image", m)
+
+    limits = (0.0, 1.0)
+    yield from _train_members(
+        build, draw, len(labels), labels, config, training, members, states, device, training.adversarial_eps, limits
+    )
+
+
+def _train_members(
+    build: Callable[[int], Stacked],
+    draw: Callable[[Tensor, list[torch.Generator]], tuple[Tensor, Tensor]],
+    num_rows: int,
+    labels: Tensor,
+    config: EnsembleConfig,
+    training: EnsembleTraining | ImageTraining,
+    members: Sequence[int],
+    states: Mapping[int, Mapping[str, Tensor]] | None,
+    device: torch.device,
+    eps: float,
+    limits: tuple[float, float] | None,
+) -> Iterator[Epoch]:
+    stack: Any = stack_members([build(m) for m in members])  # type: ignore[type-var]
+    adam = Adam(dict(stack.named_parameters()))
+    done = 0
+    joined = None
+    if states is not None:
+        joined = join_states([states[m] for m in members])
+        stack.load_state_dict(weights_of(joined))
+        done = int(joined["epoch"])
+    stack.to(device).train()
+    adam.load(joined, device)
+    weights = _class_weights(labels.cpu(), config.num_classes, training.balance).to(device)
+
+    total, updates = num_epochs(training, num_rows), _updates(num_rows, training.batch_size)
+    parameters = list(stack.parameters())
+    for epoch in range(done, total):
+        generators = [_generator(training.seed, f"{type(stack).__name__}:{m}", epoch) for m in members]
+        orders = torch.stack([torch.randperm(num_rows, generator=generator) for generator in generators])
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        # One thread, because long sums cut by the number of threads would make a member depend on the machine.
+        with one_thread():
+            for update in range(updates):
+                rows = orders[:, update * training.batch_size : (update + 1) * training.batch_size]
+                x, targets = draw(rows, generators)
+                x.requires_grad_()
+                logits = stack(x)
+                clean = _cross_entropy(logits, targets, weights)
+                gradients = torch.autograd.grad(clean, [x, *parameters])
+                if eps > 0:
+                    moved = x.detach() + gradients[0].sign() * eps
+                    moved = moved.clamp_(*limits) if limits else moved
+                    extra = torch.autograd.grad(_cross_entropy(stack(moved), targets, weights), parameters)
+                    gradients = (gradients[0], *(a + b for a, b in zip(gradients[1:], extra)))
+                for parameter, gradient in zip(parameters, gradients[1:]):
+                    parameter.grad = gradient
+                step = epoch * updates + update
+                adam.step(cosine(step, total * updates, training.learning_rate))
+                hits = (logits.detach().argmax(-1) == targets).double().mean()
+                sums += torch.stack([clean.detach().double() / len(members), hits])
+        loss, accuracy = (sums / updates).tolist()
+        if not math.isfinite(loss):
+            raise ValueError(f"the ensemble's loss is {loss} after epoch {epoch + 1}: lower its learning_rate")
+
+        def snapshot(done: int = epoch + 1) -> dict[str, Tensor]:
+            tensors = {f"model.{name}": tensor.detach().clone() for name, tensor in stack.state_dict().items()}
+            return {**tensors, **adam.state(), "epoch": torch.tensor(done)}
+
+        yield Epoch(epoch + 1, total, {"loss": loss, "accuracy": accuracy}, snapshot)
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's own tensors among those of a checkpoint."""
+    return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+
+
+def member_states(stack: Mapping[str, Tensor], num_members: int) -> list[dict[str, Tensor]]:
+    """The checkpoint of a stack cut into one for each of its members."""
+    cut: dict[str, Sequence[Tensor]] = {
+        name: [tensor] * num_members if tensor.ndim == 0 else tensor.chunk(num_members)
+        for name, tensor in stack.items()
+    }
+    return [{name: parts[m].clone() for name, parts in cut.items()} for m in range(num_members)]
+
+
+def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The inverse of ``member_states``."""
+    return {
+        name: tensor if tensor.ndim == 0 else torch.cat([state[name] for state in states])
+        for name, tensor in states[0].items()
+    }
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the members of the mean over their rows, so that no member feels another's gradient."""
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (loss * weights[targets.flatten()]).sum() / targets.shape[1]
+
+
+def _class_weights(labels: Tensor, num_classes: int, balance: float) -> Tensor:
+    """A weight for each class, with mean 1 over the images."""
+    counts = torch.bincount(labels, minlength=num_classes).double().clamp_min(1)
+    weights = (counts / counts.sum()) ** -balance
+    return (weights * counts.sum() / (weights * counts).sum()).float()
+
+
+def _single(config: EnsembleConfig) -> EnsembleConfig:
+    return replace(config, num_members=1)
+
+
+def _fresh(build: Callable[[], Any], seed: int, stage: str, member: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(seed, stage, member))
+        return build()
+
+
+# ---- updates that have the same bits in any stack ------------------------------------------------------------------
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) of single, exactly rounded operations.
+
+    Torch's own fuses products and sums in vector lanes but not in the remainder of an array, so a parameter's bits
+    depend on its place in the stack; here they do not.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        self.parameters = parameters
+        self.betas = betas
+        self.eps = eps
+        self.count = 0
+        self.first: dict[str, Tensor] = {}
+        self.second: dict[str, Tensor] = {}
+
+    def load(self, state: Mapping[str, Tensor] | None, device: torch.device) -> None:
+        """Take up an earlier run's moments, or start with none."""
+        self.count = 0 if state is None else int(state["adam.count"])
+        for name, parameter in self.parameters.items():
+            for key, moments in (("adam.first.", self.first), ("adam.second.", self.second)):
+                moments[name] = torch.zeros_like(parameter, device=device)
+                if state is not None:
+                    moments[name].copy_(state[key + name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and count, for a checkpoint."""
+        first = {f"adam.first.{name}": tensor.clone() for name, tensor in self.first.items()}
+        second = {f"adam.second.{name}": tensor.clone() for name, tensor in self.second.items()}
+        return {**first, **second, "adam.count": torch.tensor(self.count)}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One update from the parameters' ``grad``."""
+        self.count += 1
+        beta1, beta2 = self.betas
+        rate = learning_rate / (1 - beta1**self.count)
+        root = math.sqrt(1 - beta2**self.count)
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            first, second = self.first[name], self.second[name]
+            first.mul_(beta1).add_(gradient * (1 - beta1))
+            second.mul_(beta2).add_(gradient.square().mul_(1 - beta2))
+            parameter.sub_((first * rate).div_(second.sqrt().div_(root).add_(self.eps)))
+
+
+def one_cycle(step: int, total: int, peak: float, warmup: float = 0.3) -> float:
+    """Learning rate of a one-cycle schedule: cosine from peak / 25 up to the peak, then down to almost nothing."""
+    turn = warmup * total
+    if step < turn:
+        start, end, share = peak / 25, peak, step / turn
+    else:
+        start, end, share = peak, peak / 250_000, (step - turn) / max(total - 1 - turn, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def cosine(step: int, total: int, start: float) -> float:
+    """Learning rate of a cosine decay to zero."""
+    return start * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def _updates(num_images: int, batch_size: int) -> int:
+    """Updates in an epoch; the rest of an uneven division waits for another epoch's order."""
+    if num_images < 2:
+        raise ValueError(f"training needs at least 2 images, got {num_images}")
+    return max(num_images // batch_size, 1)
+
+
+def _seed(seed: int, stage: str, number: int) -> int:
+    """A seed for one use: neighbours do not overlap."""
+    return (
+        int.from_bytes(np.random.SeedSequence([seed, *stage.encode(), number]).generate_state(2).tobytes(), "little")
+        >> 1
+    )
+
+
+def _generator(seed: int, stage: str, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(seed, stage, number))
+
+
+# ---- a whole training, cut into stages -----------------------------------------------------------------------------
+
+#: The epoch of a checkpoint that needs no more training.
+FINISHED = 1 << 40
+#: Seconds of work that a killed run may lose.
+CHECKPOINT_SECONDS = 15.0
+STAGES = ("vae", "encode", "latent", "images")
+_ENCODE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split in memory.
+
+    Args:
+        pixels: uint8 (N, C, H, W).
+        ids: N image ids.
+        labels: int64 (N,), -1 where there is none.
+        errors: image id -> why it could not be read; not among the N.
+    """
+
+    pixels: Tensor
+    ids: list[str]
+    labels: Tensor
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained, on what, and where to: enough for any worker to do its share.
+
+    ``vae`` and ``ensemble`` are the networks, ``..._training`` how they are trained; ``image_members`` and
+    ``num_folds`` may be 0. ``data`` describes the images for model.json; its fingerprint tells data sets apart.
+    """
+
+    out: str
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    vae: VAEConfig
+    ensemble: EnsembleConfig
+    vae_training: VAETraining = VAETraining()
+    ensemble_training: EnsembleTraining = EnsembleTraining()
+    image_training: ImageTraining = ImageTraining()
+    image_members: int = 0
+    num_folds: int = 0
+    dataset: Dataset | None = None
+    held_out: Dataset | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image_members < 0:
+            raise ValueError(f"image_members must be at least 0, got {self.image_members}")
+        if self.num_folds < 0 or self.num_folds == 1:
+            raise ValueError(f"num_folds must be 0 or at least 2, got {self.num_folds}")
+
+    @property
+    def image_ensemble(self) -> EnsembleConfig:
+        """Config of the image ensemble."""
+        return replace(self.ensemble, num_members=self.image_members)
+
+    def describe(self) -> dict[str, Any]:
+        """What determines the result, as JSON: equal descriptions make equal models."""
+        description = {
+            "data": self.data.get("fingerprint"),
+            "class_names": list(self.class_names),
+            "preprocessing": self.preprocessing.to_json(),
+            "vae": asdict(self.vae),
+            "vae_training": asdict(self.vae_training),
+            "ensemble": asdict(self.ensemble),
+            "ensemble_training": asdict(self.ensemble_training),
+            "image_members": self.image_members,
+            "image_training": asdict(self.image_training) if self.image_members else None,
+            "num_folds": self.num_folds,
+        }
+        return json.loads(json.dumps(description))
+
+    def file(self, *parts: str) -> str:
+        """A place for intermediate results, deleted when the model is finished."""
+        return storage.join(self.out, "_training", *parts)
+
+    def member_file(self, kind: str, member: int) -> str:
+        """The checkpoint of one member; kind is latent, image, or fold-0, fold-1, ..."""
+        return self.file("members", f"{kind}-{member:03d}.safetensors")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train together; alone by default."""
+
+    rank: int = 0
+    world: int = 1
+    device: str | torch.device = "cpu"
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    say: Callable[[str], None] = lambda line: None
+
+
+def plan_training(
+    out: str,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    *,
+    architecture: str = "conv",
+    vae_fields: Mapping[str, Any] | None = None,
+    num_members: int = 50,
+    hidden: Sequence[int] = (16, 16),
+    image_size: int | tuple[int, int] | None = None,
+    **fields: Any,
+) -> Plan:
+    """Look at the data and fix what depends on it: classes, preprocessing, shapes.
+
+    Args:
+        out: the model directory to be.
+        dataset: to train on.
+        held_out: for the metrics, or None.
+        architecture: a key of VAES.
+        vae_fields: fields of VAEConfig that differ from the architecture's own; None means its own too.
+        num_members: M of the latent ensemble.
+        hidden: widths of the classifiers' hidden layers.
+        image_size: side of the images in the model, or (height, width); None looks at the data.
+        fields: of Plan.
+    """
+    listing = list_images(dataset)
+    class_names = class_names_of(listing)
+    preprocessing = infer_preprocessing(dataset, listing, image_size=image_size)
+    vae = vae_config(architecture, preprocessing.image_shape, **(vae_fields or {}))
+    data = {
+        "source": dataset.source,
+        "place": None if dataset.data is None else storage.display(dataset.data),
+        "split": dataset.split,
+        "fingerprint": listing_fingerprint(listing),
+        "images": len(listing),
+        "labelled": len(listing) - listing["label_name"].null_count,
+        "held_out": None if held_out is None else held_out.split,
+    }
+    return Plan(
+        out=out,
+        class_names=class_names,
+        preprocessing=preprocessing,
+        vae=vae,
+        ensemble=EnsembleConfig(len(class_names), vae.latent_dim, tuple(hidden), num_members),
+        dataset=dataset,
+        held_out=held_out,
+        data=data,
+        **fields,
+    )
+
+
+def begin(plan: Plan) -> bool:
+    """Prepare the model directory; True when it already holds just this model.
+
+    A finished model that lacks only the image ensemble, members of it, or the folds is taken apart, so that the stages
+    find everything else done.
+
+    Raises:
+        ValueError: another model is there, finished or not; names what differs.
+    """
+    description = plan.describe()
+    card = read_card(plan.out)
+    if card is not None:
+        found = card.get("plan") or {}
+        if found == description:
+            return True
+        _refuse_another(plan, found, description, {"image_members", "image_training", "num_folds"})
+        storage.write_json(plan.file("plan.json"), description)
+        _take_apart(plan, found)
+        return False
+    if storage.exists(plan.file("plan.json")):
+        extras = {"image_members", "image_training", "num_folds"}
+        found = storage.read_json(plan.file("plan.json"))
+        _refuse_another(
+            plan, found, description, extras - {"image_training"} if found.get("image_training") else extras
+        )
+    storage.write_json(plan.file("plan.json"), description)
+    return False
+
+
+def _refuse_another(plan: Plan, found: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: set[str]) -> None:
+    different = [name for name in wanted if name not in may_differ and found.get(name) != wanted[name]]
+    if different:
+        details = "; ".join(f"{name} is {found.get(name)!r} there, {wanted[name]!r} here" for name in different)
+        raise ValueError(
+            f"{storage.display(plan.out)} holds another model: {details}. Give another --out, or delete that directory"
+        )
+
+
+def _take_apart(plan: Plan, found: Mapping[str, Any]) -> None:
+    model = load_model(plan.out)
+    parts: list[tuple[str, Any]] = [("latent", model.ensemble)]
+    if model.image_ensemble is not None and found.get("image_training") == asdict(plan.image_training):
+        parts.append(("image", model.image_ensemble))
+    if len(model.folds) == plan.num_folds:
+        parts += [(f"fold-{number}", fold) for number, fold in enumerate(model.folds)]
+    _save_finished(plan.file("vae.safetensors"), model.vae.state_dict())
+    for kind, ensemble in parts:
+        members = ensemble.config.num_members
+        for m, state in enumerate(member_states(ensemble.state_dict(), members)):
+            _save_finished(plan.member_file(kind, m), state)
+
+
+def load_images(plan: Plan, dataset: Dataset) -> Images:
+    """Read a split into memory, with its labels as indices."""
+    pixels, ids, names, errors = read_all(dataset, list_images(dataset), plan.preprocessing)
+    labels = label_indices(pa.array(names, pa.string()), plan.class_names).fill_null(-1).to_numpy(zero_copy_only=False)
+    return Images(torch.from_numpy(pixels), ids, torch.from_numpy(labels.astype(np.int64)), errors)
+
+
+def run_stages(plan: Plan, stages: Iterable[str], worker: Worker, images: Images | None = None) -> None:
+    """Do this worker's share of some stages; what an earlier run has finished is not done again.
+
+    Args:
+        plan: what to train.
+        stages: some of STAGES, in their order.
+        worker: who does it; all workers of the world run the same stages.
+        images: the training split, read by the plan when not given.
+    """
+    if not storage.exists(plan.file("plan.json")):
+        raise ValueError(
+            f"the worker of rank {worker.rank} does not see {storage.display(plan.out)}: with several nodes, give an "
+            "--out that every node sees: s3://..., or a shared mount"
+        )
+    todo = [stage for stage in stages if not stage_done(plan, stage)]
+    if images is None and {"vae", "encode", "images"} & set(todo):
+        assert plan.dataset is not None
+        images = load_images(plan, plan.dataset)
+    for stage in todo:
+        if stage == "latent":
+            _latent_stage(plan, worker)
+        else:
+            assert images is not None
+            {"vae": _vae_stage, "encode": _encode_stage, "images": _image_stage}[stage](plan, worker, images)
+
+
+def stage_done(plan: Plan, stage: str) -> bool:
+    """Whether nothing of a stage is left to do."""
+    if stage == "vae":
+        return _finished(plan.file("vae.safetensors"))
+    if stage == "encode":
+        return storage.exists(plan.file("codes", "count.json")) or (
+            stage_done(plan, "vae") and stage_done(plan, "latent")
+        )
+    kinds = [(plan.image_members, "image")] if stage == "images" else _latent_kinds(plan)
+    return all(_finished(plan.member_file(kind, m)) for count, kind in kinds for m in range(count))
+
+
+def _latent_kinds(plan: Plan) -> list[tuple[int, str]]:
+    members = plan.ensemble.num_members
+    return [(members, "latent"), *((members, f"fold-{fold}") for fold in range(plan.num_folds))]
+
+
+def _finished(file: str) -> bool:
+    return storage.exists(file) and int(load_tensors(file)["epoch"]) == FINISHED
+
+
+def _save_finished(file: str, weights: Mapping[str, Tensor]) -> None:
+    tensors = {f"model.{name}": tensor.detach().clone() for name, tensor in weights.items()}
+    save_tensors(file, {**tensors, "epoch": torch.tensor(FINISHED)})
+
+
+def _vae_stage(plan: Plan, worker: Worker, images: Images) -> None:
+    file = plan.file("vae.safetensors")
+    state = load_tensors(file) if storage.exists(file) else None
+    saved, epoch = time.monotonic(), None
+    for epoch in train_vae(
+        images.pixels,
+        plan.vae,
+        plan.vae_training,
+        state=state,
+        rank=worker.rank,
+        world=worker.world,
+        wrap=worker.wrap,
+        device=worker.device,
+    ):
+        if worker.rank == 0:
+            worker.say(_line("vae", epoch))
+            if epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_tensors(file, epoch.state())
+                saved = time.monotonic()
+    if worker.rank == 0:
+        final = epoch.state() if epoch else state
+        assert final is not None
+        _save_finished(file, weights_of(final))
+    _wait_for_all(worker)
+
+
+def _wait_for_all(worker: Worker) -> None:
+    if worker.world > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _encode_stage(plan: Plan, worker: Worker, images: Images) -> None:
+    vae = build_vae(plan.vae)
+    vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
+    vae.to(worker.device).eval()
+    starts = range(0, len(images.pixels), _ENCODE_ROWS)
+    for part in range(worker.rank, len(starts), worker.world):
+        rows = slice(starts[part], starts[part] + _ENCODE_ROWS)
+        mean, log_var = encode_rows(vae, images.pixels[rows].to(worker.device).float() / 255)
+        folds = torch.tensor([fold_of(image_id, max(plan.num_folds, 1)) for image_id in images.ids[rows]])
+        tensors = {"mean": mean, "log_var": log_var, "labels": images.labels[rows], "folds": folds}
+        save_tensors(plan.file("codes", f"part-{part:05d}.safetensors"), tensors)
+    _wait_for_all(worker)
+    if worker.rank == 0:
+        storage.write_json(plan.file("codes", "count.json"), len(starts))
+        worker.say(f"encoded {len(images.pixels)} images")
+    _wait_for_all(worker)
+
+
+def _load_codes(plan: Plan) -> tuple[Codes, Tensor]:
+    """Codes of the labelled images, and the fold of each."""
+    count = storage.read_json(plan.file("codes", "count.json"))
+    codes = join_states([load_tensors(plan.file("codes", f"part-{part:05d}.safetensors")) for part in range(count)])
+    labelled = codes["labels"] >= 0
+    every = Codes(codes["mean"], codes["log_var"], codes["labels"])
+    return every.take(labelled), codes["folds"][labelled]
+
+
+def _latent_stage(plan: Plan, worker: Worker) -> None:
+    codes, folds = _load_codes(plan)
+    for count, kind in _latent_kinds(plan):
+        known = codes if kind == "latent" else codes.take(folds != int(kind.removeprefix("fold-")))
+
+        def loop(members: Sequence[int], states: Any, known: Codes = known) -> Iterator[Epoch]:
+            return train_latent_members(
+                known, plan.ensemble, plan.ensemble_training, members, states=states, device=worker.device
+            )
+
+        _members_stage(plan, worker, kind, count, count, loop)
+
+
+def _image_stage(plan: Plan, worker: Worker, images: Images) -> None:
+    labelled = images.labels >= 0
+    pixels, labels = images.pixels[labelled], images.labels[labelled]
+    config = plan.image_ensemble
+
+    def loop(members: Sequence[int], states: Any) -> Iterator[Epoch]:
+        return train_image_members(
+            pixels, labels, config, plan.vae, plan.image_training, members, states=states, device=worker.device
+        )
+
+    # On a CPU the arithmetic is what costs and a small working set is faster; a GPU wants all it can get at once.
+    at_once = 1 if torch.device(worker.device).type == "cpu" else 10
+    _members_stage(plan, worker, "image", plan.image_members, at_once, loop)
+
+
+def _members_stage(
+    plan: Plan,
+    worker: Worker,
+    kind: str,
+    count: int,
+    at_once: int,
+    loop: Callable[[Sequence[int], Any], Iterator[Epoch]],
+) -> None:
+    """Train this worker's members: those whose number leaves its rank when divided by the world's size."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for m in range(worker.rank, count, worker.world):
+        file = plan.member_file(kind, m)
+        states[m] = load_tensors(file) if storage.exists(file) else {}
+    # Members of one stack go on from the same epoch.
+    by_epoch: dict[int, list[int]] = {}
+    for m, state in states.items():
+        by_epoch.setdefault(int(state["epoch"]) if state else 0, []).append(m)
+    by_epoch.pop(FINISHED, None)
+    stacks = [group[i : i + at_once] for group in by_epoch.values() for i in range(0, len(group), at_once)]
+    for members in stacks:
+        saved, epoch = time.monotonic(), None
+        for epoch in loop(members, {m: states[m] for m in members} if states[members[0]] else None):
+            if worker.rank == 0 or at_once < count:
+                some = f"{len(members)} of {count} members" if len(members) > 1 else f"member {members[0]} of {count}"
+                worker.say(_line(f"{kind} classifiers ({some})", epoch))
+            if epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                for m, state in zip(members, member_states(epoch.state(), len(members))):
+                    save_tensors(plan.member_file(kind, m), state)
+                saved = time.monotonic()
+        finals = member_states(epoch.state(), len(members)) if epoch else [states[m] for m in members]
+        for m, state in zip(members, finals):
+            _save_finished(plan.member_file(kind, m), weights_of(state))
+            states.pop(m, None)
+
+
+def _line(what: str, epoch: Epoch) -> str:
+    numbers = "  ".join(f"{name} {value:.4f}" for name, value in epoch.metrics.items())
+    return f"{what}: epoch {epoch.number}/{epoch.total}  {numbers}"
+
+
+def finish(plan: Plan, held_out: Images | None = None, say: Callable[[str], None] = lambda line: None) -> Model:
+    """Put the trained parts together, measure them on the held-out split, and write the model directory.
+
+    Args:
+        plan: what was trained.
+        held_out: the held-out split, read by the plan when not given.
+        say: told what is being done.
+    """
+    vae = build_vae(plan.vae)
+    vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
+    folds = [_assemble(plan, f"fold-{fold}", LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
+    model = Model(
+        vae=vae.requires_grad_(False).eval(),
+        ensemble=_assemble(plan, "latent", LatentEnsemble(plan.ensemble)),
+        class_names=plan.class_names,
+        preprocessing=plan.preprocessing,
+        image_ensemble=_assemble(plan, "image", ImageEnsemble(plan.image_ensemble, plan.vae))
+        if plan.image_members
+        else None,
+        folds=tuple(folds),
+    )
+    if held_out is None and plan.held_out is not None:
+        held_out = load_images(plan, plan.held_out)
+    say(f"measuring on {len(held_out.ids) if held_out else 0} held-out images")
+    metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
+    if folds and storage.exists(plan.file("codes", "count.json")):
+        metrics["out_of_fold"] = _out_of_fold(plan, folds)
+    card = {"data": plan.data, "plan": plan.describe(), "metrics": metrics}
+    save_model(model, plan.out, card=card)
+    storage.delete_tree(plan.file())
+    return model
+
+
+def _assemble(plan: Plan, kind: str, network: Any) -> Any:
+    states = [load_tensors(plan.member_file(kind, m)) for m in range(network.config.num_members)]
+    network.load_state_dict(weights_of(join_states(states)))
+    return network.requires_grad_(False).eval()
+
+
+def _out_of_fold(plan: Plan, folds: Sequence[LatentEnsemble]) -> dict[str, float]:
+    codes, fold = _load_codes(plan)
+    hits = torch.zeros(len(codes), dtype=torch.bool)
+    for number, ensemble in enumerate(folds):
+        rows = fold == number
+        hits[rows] = logits_rows(ensemble, codes.mean[rows]).softmax(-1).mean(0).argmax(-1) == codes.labels[rows]
+    return {"accuracy": float(hits.double().mean())}
+
+
+# ---- metrics of a model --------------------------------------------------------------------------------------------
+
+
+def evaluate(model: Model, images: Images, noise_seed: int = 0) -> dict[str, Any]:
+    """What model.json says of a model on images that it was not trained on.
+
+    Returns:
+        ``vae``: the parts of the evidence lower bound (nats, one sample from each posterior) and the mean absolute
+        error of the reconstruction from the posterior mean; ``ensemble`` and, if there is one, ``image_ensemble``: see
+        ``classification_metrics``, on the labelled images.
+    """
+    generator = torch.Generator().manual_seed(noise_seed)
+    sums = torch.zeros(3, dtype=torch.float64)
+    means = []
+    for pixels in images.pixels.split(1024):
+        x = pixels.float() / 255
+        mean, log_var = encode_rows(model.vae, x.to(model.device))
+        mean, log_var = mean.cpu(), log_var.cpu()
+        means.append(mean)
+        noise = torch.randn(mean.shape, generator=generator)
+        sampled = decode_rows(model.vae, (mean + torch.exp(0.5 * log_var) * noise).to(model.device)).cpu()
+        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum()
+        error = (decode_rows(model.vae, mean.to(model.device)).cpu() - x).abs().sum()
+        logits = torch.logit(sampled.double(), eps=1e-7)
+        sums += torch.stack([LOSSES[model.vae.config.loss](logits, x.double()).sum(), kl.double(), error.double()])
+    reconstruction, kl_mean, error_mean = (sums / len(images.pixels)).tolist()
+    metrics: dict[str, Any] = {
+        "images": len(images.pixels),
+        "unreadable": len(images.errors),
+        "vae": {
+            "loss": reconstruction + model.vae.config.beta * kl_mean,
+            "reconstruction": reconstruction,
+            "kl": kl_mean,
+            "absolute_error": error_mean / math.prod(model.image_shape),
+        },
+    }
+    labelled = images.labels >= 0
+    labels = images.labels[labelled]
+    if len(labels):
+        points = torch.cat(means)[labelled].to(model.device)
+        logits = logits_rows(model.ensemble, points).cpu()
+        metrics["ensemble"] = classification_metrics(logits, labels, model.class_names)
+        if model.image_ensemble is not None:
+            pixels = images.pixels[labelled].split(1024)
+            parts = [logits_rows(model.image_ensemble, p.to(model.device).float() / 255).cpu() for p in pixels]
+            metrics["image_ensemble"] = classification_metrics(torch.cat(parts, 1), labels, model.class_names)
+    return metrics
+
+
+def classification_metrics(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+    """How good an ensemble is.
+
+    Args:
+        logits: (M, B, K).
+        labels: int64 (B,).
+        class_names: K names.
+
+    Returns:
+        ``accuracy`` of the members' mean, ``balanced_accuracy`` (mean over the classes present), ``per_class`` accuracy
+        by name, ``member_accuracy`` (M,), ``calibration_error`` (expected, 15 equal bins; Guo et al. 2017), ``nll`` in
+        nats.
+    """
+    probs = logits.double().softmax(-1)
+    member_hits = (probs.argmax(-1) == labels).double().mean(1)
+    mean = probs.mean(0)
+    top, predicted = mean.max(-1)
+    hits = (predicted == labels).double()
+    per_class = {
+        name: float(hits[labels == k].mean()) for k, name in enumerate(class_names) if bool((labels == k).any())
+    }
+    bins = (top * 15).long().clamp_max(14)
+    gaps = [(top[bins == b].mean() - hits[bins == b].mean()).abs() * (bins == b).double().mean() for b in bins.unique()]
+    return {
+        "accuracy": float(hits.mean()),
+        "balanced_accuracy": sum(per_class.values()) / len(per_class),
+        "per_class": per_class,
+        "member_accuracy": member_hits.tolist(),
+        "member_accuracy_mean": float(member_hits.mean()),
+        "calibration_error": float(torch.stack(gaps).sum()),
+        "nll": float(-mean[torch.arange(len(labels)), labels].clamp_min(1e-30).log().mean()),
+    }
+
+
+# ---- the door for notebooks ----------------------------------------------------------------------------------------
+
+
+def train(
+    dataset: str | Dataset | tuple[Any, Sequence[Any]] = "digits",
+    out: storage.URI | None = None,
+    *,
+    data: storage.URI | None = None,
+    held_out: Dataset | tuple[Any, Sequence[Any]] | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
+    **fields: Any,
+) -> Model:
+    """Train a model without a cluster (``clarity.train``): the same loops, the same directory, one process.
+
+    Args:
+        dataset: the name of a source, a Dataset, or (images, labels): uint8 or floats in [0, 1], (N, C, H, W) or
+            (N, H, W), with one label each.
+        out: where to; None keeps the model in memory alone.
+        data: place of a named source's data.
+        held_out: for the metrics; by default the test split, or one in ten of the arrays.
+        device: "auto" takes a GPU when there is one.
+        say: told each epoch; ``print`` shows them.
+        fields: as in ``plan_training``.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as scratch:
+        place = str(out) if out is not None else scratch
+        training_set: Images | None = None
+        measured: Images | None = None
+        if isinstance(dataset, tuple):
+            training_set, measured, names = _from_arrays(dataset, held_out if isinstance(held_out, tuple) else None)
+            plan = _plan_arrays(place, training_set, names, **fields)
+        else:
+            if isinstance(dataset, str):
+                dataset = open_dataset(dataset, data, "train", unlabelled=True)
+            if not isinstance(held_out, Dataset):
+                held_out = replace(dataset, split="test", unlabelled=False)
+            plan = plan_training(place, dataset, held_out, **fields)
+        if begin(plan):
+            return load_model(plan.out).to(device)
+        run_stages(plan, STAGES, Worker(device=device, say=say), training_set)
+        return finish(plan, measured, say).to(device)
+
+
+def _from_arrays(given: tuple[Any, Sequence[Any]], held_out: tuple[Any, Sequence[Any]] | None) -> Any:
+    names = sorted(
+        {str(label) for label in given[1]},
+        key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name),
+    )
+    images = _arrays(*given, names)
+    if held_out is not None:
+        return images, _arrays(*held_out, names), names
+    test = torch.tensor([split_of(image_id) == "test" for image_id in images.ids])
+    return _rows(images, ~test), _rows(images, test), names
+
+
+def _arrays(pixels: Any, labels: Sequence[Any], names: Sequence[str]) -> Images:
+    pixels = np.asarray(pixels)
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or len(pixels) != len(labels):
+        raise ValueError(
+            f"expected images (N, C, H, W) or (N, H, W) with C = 1 or 3 and N labels, got {pixels.shape} "
+            f"and {len(labels)} labels"
+        )
+    if pixels.dtype != np.uint8:
+        if not (np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1):
+            raise ValueError(f"expected images of uint8, or floats in [0, 1], got {pixels.dtype}")
+        pixels = np.round(pixels * 255).astype(np.uint8)
+    index = {name: k for k, name in enumerate(names)}
+    found = torch.tensor([index.get(str(label), -1) for label in labels])
+    return Images(torch.from_numpy(np.ascontiguousarray(pixels)), [str(i) for i in range(len(pixels))], found)
+
+
+def _rows(images: Images, keep: Tensor) -> Images:
+    return Images(images.pixels[keep], [i for i, k in zip(images.ids, keep.tolist()) if k], images.labels[keep])
+
+
+def _plan_arrays(
+    out: str,
+    images: Images,
+    names: Sequence[str],
+    *,
+    architecture: str = "conv",
+    vae_fields: Mapping[str, Any] | None = None,
+    num_members: int = 50,
+    hidden: Sequence[int] = (16, 16),
+    **fields: Any,
+) -> Plan:
+    channels, height, width = images.pixels.shape[1:]
+    vae = vae_config(architecture, (channels, height, width), **(vae_fields or {}))
+    digest = hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
+    return Plan(
+        out=out,
+        class_names=tuple(names),
+        preprocessing=Preprocessing("L" if channels == 1 else "RGB", height, width),
+        vae=vae,
+        ensemble=EnsembleConfig(len(names), vae.latent_dim, tuple(hidden), num_members),
+        data={"source": "arrays", "fingerprint": digest, "images": len(images.ids)},
+        **fields,
+    )
