@@ -758,7 +758,9 @@ def _is_dead(owner: Mapping[str, Any]) -> bool:
 
 
 def _started(pid: int) -> str:
-    return _text(f"/proc/{pid}/stat").rpartition(")")[2].split(" ")[20:21].__str__()
+    """When a process started, as its system counts; empty when it is gone."""
+    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 else ""
 
 
 def _text(path: str) -> str:
@@ -766,6 +768,14 @@ def _text(path: str) -> str:
         return Path(path).read_text().strip()
     except OSError:
         return ""
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        owner = json.loads(text)
+        if isinstance(owner, dict) and "run" in owner:
+            return owner
+    return {}
 
 
 def _busy(uri: str, owner: Mapping[str, Any]) -> AuditBusy:
@@ -790,9 +800,7 @@ class _FileLock:
             except BlockingIOError:
                 text = os.pread(self.file, 4096, 0)
                 os.close(self.file)
-                with contextlib.suppress(ValueError):
-                    raise _busy(uri, json.loads(text)) from None
-                raise _busy(uri, {}) from None
+                raise _busy(uri, _parsed(text)) from None
             except OSError:
                 os.close(self.file)
                 raise
@@ -851,13 +859,12 @@ class _BeatLock:
                 self._write()
 
     def _read(self) -> dict[str, Any]:
-        if not storage.exists(self.path):
-            return {}
         try:
-            value = json.loads(storage.read_bytes(self.path))
-            return value if isinstance(value, dict) and "run" in value else {}
-        except (ValueError, FileNotFoundError):
-            return {}
+            return _parsed(storage.read_bytes(self.path)) if storage.exists(self.path) else {}
+        except storage.StorageError as error:
+            if error.errno == errno.ENOENT:  # released between the two questions
+                return {}
+            raise
 
     def _write(self) -> None:
         storage.write_bytes(self.path, json.dumps(self.owner).encode())

@@ -1,0 +1,565 @@
+"""The audit directory: plans, claims, commits, what a reader sees, and what verification finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from clarity import audit, schema, storage
+
+ROOT = Path(__file__).parent.parent
+IDS = ["b", "a", "d e", "ü\n", "c"]
+
+
+def make_tables(plan: audit.Plan, shard: int) -> dict[str, pa.Table]:
+    """A shard's tables as a model might fill them; the image "c" could not be read."""
+    span, classes, latent = plan.shards[shard], len(plan.class_names), plan.model["latent_dim"]
+    ids = sorted(IDS[span["start"] : span["stop"]])
+    rng = np.random.default_rng(shard)
+    ok = np.array([name != "c" for name in ids])
+    pictures = schema.to_png(rng.integers(0, 256, (len(ids), *plan.image_shape), np.uint8))
+    source = np.array([sum(name.encode()) % classes for name in ids], np.int32)
+
+    def nullable(values: Any, kind: pa.DataType) -> pa.Array:
+        return pa.array(values, kind, mask=~ok)
+
+    codes = {
+        "image_id": pa.array(ids),
+        "label": pa.array(source % 2),
+        "label_name": pa.array(["x"] * len(ids)),
+        "source": nullable(source, pa.int32()),
+        "source_name": nullable([plan.class_names[k] for k in source], pa.string()),
+        "probs": schema.fixed_size_list(rng.random((len(ids), classes), np.float32), ok),
+        **{name: nullable(np.ones(len(ids)), pa.float32()) for name in ("predictive", "aleatoric", "epistemic")},
+        "z": schema.fixed_size_list(rng.random((len(ids), latent), np.float32), ok),
+        "reconstruction_l1": nullable(np.ones(len(ids)), pa.float32()),
+        "status": pa.array(np.where(ok, "ok", "error")),
+        "error": pa.array(["broken"] * len(ids), mask=ok),
+        "x": nullable(pictures, pa.binary()),
+    }
+    rows = [(target, i) for target in range(classes) for i in range(len(ids)) if ok[i] and source[i] != target]
+    count, of = len(rows), [i for _, i in rows]
+    target = np.array([target for target, _ in rows], np.int32)
+    converged = rng.random(count) < 0.8
+    numbers = {field.name: pa.array(rng.random(count), pa.float32()) for field in schema.counterfactuals_schema(latent)
+               if field.type == pa.float32()}  # fmt: skip
+    pairs = numbers | {
+        "image_id": pa.array([ids[i] for i in of]),
+        "label": codes["label"].take(pa.array(of, pa.int64())),
+        "source": pa.array(source[of], pa.int32()),
+        "source_name": pa.array([plan.class_names[source[i]] for i in of]),
+        "target": pa.array(target),
+        "target_name": pa.array([plan.class_names[k] for k in target]),
+        "method": pa.array([plan.method] * count),
+        "status": pa.array(["ok"] * count),
+        "converged": pa.array(converged),
+        "steps": pa.array(np.where(converged, 7, plan.config["max_steps"]), pa.int32()),
+        "target_prob_final": pa.array(np.where(converged, 0.995, 0.5), pa.float32()),
+        "reencoded_class": pa.array(target),
+        "z_cf": schema.fixed_size_list(rng.random((count, latent), np.float32)),
+        "x_cf": pa.array(schema.to_png(rng.integers(0, 256, (count, *plan.image_shape), np.uint8))),
+    }
+
+    def table(columns: dict[str, Any], expected: pa.Schema) -> pa.Table:
+        return pa.table([columns[name] for name in expected.names], schema=expected)
+
+    return {
+        "codes": table(codes, plan.codes_schema()),
+        "counterfactuals": table(pairs, plan.counterfactuals_schema()),
+    }
+
+
+@pytest.fixture
+def plan() -> audit.Plan:
+    return audit.Plan(
+        dataset={"source": "digits", "data": "", "num_images": len(IDS), "listing": "f00", "extra": []},
+        model={
+            "fingerprint": "abc",
+            "class_names": ["ant", "bee", "cow", "dog"],
+            "image_shape": [1, 8, 12],
+            "latent_dim": 5,
+            "num_folds": 0,
+            "sums": {},
+        },
+        method="clarity",
+        config={"min_target_prob": 0.99, "max_steps": 20},
+        targets=None,
+        images="png",
+        shards=audit.shard_table(IDS, 2),
+        versions={"clarity": "0.1.0"},
+        created="2026-01-01T00:00:00+00:00",
+    )
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> str:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").write_text("{}")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def filled(plan: audit.Plan, model_dir: str, tmp_path: Path) -> str:
+    """A complete audit."""
+    uri = str(tmp_path / "audit")
+    with audit.claim(uri, plan, model_dir) as held:
+        for shard in held.pending:
+            audit.write_shard(
+                uri, plan, shard, make_tables(plan, shard), {"engine": "plain", "seconds": {"search": 0.5}}
+            )
+        held.refresh()
+        held.finish(audit.summarise(audit.read_audit(uri)), audit.verify(uri).ok)
+    return uri
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_survives_json_and_notices_changes(plan: audit.Plan) -> None:
+    value = json.loads(json.dumps(plan.to_json()))
+    assert audit.Plan.from_json(value) == plan
+    value["config"]["max_steps"] = 21
+    with pytest.raises(ValueError, match="fingerprint"):
+        audit.Plan.from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"method": "latent"}, 'method: "clarity" here, "latent" in the run'),
+        ({"config": {"min_target_prob": 0.9, "max_steps": 20}}, "config.min_target_prob: 0.99 here, 0.9"),
+        ({"images": "none"}, "images"),
+        ({"targets": [1, 2]}, "targets"),
+        ({"only": "misclassified"}, "only"),
+        ({"trace": 3}, "trace"),
+        ({"shards": audit.shard_table(IDS, 3)}, "shards.count: 3 here, 2 in the run"),
+        ({"versions": {"clarity": "9"}}, "versions.clarity"),
+    ],
+)
+def test_plan_names_what_differs(plan: audit.Plan, change: dict[str, Any], named: str) -> None:
+    other = replace(plan, **change)
+    assert other.fingerprint != plan.fingerprint
+    assert any(line.startswith(named) for line in plan.differences(other)), plan.differences(other)
+
+
+def test_plan_names_other_data_and_another_model(plan: audit.Plan) -> None:
+    assert plan.differences(replace(plan, dataset=plan.dataset | {"listing": "f01"}))[0].startswith("data.listing")
+    assert plan.differences(replace(plan, model=plan.model | {"fingerprint": "d"}))[0].startswith("model.fingerprint")
+
+
+def test_plan_does_not_depend_on_date_or_place_of_the_data(plan: audit.Plan) -> None:
+    other = replace(plan, created="2027", dataset=plan.dataset | {"data": "/elsewhere"})
+    assert other.fingerprint == plan.fingerprint
+    assert not plan.differences(other)
+
+
+def test_rows_per_shard_keeps_every_limit() -> None:
+    assert audit.rows_per_shard(60_000, 10_000) == 1024
+    assert audit.rows_per_shard(60_000, 1 << 20) == 32
+    assert audit.rows_per_shard(60_000, 1 << 30) == 1
+    assert audit.rows_per_shard(500, 10_000) == 62
+    assert audit.rows_per_shard(60_000, 10_000, seconds_per_image=5.0) == 4
+    assert audit.rows_per_shard(60_000, 10_000, seconds_per_image=500.0) == 1
+
+
+def test_shard_table_covers_every_image_once() -> None:
+    table = audit.shard_table(IDS, 2)
+    assert [(span["start"], span["stop"]) for span in table] == [(0, 2), (2, 4), (4, 5)]
+    assert table[0]["ids"] == audit.ids_digest(["a", "b"]) != audit.ids_digest(["ab"])
+    with pytest.raises(ValueError, match="at least 1"):
+        audit.shard_table(IDS, 0)
+
+
+# ---- claims --------------------------------------------------------------------------------------------------------
+
+
+def test_claim_makes_and_resumes(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "audit")
+    with audit.claim(uri, plan, model_dir) as held:
+        assert held.pending == [0, 1, 2]
+        assert audit.sees(uri, held.run) == []
+        assert audit.sees(uri, "another") == ["--out"]
+        audit.write_shard(uri, plan, 1, make_tables(plan, 1), {})
+    assert (tmp_path / "audit" / "model" / "model.json").exists()
+    with audit.claim(uri, replace(plan, created="later"), model_dir) as held:
+        assert held.pending == [0, 2]
+        assert held.plan.created == plan.created
+    assert not (tmp_path / "audit" / "_lock").exists()
+
+
+def test_claim_refuses_another_plan(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    with (
+        pytest.raises(ValueError, match=r"another plan: config\.max_steps: 20 here, 30 in the run"),
+        audit.claim(filled, replace(plan, config=plan.config | {"max_steps": 30}), model_dir),
+    ):
+        pass
+
+
+def test_claim_refuses_what_is_no_audit(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("x")
+    for name, reason in (("file", "found a file"), ("photos", "found cat.png")):
+        with pytest.raises(ValueError, match=reason), audit.claim(str(tmp_path / name), plan, model_dir):
+            pass
+    assert (tmp_path / "photos" / "cat.png").exists()
+
+
+def test_claim_refuses_a_damaged_plan(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    path = Path(filled, "plan.json")
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match=r"plan\.json is damaged"), audit.claim(filled, plan, model_dir):
+        pass
+
+
+HOLD = """
+import sys, time
+from clarity import audit
+lock = audit._FileLock(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_claim_is_refused_while_another_process_holds_it(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, filled], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with pytest.raises(audit.AuditBusy, match=f"process {holder.pid}"), audit.claim(filled, plan, model_dir):
+            pass
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    with audit.claim(filled, plan, model_dir) as held:
+        assert held.complete
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "BEAT_S", 0.05)
+    monkeypatch.setattr(audit, "STALE_S", 0.4)
+    monkeypatch.setattr(audit, "SETTLE_S", 0.05)
+
+
+def write_owner(uri: str, **owner: Any) -> None:
+    storage.write_bytes(storage.join(uri, "_lock"), json.dumps(audit._owner() | owner).encode())
+
+
+def test_beat_lock_is_refused_while_its_holder_renews_it(quick_beats: None, tmp_path: Path) -> None:
+    first = audit._BeatLock(str(tmp_path))
+    with pytest.raises(audit.AuditBusy):
+        audit._BeatLock(str(tmp_path))
+    first.release()
+    second = audit._BeatLock(str(tmp_path))
+    second.release()
+    assert not (tmp_path / "_lock").exists()
+
+
+def test_beat_lock_takes_over_from_the_silent_and_from_the_dead(quick_beats: None, tmp_path: Path) -> None:
+    write_owner(str(tmp_path), run="other", host="elsewhere")
+    start = time.monotonic()
+    audit._BeatLock(str(tmp_path)).release()
+    assert time.monotonic() - start > 0.4
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    started = audit._started(child.pid)
+    child.wait()
+    write_owner(str(tmp_path), run="other", pid=child.pid, started=started)
+    start = time.monotonic()
+    audit._BeatLock(str(tmp_path)).release()
+    assert time.monotonic() - start < 0.4
+
+
+def test_beat_lock_notices_that_it_was_taken_over(quick_beats: None, tmp_path: Path) -> None:
+    lock = audit._BeatLock(str(tmp_path))
+    write_owner(str(tmp_path), run="other")
+    lock.thread.join(5)
+    assert lock.lost
+    lock.release()
+    assert json.loads((tmp_path / "_lock").read_text())["run"] == "other"
+
+
+def test_file_lock_of_two_threads_is_held_by_one(tmp_path: Path) -> None:
+    got: list[str] = []
+
+    def take() -> None:
+        try:
+            lock = audit._FileLock(str(tmp_path))
+        except audit.AuditBusy:
+            got.append("busy")
+            return
+        got.append("held")
+        time.sleep(0.3)
+        lock.release()
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == ["busy", "busy", "busy", "held"]
+
+
+# ---- shards --------------------------------------------------------------------------------------------------------
+
+
+def test_write_shard_gives_the_same_bytes_again(plan: audit.Plan, filled: str) -> None:
+    path = Path(filled, "counterfactuals/shard-00001.parquet")
+    before = path.read_bytes()
+    audit.write_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "other"})
+    assert path.read_bytes() == before
+    assert not list(Path(filled, "_tmp").iterdir())
+
+
+def test_files_explain_themselves(plan: audit.Plan, filled: str) -> None:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(Path(filled, "counterfactuals/shard-00000.parquet"))
+    metadata = file.schema_arrow.metadata
+    assert metadata[b"clarity.fingerprint"].decode() == plan.fingerprint
+    assert json.loads(metadata[b"clarity.class_names"]) == plan.class_names
+    assert json.loads(metadata[b"clarity.config"]) == plan.config
+    assert metadata[b"clarity.method"] == b"clarity"
+    assert metadata[b"clarity.image_shape"] == b"1,8,12"
+    assert metadata[b"clarity.schema_version"] == b"1"
+    assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def break_commit(uri: str, how: str) -> None:
+    path = Path(uri, "_commits/shard-00001.json")
+    if how == "deleted":
+        path.unlink()
+    elif how == "torn":
+        path.write_text(path.read_text()[:40])
+    elif how == "empty":
+        path.write_text("")
+    elif how == "a list":
+        path.write_text("[1]")
+    elif how == "of another plan":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "other"}))
+    elif how == "of another shard":
+        path.write_text(Path(uri, "_commits/shard-00000.json").read_text())
+    elif how == "its file cut short":
+        data = Path(uri, "codes/shard-00001.parquet")
+        data.write_bytes(data.read_bytes()[:-1])
+    elif how == "its file gone":
+        Path(uri, "counterfactuals/shard-00001.parquet").unlink()
+
+
+BROKEN = [
+    "deleted",
+    "torn",
+    "empty",
+    "a list",
+    "of another plan",
+    "of another shard",
+    "its file cut short",
+    "its file gone",
+]
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_commit_that_is_broken_makes_its_shard_pending(plan: audit.Plan, filled: str, model_dir: str, how: str) -> None:
+    break_commit(filled, how)
+    with audit.claim(filled, plan, model_dir) as held:
+        assert held.pending == [1]
+        assert not held.complete
+        assert not Path(filled, "_SUCCESS").exists()
+        # What no commit names is gone, so that a reader by name pattern sees no stray row.
+        assert not Path(filled, "codes/shard-00001.parquet").exists()
+        assert not Path(filled, "counterfactuals/shard-00001.parquet").exists()
+
+
+def test_claim_removes_strays(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    for name in ("codes/shard-00009.parquet", "counterfactuals/x.tmp", "_tmp/left", "_commits/shard-00077.json"):
+        storage.write_bytes(storage.join(filled, name), b"torn")
+    assert any("no commit names" in problem for problem in audit.verify(filled).problems)
+    with audit.claim(filled, plan, model_dir) as held:
+        assert held.complete
+    assert audit.verify(filled).ok
+    assert not Path(filled, "_tmp/left").exists()
+
+
+def test_read_audit_sees_committed_shards_only(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = tmp_path / "audit"
+    with audit.claim(str(uri), plan, model_dir):
+        assert audit.read_audit(uri).codes.count_rows() == 0
+        for shard in (0, 2):
+            audit.write_shard(str(uri), plan, shard, make_tables(plan, shard), {})
+        storage.write_bytes(str(uri / "codes/shard-00001.parquet"), audit.to_parquet(make_tables(plan, 1)["codes"]))
+        found = audit.read_audit(uri)
+        assert sorted(found.codes.to_table()["image_id"].to_pylist()) == ["a", "b", "c"]
+        assert not found.complete
+        assert found.traces is None
+
+
+def test_read_audit_of_a_finished_one_follows_its_commits(filled: str) -> None:
+    assert audit.read_audit(filled).complete
+    Path(filled, "_commits/shard-00001.json").unlink()
+    assert sorted(audit.read_audit(filled).commits) == [0, 2]
+
+
+def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no plan.json in .*: check the path"):
+        audit.read_audit(tmp_path)
+
+
+def test_begin_attempt_counts_in_each_run(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    assert [audit.begin_attempt(uri, "run", 3, "read") for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(audit.GivenUp, match="3 attempts at stage read"):
+        audit.begin_attempt(uri, "run", 3, "read")
+    assert audit.begin_attempt(uri, "run", 3, "write") == 1
+    assert audit.begin_attempt(uri, "another", 3, "read") == 1
+
+
+def test_finish_marks_only_what_is_verified(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    success = Path(filled, "_SUCCESS")
+    assert json.loads(success.read_text())["images"] == len(IDS)
+    success.unlink()
+    with audit.claim(filled, plan, model_dir) as held:
+        assert not held.complete
+        held.finish({}, verified=False)
+        assert not success.exists()
+        held.finish({}, verified=True)
+        assert held.complete
+    assert sorted(path.name for path in Path(filled).iterdir()) == [
+        "_SUCCESS", "_commits", "codes", "counterfactuals", "model", "plan.json", "summary.json",
+    ]  # fmt: skip
+
+
+# ---- verification --------------------------------------------------------------------------------------------------
+
+
+def test_verify_counts(plan: audit.Plan, filled: str) -> None:
+    found = audit.verify(filled)
+    assert found.ok, found.problems
+    assert (found.images, found.errors, found.pairs) == (5, 1, 12)
+
+
+def put(table: pa.Table, name: str, row: int, value: Any) -> pa.Table:
+    column = table[name].to_pylist()
+    column[row] = value
+    place = table.column_names.index(name)
+    return table.set_column(place, table.schema.field(name), pa.array(column, table.schema.field(name).type))
+
+
+def swap(table: pa.Table) -> pa.Table:
+    return table.take(pa.array([1, 0, *range(2, len(table))]))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
+    "pair missing": ("counterfactuals", lambda t: t.slice(1), "1 missing, 0 double"),
+    "pair double": ("counterfactuals", lambda t: pa.concat_tables([t.slice(0, 1), t]), "0 missing, 1 double"),
+    "pairs out of order": ("counterfactuals", swap, "out of order"),
+    "target is the source": ("counterfactuals", lambda t: put(t, "target", 0, t["source"][0].as_py()), "1 missing"),
+    "another image": ("counterfactuals", lambda t: put(t, "image_id", 0, "zz"), "1 not asked for"),
+    "another source": ("codes", lambda t: put(t, "source", 0, (t["source"][0].as_py() + 1) % 4), "missing"),
+    "another label": ("counterfactuals", lambda t: put(t, "label", 0, 3), "another label"),
+    "image missing": ("codes", lambda t: t.slice(1), "does not hold the shard's images"),
+    "images out of order": ("codes", swap, "does not hold the shard's images"),
+    "converged flipped": (
+        "counterfactuals",
+        lambda t: put(t, "converged", 0, not t["converged"][0].as_py()),
+        "converged disagrees",
+    ),
+    "steps out of range": ("counterfactuals", lambda t: put(t, "steps", 0, 21), "steps out of range"),
+    "picture missing": ("counterfactuals", lambda t: put(t, "x_cf", 0, None), "pictures are missing"),
+    "value missing": ("codes", lambda t: put(t, "epistemic", 0, None), "without its values"),
+    "error with values": ("codes", lambda t: put(put(t, "status", 0, "error"), "error", 0, "?"), "with values"),
+    "column dropped": ("counterfactuals", lambda t: t.drop_columns(["steps"]), "another schema"),
+    "metadata of another run": (
+        "codes",
+        lambda t: t.replace_schema_metadata({b"clarity.fingerprint": b"other"}),
+        "other file metadata",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_verify_finds(plan: audit.Plan, filled: str, kind: str) -> None:
+    name, damage, problem = DAMAGE[kind]
+    tables = make_tables(plan, 0)
+    tables[name] = damage(tables[name])
+    audit.write_shard(filled, plan, 0, tables, {})  # sums and sizes agree: only the content is wrong
+    found = audit.verify(filled)
+    assert not found.ok
+    assert any(problem in line and line.startswith("shard-00000") for line in found.problems), found.problems
+
+
+def test_verify_finds_a_changed_byte(plan: audit.Plan, filled: str) -> None:
+    path = Path(filled, "codes/shard-00001.parquet")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    found = audit.verify(filled)
+    assert "another checksum" in found.problems[0]
+    assert found.shards == [1]
+    audit.drop_commits(filled, found.shards)
+    assert "shard-00001: no valid commit record" in audit.verify(filled).problems
+
+
+def test_verify_decodes_a_sample_again(plan: audit.Plan, filled: str) -> None:
+    pictures = audit.read_audit(filled).counterfactuals.to_table(columns=["z_cf", "x_cf"])
+    codes, shown = schema.matrix(pictures["z_cf"]), schema.from_png(pictures["x_cf"], plan.image_shape)
+
+    def redecode(z: np.ndarray, off: int = 0) -> np.ndarray:
+        rows = [int(np.flatnonzero((codes == row).all(1))[0]) for row in z]
+        return np.clip(shown[rows].astype(int) + off, 0, 255).astype(np.uint8)
+
+    found = audit.verify(filled, redecode=redecode)
+    assert found.ok
+    assert found.redecoded == 12
+    assert audit.verify(filled, redecode=lambda z: redecode(z, 1)).ok
+    assert "differ by 2 grey levels" in audit.verify(filled, redecode=lambda z: redecode(z, 2)).problems[0]
+
+
+def test_summarise_counts(plan: audit.Plan, filled: str) -> None:
+    found = audit.summarise(audit.read_audit(filled))
+    pairs = audit.read_audit(filled).counterfactuals.to_table()
+    assert found["images"] == 5
+    assert found["errors"] == {"broken": 1}
+    assert found["pairs"] == len(pairs) == 12
+    assert found["converged"] == pc.sum(pairs["converged"]).as_py()
+    assert found["median_steps"] == 7
+    assert found["mean_steps"] == round(pc.mean(pairs["steps"]).as_py(), 2)
+    assert found["engines"] == {"plain": 3}
+    assert found["seconds_by_stage"] == {"search": 1.5}
+    assert len(found["slowest_class_pairs"]) == 5
+
+
+# ---- other readers -------------------------------------------------------------------------------------------------
+
+READERS = {
+    "pyarrow": "import pyarrow.dataset as d; t = d.dataset(f'{p}/counterfactuals').to_table(); n = t.num_rows; "
+    "z = t['z_cf'][0].as_py(); s = sum(t['steps'].to_pylist())",
+    "duckdb": "import duckdb; q = duckdb.sql(f\"from '{p}/counterfactuals/*.parquet' order by target, image_id\"); "
+    "n = len(q); z = list(duckdb.sql('select z_cf from q limit 1').fetchall()[0][0]); "
+    "s = duckdb.sql('select sum(steps) from q').fetchall()[0][0]",
+    "polars": "import polars; t = polars.read_parquet(f'{p}/counterfactuals/*.parquet'); n = len(t); "
+    "z = t['z_cf'][0].to_list(); s = t['steps'].sum()",
+    "pandas": "import pandas; t = pandas.read_parquet(f'{p}/counterfactuals'); n = len(t); z = list(t['z_cf'][0]); "
+    "s = t['steps'].sum()",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_tables_are_read_by(reader: str, filled: str) -> None:
+    code = f"p = {filled!r}; {READERS[reader]}; import sys; assert 'ray' not in sys.modules; print(n, len(z), s)"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    steps = pc.sum(audit.read_audit(filled).counterfactuals.to_table()["steps"]).as_py()
+    assert run.stdout.split() == ["12", "5", str(steps)]
