@@ -1,0 +1,450 @@
+"use strict";
+(() => {
+const data = JSON.parse(document.getElementById("data").textContent);
+const names = data.names, K = names.length, tile = data.tile;
+const field = Object.fromEntries(data.figures.map((name, i) => [name, i]));
+const $ = (id) => document.getElementById(id);
+
+// -- making elements: text never becomes markup ----------------------------------------------------------------------
+function el(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name === "on") for (const [event, run] of Object.entries(value)) node.addEventListener(event, run);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+  }
+  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
+  return node;
+}
+const arrow = (s, t) => `${names[s]} → ${names[t]}`;
+
+// -- numbers -----------------------------------------------------------------------------------------------------------
+function share(x) {
+  if (x === null || x === undefined) return "–";
+  const p = 100 * x;
+  if (p === 0 || p === 100) return p + " %";
+  const text = p > 99.9 || p < 0.1 ? p.toFixed(2) : p > 90 || p < 10 ? p.toFixed(1) : p.toFixed(0);
+  return (text === "100.00" ? ">99.99" : text === "0.00" ? "<0.01" : text) + " %";
+}
+function number(x) {
+  if (x === null || x === undefined) return "–";
+  const a = Math.abs(x);
+  if (a >= 1000) return Math.round(x).toLocaleString("en");
+  if (a >= 100 || Number.isInteger(x)) return x.toFixed(0);
+  if (a >= 10) return x.toFixed(1);
+  if (a >= 0.1) return x.toFixed(2);
+  return a === 0 ? "0" : a >= 0.001 ? x.toFixed(3) : x.toExponential(0);
+}
+function probability(x) {
+  if (x === null || x === undefined) return "–";
+  if (x >= 0.9995) return ">0.999";
+  return x < 0.0005 ? "<0.001" : x.toFixed(3);
+}
+const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+
+// -- pictures: cut out of sheets that are decoded when one of their pictures is first wanted ------------------------------
+const sheetTexts = [...document.querySelectorAll("script.sheet")].map((node) => node.textContent);
+const sheets = new Map(), each = tile.columns * tile.rows;
+function sheet(i) {
+  if (!sheets.has(i)) sheets.set(i, new Promise((resolve, reject) => {
+    const image = new Image();
+    image.onload = () => resolve(image);
+    image.onerror = () => reject(new Error("sheet " + i));
+    image.src = sheetTexts[i];
+  }));
+  return sheets.get(i);
+}
+async function paint(canvas, index) {
+  const image = await sheet(Math.floor(index / each));
+  const place = index % each;
+  canvas.getContext("2d", { willReadFrequently: true }).drawImage(image,
+    (place % tile.columns) * tile.width, Math.floor(place / tile.columns) * tile.height,
+    tile.width, tile.height, 0, 0, tile.width, tile.height);
+}
+function blank(size, alt) {
+  const width = Math.round(size), height = Math.round(size * tile.height / tile.width);
+  const canvas = el("canvas", { class: "tile" + (tile.width < 60 ? " exact" : ""), width: tile.width, height: tile.height, role: "img", "aria-label": alt, title: alt });
+  canvas.style.width = width + "px";
+  canvas.style.height = height + "px";
+  return canvas;
+}
+function missing(size, alt, text) {
+  const node = el("span", { class: "nopic", role: "img", "aria-label": alt + ": " + text }, text);
+  node.style.width = size + "px";
+  node.style.height = Math.round(size * tile.height / tile.width) + "px";
+  return node;
+}
+function picture(index, size, alt) {
+  if (index === undefined || index === null || index < 0) return missing(size, alt, "not stored");
+  const canvas = blank(size, alt);
+  paint(canvas, index);
+  return canvas;
+}
+
+// Differences: blue taken away, orange added; none is the page's own ground, so both themes read alike.
+const signedOnPage = new Set();
+function ends() {
+  return document.documentElement.dataset.theme === "dark"
+    ? [[86, 180, 255], [20, 23, 28], [255, 150, 60]] : [[16, 84, 150], [246, 246, 243], [196, 78, 0]];
+}
+function colour(pixels, values, gain) {
+  const [low, zero, high] = ends();
+  for (let i = 0; i < values.length; i++) {
+    const v = Math.max(-1, Math.min(1, values[i] * gain)), end = v < 0 ? low : high, a = Math.abs(v);
+    for (let c = 0; c < 3; c++) pixels[4 * i + c] = zero[c] + a * (end[c] - zero[c]);
+    pixels[4 * i + 3] = 255;
+  }
+}
+async function grey(index) {
+  const canvas = document.createElement("canvas");
+  canvas.width = tile.width; canvas.height = tile.height;
+  await paint(canvas, index);
+  const pixels = canvas.getContext("2d").getImageData(0, 0, tile.width, tile.height).data;
+  const values = new Float32Array(pixels.length / 4);
+  for (let i = 0; i < values.length; i++) values[i] = (pixels[4 * i] + pixels[4 * i + 1] + pixels[4 * i + 2]) / 765;
+  return values;
+}
+function signed(size, alt, gain, load) {
+  const canvas = blank(size, alt);
+  canvas.repaint = async () => {
+    const values = await load(), context = canvas.getContext("2d");
+    const pixels = context.createImageData(tile.width, tile.height);
+    colour(pixels.data, values, gain);
+    context.putImageData(pixels, 0, 0);
+  };
+  canvas.repaint();
+  signedOnPage.add(canvas);
+  return canvas;
+}
+function difference(from, to, size, alt) {
+  if (!(from >= 0) || !(to >= 0)) return missing(size, alt, "not stored");
+  return signed(size, alt, 1.25, async () => {
+    const [a, b] = await Promise.all([grey(from), grey(to)]);
+    return b.map((value, i) => value - a[i]);
+  });
+}
+const meanChange = (index, size, alt) => index < 0 ? missing(size, alt, "–")
+  : signed(size, alt, 2, async () => (await grey(index)).map((value) => 2 * value - 1));
+
+// -- light and dark -----------------------------------------------------------------------------------------------------
+function retheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  for (const canvas of signedOnPage) canvas.isConnected ? canvas.repaint() : signedOnPage.delete(canvas);
+  const [low, zero, high] = ends().map((rgb) => `rgb(${rgb.join(" ")})`);
+  for (const [name, value] of [["--d0", low], ["--d1", zero], ["--d2", high]]) document.documentElement.style.setProperty(name, value);
+}
+$("theme").addEventListener("click", () => {
+  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  try { localStorage.setItem("clarity-theme", theme); } catch (error) { /* a page from a disk may have no storage */ }
+  retheme(theme);
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => retheme(event.matches ? "dark" : "light"));
+retheme(document.documentElement.dataset.theme);
+
+// -- maps ---------------------------------------------------------------------------------------------------------------
+const hasChange = data.audits.some((audit) => audit.change);
+const choices = [...data.maps];
+if (hasChange) choices.push({ key: "change", title: "Mean change", unit: "", doc: "what counterfactuals of this class pair add and take away on average" });
+let metric = choices.find((map) => map.key === "median_distance") || choices[0];
+let cursor = null, chosen = null;
+
+function domain(map) {
+  let low = Infinity, high = -Infinity;
+  // Before and after share one scale, as do audits side by side: they are there to be compared.
+  const keys = map.key.startsWith("epistemic") ? ["epistemic_initial", "epistemic_final"] : [map.key];
+  for (const audit of data.audits) for (const key of keys) for (const row of audit.maps[key]) for (const value of row) {
+    if (value === null) continue;
+    low = Math.min(low, value); high = Math.max(high, value);
+  }
+  if (low === Infinity) return [0, 1];
+  if (map.share) return [Math.min(0.95, Math.floor(low * 20) / 20), 1];
+  return [0, high || 1];
+}
+// All cells of a map carry the same number of decimals, so that they can be compared at a glance.
+function format(map, value) {
+  if (map.share) return share(value);
+  if (value === null || value === undefined) return "–";
+  const high = domain(map)[1];
+  if (Number.isInteger(value) && (map.key === "pairs" || high >= 100) || high >= 1000) return Math.round(value).toLocaleString("en");
+  return value.toFixed(high >= 100 ? 0 : high >= 10 ? 1 : high >= 1 ? 2 : 3);
+}
+function mixed(v) {
+  return v < 0.5 ? `color-mix(in oklab, var(--ramp-1) ${(200 * v).toFixed(1)}%, var(--ramp-0))`
+    : `color-mix(in oklab, var(--ramp-2) ${(200 * v - 100).toFixed(1)}%, var(--ramp-1))`;
+}
+function mean(values, weights) {
+  let sum = 0, total = 0;
+  values.forEach((value, i) => { if (value !== null && weights[i]) { sum += value * weights[i]; total += weights[i]; } });
+  return total ? sum / total : null;
+}
+function describe(s, t, a) {
+  const maps = data.audits[a].maps;
+  if (maps.pairs[s][t] === null) return "no pairs";
+  return `${count(maps.pairs[s][t], "pair")}, strict validity ${share(maps.strict_validity[s][t])}, re-encoded agreement ${share(maps.reencoded_agreement[s][t])}, ` +
+    `median ${number(maps.median_steps[s][t])} steps over a latent distance of ${number(maps.median_distance[s][t])}, ` +
+    `epistemic ${number(maps.epistemic_initial[s][t])} → ${number(maps.epistemic_final[s][t])} nats`;
+}
+function grid(a) {
+  const audit = data.audits[a], [low, high] = domain(metric), picturesIn = metric.key === "change";
+  const size = K > 28 ? " tiny" : K > 14 ? " dense" : "", totals = !picturesIn && K <= 28;
+  const table = el("table", { class: "grid" + size, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
+  const head = el("tr", {}, el("td", { class: "corner mean" }, K > 28 ? "" : "seen ↓ wanted →"),
+    names.map((name) => el("th", { scope: "col", title: name }, name)), totals ? el("th", { scope: "col" }, "mean") : null);
+  const body = el("tbody");
+  const meanCell = (values, weights) => el("td", { class: "mean" }, format(metric, mean(values, weights)));
+  for (let s = 0; s < K; s++) {
+    const row = el("tr", {}, el("th", { scope: "row", title: names[s] }, names[s]));
+    for (let t = 0; t < K; t++) {
+      const value = picturesIn ? null : audit.maps[metric.key][s][t], asked = audit.maps.pairs[s][t] !== null;
+      const cell = el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a });
+      if (s === t) { cell.className = "own"; cell.setAttribute("aria-label", `${names[s]}: the class itself`); }
+      else if (!asked) { cell.className = "none"; cell.textContent = K > 28 ? "" : "·"; cell.setAttribute("aria-label", `${arrow(s, t)}: no pairs`); }
+      else if (picturesIn) { cell.append(audit.change ? meanChange(audit.change[s][t], 40, `mean change ${arrow(s, t)}`) : ""); cell.setAttribute("aria-label", `${arrow(s, t)}: mean change`); }
+      else {
+        const v = value === null ? 0 : (value - low) / (high - low || 1);
+        cell.className = "value" + (v > 0.5 ? " high" : "");
+        cell.style.setProperty("--heat", mixed(Math.max(0, Math.min(1, v))));
+        // Inside a cell the legend's unit is understood.
+        cell.textContent = K > 28 ? "" : format(metric, value).replace(" %", "");
+        cell.setAttribute("aria-label", `${arrow(s, t)}: ${format(metric, value)}`);
+      }
+      row.append(cell);
+    }
+    if (totals) row.append(meanCell(audit.maps[metric.key][s], audit.maps.pairs[s]));
+    body.append(row);
+  }
+  if (totals) {
+    const column = (maps, t) => maps.map((row) => row[t]);
+    body.append(el("tr", {}, el("th", { scope: "row" }, "mean"),
+      names.map((_, t) => meanCell(column(audit.maps[metric.key], t), column(audit.maps.pairs, t))), el("td", { class: "mean" })));
+  }
+  table.append(el("thead", {}, head), body);
+  return el("div", { class: "map" }, data.audits.length > 1 ? el("h3", {}, audit.name) : null, el("div", { class: "scroller" }, table));
+}
+const cellAt = (s, t, a = 0) => $("map").querySelector(`td[data-s="${s}"][data-t="${t}"][data-a="${a}"]`);
+function drawMaps() {
+  $("map").replaceChildren(...data.audits.map((_, a) => grid(a)));
+  const [low, high] = domain(metric);
+  $("legend").replaceChildren(...(metric.key === "change"
+    ? [el("span", {}, "taken away"), el("span", { class: "bar signed", role: "img", "aria-label": "blue to orange" }), el("span", {}, "added")]
+    : [el("span", {}, format(metric, low)), el("span", { class: "bar", role: "img", "aria-label": "light to dark" }), el("span", {}, format(metric, high)), el("b", {}, metric.unit)]),
+    el("span", {}, metric.doc));
+  mark();
+}
+function mark() {
+  for (const cell of $("map").querySelectorAll("td[aria-selected]")) cell.removeAttribute("aria-selected");
+  const at = cursor || chosen || [0, Math.min(1, K - 1)];
+  for (const cell of $("map").querySelectorAll('td[tabindex="0"]')) cell.tabIndex = -1;
+  data.audits.forEach((_, a) => {
+    if (chosen) cellAt(chosen[0], chosen[1], a)?.setAttribute("aria-selected", "true");
+    const cell = cellAt(at[0], at[1], a);
+    if (cell) cell.tabIndex = 0;
+  });
+}
+function readout(s, t) {
+  const line = $("readout");
+  line.replaceChildren();
+  if (s === t) { line.append(el("b", {}, names[s]), ": a class is not explained towards itself."); return; }
+  data.audits.forEach((audit, a) => line.append(el("b", {}, (data.audits.length > 1 ? audit.name + ", " : "") + arrow(s, t)), ": " + describe(s, t, a) + ". "));
+}
+function cellOf(event) { return event.target.closest("td[data-s]"); }
+$("map").addEventListener("mouseover", (event) => { const cell = cellOf(event); if (cell) readout(+cell.dataset.s, +cell.dataset.t); });
+$("map").addEventListener("focusin", (event) => { const cell = cellOf(event); if (cell) { cursor = [+cell.dataset.s, +cell.dataset.t]; readout(...cursor); mark(); } });
+$("map").addEventListener("click", (event) => { const cell = cellOf(event); if (cell) go(+cell.dataset.s, +cell.dataset.t); });
+$("map").addEventListener("keydown", (event) => {
+  const cell = cellOf(event);
+  if (!cell) return;
+  let s = +cell.dataset.s, t = +cell.dataset.t;
+  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); go(s, t, true); return; }
+  const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -K], End: [0, K] }[event.key];
+  if (!move) return;
+  event.preventDefault();
+  s = Math.max(0, Math.min(K - 1, s + move[0])); t = Math.max(0, Math.min(K - 1, t + move[1]));
+  cellAt(s, t, +cell.dataset.a).focus();
+});
+for (const map of choices) {
+  const input = el("input", { type: "radio", name: "metric", value: map.key, on: { change: () => { metric = map; drawMaps(); } } });
+  input.checked = map === metric;
+  $("metrics").append(el("label", { title: map.doc }, input, el("span", {}, map.title)));
+}
+
+// -- the examples of a class pair ----------------------------------------------------------------------------------------
+const kinds = { closest: "Closest", median: "Median", hardest: "Hardest", failed: "Failed" };
+const figure = (node, ...caption) => el("figure", {}, node, el("figcaption", {}, caption));
+const scaled = (height) => tile.height <= height ? tile.width * Math.max(1, Math.round(height / tile.height)) : Math.round(tile.width * height / tile.height);
+const large = scaled(62), small = Math.min(scaled(42), large);
+function fact(name, value, bad) { return el("div", {}, el("dt", {}, name), el("dd", { class: bad ? "bad" : null }, value)); }
+function command(text) {
+  const copy = el("button", { class: "small-button copy", type: "button", on: { click: async () => {
+    try { await navigator.clipboard.writeText(text); copy.textContent = "Copied"; } catch (error) { getSelection().selectAllChildren(code); }
+  } } }, "Copy");
+  const code = el("code", {}, text);
+  return el("pre", { class: "command" }, copy, code);
+}
+const quoted = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : "'" + text.replaceAll("'", `'"'"'`) + "'";
+function rowFacts(row, t, extra) {
+  const get = (name) => row[field[name]];
+  const again = get("reencoded_class");
+  return el("dl", { class: "facts" }, extra,
+    get("status") === "ok" ? null : fact("status", get("status"), true),
+    fact("steps", number(get("steps")) + (get("converged") ? "" : ", not converged"), !get("converged")),
+    fact("distance", number(get("distance_z_l1"))),
+    fact(`p(${names[t]})`, `${probability(get("target_prob_initial"))} → ${probability(get("target_prob_final"))}`),
+    get("epistemic_final") === null ? null : fact("epistemic", `${number(get("epistemic_initial"))} → ${number(get("epistemic_final"))}`),
+    fact("aleatoric", `${number(get("aleatoric_initial"))} → ${number(get("aleatoric_final"))}`),
+    again === null ? null : fact("re-encoded", `${names[again]}${again === t ? " ✓" : ""}`, again !== t));
+}
+function strip(row, s, t) {
+  const tiles = row[field.path], probs = row[field.path_prob], steps = row[field.path_step];
+  if (!tiles || !tiles.length) return null;
+  const traced = steps.length > 0;
+  const frames = tiles.map((index, i) => {
+    const where = traced ? `step ${steps[i]} of ${row[field.steps]}` : `${Math.round(100 * (i + 1) / (tiles.length + 1))} % of the way`;
+    const bar = el("i");
+    bar.style.width = 100 * probs[i] + "%";
+    return el("div", { class: "frame" }, picture(index, small, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${probability(probs[i])}`),
+      el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, probability(probs[i])));
+  });
+  return figure(el("div", { class: "strip" }, frames), `${traced ? "recorded trace" : "straight path"}, p(${names[t]})`);
+}
+function example(id, s, t) {
+  const image = data.images[id];
+  if (!image) return null;
+  const box = el("article", { class: "example", "aria-label": `image ${id}` });
+  data.audits.forEach((audit, a) => {
+    const row = audit.rows[id]?.[t];
+    const many = data.audits.length > 1;
+    if (many) box.append(el("p", { class: "audit-tag" }, audit.name));
+    if (!row) { box.append(el("p", { class: "quiet-text" }, "this audit has no such pair")); return; }
+    const from = audit.reconstructions[id], to = row[field.cf];
+    const start = row[field.source];
+    box.append(el("div", { class: "frames" },
+      a === 0 ? figure(picture(image.x, large, `image ${id}, original`), "original") : null,
+      from === undefined ? null : figure(picture(from, large, `image ${id}, reconstruction, seen as ${names[start]}`), "reconstruction"),
+      strip(row, start, t),
+      figure(picture(to, large, `image ${id}, counterfactual ${names[t]}`), "counterfactual"),
+      // Without a model there is no reconstruction, and the image itself has to do.
+      figure(difference(from ?? image.x, to, large, `image ${id}, what changed`), from === undefined ? "difference to the original" : "difference")),
+      rowFacts(row, t, a === 0 ? [
+        el("div", {}, el("dt", {}, "image"), el("dd", {}, el("a", { href: "#image=" + encodeURIComponent(id) }, id))),
+        image.label_name === null ? null : fact("label", image.label_name, image.label !== null && image.label !== image.source),
+      ] : []));
+  });
+  return box;
+}
+function gallery(s, t) {
+  const box = $("gallery"), list = data.examples[`${s}-${t}`];
+  const head = el("div", { class: "gallery-head" }, el("h2", { id: "gallery-title" }, arrow(s, t)),
+    el("div", { class: "step" },
+      el("button", { class: "small-button", type: "button", title: "the other way", on: { click: () => go(t, s) } }, `⇄ ${arrow(t, s)}`),
+      el("button", { class: "small-button", type: "button", on: { click: () => { const cell = cellAt(s, t); cell.scrollIntoView({ block: "nearest" }); cell.focus(); } } }, "To the map")));
+  const about = el("p", { class: "note" });
+  data.audits.forEach((audit, a) => about.append((data.audits.length > 1 ? audit.name + ": " : "") + describe(s, t, a) + ". "));
+  const notes = el("div", { class: "pair-note" });
+  box.replaceChildren(head, notes);
+  const changes = data.audits.filter((audit) => audit.change && audit.change[s][t] >= 0);
+  if (changes.length) notes.append(el("div", { class: "frames" }, changes.map((audit) =>
+    figure(meanChange(audit.change[s][t], large, `mean change ${arrow(s, t)}`), "mean change", data.audits.length > 1 ? ", " + audit.name : ""))));
+  notes.append(about);
+  if (!list) {
+    const asked = data.audits[0].maps.pairs[s][t] !== null;
+    box.append(el("div", { class: "empty" }, asked ? "The examples of this class pair are beyond what this page embeds. This command adds them:" : "No image was explained this way.",
+      asked ? command(`${data.command} --pair ${quoted(names[s] + ":" + names[t])}`) : null));
+  } else {
+    for (const kind of Object.keys(kinds)) {
+      const ids = list.filter((entry) => entry[1] === kind);
+      if (ids.length) box.append(el("h3", { class: "kind" }, kinds[kind]), ...ids.map(([id]) => example(id, s, t)).filter(Boolean));
+    }
+  }
+}
+function go(s, t, focus) {
+  if (s === t || !(s >= 0 && s < K && t >= 0 && t < K)) return;
+  chosen = cursor = [s, t];
+  gallery(s, t);
+  mark();
+  history.replaceState(null, "", `#pair=${s}-${t}`);
+  if (focus) $("gallery").focus({ preventScroll: true });
+  // Beside the map it is in view already; below it, it is not.
+  if (focus || $("gallery").getBoundingClientRect().top > innerHeight * 0.75) $("gallery").scrollIntoView({ block: "start" });
+}
+$("gallery").addEventListener("keydown", (event) => { if (event.key === "Escape" && chosen) cellAt(...chosen).focus(); });
+
+// -- one image ------------------------------------------------------------------------------------------------------------
+$("image-ids").append(...data.lookup.map((id) => el("option", { value: id })));
+$("contact").append(...data.lookup.map((id) => {
+  const image = data.images[id];
+  if (!image) return "";
+  const differs = image.label !== null && image.source !== null && image.label !== image.source;
+  const seen = image.source === null ? "not read" : `seen as ${names[image.source]}`;
+  const text = `image ${id}, ${seen}${differs ? `, labelled ${names[image.label]}` : ""}`;
+  return el("button", { type: "button", class: differs ? "differs" : null, "data-id": id, title: text, "aria-label": text, on: { click: () => look(id) } },
+    picture(image.x, tile.width <= 34 ? tile.width : 34 * Math.max(1, tile.width / tile.height), text));
+}));
+function look(id) {
+  id = id.trim();
+  $("image-id").value = id;
+  const box = $("image"), image = data.images[id];
+  for (const button of $("contact").children) button.toggleAttribute("aria-current", button.dataset.id === id);
+  for (const button of $("contact").querySelectorAll("[aria-current]")) button.setAttribute("aria-current", "true");
+  if (!id) { box.replaceChildren(); return; }
+  if (!image || !data.lookup.includes(id)) {
+    box.replaceChildren(el("div", { class: "empty" }, `“${id}” is not among the images on this page. This command adds it:`, command(`${data.command} --image ${quoted(id)}`)));
+    return;
+  }
+  history.replaceState(null, "", "#image=" + encodeURIComponent(id));
+  if (image.error !== null) { box.replaceChildren(el("div", { class: "empty" }, `“${id}” could not be read: ${image.error}.`)); return; }
+  const left = el("div", { class: "frames" }, figure(picture(image.x, scaled(112), `image ${id}, original`), "original"),
+    data.audits.map((audit) => audit.reconstructions[id] === undefined ? null : figure(picture(audit.reconstructions[id], scaled(112), `image ${id}, reconstruction`), data.audits.length > 1 ? `reconstruction, ${audit.name}` : "reconstruction")));
+  const order = image.probs.map((p, i) => [p, i]).sort((x, y) => y[0] - x[0]).slice(0, 10);
+  const probs = el("div", { class: "probs" }, order.map(([p, i]) => {
+    const bar = el("i");
+    bar.style.width = 100 * p + "%";
+    return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, probability(p))];
+  }).flat());
+  const facts = el("dl", { class: "facts" }, fact("seen as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, image.label !== image.source),
+    image.prediction === null || image.prediction === undefined ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
+    fact("epistemic", number(image.epistemic) + " nats"), fact("aleatoric", number(image.aleatoric) + " nats"), fact("reconstruction error, L1", number(image.reconstruction_l1)));
+  const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("div", { style: "height:.5rem" }), probs))];
+  data.audits.forEach((audit) => {
+    const rows = Object.entries(audit.rows[id] || {}).map(([t, row]) => [+t, row]);
+    rows.sort((x, y) => (y[1][field.converged] - x[1][field.converged]) || x[1][field.distance_z_l1] - y[1][field.distance_z_l1]);
+    if (data.audits.length > 1) parts.push(el("p", { class: "audit-tag" }, audit.name));
+    parts.push(el("ol", { class: "towards", "aria-label": "Counterfactuals, nearest first" }, rows.map(([t, row]) =>
+      el("li", {}, el("h4", {}, `→ ${names[t]}`), el("div", { class: "duo" }, picture(row[field.cf], large, `image ${id}, counterfactual ${names[t]}`),
+        difference(audit.reconstructions[id] ?? image.x, row[field.cf], large, `image ${id}, what changes towards ${names[t]}`)),
+        strip(row, row[field.source], t), rowFacts(row, t, [])))));
+    if (!rows.length) parts.push(el("p", { class: "quiet-text" }, "No counterfactual of this image was asked for."));
+  });
+  box.replaceChildren(...parts);
+}
+$("search").addEventListener("submit", (event) => { event.preventDefault(); look($("image-id").value); });
+$("image-id").addEventListener("change", () => { if (data.lookup.includes($("image-id").value.trim())) look($("image-id").value); });
+
+// -- pictures in what the template wrote, and links into the page -----------------------------------------------------------
+for (const node of document.querySelectorAll(".pic")) {
+  const index = +node.dataset.tile, size = +node.dataset.size;
+  node.append(node.dataset.signed ? meanChange(index, size, node.dataset.alt) : picture(index, size, node.dataset.alt));
+}
+function follow(scroll) {
+  const pair = /^#pair=(\d+)-(\d+)$/.exec(location.hash), image = /^#image=(.+)$/.exec(location.hash);
+  if (pair) { go(+pair[1], +pair[2]); if (scroll) $("maps").scrollIntoView(); }
+  if (image) { look(decodeURIComponent(image[1])); if (scroll) $("images").scrollIntoView(); }
+  return pair || image;
+}
+addEventListener("hashchange", () => follow(true));
+document.addEventListener("click", (event) => {
+  // A link to what the address names already changes nothing, so no event would follow.
+  const link = event.target.closest('a[href^="#pair="], a[href^="#image="]');
+  if (link && link.getAttribute("href") === location.hash) follow(true);
+});
+drawMaps();
+if (!follow(true)) {
+  const first = document.querySelector('a[href^="#pair="]')?.getAttribute("href") || `#pair=${Object.keys(data.examples)[0] || "0-1"}`;
+  const [s, t] = first.slice(6).split("-").map(Number);
+  chosen = [s, t];
+  gallery(s, t);
+  mark();
+  readout(s, t);
+  if (data.lookup.length) { look(data.lookup.find((id) => data.images[id] && data.images[id].error === null) || data.lookup[0]); history.replaceState(null, "", location.pathname); }
+}
+performance.mark("clarity-interactive");
+})();

@@ -1,0 +1,232 @@
+"""What an audit says: each planted fact is told with its figures, a clean audit tells none of them, queries run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from audits import Planted, Tables, make_tables
+
+from clarity import findings
+
+ALARMS = {"unread", "shortcut", "labels", "epistemic", "reencoding", "unconverged", "asymmetry", "edge", "predictions"}
+
+
+def told(tables: Tables, **others: Any) -> dict[str, findings.Finding]:
+    con = findings.connect(tables.codes, tables.counterfactuals, **others)
+    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
+    differences = findings.mean_differences(tables.before, tables.after, source, target, len(tables.class_names))
+    found, quiet = findings.find(findings.gather(con, tables.class_names, tables.config(), differences))
+    assert [finding.severity for finding in found] == sorted((f.severity for f in found), reverse=True)
+    assert not {finding.kind for finding in found} & {kind for kind, _ in quiet}
+    return {finding.kind: finding for finding in reversed(found)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("num_classes", [2, 7])
+def test_find_is_quiet_on_a_clean_audit(channels: int, num_classes: int) -> None:
+    names = tuple("abcdefg"[:num_classes])
+    assert not set(told(make_tables(200, names, (channels, 8, 12)))) & ALARMS
+
+
+def test_find_names_a_hard_pair_and_its_failures() -> None:
+    found = told(make_tables(planted=Planted(hard=(1, 3))))
+    assert found["hardest"].pairs[0] == (1, 3)
+    assert "bee → dog asks for the largest change" in found["hardest"].sentence
+    assert found["unconverged"].pairs == ((1, 3),)
+    # Thirty pairs of bee → dog, every fifth of which fails.
+    assert "6 of 360 pairs (1.7 %) did not reach a target probability of 0.99 within 500 steps" in (
+        found["unconverged"].sentence
+    )
+    assert all(target == 3 for _, target in found["unconverged"].examples)
+
+
+def test_find_calls_the_pair_that_mostly_fails_hardest() -> None:
+    tables = make_tables()
+    fails = (tables.counterfactuals["source"].to_numpy() == 2) & (tables.counterfactuals["target"].to_numpy() == 0)
+    place = tables.counterfactuals.column_names.index("converged")
+    tables.counterfactuals = tables.counterfactuals.set_column(place, "converged", pa.array(~fails))
+    finding = told(tables)["hardest"]
+    assert finding.pairs[0] == (2, 0) and finding.level == "alert"
+
+
+def test_find_tells_which_way_is_harder() -> None:
+    finding = told(make_tables(planted=Planted(asymmetry=(0, 2))))["asymmetry"]
+    assert finding.pairs[:2] == ((0, 2), (2, 0))
+    assert finding.figures["ratio"] == pytest.approx(3, rel=0.15)
+    assert "cow → ant is easy" in finding.sentence and "ant → cow is hard" in finding.sentence
+
+
+def test_find_tells_that_one_way_fails() -> None:
+    tables = make_tables()
+    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
+    fails = (source == 0) & (target == 3) & (np.arange(len(source)) % 2 == 0)
+    place = tables.counterfactuals.column_names.index("converged")
+    tables.counterfactuals = tables.counterfactuals.set_column(place, "converged", pa.array(~fails))
+    finding = told(tables)["asymmetry"]
+    assert finding.pairs[0] == (0, 3) and "dog → ant converges in 100 % of its pairs" in finding.sentence
+
+
+def test_find_lists_the_images_on_the_edge() -> None:
+    tables = make_tables(planted=Planted(edge=5))
+    finding = told(tables)["edge"]
+    assert finding.figures["images"] == 5
+    assert {image_id for image_id, _ in finding.examples} == set(tables.edge)
+
+
+def test_find_tells_where_epistemic_uncertainty_rises() -> None:
+    finding = told(make_tables(planted=Planted(rising=2)))["epistemic"]
+    assert finding.pairs[0][1] == 2 and "cow (100 %)" in finding.sentence and finding.figures["targets"] == 1
+
+
+def test_find_says_nothing_of_epistemic_uncertainty_that_is_not_there() -> None:
+    tables = make_tables(planted=Planted(rising=2))
+    place = tables.counterfactuals.column_names.index("epistemic_final")
+    none = pa.nulls(tables.counterfactuals.num_rows, pa.float32())
+    tables.counterfactuals = tables.counterfactuals.set_column(place, "epistemic_final", none)
+    assert "epistemic" not in told(tables)
+
+
+def test_find_tells_what_does_not_survive_encoding() -> None:
+    finding = told(make_tables(planted=Planted(lost=1)))["reencoding"]
+    assert finding.figures["share"] == pytest.approx(0.25) and {target for _, target in finding.pairs} == {1}
+
+
+def test_find_counts_what_was_not_read_or_not_finite() -> None:
+    tables = make_tables(planted=Planted(unreadable=3, nonfinite=2))
+    con = findings.connect(tables.codes, tables.counterfactuals)
+    found, _ = findings.find(findings.gather(con, tables.class_names, tables.config()))
+    sentences = [finding.sentence for finding in found if finding.kind == "unread"]
+    assert any("3 of 120 images (2.5 %) were not explained: “truncated PNG” (3)" in s for s in sentences)
+    assert any(s.startswith("2 of ") and "'nonfinite'" in s for s in sentences)
+
+
+def test_find_compares_with_the_predictions_handed_in() -> None:
+    finding = told(make_tables(planted=Planted(prediction_errors=9)))["predictions"]
+    assert finding.figures["agreement"] == pytest.approx(111 / 120) and len(finding.examples) == 9
+
+
+def test_find_tells_which_attribute_drifts() -> None:
+    tables = make_tables()
+    pairs = tables.counterfactuals.select(["image_id", "target"])
+    moved = (pairs["target"].to_numpy() == 1) * 0.6
+    parts = [
+        pairs.append_column("attribute", pa.array([name] * len(pairs)))
+        .append_column("prob_initial", pa.array(np.full(len(pairs), 0.2)))
+        .append_column("prob_final", pa.array(0.2 + moved * drifts))
+        for name, drifts in (("smiling", 1), ("glasses", 0))
+    ]
+    finding = told(tables, attributes=pa.concat_tables(parts))["attributes"]
+    assert "“smiling”" in finding.sentence and "+0.60" in finding.sentence and "100 % of 30 pairs" in finding.sentence
+    assert {target for _, target in finding.pairs} == {1} and "glasses" not in finding.sentence
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shortcuts_name_a_patch(channels: int) -> None:
+    finding = told(make_tables(240, image_shape=(channels, 8, 12), planted=Planted(patch=3)))["shortcut"]
+    assert finding.figures["target"] == 3 and finding.figures["shape"] == "patch"
+    assert finding.figures["box"] == [0, 2, 0, 2] and "at the top-left" in finding.sentence
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shortcuts_name_a_tint(channels: int) -> None:
+    finding = told(make_tables(240, image_shape=(channels, 8, 12), planted=Planted(tint=1)))["shortcut"]
+    assert finding.figures["target"] == 1 and finding.figures["shape"] == "tint"
+    assert finding.figures["tint"][0] == pytest.approx(0.25, abs=0.05)
+
+
+def test_mean_differences_are_those_of_a_loop() -> None:
+    tables = make_tables(40, image_shape=(3, 8, 12))
+    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
+    found = findings.mean_differences(tables.before, tables.after, source, target, 4)
+    change = tables.after - tables.before
+    for s in range(4):
+        for t in range(4):
+            rows = (source == s) & (target == t)
+            assert found.count[s, t] == rows.sum()
+            if rows.any():
+                np.testing.assert_allclose(found.mean[s, t], change[rows].mean(0), atol=1e-6)
+    np.testing.assert_allclose(found.target_std[2], change[target == 2].std(0), atol=1e-6)
+
+
+def test_label_suspicion_ranks_the_wrong_labels_first() -> None:
+    tables = make_tables(400, planted=Planted(wrong_labels=7))
+    ranked = findings.label_suspicion(tables.codes, tables.counterfactuals)
+    assert set(ranked["image_id"].to_pylist()[:7]) == set(tables.wrong_labels)
+    suspicion = ranked["suspicion"].to_numpy()
+    assert suspicion[:7].min() > 0.5 > suspicion[7:].max() and ranked.num_rows == 400
+
+
+def test_label_suspicion_leaves_out_what_has_no_label() -> None:
+    tables = make_tables(40, planted=Planted(unreadable=2))
+    place = tables.codes.column_names.index("label")
+    labels = [None if i < 5 else value for i, value in enumerate(tables.codes["label"].to_pylist())]
+    codes = tables.codes.set_column(place, "label", pa.array(labels, pa.int32()))
+    assert findings.label_suspicion(codes, tables.counterfactuals).num_rows == 33
+    none = tables.codes.set_column(place, "label", pa.nulls(40, pa.int32()))
+    assert findings.label_suspicion(none, tables.counterfactuals).num_rows == 0
+
+
+@pytest.mark.parametrize("name", findings.QUERIES)
+def test_query_runs_and_is_documented(name: str) -> None:
+    tables = make_tables(planted=Planted(hard=(1, 3), wrong_labels=4, unreadable=2))
+    metadata = pa.table(
+        {"image_id": tables.codes["image_id"], "segment": [f"s{i % 3}" for i in range(tables.codes.num_rows)]}
+    )
+    con = findings.connect(tables.codes, tables.counterfactuals, metadata=metadata)
+    parameters = {"source": "bee", "target": "cow"} if name == "closest_to" else {}
+    table = findings.query(con, name, **parameters)
+    assert table.num_rows and findings.QUERIES[name].doc.endswith((".", "?"))
+
+
+def test_query_answers_agree_with_pandas_and_polars(tmp_path: Any) -> None:
+    tables = make_tables(planted=Planted(hard=(1, 3)))
+    path = tmp_path / "it's.parquet"
+    pq.write_table(tables.counterfactuals, path)
+    con = findings.connect(tables.codes, [path])
+    nearest = findings.query(con, "nearest_counterfactual", count=1000)
+    frame = pandas.read_parquet(path)
+    frame = frame[frame.converged].sort_values(["distance_z_l1", "target"]).groupby("image_id").first()
+    assert nearest.num_rows == len(frame)
+    assert frame.loc[nearest["image_id"].to_pylist(), "target_name"].tolist() == nearest["target_name"].to_pylist()
+    matrix = findings.query(con, "class_pairs").to_pylist()
+    expected = (
+        polars.read_parquet(path)
+        .group_by("source", "target")
+        .agg(polars.col("steps").filter(polars.col("converged")).median(), polars.col("converged").mean())
+        .sort("source", "target")
+        .to_dicts()
+    )
+    assert [(row["median_steps"], row["strict_validity"]) for row in matrix] == [
+        (row["steps"], row["converged"]) for row in expected
+    ]
+
+
+def test_query_finds_the_images_closest_to_another_class() -> None:
+    tables = make_tables(planted=Planted(edge=5))
+    con = findings.connect(tables.codes, tables.counterfactuals)
+    rows = findings.query(con, "closest_to", source="ant", target="cow", count=3).to_pylist()
+    assert len(rows) == 3 and rows[0]["image_id"] in tables.edge
+    assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
+
+
+def test_query_refuses_what_it_does_not_know() -> None:
+    tables = make_tables(40)
+    con = findings.connect(tables.codes, tables.counterfactuals)
+    with pytest.raises(ValueError, match="unknown query 'hardest'; choose one of class_pairs"):
+        findings.query(con, "hardest")
+    with pytest.raises(ValueError, match="takes \\['count'\\], not \\['limit'\\]"):
+        findings.query(con, "hardest_pairs", limit=3)
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [(0, 9, "0 %"), (9, 9, "100 %"), (1, 2, "50 %"), (1, 30, "3.3 %"), (1, 3000, "0.03 %"), (8999, 9000, "99.99 %")],
+)
+def test_percent_never_rounds_to_none_or_all(part: int, whole: int, text: str) -> None:
+    assert findings.percent(part, whole) == text
