@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +104,12 @@ class ImageEnsemble(nn.Module):
         """Logits (M, B, K) of images (B, C, H, W), seen by all members, or (M, B, C, H, W), one batch for each."""
         members = self.config.num_members
         if x.ndim == 4:
-            grouped = x.repeat(1, members, 1, 1)
+            # The first convolution of all members reads the same channels: without groups nothing is copied.
+            first: Any = self.encoder_layers[0]
+            h = F.conv2d(x, first.weight, first.bias, first.stride, first.padding)
+            h = self.encoder_layers[1:](h)
         else:
-            grouped = x.transpose(0, 1).flatten(1, 2)
-        h = self.encoder_layers(grouped)
+            h = self.encoder_layers(x.transpose(0, 1).flatten(1, 2))
         h = h.unflatten(1, (members, -1)).flatten(2).transpose(0, 1)
         z = torch.baddbmm(self.mean_bias.unsqueeze(1), h, self.mean_weight.transpose(1, 2))
         return _perceptron_logits(z, self.weights, self.biases)

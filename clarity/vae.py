@@ -273,7 +273,7 @@ def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) 
     return torch.cat(outputs, dim)
 
 
-def _folded(layers: nn.Sequential) -> nn.Sequential:
+def folded(layers: nn.Sequential) -> nn.Sequential:
     """The layers with each BatchNorm folded into the convolution before it, channels last: the same map, faster."""
     folded: list[nn.Module] = []
     for layer in layers:
@@ -300,7 +300,7 @@ def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
     On CPU a row's bits depend neither on its batch mates, nor on its place, nor on the numbers of rows and threads.
     """
     require_eval(vae)
-    layers = _folded(vae.encoder_layers)
+    layers = folded(vae.encoder_layers)
     weight = torch.cat([vae.mean.weight, vae.log_var.weight])
     bias = torch.cat([vae.mean.bias, vae.log_var.bias])
 
@@ -316,7 +316,7 @@ def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
 def decode_rows(vae: VAE, z: Tensor) -> Tensor:
     """Images (B, C, H, W) in [0, 1] of codes (B, D), each row computed as if it were alone (see ``encode_rows``)."""
     require_eval(vae)
-    layers = _folded(vae.decoder_layers)
+    layers = folded(vae.decoder_layers)
 
     def decode(block: Tensor) -> Tensor:
         h = vae.decoder_input(block).unflatten(1, vae.feature_shape)
