@@ -385,7 +385,8 @@ def class_names_of(listing: pa.Table) -> tuple[str, ...]:
     names = pc.unique(listing["label_name"]).drop_null().to_pylist()
     if len(names) < 2:
         raise ValueError(
-            f"expected images of at least two classes, found {', '.join(map(repr, names)) or 'no labels'}: a class is a folder, or a value of the column label"
+            f"expected images of at least two classes, found {', '.join(map(repr, names)) or 'no labels'}: "
+            "a class is a folder, or a value of the column label"
         )
     return tuple(sorted(names, key=int if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names) else None))
 
@@ -421,7 +422,7 @@ def infer_preprocessing(
 ) -> Preprocessing:
     """The preprocessing for training: what is given, else the source's own, else looked up in 64 of the images.
 
-    Looked up: grey if all of them are, else RGB; their size if all have the same and no side is above 128, else 64 x 64.
+    Looked up: grey if all of them are, else RGB; their size if all have one and no side is above 128, else 64 x 64.
 
     Args:
         dataset: where the images are.

@@ -31,14 +31,15 @@ import pyarrow.parquet as pq
 URI = str | Path
 T = TypeVar("T")
 
-#: Attempts of each operation, each of them up to three requests of the store's own client; the pause doubles each time.
+#: Attempts at each operation, with a pause between them that doubles, and the requests of the store's client in each.
 ATTEMPTS = 6
+REQUESTS = 3
 FIRST_PAUSE_S = 0.25
 OPTIONS = ("endpoint_url", "region")
 
 _QUERY = re.compile(r"\?([A-Za-z][\w-]*=[^&?]*(?:&[A-Za-z][\w-]*=[^&?]*)*)$")
 _SECRET = re.compile(
-    r"(?i)\b(?:AKIA|ASIA)[A-Z0-9]{12,}|(?<=//)[^/@\s]+(?=@)|(?<=[?&])[^=&\s]*(?:key|secret|token|password|signature)[^&\s]*"
+    r"(?i)(?<=//)[^/@\s]+(?=@)|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|(?<=[?&])[^=&\s]*(?:key|secret|token|password|signature)[^&\s]*"
 )
 _ANSWER = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)")
 _TRANSIENT = re.compile(r"(?i)slow_?down|unavailable|internal_?(fail|err)|throttl|time_?out|network_|curl|status 5\d\d")
@@ -120,8 +121,8 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
     bucket, _, key = base.removeprefix("s3://").partition("/")
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(
-            f"unknown option {', '.join(unknown)} in {display(uri)}: expected {' or '.join(OPTIONS)}; "
-            "credentials come from the environment, ~/.aws or the machine's role, never from a URI"
+            f"expected only {' and '.join(OPTIONS)} behind the question mark, found {', '.join(unknown)} in "
+            f"{display(uri)}: take it out; credentials come from the environment, ~/.aws or the machine's role"
         )
     if "@" in bucket or ":" in bucket or "@" in endpoint.netloc:
         raise ValueError(
@@ -130,7 +131,7 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
         )
     if not bucket or (endpoint.geturl() and not (endpoint.scheme in ("http", "https") and endpoint.netloc)):
         raise ValueError(
-            f"expected s3://bucket/key, or with ?endpoint_url=http://host:port behind it, found {display(uri)}: write it so"
+            f"expected s3://bucket/key, or that and ?endpoint_url=http://host:port, found {display(uri)}: write it so"
         )
     return _s3(bucket, endpoint.scheme, endpoint.netloc, options.get("region")), f"{bucket}/{key}".rstrip("/")
 
@@ -358,6 +359,7 @@ def _s3(bucket: str, scheme: str, endpoint: str, region: str | None) -> pafs.Fil
         endpoint_override=endpoint or None,
         connect_timeout=5,
         request_timeout=20,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=REQUESTS),
         allow_delayed_open=True,  # a small object is then one PUT
     )
 

@@ -1,0 +1,480 @@
+"""storage.py: URIs, listings, atomic writes and bounded retries, on a disk and against a real S3 server on loopback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore
+
+from clarity import storage
+from clarity.storage import FileInfo, StorageError
+
+ROOT = Path(__file__).parent.parent
+NOBODY = 65534
+
+
+def run_python(code: str, *arguments: object, nobody: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own; ``nobody`` drops its rights first, as a chmod does not stop root."""
+    if nobody:
+        if os.getuid() != 0:
+            pytest.skip("expected root to drop rights from, found another user: run it as root")
+        # Imported before the rights are gone, as the checkout may be unreadable for others.
+        drop = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})"
+        code = f"import os\nfrom clarity import data, storage\n{drop}\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def module_store() -> Iterator[ObjectStore]:
+    with pytest.MonkeyPatch.context() as patch, ObjectStore() as store:
+        patch.setattr(storage, "REQUESTS", 1)
+        storage.exists(store.uri())
+        yield store
+
+
+@pytest.fixture
+def store(module_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """The server with nothing broken and an empty log; pauses between attempts are short."""
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+    module_store.faults.clear()
+    module_store.requests.clear()
+    return module_store
+
+
+# URIs
+
+
+def test_join_keeps_the_options_of_an_object_store_at_the_end() -> None:
+    assert storage.join("s3://b/k?region=eu-west-1", "x", "y.json") == "s3://b/k/x/y.json?region=eu-west-1"
+    assert storage.join("s3://b/k/", "x") == "s3://b/k/x"
+    assert storage.join("/a/b", "c", "d") == storage.join(Path("/a/b"), "c/d") == "/a/b/c/d"
+    assert storage.join("/a/b.parquet", "") == "/a/b.parquet"
+
+
+def test_question_marks_in_names_stay_in_the_path() -> None:
+    assert storage.join("s3://b/what?.png?region=x", "why?") == "s3://b/what?.png/why??region=x"
+    assert storage.name("s3://b/k/what?.png?region=x") == "what?.png"
+    assert storage.name("s3://b/k/what?.png") == "what?.png"
+    assert storage.name("/a/b?c=d") == "b?c=d"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("gs://bucket/key", "scheme 'gs'"),
+        ("https://host/file", "scheme 'https'"),
+        ("file:///tmp/x", "scheme 'file'"),
+        ("s3://", "expected s3://bucket/key"),
+        ("s3://bucket/key?endpoint_url=host:9000", "expected s3://bucket/key"),
+        ("s3://bucket/key?endpoint=http://host", "found endpoint in"),
+        ("s3://AKIAIOSFODNN7EXAMPLE:hushhush@bucket/key", "***@bucket"),
+        ("s3://bucket/key?access_key=hushhush", "found access_key in"),
+        ("s3://bucket/key?region=x&secret_key=hushhush&endpoint_url=http://h", "found secret_key in"),
+        ("s3://bucket/key?endpoint_url=http://me:hushhush@host:9000", "expected no credentials"),
+    ],
+)
+def test_bad_uris_are_refused_without_repeating_a_secret(uri: str, expected: str) -> None:
+    with pytest.raises(ValueError, match="found") as error:
+        storage.filesystem(uri)
+    assert expected in str(error.value)
+    assert "hushhush" not in str(error.value)
+
+
+def test_display_hides_what_this_process_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "FwoGZXIvYXdzEBYaD")
+    assert storage.display("s3://b/k?x=FwoGZXIvYXdzEBYaD") == "s3://b/k?x=***"
+    assert storage.display("/plain/path with spaces") == "/plain/path with spaces"
+
+
+# Local files
+
+
+def test_write_makes_the_folder_and_replaces_what_was_there(tmp_path: Path) -> None:
+    uri = tmp_path / "a" / "b" / "c.bin"
+    storage.write_bytes(uri, b"first")
+    storage.write_bytes(str(uri), b"second")
+    assert storage.read_bytes(uri) == b"second"
+    assert [file.name for file in uri.parent.iterdir()] == ["c.bin"]
+
+
+def test_files_get_the_rights_of_the_users_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        storage.write_bytes(tmp_path / "sub" / "file", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "sub" / "file").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "sub").stat().st_mode) == 0o750
+
+
+def test_write_syncs_the_file_before_the_rename_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(f"fsync {stat.S_ISDIR(os.fstat(fd).st_mode)}"), sync(fd))
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    storage.write_bytes(tmp_path / "file", b"x")
+    assert events == ["fsync False", "replace", "fsync True"]
+
+
+def test_scratch_holds_the_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(os.path.dirname(a)), replace(a, b)))
+    storage.write_bytes(tmp_path / "out" / "file", b"x", scratch=tmp_path / "_tmp")
+    assert seen == [str(tmp_path / "_tmp")]
+    assert not list((tmp_path / "_tmp").iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(tmp_path / "file", b"old")
+    tried: list[int] = []
+
+    def fail(_: int) -> None:
+        tried.append(code)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match=os.strerror(code)) as error:
+        storage.write_bytes(tmp_path / "file", b"new")
+    assert (error.value.errno, error.value.transient, len(tried)) == (code, False, 1)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path) -> None:
+    storage.write_bytes(tmp_path / "file", b"old")
+    code = (
+        "import resource, signal, sys; from clarity import storage\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "storage.write_bytes(sys.argv[1], b'x' * 100_000)"
+    )
+    done = run_python(code, tmp_path / "file")
+    assert "clarity.storage.StorageError: cannot write" in done.stderr
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_a_killed_writer_leaves_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    contents = [bytes([value]) * 3_000_000 for value in (1, 2)]
+    storage.write_bytes(path, contents[0])
+    code = (
+        "import sys; from clarity import storage\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    for value in (1, 2): storage.write_bytes(sys.argv[1], bytes([value]) * 3_000_000)"
+    )
+    for seed in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(0.02 + random.Random(seed).random() / 10)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        assert path.read_bytes() in contents
+    # What the killed ones left is hidden from every reader of data files.
+    assert all(file.name.startswith(".") for file in tmp_path.iterdir() if file != path)
+
+
+def test_an_unprivileged_user_is_told_at_once(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "locked").mkdir(mode=0o700)
+    (tmp_path / "locked" / "file").write_bytes(b"x")
+    code = "import sys\nstorage.%s"
+    for call, place in (
+        ("write_bytes(sys.argv[1] + '/new', b'x')", tmp_path),
+        ("read_bytes(sys.argv[1] + '/locked/file')", tmp_path),
+        ("exists(sys.argv[1] + '/locked/file')", tmp_path),
+        ("list_files(sys.argv[1])", tmp_path),
+    ):
+        done = run_python(code % call, Path("/") if "pytest" not in str(place) else place, nobody=True)
+        assert "StorageError: cannot" in done.stderr, (call, done.stderr)
+        assert "Permission denied: give this user the right" in done.stderr
+
+
+def test_list_files_survives_links_in_circles(tmp_path: Path) -> None:
+    for folder in ("a", "b", "b/deep"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(b"12345")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self").symlink_to(".")
+    (tmp_path / "b" / "other").symlink_to("../a")
+    (tmp_path / "a" / "other").symlink_to("../b")
+    (tmp_path / "b" / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "file link").symlink_to("a/1.png")
+    found = storage.list_files(tmp_path)
+    assert found == [
+        FileInfo("a/1.png", 5),
+        FileInfo("b/1.png", 5),
+        FileInfo("b/deep/1.png", 5),
+        FileInfo("b/loop", 0),
+        FileInfo("file link", 5),
+        FileInfo("gone", 0),
+    ]
+
+
+def test_list_files_stays_linear_among_many_circles(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "x").touch()
+        for other in range(12):
+            (tmp_path / str(number) / f"to{other}").symlink_to(f"../{other}")
+    assert [file.path for file in storage.list_files(tmp_path)] == sorted(f"{number}/x" for number in range(12))
+
+
+def test_list_files_follows_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x.png").touch()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "cat").symlink_to("../outside")
+    assert storage.list_files(tmp_path / "root", ".png") == [FileInfo("cat/x.png", 0)]
+
+
+def test_list_files_of_a_file_is_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"123")
+    assert storage.list_files(tmp_path / "x.parquet") == [FileInfo("", 3)]
+
+
+def test_a_pipe_does_not_keep_a_reader_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(StorageError, match="cannot read"):
+        storage.read_bytes(tmp_path / "x.png")
+    with pytest.raises(StorageError, match="a directory stands where a file is expected"):
+        storage.read_bytes(tmp_path)
+
+
+def test_delete_tree_does_not_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    (tmp_path / "tree" / "sub" / "link").symlink_to(tmp_path / "kept")
+    storage.delete_tree(tmp_path / "tree")
+    storage.delete_tree(tmp_path / "tree")
+    storage.delete(tmp_path / "never there")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["kept", "kept/file"]
+
+
+def test_json_comes_back_and_says_when_it_is_none(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None], "ü": float("nan"), "c": (float("inf"), True)}
+    storage.write_json(tmp_path / "x.json", value)
+    assert storage.read_json(tmp_path / "x.json") == {"a": [1, 2.5, None], "ü": None, "c": [None, True]}
+    storage.write_bytes(tmp_path / "torn.json", b'{"a": [1, 2')
+    with pytest.raises(ValueError, match=r"expected JSON in .*torn\.json, found none"):
+        storage.read_json(tmp_path / "torn.json")
+
+
+def test_storage_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(StorageError("cannot read x: why: do", "why", errno.EIO, True)))
+    assert (str(error), error.reason, error.errno, error.transient) == (
+        "cannot read x: why: do",
+        "why",
+        errno.EIO,
+        True,
+    )
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.binary(min_size=1, max_size=40).filter(lambda b: not set(b"/\0") & set(b) and b not in (b".", b"..")))
+def test_any_file_name_is_listed_and_read(name: bytes, tmp_path: Path) -> None:
+    path = os.path.join(os.fsencode(tmp_path), name)
+    with open(path, "wb") as file:
+        file.write(name)
+    (info,) = storage.list_files(tmp_path)
+    assert (os.fsencode(info.path), info.size) == (name, len(name))
+    assert storage.read_bytes(storage.join(tmp_path, info.path)) == name
+    os.unlink(path)
+
+
+# Attempts
+
+
+def test_transient_errors_are_tried_again_with_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    left = [OSError("AWS Error SLOW_DOWN during GetObject"), TimeoutError(errno.ETIMEDOUT, "late"), None]
+
+    def act() -> str:
+        if error := left.pop(0):
+            raise error
+        return "done"
+
+    assert storage.attempt("read", "s3://b/k", act) == "done"
+    assert 0.25 <= pauses[0] <= 0.5 <= pauses[1] <= 1.0
+
+
+def test_transient_errors_end_after_the_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def act() -> None:
+        raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 28, Timeout was reached")
+
+    with pytest.raises(StorageError, match="it failed 6 times: try again later") as error:
+        storage.attempt("read", "s3://b/k", act)
+    assert error.value.transient
+    assert len(pauses) == storage.ATTEMPTS - 1
+    assert sum(pauses) < 16
+
+
+# An object store
+
+
+def test_objects_are_written_listed_read_and_deleted(store: ObjectStore) -> None:
+    names = ["a b/ü.json", "a b/percent%20 and ?.png", "a b/sub/x+y=&.txt"]
+    for name in names:
+        storage.write_bytes(store.uri(f"tree/{name}"), name.encode())
+    assert storage.list_files(store.uri("tree")) == [FileInfo(name, len(name.encode())) for name in sorted(names)]
+    assert storage.list_files(store.uri("tree/"), ".json") == [FileInfo(names[0], 11)]
+    assert storage.list_dirs(store.uri("tree")) == ["a b"]
+    for name in names:
+        assert storage.read_bytes(storage.join(store.uri("tree"), name)) == name.encode()
+    assert [storage.exists(store.uri(key)) for key in ("tree", f"tree/{names[0]}", "tre", "tree/a")] == [1, 1, 0, 0]
+    assert [storage.is_dir(store.uri(key)) for key in ("tree", f"tree/{names[0]}")] == [True, False]
+    storage.delete(store.uri(f"tree/{names[0]}"))
+    storage.delete(store.uri(f"tree/{names[0]}"))
+    assert [file.path for file in storage.list_files(store.uri("tree"))] == sorted(names[1:])
+    storage.delete_tree(store.uri("tree"))
+    storage.delete_tree(store.uri("tree"))
+    assert not storage.exists(store.uri("tree"))
+
+
+def test_copy_tree_goes_both_ways(store: ObjectStore, tmp_path: Path) -> None:
+    storage.write_bytes(tmp_path / "a" / "x.bin", b"1")
+    storage.write_json(tmp_path / "a" / "sub" / "y.json", {"k": 1})
+    storage.copy_tree(tmp_path / "a", store.uri("copied"))
+    storage.copy_tree(store.uri("copied"), tmp_path / "back")
+    assert (
+        storage.list_files(tmp_path / "back")
+        == storage.list_files(tmp_path / "a")
+        == [
+            FileInfo("sub/y.json", 13),
+            FileInfo("x.bin", 1),
+        ]
+    )
+
+
+def test_a_commit_is_one_put(store: ObjectStore) -> None:
+    storage.write_json(store.uri("audit/_commits/shard-00000.json"), {"rows": 5})
+    assert store.requests == [("PUT", "/bucket/audit/_commits/shard-00000.json")]
+
+
+@pytest.mark.parametrize("kind", ["503", "cut"])
+def test_a_store_that_fails_for_a_while_is_asked_again(kind: str, store: ObjectStore) -> None:
+    payload = os.urandom(50_000)
+    store.faults += [
+        Fault(kind, "PUT", times=4),
+        Fault(kind, "GET", "k1", times=4),
+        Fault("503", "GET", "list-type", times=4),
+    ]
+    storage.write_bytes(store.uri("flaky/k1"), payload)
+    assert storage.read_bytes(store.uri("flaky/k1")) == payload
+    assert storage.list_files(store.uri("flaky")) == [FileInfo("k1", len(payload))]
+    assert not [fault for fault in store.faults if fault.times]
+
+
+def test_a_store_that_is_down_is_given_up_after_bounded_attempts(store: ObjectStore) -> None:
+    store.faults += [Fault("503", "PUT", times=10_000), Fault("503", "HEAD", times=10_000)]
+    with pytest.raises(StorageError, match="it failed 6 times: try again later") as error:
+        storage.write_bytes(store.uri("down"), b"x")
+    assert error.value.transient
+    assert len(store.requests) == storage.ATTEMPTS
+    with pytest.raises(StorageError, match="try again later"):
+        storage.read_bytes(store.uri("down"))
+
+
+def test_a_slow_store_is_waited_for(store: ObjectStore) -> None:
+    storage.write_bytes(store.uri("slow"), b"x")
+    store.faults += [Fault("slow", "GET", seconds=1.5)]
+    assert storage.read_bytes(store.uri("slow")) == b"x"
+
+
+@pytest.mark.parametrize("size", [100_000, 25_000_000])
+def test_an_upload_cut_in_the_middle_leaves_no_object(size: int, store: ObjectStore) -> None:
+    """A single PUT, and an upload in parts of which one never gets through."""
+    uri = store.uri(f"torn/{size}")
+    match = "partNumber=2" if size > 20_000_000 else ""
+    store.faults += [Fault("cut", "PUT", match, times=10_000)]
+    with pytest.raises(StorageError, match="cannot write"):
+        storage.write_bytes(uri, b"x" * size)
+    store.faults.clear()
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"y" * size)
+    assert storage.read_bytes(uri) == b"y" * size
+
+
+def test_refusals_are_said_at_once_and_without_the_key(store: ObjectStore) -> None:
+    store.faults += [Fault("403", method, times=10_000) for method in ("GET", "PUT", "HEAD")]
+    for action in (
+        lambda uri: storage.write_bytes(uri, b"x"),
+        storage.read_bytes,
+        storage.list_files,
+        storage.exists,
+    ):
+        store.requests.clear()
+        with pytest.raises(StorageError, match="rights to them") as error:
+            action(store.uri("refused"))
+        assert (error.value.reason, error.value.transient) == ("ACCESS_DENIED", False)
+        assert len(store.requests) == 1
+        said = repr(error.value) + str(error.value) + repr(error.value.__cause__) + error.value.reason
+        assert ACCESS_KEY not in said
+        assert SECRET_KEY not in said
+
+
+def test_missing_objects_and_buckets_are_said_at_once(store: ObjectStore) -> None:
+    for uri in (store.uri("nothing"), store.uri("x").replace("s3://bucket", "s3://other-bucket")):
+        with pytest.raises(StorageError, match="check the bucket, the key") as error:
+            storage.read_bytes(uri)
+        assert (error.value.errno, error.value.transient) == (errno.ENOENT, False)
+    with pytest.raises(StorageError, match="cannot list"):
+        storage.list_files(store.uri("nothing"))
+    with pytest.raises(StorageError, match="NO_SUCH_BUCKET"):
+        storage.write_bytes(store.uri("x").replace("s3://bucket", "s3://other-bucket"), b"x")
+
+
+def test_parquet_is_read_by_row_group_over_the_network(store: ObjectStore, tmp_path: Path) -> None:
+    table = pa.table({"x": np.random.default_rng(0).integers(0, 256, 6_000_000, dtype=np.uint8)})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2_000_000, compression="none", use_dictionary=False)
+    storage.write_bytes(store.uri("x.parquet"), (tmp_path / "x.parquet").read_bytes())
+    store.requests.clear()
+    with storage.open_parquet(store.uri("x.parquet")) as parquet:
+        assert parquet.read_row_group(1)["x"].combine_chunks().equals(table["x"][2_000_000:4_000_000].combine_chunks())
+    # 8 MB in int8 pages of one group: the footer, and pieces of 1 MiB of that group alone.
+    assert sum(method == "GET" for method, _ in store.requests) <= 12
+
+
+@pytest.mark.parametrize("cut", [0, 3, 100, -1])
+def test_a_parquet_file_cut_short_is_named(cut: int, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": [1, 2, 3]}), tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"expected a whole Parquet file, found .*x\.parquet"):
+        storage.open_parquet(tmp_path / "x.parquet")
