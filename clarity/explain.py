@@ -32,7 +32,7 @@ import clarity
 from clarity import audit, data, schema, storage
 from clarity.checkpoints import Model, fold_of, load_model
 from clarity.classifiers import logits_rows
-from clarity.methods import METHODS, Pairs
+from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows, in_blocks
@@ -85,6 +85,7 @@ class _Part:
     x: Tensor = field(init=False)
     z: Tensor = field(init=False)
     log_var: Tensor = field(init=False)
+    noise: Tensor = field(init=False)
     reconstruction: Tensor = field(init=False)
     seen: Judged = field(init=False)
     source: np.ndarray = field(init=False)
@@ -241,9 +242,9 @@ class Explainer:
         part.of = np.concatenate([np.zeros(0, np.int64), *of])
         part.target = np.repeat(np.array(self.targets, np.int64), [len(places) for places in of])
         place = torch.from_numpy(part.of).to(self.device)
-        noise = torch.from_numpy(data.noise(part.ids, self.model.latent_dim)).to(self.device)
+        part.noise = torch.from_numpy(data.noise(part.ids, self.model.latent_dim)).to(self.device)
         target = torch.from_numpy(part.target).to(self.device)
-        part.pairs = Pairs(part.x[place], part.z[place], part.log_var[place], noise[place], target)
+        part.pairs = Pairs(part.x[place], part.z[place], part.log_var[place], part.noise[place], target)
 
     def _search(self, part: _Part, clock: _Clock) -> None:
         """Search the pairs, then decode what was found, quantise it, and let the ensemble look at it again."""
@@ -251,7 +252,6 @@ class Explainer:
         with clock("search"):
             part.found = method.search(part.model, part.pairs, self.config, engine=self.engine, threads=self.threads)
         with clock("judge"):
-            # The start depends on the image, not on the target: looked at once.
             part.final = judge(classifier_logits(part.model, self.method, part.found.point))
             part.initial = self._judge_start(part)
         with clock("decode"):
@@ -264,12 +264,14 @@ class Explainer:
             part.z_cf = part.found.point if latent else z_again
 
     def _judge_start(self, part: _Part) -> Judged:
-        method = METHODS[self.method]
-        if method.classifier == "ensemble" and method.space == "latent":
-            start = part.seen
-        else:
-            start = judge(classifier_logits(part.model, self.method, part.z if method.space == "latent" else part.x))
-        return Judged(*(values[part.of] for values in vars(start).values()))
+        """What the method's own classifier sees where each pair starts, which depends on the image alone."""
+        if self.method == "clarity":
+            return Judged(*(values[part.of] for values in vars(part.seen).values()))
+        each = Pairs(part.x, part.z, part.log_var, part.noise, torch.zeros_like(part.noise[:, 0], dtype=torch.int64))
+        # A search of no step ends where it starts.
+        start = METHODS[self.method].search(part.model, each, replace(self.config, max_steps=0), threads=self.threads)
+        judged = judge(classifier_logits(part.model, self.method, start.point))
+        return Judged(*(values[part.of] for values in vars(judged).values()))
 
     def _unit(self, pixels: np.ndarray) -> Tensor:
         """Pixels (B, C, H, W) uint8 as the model takes them: float32 in [0, 1], on its device."""
@@ -448,12 +450,6 @@ def _l1(a: Tensor, b: Tensor) -> np.ndarray:
 
 def _l2(a: Tensor, b: Tensor) -> np.ndarray:
     return np.sqrt(np.square(_numpy(a) - _numpy(b)).reshape(len(a), -1).sum(1))
-
-
-def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
-    """Logits of the method's own classifier."""
-    ensemble = model.ensemble.member(0) if METHODS[method].classifier == "member" else model.ensemble
-    return logits_rows(ensemble, points)
 
 
 # ---- what a job asks for -------------------------------------------------------------------------------------------
