@@ -235,6 +235,8 @@ def _search(
         finite=torch.ones(total, dtype=torch.bool, device=device),
         engine=run.engine,
     )
+    if not total:
+        return result
     queue = _Queue(total)
 
     def work() -> None:
