@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -332,40 +330,3 @@ def _parse(data: bytes, place: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except Exception as error:  # the library's own error type says little and is not public
         raise ValueError(f"{place} is no readable safetensors file ({error}); {_REMEDY}") from None
-
-
-# ---- places on clusters --------------------------------------------------------------------------------------------
-
-
-def submitted() -> bool:
-    """Whether this process belongs to a job sent to a cluster, whose working directory is temporary."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-def user_place(given: str | None, default: str, flag: str = "--out") -> str:
-    """Where a job reads or writes, as an absolute path or an s3:// URI.
-
-    In a submitted job the working directory disappears with the job: the default lies under the home directory of the
-    head then, and a relative path is refused.
-
-    Args:
-        given: what the user wrote, or None.
-        default: relative path taken when nothing is given.
-        flag: the flag's name, for the message.
-
-    Raises:
-        ValueError: a relative path in a submitted job.
-    """
-    if given is not None and storage.is_remote(given):
-        return given
-    if not submitted():
-        return os.path.abspath(os.path.expanduser(given or default))
-    if given is None:
-        return str(Path.home() / default)
-    path = os.path.expanduser(given)
-    if not os.path.isabs(path):
-        raise ValueError(
-            f"{flag} {given}: a submitted job runs in a temporary directory that is deleted with it, so a relative "
-            f"path would be lost; give an absolute path on a disk that every node sees, or s3://bucket/{given}"
-        )
-    return path
