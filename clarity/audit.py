@@ -57,8 +57,6 @@ STALE_S = 30.0
 SETTLE_S = 2.0
 
 TABLES = ("codes", "counterfactuals", "traces")
-_OURS = {*TABLES, "plan.json", "model", "summary.json", "report", "_SUCCESS", "_lock"}
-_OURS |= {"_commits", "_attempts", "_failures", "_tmp"}
 
 
 class AuditBusy(ValueError):
@@ -188,7 +186,7 @@ def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: f
 
     Small enough to overlap the stages, to resume finely and to show progress.
     """
-    limits = [MAX_SHARD_ROWS, MAX_SHARD_BYTES / max(bytes_per_image, 1), max(num_images / MIN_SHARDS, 32)]
+    limits = [MAX_SHARD_ROWS, MAX_SHARD_BYTES / max(bytes_per_image, 1), max(-(-num_images // MIN_SHARDS), 32)]
     if seconds_per_image > 0:
         # A power of two: two measurements of the same machine then mostly give the same files.
         limits.append(2 ** np.floor(np.log2(SHARD_SECONDS / seconds_per_image)))
@@ -256,6 +254,10 @@ class Claim:
         }
         storage.write_json(storage.join(self.uri, "_SUCCESS"), done, scratch=storage.join(self.uri, "_tmp"))
         storage.delete_tree(storage.join(self.uri, "_tmp"))
+
+    def summary(self) -> dict[str, Any]:
+        """What the run that completed the audit had to say."""
+        return dict(storage.read_json(storage.join(self.uri, "summary.json")))
 
     def check(self) -> None:
         """Raise AuditBusy if another run took the directory over while this one was silent."""
@@ -431,7 +433,7 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def sees(uri: str, run: str, data: str | None = None) -> list[str]:
-    """What of the audit directory, and of the data, this machine cannot see; asked on every node before the work."""
+    """Which of --out and --data this machine does not see; asked on every node before the work."""
     places = {"--out": storage.join(uri, "_tmp", f"probe-{run}"), "--data": data}
     return [flag for flag, place in places.items() if place and not storage.exists(place)]
 
@@ -719,9 +721,51 @@ def summarise(audit: Audit) -> dict[str, Any]:
             }
             for pair in slowest
         ],
-        "engines": dict(Counter(commit.get("engine", "unknown") for commit in audit.commits.values())),
+        "engines": dict(Counter(commit["engine"] for commit in audit.commits.values() if commit.get("engine"))),
         "seconds_by_stage": _seconds(audit.commits.values()),
     }
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """A summary, for people."""
+
+    def share(count: int) -> str:
+        return f"{count} ({100 * count / max(summary['pairs'], 1):.2f} %)"
+
+    slow = ", ".join(
+        f"{pair['source']}->{pair['target']} {pair['mean_steps']:.0f}" for pair in summary["slowest_class_pairs"]
+    )
+    engines = ", ".join(f"{engine} ({count} shards)" for engine, count in summary["engines"].items())
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds_by_stage"].items())
+    lines = [
+        f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
+        *(f"           {count} x {reason}" for reason, count in summary["errors"].items()),
+        f"pairs      {summary['pairs']}, {summary['nonfinite']} not finite",
+        f"converged  {share(summary['converged'])}",
+        f"re-encoded {share(summary['reencoded_as_target'])} as the target",
+        f"steps      median {summary['median_steps']}, mean {summary['mean_steps']}; most: {slow}",
+        f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s",
+        f"stages     {stages} (seconds, summed over the processes)",
+        f"engine     {engines or 'none'}",
+        f"verified   sums, keys, order, contents; {summary['redecoded']} pairs decoded again",
+        *(f"PROBLEM    {problem}" for problem in summary["problems"]),
+    ]
+    return "\n".join(lines)
+
+
+def describe_plan(plan: Plan, uri: str, measured: Mapping[str, Any], num_actors: int) -> str:
+    """What a run would do, for people, from what ``explain.probe`` measured."""
+    seconds = plan.num_images * measured["seconds_per_image"] / num_actors
+    size = plan.num_images * measured["bytes_per_image"]
+    lines = [
+        f"images     {plan.num_images}",
+        f"pairs      {plan.num_images * plan.pairs_per_image} at most",
+        f"shards     {len(plan.shards)} of {plan.shards[0]['stop']} images",
+        f"files      {len(plan.shards) * (3 + bool(plan.trace))}, {size / 1e6:.1f} MB in all",
+        f"time       {seconds:.0f} s, at {measured['pairs_per_second']:.0f} pairs/s an actor ({measured['engine']})",
+        f"audit      {storage.display(uri)}",
+    ]
+    return "\n".join(lines)
 
 
 def _mean_steps(histogram: np.ndarray) -> float:

@@ -156,11 +156,7 @@ class Explainer:
         self.targets = tuple(range(self.model.num_classes)) if targets is None else tuple(sorted(set(targets)))
         if bad := [target for target in self.targets if not 0 <= target < self.model.num_classes]:
             raise ValueError(f"targets {bad}: expected class indices below {self.model.num_classes}")
-        needs = METHODS[method].classifier
-        if needs.startswith("image") and self.model.image_ensemble is None:
-            raise ValueError(
-                f"method {method!r} needs a classifier of images, which this model lacks: train it with --image-members"
-            )
+        _require_classifier(self.model, method)
         self.folds = self.model.folds if by_fold else ()
 
     def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
@@ -417,6 +413,13 @@ def judge(logits: Tensor) -> Judged:
     return Judged(values[:, :-3], *np.ascontiguousarray(values[:, -3:].T))
 
 
+def _require_classifier(model: Model, method: str) -> None:
+    if METHODS[method].classifier.startswith("image") and model.image_ensemble is None:
+        raise ValueError(
+            f"method {method!r} needs a classifier of images, which this model lacks; train it with --image-members"
+        )
+
+
 def quantise(x: Tensor) -> np.ndarray:
     """Pictures in [0, 1] as uint8."""
     return _numpy((x * 255).round().clamp(0, 255).to(torch.uint8))
@@ -517,6 +520,7 @@ def make_plan(
     Images of the training split are explained by the classifiers of the fold that did not see them, where the model has
     folds.
     """
+    _require_classifier(model, method)
     indices = class_indices(targets, model.class_names)
     num_folds = len(model.folds) if dataset.split != "test" else 0
     needed = {

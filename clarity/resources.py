@@ -43,7 +43,6 @@ class Resources:
 
 def plan_resources(
     nodes: Sequence[Mapping[str, float]],
-    *,
     num_shards: int,
     actors: int | None = None,
     gpus_per_actor: float | None = None,

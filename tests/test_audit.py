@@ -171,7 +171,7 @@ def test_rows_per_shard_keeps_every_limit() -> None:
     assert audit.rows_per_shard(60_000, 10_000) == 1024
     assert audit.rows_per_shard(60_000, 1 << 20) == 32
     assert audit.rows_per_shard(60_000, 1 << 30) == 1
-    assert audit.rows_per_shard(500, 10_000) == 62
+    assert audit.rows_per_shard(500, 10_000) == 63
     assert audit.rows_per_shard(60_000, 10_000, seconds_per_image=5.0) == 4
     assert audit.rows_per_shard(60_000, 10_000, seconds_per_image=500.0) == 1
 

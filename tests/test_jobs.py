@@ -1,0 +1,294 @@
+"""The jobs over a real Ray: a whole run, what a second run does, deaths of workers and of the driver, exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clarity
+from clarity import audit
+from clarity.explain import verify
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 40
+FLAGS = ["--limit", str(LIMIT), "--shard-rows", "7", "--max-steps", "25", "--min-target-prob", "0.4", "--no-report"]
+
+
+def load_job(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def job(ray_local: Any) -> Any:
+    return load_job("explain_all")
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """The data files, by name."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for name in ("codes", "counterfactuals")
+        for path in sorted((out / name).iterdir())
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_local: Any, tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, bytes]]]:
+    """A run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "audit"
+    assert load_job("explain_all").main(["--model", str(tiny_digits_model), "--out", str(out), *FLAGS]) == 0
+    yield out, files_of(out)
+
+
+def flags(model: Path, out: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--out", str(out), *FLAGS, *more]
+
+
+def test_job_fills_an_audit(undisturbed: tuple[Path, dict[str, bytes]]) -> None:
+    out, _ = undisturbed
+    found = verify(out)
+    assert found.ok, found.problems
+    assert (found.images, found.pairs) == (LIMIT, LIMIT * 9)
+    opened = clarity.read_audit(out)
+    assert opened.complete
+    assert [span["stop"] - span["start"] for span in opened.plan.shards] == [7] * 5 + [5]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["pairs"] == LIMIT * 9
+    assert summary["problems"] == []
+    assert {"read", "search", "pictures"} <= set(summary["seconds_by_stage"])
+    assert sorted(path.name for path in out.iterdir()) == [
+        "_SUCCESS", "_commits", "codes", "counterfactuals", "model", "plan.json", "summary.json",
+    ]  # fmt: skip
+    commit = opened.commits[0]
+    assert {"engine", "device", "threads", "seconds"} <= set(commit)
+
+
+def test_job_reports_a_finished_audit(
+    job: Any, tiny_digits_model: Path, undisturbed: tuple[Path, dict[str, bytes]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, files = undisturbed
+    before = (out / "summary.json").stat().st_mtime_ns
+    assert job.main(flags(tiny_digits_model, out)) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("complete already")
+    assert str(out) in printed
+    assert (out / "summary.json").stat().st_mtime_ns == before
+    assert files_of(out) == files
+
+
+def test_job_redoes_exactly_what_is_missing(
+    job: Any, tiny_digits_model: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    out = tmp_path / "audit"
+    shutil.copytree(undisturbed[0], out)
+    for shard in (1, 4):
+        (out / f"_commits/shard-0000{shard}.json").unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "codes").iterdir()}
+    # Other actors, another number of threads: not part of the plan.
+    assert job.main(flags(tiny_digits_model, out, "--actors", "2")) == 0
+    assert files_of(out) == undisturbed[1]
+    redone = {path.name for path in (out / "codes").iterdir() if path.stat().st_mtime_ns != kept[path.name]}
+    assert redone == {"shard-00001.parquet", "shard-00004.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--max-steps", "26"], "config.max_steps: 25 here, 26 in the run"),
+        (["--method", "latent"], "method"),
+        (["--images", "none"], "images"),
+        (["--shard-rows", "8"], "shards.count"),
+        (["--limit", "39"], "data.num_images"),
+        (["--targets", "3", "5"], "targets"),
+    ],
+)
+def test_job_refuses_another_plan(
+    job: Any,
+    tiny_digits_model: Path,
+    undisturbed: tuple[Path, dict[str, bytes]],
+    more: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert job.main(flags(tiny_digits_model, undisturbed[0], *more)) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "/nowhere"], "no model in /nowhere; train one first: python"),
+        (["--data", "/x"], "ships with the package"),
+        (["--split", "middle"], "unknown split"),
+        (["--targets", "11"], "unknown class '11'"),
+        (["--min-target-prob", "1.5"], "SearchConfig.min_target_prob"),
+        (["--where", "label=x"], "no image has the label"),
+        (["--limit", "0"], "at least 1"),
+        (["--shard-rows", "-1"], "at least 1"),
+        (["--method", "fgsm"], "--image-members"),
+        (["--actors", "99"], "--actors 99 cannot be scheduled"),
+        (["--gpus-per-actor", "1"], "no node offers that many GPUs"),
+        (["--out", "/proc/version"], "found a file"),
+        (["--out", "/proc/nowhere/audit"], "/proc/nowhere/audit"),
+    ],
+)
+def test_job_refuses_bad_input(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.main([*flags(tiny_digits_model, tmp_path / "audit"), *argv]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_job_says_what_it_would_do(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.main(flags(tiny_digits_model, tmp_path / "audit", "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    for line in ("images     40", "pairs      360", "shards     6 of 7", "pairs/s", "1 actor on 1 node"):
+        assert line in printed
+    assert not (tmp_path / "audit").exists()
+
+
+def test_job_keeps_codes_alone_and_traces(job: Any, tiny_digits_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "audit"
+    assert job.main(flags(tiny_digits_model, out, "--images", "none", "--trace", "9", "--targets", "3")) == 0
+    opened = clarity.read_audit(out)
+    rows = opened.counterfactuals.to_table()
+    assert rows["x_cf"].null_count == len(rows)
+    assert clarity.decode(opened, rows).shape == (len(rows), 1, 28, 28)
+    assert opened.traces is not None
+    assert len(opened.traces.to_table()["image_id"].unique()) <= 9
+    assert verify(out).ok
+
+
+# ---- deaths of workers ---------------------------------------------------------------------------------------------
+
+
+def test_job_survives_the_death_of_an_actor(
+    job: Any, tiny_digits_model: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    marker = str(tmp_path / "died")
+    base = job.ExplainShard
+
+    class Dying(base):  # type: ignore[misc, valid-type]
+        def __call__(self, batch: Any) -> Any:
+            if batch["shard"][0].as_py() == 2 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os._exit(1)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(job, "ExplainShard", Dying)
+    out = tmp_path / "audit"
+    assert job.main(flags(tiny_digits_model, out)) == 0
+    assert os.path.exists(marker)
+    assert files_of(out) == undisturbed[1]
+
+
+def test_job_gives_up_a_shard_that_always_fails_and_finishes_the_others(
+    job: Any,
+    tiny_digits_model: Path,
+    undisturbed: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = job.ExplainShard
+
+    class Failing(base):  # type: ignore[misc, valid-type]
+        @property
+        def explainer(self) -> Any:
+            explainer = super().explainer
+
+            class Raising:
+                def search_shard(self, images: Any, *args: Any) -> Any:
+                    if len(images) == 5:  # the last shard
+                        raise RuntimeError("planted")
+                    return explainer.search_shard(images, *args)
+
+            return Raising()
+
+    out = tmp_path / "audit"
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "ExplainShard", Failing)
+        assert job.main(flags(tiny_digits_model, out)) == 1
+    assert "shard 5 failed at stage explain: RuntimeError: planted" in capsys.readouterr().err
+    failure = json.loads((out / "_failures/shard-00005.json").read_text())
+    assert failure["attempts"] == 3
+    assert len(list((out / "_attempts").glob("*-shard-00005-explain-*"))) == 3
+    assert not (out / "_SUCCESS").exists()
+    assert len(clarity.read_audit(out).commits) == 5
+    assert set(files_of(out)) < set(undisturbed[1])
+    # The next run tries it again.
+    assert job.main(flags(tiny_digits_model, out)) == 0
+    assert files_of(out) == undisturbed[1]
+    assert not (out / "_failures").exists()
+
+
+# ---- death of the driver -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tiny_digits_model: Path) -> Iterator[Any]:
+    """Starts the job as a user does, as a process with a Ray of its own."""
+    directory = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    env = os.environ | {"RAY_TMPDIR": directory, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+
+    def start(out: Path, *more: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, str(ROOT / "jobs/explain_all.py"), *flags(tiny_digits_model, out, *more)]
+        return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    yield start
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_job_resumes_after_the_death_of_its_driver(
+    command: Any, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    out = tmp_path / "audit"
+    killed = command(out)
+    end = time.monotonic() + 90
+    while not list(out.glob("_commits/*.json")) and time.monotonic() < end and killed.poll() is None:
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list(out.glob("_commits/*.json"))
+    resumed = command(out)
+    printed = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, printed
+    assert files_of(out) == undisturbed[1]
+    assert audit.verify(out).ok
+
+
+def test_verify_job_tells_sound_from_unsound(undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    job = load_job("verify")
+    out = tmp_path / "audit"
+    shutil.copytree(undisturbed[0], out)
+    assert job.main([str(out)]) == 0
+    path = out / "codes/shard-00002.parquet"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(bytes(data))
+    assert job.main([str(out)]) == 1
+    assert job.main([str(out), "--repair"]) == 1
+    assert sorted(clarity.read_audit(out).commits) == [0, 1, 3, 4, 5]
+    assert job.main([str(tmp_path)]) == 2
