@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import urllib.parse
@@ -328,18 +329,17 @@ def open_dataset(
 
 
 def _checked_place(source: str, data: str, download: bool) -> str:
-    place = storage.display(data)
     if not storage.is_remote(data):
         storage.filesystem(data)
         data = os.path.abspath(os.path.expanduser(data))
     elif not SOURCES[source].remote:
-        raise ValueError(f"{source} expects a local directory, found {place}: copy it here")
+        raise ValueError(f"{source} expects a local directory, found {storage.display(data)}: copy it here")
     if download:
         _download_mnist(data)
     if not storage.exists(data):
         raise ValueError(
-            f"{source} expects data ({SOURCES[source].doc}), found nothing at {place}: check the path, and that this "
-            "machine can reach it"
+            f"{source} expects data ({SOURCES[source].doc}), found nothing at "
+            f"{storage.display(data)}: check the path, and that this machine can reach it"
         )
     return data
 
@@ -473,18 +473,18 @@ def read_shard(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) -
     Raises:
         StorageError: the place itself fails for the moment: no image's fault, so the shard is to be read again.
     """
-    pixels = np.zeros((len(rows), *preprocessing.image_shape), np.uint8)
+    pixels = np.zeros((len(rows), math.prod(preprocessing.image_shape)), np.uint8)
     errors: list[str | None] = ["expected an image, found that its source gave none: report this"] * len(rows)
     for place, content in SOURCES[dataset.source].read_images(dataset, rows):
         try:
             if isinstance(content, UnreadableImage):
                 raise content
-            pixels[place] = preprocessing.apply(content)
+            pixels[place] = preprocessing.apply(content).reshape(-1)
             errors[place] = None
         except UnreadableImage as error:
             errors[place] = str(error)
     fields = schema.shard_schema(preprocessing.image_shape, dataset.attributes)
-    images = schema.fixed_size_list(pixels.reshape(len(rows), -1), np.array([error is None for error in errors], bool))
+    images = schema.fixed_size_list(pixels, np.array([error is None for error in errors], bool))
     columns = [rows["image_id"], rows["label_name"], images, pa.array(errors, pa.string())]
     return pa.table([*columns, *(rows[name] for name in dataset.attributes)], schema=fields)
 
@@ -855,9 +855,9 @@ def _read_parquet_file(uri: str, numbers: np.ndarray) -> Iterator[tuple[int, Con
 
 
 def _read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaf: str) -> Iterator[pa.RecordBatch]:
-    """One row group in batches of about 16 MiB; after a transient error it is read again up to where it was."""
+    """One row group in batches of about 4 MiB; after a transient error it is read again up to where it was."""
     info = parquet.metadata.row_group(group)
-    rows = int(np.clip((16 << 20) * info.num_rows // max(1, info.total_byte_size), 1, 1024))
+    rows = int(np.clip((4 << 20) * info.num_rows // max(1, info.total_byte_size), 1, 1024))
     stream: Iterator[pa.RecordBatch] | None = None
     done = 0
 
