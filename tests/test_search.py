@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 
 from clarity import search
 from clarity.search import ENGINES, Counterfactuals, LatentObjective, SearchConfig, descend, ensemble_terms
+from clarity.vae import one_thread
 
 # All axis sizes differ: members, codes, two hidden layers, classes.
 MEMBERS, LATENT, HIDDEN, CLASSES = 3, 5, (6, 7), 4
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    """Networks this small only wait for a second thread."""
+    with one_thread():
+        yield
 
 
 def networks(members: int, widths: tuple[int, ...], scale: float = 3.0, seed: int = 3) -> list[nn.Sequential]:

@@ -1,0 +1,359 @@
+"""Each method against a slow transcription of its equation, a known boundary, and rows in any company."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clarity.checkpoints import Model
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
+from clarity.data import Preprocessing
+from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.search import Counterfactuals, SearchConfig
+from clarity.vae import VAEConfig, build_vae, encode_rows, one_thread
+
+MEMBERS, CLASSES, LATENT, IMAGE = 2, 4, 5, (1, 8, 12)
+ON_IMAGES = [name for name, method in METHODS.items() if method.classifier.startswith("image")]
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> Iterator[None]:
+    """Networks this small only wait for a second thread."""
+    with one_thread():
+        yield
+
+
+def small_model(
+    *,
+    hidden: tuple[int, ...] = (6, 7),
+    classes: int = CLASSES,
+    image: tuple[int, int, int] = IMAGE,
+    linear: bool = False,
+) -> Model:
+    """Random but fixed networks whose members nearly agree; ``linear``: activations and BatchNorm are the identity."""
+    with torch.random.fork_rng():
+        torch.manual_seed(13)
+        vae = build_vae(VAEConfig(image_shape=image, latent_dim=LATENT, channels=(6, 7)))
+        config = EnsembleConfig(num_classes=classes, latent_dim=LATENT, hidden=hidden, num_members=MEMBERS)
+        ensembles = LatentEnsemble(config), ImageEnsemble(config, vae.config)
+        for module in [*vae.modules(), *ensembles[1].modules()]:
+            if isinstance(module, nn.BatchNorm2d) and not linear:
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.1, 0.3)
+            if isinstance(module, nn.PReLU) and linear:
+                module.weight.data.fill_(1)
+    for ensemble in ensembles:
+        for parameter in ensemble.parameters():
+            each = parameter.data.unflatten(0, (MEMBERS, -1))
+            each[1:] = each[:1] + 0.2 * (each[1:] - each[:1])
+        for parameter in [*ensemble.weights, *ensemble.biases]:
+            parameter.data *= 3 if linear else 4
+    vae.decoder_layers[-1].weight.data *= 4
+    names = tuple("abcdefgh"[:classes])
+    return Model(
+        vae.eval(), ensembles[0].eval(), names, Preprocessing("L", *image[1:]), image_ensemble=ensembles[1].eval()
+    )
+
+
+def questions(model: Model, rows: int, seed: int = 1) -> Pairs:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(rows, *model.image_shape, generator=generator)
+    mean, log_var = (values.clone() for values in encode_rows(model.vae, x))
+    noise = torch.randn(rows, LATENT, generator=generator)
+    return Pairs(x, mean, log_var, noise, torch.randint(0, model.num_classes, (rows,), generator=generator))
+
+
+def select(pairs: Pairs, index: Tensor) -> Pairs:
+    return Pairs(*(getattr(pairs, field.name)[index] for field in fields(Pairs)))
+
+
+def reachable(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> SearchConfig:
+    """The config with a threshold that about half the rows exceed within its steps, and none meets exactly."""
+    found = METHODS[method].search(model, pairs, replace(config, min_target_prob=0.9999))
+    ends = found.target_prob_final.sort().values
+    return replace(config, min_target_prob=float(ends[len(ends) // 2 - 1 : len(ends) // 2 + 1].mean()))
+
+
+def assert_same_bits(found: Counterfactuals, expected: Counterfactuals, index: Tensor) -> None:
+    for name in ("point", "steps", "converged", "target_prob_initial", "target_prob_final", "finite"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)[index]), name
+
+
+# ---- the equations, one image and one member at a time ---------------------------------------------------------------
+
+
+def members(model: Model, method: str) -> list[Callable[[Tensor], Tensor]]:
+    """The method's classifiers, apart, each from a point (1, ...) to logits (K,)."""
+    ensemble: Any = model.image_ensemble if METHODS[method].classifier.startswith("image") else model.ensemble
+    count = 1 if METHODS[method].classifier.endswith("member") else MEMBERS
+    alone = [ensemble.member(m) for m in range(count)]
+    return [lambda point, net=net: net(point)[0, 0] for net in alone]
+
+
+def penalty(model: Model, method: str, pair: Pairs, point: Tensor, x_cf: Tensor) -> Tensor:
+    """The distance of each equation."""
+    if method == "schut":
+        return torch.zeros(())
+    if method in ("clarity", "latent", "revise_e_latent"):
+        return (point - pair.z).abs().sum()
+    return (x_cf - pair.x).abs().sum()
+
+
+def transcription(model: Model, method: str, pair: Pairs, config: SearchConfig) -> tuple[Tensor, int, bool, float]:
+    """One pair, one step at a time, modules in a loop, torch's own Adam."""
+    nets = members(model, method)
+    target = pair.target[:1]
+    on_images, in_pixels = METHODS[method].classifier.startswith("image"), METHODS[method].space == "image"
+    start = pair.x if in_pixels else pair.z
+    if method.startswith("revise"):
+        start = pair.z + torch.exp(0.5 * pair.log_var) * pair.noise
+    point = start.clone().requires_grad_()
+    optimiser = torch.optim.Adam([point], lr=config.learning_rate)
+    changes = torch.zeros(point.numel(), dtype=torch.int64)
+    steps = 0
+    while True:
+        x_cf = model.vae.decode(point) if on_images and not in_pixels else point
+        logits = [net(x_cf) for net in nets]
+        target_prob = torch.stack([F.softmax(values, 0)[target[0]] for values in logits]).mean().item()
+        if target_prob > config.min_target_prob or steps == config.max_steps:
+            return point.detach()[0], steps, target_prob > config.min_target_prob, target_prob
+        loss = sum(F.cross_entropy(values[None], target) for values in logits) / len(nets)
+        loss = loss + config.distance_weight * penalty(model, method, pair, point, x_cf)
+        optimiser.zero_grad()
+        loss.backward()
+        if method == "schut":
+            slope, here = point.grad.flatten(), point.detach().flatten()
+            moved = (here - config.step_size * slope.sign()).clamp(0, 1)
+            usable = [i for i in range(len(here)) if changes[i] < 5 and moved[i] != here[i]]
+            best = max(usable, key=lambda i: (float(slope[i].abs()), -i))
+            point.data.flatten()[best] = moved[best]
+            changes[best] += 1
+        else:
+            optimiser.step()
+            if in_pixels:
+                point.data.clamp_(0, 1)
+        steps += 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_is_its_equation(method: str) -> None:
+    model = small_model()
+    pairs = questions(model, 8)
+    # A penalty heavy enough that one in the wrong space, or none, would be seen.
+    config = reachable(model, method, pairs, SearchConfig(max_steps=20, distance_weight=0.02))
+    found = METHODS[method].search(model, pairs, config, engine="plain")
+    slow = [transcription(model, method, select(pairs, torch.tensor([row])), config) for row in range(len(pairs))]
+    assert found.steps.tolist() == [steps for _, steps, *_ in slow]
+    assert found.converged.tolist() == [converged for _, _, converged, _ in slow]
+    assert found.steps.max() == 20 and 0 < found.converged.sum() < 8
+    torch.testing.assert_close(found.point, torch.stack([point for point, *_ in slow]), atol=5e-4, rtol=0)
+    expected = torch.tensor([prob for *_, prob in slow])
+    torch.testing.assert_close(found.target_prob_final, expected, atol=5e-4, rtol=0)
+    # The same question answered by whatever engine runs by default.
+    default = METHODS[method].search(model, pairs, config)
+    assert default.steps.tolist() == found.steps.tolist()
+    torch.testing.assert_close(default.point, found.point, atol=5e-4, rtol=0)
+
+
+def test_methods_are_different_searches() -> None:
+    model = small_model()
+    pairs = questions(model, 6)
+    config = SearchConfig(min_target_prob=0.9, max_steps=9, distance_weight=0.02)
+    ends = {name: method.search(model, pairs, config) for name, method in METHODS.items()}
+    for a in METHODS:
+        for b in METHODS:
+            if a < b and METHODS[a].space == METHODS[b].space:
+                assert not torch.allclose(ends[a].point, ends[b].point, atol=1e-4), (a, b)
+
+
+# ---- a linear classifier with a known boundary -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_ends_one_step_past_a_known_boundary(method: str) -> None:
+    # Two classes and no nonlinearity: the log-odds of a member are w . point + b, on codes or on images, and a single
+    # classifier's boundary at probability gamma is the plane w . point + b = log(gamma / (1 - gamma)).
+    model = small_model(hidden=(), classes=2, linear=True)
+    for ensemble in (model.ensemble, model.image_ensemble):
+        assert ensemble is not None
+        for parameter in [*ensemble.parameters(), *(b for n, b in ensemble.named_buffers() if "running" in n)]:
+            each = parameter.data.unflatten(0, (MEMBERS, -1))
+            each[1:] = each[:1]
+    on_images, in_pixels = METHODS[method].classifier.startswith("image"), METHODS[method].space == "image"
+    classifier: Any = model.image_ensemble if on_images else model.ensemble
+    shape = model.image_shape if on_images else (LATENT,)
+
+    def log_odds(point: Tensor) -> Tensor:
+        logits = classifier(point[None])[0, 0]
+        return logits[1] - logits[0]
+
+    weight = torch.autograd.functional.jacobian(log_odds, torch.zeros(shape)).flatten()
+    bias = log_odds(torch.zeros(shape)).detach()
+    pairs = replace(questions(model, 6), target=torch.ones(6, dtype=torch.int64))
+    path: dict[int, list[Tensor]] = {row: [] for row in range(6)}
+
+    def on_step(steps: Tensor, indices: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
+        for place, row in enumerate(indices.tolist()):
+            path[row].append(point[place].clone())
+
+    start = torch.stack([odds for odds in (log_odds(p) for p in (pairs.x if on_images else pairs.z))]).detach()
+    gamma = torch.sigmoid(start.max() + 0.15).item()
+    config = SearchConfig(min_target_prob=gamma, max_steps=300, distance_weight=0.0, step_size=0.1)
+    found = METHODS[method].search(model, pairs, config, on_step=on_step)
+    assert found.converged.all() and (found.steps > 0).all()
+    boundary = math.log(gamma / (1 - gamma))
+    for row in range(6):
+        points = torch.stack(path[row])
+        seen = model.vae.decode(points) if on_images and not in_pixels else points
+        margin = seen.detach().flatten(1) @ weight + bias - boundary
+        assert margin[-1] > -1e-4 and (margin[:-1] < 1e-4).all()
+        walked = (points[-1] - points[0]).flatten()
+        if method in ("clarity", "latent"):
+            # Adam divides each dimension's weight out: the path is the ray along sign(w), its length known.
+            missing = -margin[0] / weight.abs().sum()
+            along = walked * weight.sign()
+            torch.testing.assert_close(along, along[:1].expand(LATENT), atol=1e-4, rtol=0)
+            assert missing - 1e-5 <= along[0] <= missing + config.learning_rate
+        if method == "fgsm":
+            assert (walked * weight.sign() >= 0).all()
+        if method == "schut":
+            # The pixels with the largest weights that have room, each spent before the next.
+            order = weight.abs().argsort(descending=True, stable=True)
+            room = torch.where(weight > 0, 1 - pairs.x[row].flatten(), pairs.x[row].flatten())
+            left, steps = float(-margin[0]), 0
+            for pixel in order.tolist():
+                for _ in range(5):
+                    step = min(0.1, float(room[pixel]))
+                    if left < 0 or step == 0:
+                        break
+                    left, steps = left - step * float(weight[pixel].abs()), steps + 1
+                    room[pixel] -= step
+            assert abs(int(found.steps[row]) - steps) <= 1
+            assert int((walked.abs() > 0).sum()) <= int(found.steps[row])
+
+
+# ---- rows that do not know each other --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("image", [IMAGE, (3, 13, 9)])
+def test_method_gives_a_row_the_same_bits_in_any_company(method: str, image: tuple[int, int, int]) -> None:
+    model = small_model(image=image)
+    total = 79  # more than one block, so that rows enter late
+    pairs = questions(model, total)
+    config = reachable(model, method, pairs, SearchConfig(max_steps=7))
+    search = METHODS[method].search
+    found = search(model, pairs, config, threads=1)
+    assert len(found.steps.unique()) > 2
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(1))
+    for index in (torch.tensor([70]), shuffled[:11], shuffled):
+        assert_same_bits(search(model, select(pairs, index), config, threads=1), found, index)
+    assert_same_bits(search(model, pairs, config, threads=2), found, torch.arange(total))
+    strangers = questions(model, 17, seed=2)
+    strangers.z[::3] = math.nan
+    strangers.x[::3] = math.nan
+    some = select(pairs, shuffled[:6])
+    mixed = Pairs(*(torch.cat([getattr(strangers, f.name), getattr(some, f.name)]) for f in fields(Pairs)))
+    among = search(model, mixed, config)
+    assert not among.finite[:17:3].any() and not among.converged[:17:3].any()
+    kept = {name: value[17:] for name, value in vars(among).items() if name != "engine"}
+    assert_same_bits(Counterfactuals(**kept, engine=""), found, shuffled[:6])
+
+
+# ---- what else each promises -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_reports_its_own_classifiers_probability(method: str) -> None:
+    model = small_model()
+    pairs = questions(model, 9)
+    found = METHODS[method].search(model, pairs, SearchConfig(min_target_prob=0.8, max_steps=11))
+    logits = classifier_logits(model, method, found.point)
+    assert logits.shape == (1 if METHODS[method].classifier.endswith("member") else MEMBERS, 9, CLASSES)
+    seen = logits.softmax(2).mean(0).gather(1, pairs.target[:, None])[:, 0]
+    torch.testing.assert_close(seen, found.target_prob_final, atol=1e-4, rtol=0)
+    expected = model.image_shape if METHODS[method].space == "image" else (LATENT,)
+    assert found.point.shape == (9, *expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_starts_where_the_paper_says(method: str) -> None:
+    model = small_model()
+    pairs = questions(model, 4)
+    found = METHODS[method].search(model, pairs, SearchConfig(max_steps=0))
+    if METHODS[method].space == "image":
+        expected = pairs.x
+    elif method.startswith("revise"):
+        expected = pairs.z + torch.exp(pairs.log_var / 2) * pairs.noise
+    else:
+        expected = pairs.z
+    torch.testing.assert_close(found.point, expected)
+    assert found.steps.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("method", ["fgsm", "schut"])
+def test_pixel_method_stays_in_the_picture_at_every_step(method: str) -> None:
+    model = small_model()
+    pairs = questions(model, 5)
+    pairs.x.round_(decimals=1)
+    points: list[Tensor] = []
+    config = SearchConfig(max_steps=25, learning_rate=0.3, step_size=0.7)
+    METHODS[method].search(model, pairs, config, on_step=lambda *step: points.append(step[2]))
+    every = torch.cat(points)
+    assert every.min() == 0 and every.max() == 1
+
+
+def test_schut_changes_one_pixel_a_step_and_none_more_than_five_times() -> None:
+    model = small_model()
+    pairs = questions(model, 3)
+    path: list[Tensor] = []
+    config = SearchConfig(max_steps=30, min_target_prob=0.999, step_size=0.02)
+    METHODS["schut"].search(model, pairs, config, on_step=lambda *step: path.append(step[2].flatten(1)))
+    changed = torch.stack([(after != before) for before, after in pairwise(path)])
+    assert (changed.sum(2) == 1).all()
+    assert changed.sum(0).max() == 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_leaves_the_model_as_it_was(method: str) -> None:
+    model = small_model()
+    networks = (model.vae, model.ensemble, model.image_ensemble)
+    before = [{name: value.clone() for name, value in net.state_dict().items()} for net in networks if net is not None]
+    METHODS[method].search(model, questions(model, 3), SearchConfig(max_steps=2))
+    for net, state in zip(networks, before):
+        assert net is not None and not net.training
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+        assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ON_IMAGES)
+def test_method_on_images_says_what_a_model_lacks(method: str) -> None:
+    model = replace(small_model(), image_ensemble=None)
+    pairs = questions(model, 3)
+    with pytest.raises(ValueError, match=r"jobs/train.py --image-members"):
+        METHODS[method].search(model, pairs, SearchConfig())
+    with pytest.raises(ValueError, match=r"jobs/train.py --image-members"):
+        classifier_logits(model, method, pairs.x if METHODS[method].space == "image" else pairs.z)
+    with pytest.raises(ValueError, match="searches over latent classifiers only"):
+        METHODS[method].search(small_model(), pairs, SearchConfig(), engine="batched")
+
+
+def test_classifier_logits_names_the_methods() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match=f"unknown method 'clarty'; choose from {', '.join(METHODS)}"):
+        classifier_logits(model, "clarty", torch.zeros(1, LATENT))
+
+
+def test_method_refuses_a_network_in_training() -> None:
+    model = small_model()
+    model.vae.train()
+    with pytest.raises(ValueError, match="training mode"):
+        METHODS["revise"].search(model, questions(small_model(), 3), SearchConfig())
