@@ -148,6 +148,7 @@ let metric = choices.find((map) => map.key === "median_distance") || choices[0];
 let cursor = null, chosen = null;
 
 function domain(map) {
+  if (map.key === "change") return [-1, 1];
   let low = Infinity, high = -Infinity;
   // Before and after share one scale, as do audits side by side: they are there to be compared.
   const keys = map.key.startsWith("epistemic") ? ["epistemic_initial", "epistemic_final"] : [map.key];
@@ -157,7 +158,8 @@ function domain(map) {
   }
   if (low === Infinity) return [0, 1];
   if (map.share) return [Math.min(0.95, Math.floor(low * 20) / 20), 1];
-  return [0, high || 1];
+  // Of the numbers that are there, not from nothing: differences between pairs are what the map is for.
+  return high > low ? [low, high] : [0, high || 1];
 }
 // All cells of a map carry the same number of decimals, so that they can be compared at a glance.
 function format(map, value) {

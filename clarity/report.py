@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -55,7 +56,7 @@ class Bounds:
     side: int = 96
     examples: int = 3
     path: int = 5
-    sample: int = 8_000
+    sample: int = 4_500
     suspicious: int = 40
 
 
@@ -237,27 +238,30 @@ def _check_alike(views: list[_View]) -> None:
 
 
 def _differences(view: _View, bounds: Bounds) -> findings.Differences | None:
-    """Mean difference maps over a sample of pairs: the same number of each class pair, by a hash of the image id."""
-    cells = view.rows("SELECT count(*) FROM (SELECT DISTINCT source, target FROM counterfactuals)")[0][0]
-    each = max(2, min(250, bounds.sample // max(1, cells)))
+    """Mean difference maps over a sample: as many pairs of each target, evenly over sources, by a hash of the id."""
+    num_classes = len(view.class_names)
     table = view.table(
         """
-        SELECT image_id, p.source, target, c.z, p.z_cf, c.x, p.x_cf FROM (
-            SELECT image_id, source, target, z_cf, x_cf FROM counterfactuals WHERE converged
-            QUALIFY row_number() OVER (PARTITION BY source, target ORDER BY md5(image_id), image_id) <= $each
-        ) AS p JOIN codes AS c USING (image_id)
+        WITH turns AS (
+            SELECT image_id, source, target, md5(image_id) AS lot,
+                   row_number() OVER (PARTITION BY source, target ORDER BY md5(image_id), image_id) AS turn
+            FROM counterfactuals WHERE converged
+        ), chosen AS (
+            SELECT image_id, target FROM turns WHERE turn <= $each
+            QUALIFY row_number() OVER (PARTITION BY target ORDER BY turn, lot, image_id) <= $each
+        )
+        SELECT image_id, p.source, target, c.z, p.z_cf, c.x, p.x_cf
+        FROM counterfactuals AS p SEMI JOIN chosen USING (image_id, target) JOIN codes AS c USING (image_id)
         ORDER BY source, target, image_id
         """,
-        {"each": each},
+        {"each": max(20, bounds.sample // num_classes)},
     )
     if not table.num_rows:
         return None
     before, after = _pictures(view, table, "z", "x"), _pictures(view, table, "z_cf", "x_cf")
     if before is None or after is None:
         return None
-    return findings.mean_differences(
-        before, after, table["source"].to_numpy(), table["target"].to_numpy(), len(view.class_names)
-    )
+    return findings.mean_differences(before, after, table["source"].to_numpy(), table["target"].to_numpy(), num_classes)
 
 
 def _pictures(view: _View, table: pa.Table, code: str, stored: str) -> np.ndarray | None:
@@ -265,13 +269,20 @@ def _pictures(view: _View, table: pa.Table, code: str, stored: str) -> np.ndarra
 
     What a search starts from is the reconstruction, so the code comes first there; its end may be a picture alone.
     """
-    if view.model is not None and (stored == "x" or table[stored].null_count):
-        codes = np.array(table[code].to_pylist(), np.float32)
-        unique, where = np.unique(codes, axis=0, return_inverse=True)
-        return view.decode(unique)[where.reshape(-1)]
-    if table[stored].null_count:
+    use_code = view.model is not None and (stored == "x" or table[stored].null_count > 0)
+    if not use_code and table[stored].null_count:
         return None
-    return from_png(table[stored], view.image_shape).astype(np.float32) / 255
+    # An image is in many pairs: read once.
+    distinct = table[code if use_code else stored].combine_chunks()
+    keys = table["image_id"].combine_chunks().dictionary_encode() if stored == "x" else None
+    if keys is not None:
+        _, first, where = np.unique(keys.indices.to_numpy(), return_index=True, return_inverse=True)
+        distinct = distinct.take(pa.array(first))
+    if use_code:
+        pictures = view.decode(np.array(distinct.to_pylist(), np.float32))
+    else:
+        pictures = from_png(distinct, view.image_shape).astype(np.float32) / 255
+    return pictures if keys is None else pictures[where]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -428,38 +439,32 @@ class _Page:
         distance = self.first.facts.pairs["median_distance"]
         near = sorted(by_pair, key=lambda pair: (np.nan_to_num(distance[pair], nan=np.inf), pair))
         priority = [pair for pair in dict.fromkeys([*self.asked_pairs, *told[:24], *near]) if pair in by_pair]
+        kinds = {pair: Counter(row["kind"] for row in by_pair[pair]) for pair in priority}
         # The most generous treatment that fits all pairs; where none does, the first by priority get the smallest.
         room = int(self.budget * 0.8) // len(self.views)
         each, path = 1, 0
         for each, path in ((3, 5), (3, 3), (2, 3), (1, 3), (1, 0)):
             each, path = min(each, self.bounds.examples), min(path, self.bounds.path)
-            tiles = sum(self._kept(by_pair[pair], each) for pair in priority) * (3 + path)
+            tiles = sum(min(n, each) for counts in kinds.values() for n in counts.values()) * (3 + path)
             if tiles <= room:
                 break
         chosen, used = [], 0
         for place, pair in enumerate(priority):
             special = place < len(self.asked_pairs) + 12
             count, frames = (self.bounds.examples, self.bounds.path) if special else (each, path)
-            cost = self._kept(by_pair[pair], count) * (3 + frames)
+            cost = sum(min(n, count) for n in kinds[pair].values()) * (3 + frames)
             if used + cost > room and not (special and used + cost <= self.budget):
                 continue
             used += cost
-            taken: dict[str, int] = {}
+            taken: Counter[str] = Counter()
             for row in by_pair[pair]:
-                taken[row["kind"]] = taken.get(row["kind"], 0) + 1
+                taken[row["kind"]] += 1
                 if taken[row["kind"]] <= count:
                     chosen.append({**row, "frames": frames})
         order = {"closest": 0, "median": 1, "hardest": 2, "failed": 3}
         chosen.sort(key=lambda row: (row["source"], row["target"], order[row["kind"]], row["place"], row["near"]))
         shown = len({(row["source"], row["target"]) for row in chosen})
         return chosen, used, {"pairs": len(by_pair), "shown": shown}
-
-    @staticmethod
-    def _kept(rows: list[dict[str, Any]], each: int) -> int:
-        kinds: dict[str, int] = {}
-        for row in rows:
-            kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
-        return sum(min(count, each) for count in kinds.values())
 
     def choose_images(self, room: int) -> list[str]:
         """Images embedded with all their counterfactuals: those asked for, of findings, then some of each class."""
@@ -788,7 +793,7 @@ class _Page:
                     "evidence": evidence,
                     "pairs": [
                         {"source": source, "target": target, "text": f"{names[source]} → {names[target]}"}
-                        for source, target in finding.pairs[:6]
+                        for source, target in (finding.pairs[:6] if finding.kind not in ("labels", "edge") else ())
                     ],
                     "images": [example[0] for example in finding.examples[:6]]
                     if finding.kind in ("labels", "edge", "predictions")

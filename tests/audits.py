@@ -6,13 +6,11 @@ moved; its distance and steps follow from a K x K table of how hard each class p
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from clarity import schema
 
@@ -49,11 +47,9 @@ class Tables:
         return {"min_target_prob": 0.99, "max_steps": 500}
 
 
-def png(image: np.ndarray) -> bytes:
-    """A picture (C, H, W) uint8 as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+def png(pictures: np.ndarray) -> list[bytes]:
+    """Pictures (B, C, H, W) in [0, 1] as PNG."""
+    return schema.to_png(np.round(pictures * 255).astype(np.uint8))
 
 
 def make_tables(
@@ -90,7 +86,7 @@ def make_tables(
     jitter = rng.normal(0, 1.5, (num_images, 2))
     contrast = rng.uniform(0.4, 1.0, num_images)
     x = np.clip(picture(source, jitter, contrast) + rng.normal(0, 0.02, (num_images, *image_shape)), 0, 1)
-    x_bytes = [png(np.round(image * 255).astype(np.uint8)) for image in x]
+    x_bytes = png(x)
 
     certain = rng.uniform(0.9, 0.999, num_images)
     probs = np.full((num_images, num_classes), 0.0)
@@ -194,7 +190,7 @@ def make_tables(
         "reencoded_class": reencoded.tolist(),
         "reencoded_target_prob": np.where(reencoded == target, 0.98, 0.02),
         "z_cf": (z[image] + rng.normal(0, 1, (num_pairs, latent_dim))).astype(np.float32).tolist(),
-        "x_cf": [png(np.round(p * 255).astype(np.uint8)) for p in after] if images == "png" else [None] * num_pairs,
+        "x_cf": png(after) if images == "png" else [None] * num_pairs,
     }
     counterfactuals = pa.table(
         {name: pa.array(values[name], cf_schema.field(name).type, from_pandas=True) for name in cf_schema.names}
