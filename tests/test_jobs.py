@@ -147,7 +147,7 @@ def test_job_refuses_another_plan(
         (["--actors", "99"], "--actors 99 cannot be scheduled"),
         (["--gpus-per-actor", "1"], "no node offers that many GPUs"),
         (["--out", "/proc/version"], "found a file"),
-        (["--out", "/proc/nowhere/audit"], "/proc/nowhere/audit"),
+        (["--out", "/proc/nowhere/audit"], "cannot make /proc/nowhere"),
     ],
 )
 def test_job_refuses_bad_input(
