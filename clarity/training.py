@@ -81,9 +81,9 @@ class EnsembleTraining:
     """
 
     epochs: int = 15
-    min_updates: int = 2500
+    min_updates: int = 5000
     batch_size: int = 256
-    learning_rate: float = 0.004
+    learning_rate: float = 0.02
     adversarial_eps: float = 0.2
     balance: float = 0.0
     seed: int = 0
@@ -217,6 +217,24 @@ def train_vae(
         yield Epoch(epoch + 1, total, metrics, snapshot)
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all processes; what each of them makes of it flows back to all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        """The sum."""
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The sum of the gradients."""
+        gradient = gradients[0].clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient
+
+
 class SynchronisedBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes, also on CPU, where torch's own does not work."""
 
@@ -224,13 +242,12 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         """The normalised x; running moments are those of all processes' batches."""
         if not self.training:
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce
-
-        sums = all_reduce(torch.cat([x.sum((0, 2, 3)).float(), x.new_tensor([x.numel() / x.shape[1]]).float()]))
+        rows = x.new_tensor([x.numel() / x.shape[1]])
+        sums = _SumOverRanks.apply(torch.cat([x.sum((0, 2, 3)), rows]).float())
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = x - mean[:, None, None].to(x.dtype)
-        variance = all_reduce(centred.float().square().sum((0, 2, 3))) / count
+        variance = _SumOverRanks.apply(centred.float().square().sum((0, 2, 3))) / count
         with torch.no_grad():
             momentum = self.momentum or 0.1
             assert self.running_mean is not None and self.running_var is not None
