@@ -1,0 +1,819 @@
+"""Faults planted into the real job: each is run, resumed where that is needed, and compared with an undisturbed run.
+
+After each fault every (image, target) must be there exactly once, no stray or torn file, the tables byte by byte those
+of a run that nothing disturbed, and the exit codes honest. A few faults are among the normal tests, all of them behind
+the marker ``faults``; ``python tests/test_faults.py`` runs them all and prints the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIMIT, SHARD_ROWS = 40, 7
+SHARDS = -(-LIMIT // SHARD_ROWS)
+FLAGS = ["--limit", str(LIMIT), "--shard-rows", str(SHARD_ROWS), "--max-steps", "25", "--min-target-prob", "0.4"]
+FLAGS += ["--no-report"]
+PATIENCE_S = 240
+
+
+# ---- in the job's own process: what is planted ---------------------------------------------------------------------
+
+
+def once(marker: str, times: int = 1) -> bool:
+    """True for the first so many that ask, in whatever process."""
+    for number in range(times):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(f"{marker}.{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            return True
+    return False
+
+
+def plant_explainer(job: Any, disturb: Callable[[int, Callable[[], Any]], Any]) -> None:
+    """Let ``disturb(shard, search)`` stand between the worker and its search."""
+    base = job.ExplainShard
+
+    class Disturbed(base):  # type: ignore[misc, valid-type]
+        def __call__(self, batch: Any) -> Any:
+            shard, explainer = batch["shard"][0].as_py(), self.explainer
+            search = type(explainer).search_shard
+            explainer.search_shard = lambda *a: disturb(shard, lambda: search(explainer, *a))
+            return super().__call__(batch)
+
+    job.ExplainShard = Disturbed
+
+
+def plant_writer(job: Any, disturb: Callable[[int, str, Callable[[], None]], None]) -> None:
+    """Let ``disturb(shard, path, write)`` stand before each file that a writer writes."""
+    real = job.write_shard
+
+    def write_shard(batch: Any, work: Any) -> Any:
+        from clarity import storage
+
+        shard, write = batch["shard"][0].as_py(), storage.write_bytes
+
+        def disturbed(uri: Any, data: bytes, **options: Any) -> None:
+            path = str(uri).split("?")[0].rsplit("/", 2)
+            disturb(shard, "/".join(path[-2:]), lambda: write(uri, data, **options))
+
+        storage.write_bytes = disturbed  # type: ignore[assignment]
+        try:
+            return real(batch, work)
+        finally:
+            storage.write_bytes = write
+
+    job.write_shard = write_shard
+
+
+def plant_reader(job: Any, disturb: Callable[[int], None]) -> None:
+    """Let ``disturb(shard)`` stand before each shard is read, under its attempt."""
+    real = job.read_shard
+
+    def read_shard(batch: Any, work: Any) -> Any:
+        from clarity import data
+
+        shard, read = batch["shard"][0].as_py(), data.read_shard
+
+        def disturbed(*args: Any) -> Any:
+            disturb(shard)
+            return read(*args)
+
+        data.read_shard = disturbed
+        try:
+            return real(batch, work)
+        finally:
+            data.read_shard = read
+
+    job.read_shard = read_shard
+
+
+def plant(job: Any, fault: str, marker: str) -> None:
+    """Break the job as ``fault`` says."""
+
+    def die() -> None:
+        os._exit(1)
+
+    def die_soon(search: Callable[[], Any]) -> Any:
+        threading.Timer(0.005, die).start()
+        result = search()
+        time.sleep(1)
+        return result
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    if fault == "actor-dies-at-start":
+        base = job.ExplainShard
+
+        class Dying(base):  # type: ignore[misc, valid-type]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                if once(marker, 2):
+                    os._exit(1)
+                super().__init__(*args, **kwargs)
+
+        job.ExplainShard = Dying
+    elif fault == "actor-dies-mid-search":
+        plant_explainer(job, lambda shard, search: die_soon(search) if shard == 2 and once(marker) else search())
+    elif fault == "actor-dies-at-every-third":
+        plant_explainer(
+            job, lambda shard, search: die_soon(search) if shard % 3 == 0 and once(f"{marker}-{shard}") else search()
+        )
+    elif fault == "actor-dies-on-one-shard-always":
+        plant_explainer(job, lambda shard, search: die() if shard == 1 else search())
+    elif fault == "actor-killed-as-out-of-memory":
+        plant_explainer(
+            job, lambda shard, search: os.kill(os.getpid(), signal.SIGKILL) if shard == 3 and once(marker) else search()
+        )
+    elif fault == "actor-without-memory":
+
+        def hungry(shard: int, search: Callable[[], Any]) -> Any:
+            return bytearray(1 << 60) if shard == 3 and once(marker) else search()
+
+        plant_explainer(job, hungry)
+    elif fault == "search-raises-once":
+        plant_explainer(
+            job, lambda shard, search: fail(RuntimeError("planted")) if shard == 4 and once(marker) else search()
+        )
+    elif fault == "search-raises-always":
+        plant_explainer(job, lambda shard, search: fail(RuntimeError("planted")) if shard == 4 else search())
+    elif fault == "search-raises-twice-everywhere":
+        plant_explainer(
+            job, lambda shard, search: fail(RuntimeError("planted")) if once(f"{marker}-{shard}", 2) else search()
+        )
+    elif fault == "reader-dies":
+        plant_reader(job, lambda shard: die() if shard == 0 and once(marker) else None)
+    elif fault == "reader-dies-always":
+        plant_reader(job, lambda shard: die() if shard == 0 else None)
+    elif fault == "reader-raises-always":
+        plant_reader(job, lambda shard: fail(OSError("planted")) if shard == 5 else None)
+    elif fault == "writer-dies-between-tables":
+        plant_writer(
+            job,
+            lambda shard, path, write: (
+                die() if shard == 2 and path.startswith("counterfactuals/") and once(marker) else write()
+            ),
+        )
+    elif fault == "writer-dies-before-commit":
+        plant_writer(
+            job,
+            lambda shard, path, write: (
+                die() if shard == 2 and path.startswith("_commits/") and once(marker) else write()
+            ),
+        )
+    elif fault == "writer-dies-after-commit":
+
+        def late(shard: int, path: str, write: Callable[[], None]) -> None:
+            write()
+            if shard == 2 and path.startswith("_commits/") and once(marker):
+                die()
+
+        plant_writer(job, late)
+    elif fault == "writer-dies-always":
+        plant_writer(job, lambda shard, path, write: die() if shard == 2 and path.startswith("_commits/") else write())
+    elif fault == "writer-raises-once":
+        plant_writer(
+            job,
+            lambda shard, path, write: (
+                fail(OSError(5, "planted")) if shard == 2 and path.startswith("codes/") and once(marker) else write()
+            ),
+        )
+    elif fault == "driver-dies-between-commit-and-success":
+        job.verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "driver-dies-between-summary-and-success":
+        real = job.audit.storage.write_json
+
+        def write_json(uri: Any, value: Any, **options: Any) -> None:
+            if str(uri).endswith("_SUCCESS"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(uri, value, **options)
+
+        job.audit.storage.write_json = write_json
+    elif fault == "driver-dies-before-the-plan":
+        job.audit.storage.copy_tree = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "clock-set-back":
+        real_time = time.time
+        start = real_time()
+        # Each look at the clock finds it earlier.
+        job.time.time = lambda: start - 86_400 - 10 * (real_time() - start)
+    elif fault == "slow-writers":  # so that there is time to be killed between data and commit
+        plant_writer(job, lambda shard, path, write: (time.sleep(0.3), write())[1])
+    elif fault == "node-holding-the-actor":
+        node_is_killed(job, marker)
+        return
+    elif fault:
+        raise ValueError(f"unknown fault {fault}")
+
+
+def node_is_killed(job: Any, victim: str) -> None:
+    """Give the job a cluster of a head and two nodes, and kill a node hard once the first shard is committed.
+
+    ``victim``: "actor", the node of the (only) actor, or "other".
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    out = Path(sys.argv[sys.argv.index("--out") + 1])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000})
+    workers = [cluster.add_node(num_cpus=2, object_store_memory=100_000_000) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    plant_explainer(job, lambda shard, search: (time.sleep(0.5), search())[1])
+    codes: list[int] = []
+    argv = sys.argv[sys.argv.index("--") + 1 :]
+    thread = threading.Thread(target=lambda: codes.append(job.main(argv)))
+    thread.start()
+    while not list(out.glob("_commits/*.json")) and thread.is_alive():
+        time.sleep(0.05)
+    actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], address=cluster.address, limit=100)
+    homes = {a.node_id for a in actors if "ExplainShard" in a.class_name}
+    chosen = [node for node in workers if (node.node_id in homes) == (victim == "actor")]
+    cluster.remove_node((chosen or workers)[0], allow_graceful=False)
+    thread.join()
+    ray.shutdown()
+    cluster.shutdown()
+    sys.exit(codes[0] if codes else 1)
+
+
+def run_planted(fault: str, marker: str, argv: list[str]) -> int:
+    spec = importlib.util.spec_from_file_location("explain_all_job", ROOT / "jobs/explain_all.py")
+    assert spec and spec.loader
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    plant(job, fault, marker)
+    return int(job.main(argv))
+
+
+# ---- around the job: the bench -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """Where faults are tried: a Ray that is up, a model, and the files of an undisturbed run."""
+
+    address: str
+    model: str
+    root: Path
+    expected: dict[str, bytes] = field(default_factory=dict)
+    exits: list[int] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        return self.root / "audit"
+
+    def fresh(self) -> Bench:
+        """A bench with an empty place."""
+        return Bench(self.address, self.model, Path(tempfile.mkdtemp(dir=self.root.parent)), self.expected)
+
+    def start(self, *more: str, fault: str = "", marker: str = "", out: str | None = None, **env: str) -> Any:
+        """The job as a process, with a fault planted in it."""
+        argv = [sys.executable, "-W", "ignore", __file__, "--job", fault, marker or str(self.root / "marker"), "--"]
+        argv += ["--model", self.model, "--out", out or str(self.out), *FLAGS, *more]
+        environ = os.environ | {"RAY_ADDRESS": self.address, "PYTHONPATH": str(ROOT)} | env
+        log = open(self.root / "log", "a")  # noqa: SIM115
+        return subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=log, stderr=log)
+
+    def run(self, *more: str, exit_code: int = 0, **options: Any) -> None:
+        """Run the job to its end, which must be ``exit_code``."""
+        self.end(self.start(*more, **options), exit_code)
+
+    def end(self, process: Any, exit_code: int | tuple[int, ...] = 0) -> None:
+        codes = exit_code if isinstance(exit_code, tuple) else (exit_code,)
+        code = process.wait(PATIENCE_S)
+        self.exits.append(code)
+        assert code in codes, f"exit code {code}, expected {codes}:\n{self.log()[-3000:]}"
+
+    def log(self) -> str:
+        return (self.root / "log").read_text()
+
+    def kill_when(self, process: Any, ready: Callable[[], bool], how: signal.Signals = signal.SIGKILL) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not ready() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(how)
+        self.exits.append(process.wait(PATIENCE_S))
+
+    def commits(self) -> int:
+        return len(list(self.out.glob("_commits/*.json")))
+
+    def files(self) -> dict[str, bytes]:
+        """Every file that a reader by name pattern finds."""
+        return {
+            str(path.relative_to(self.out)): path.read_bytes()
+            for name in ("codes", "counterfactuals")
+            for path in sorted(self.out.glob(f"{name}/**/*"))
+            if path.is_file()
+        }
+
+    def count(self) -> tuple[int, int]:
+        """Rows found by a reader of all files, and how many of them are double."""
+        keys = [
+            (target, name)
+            for path in sorted(self.out.glob("counterfactuals/*.parquet"))
+            for target, name in zip(*pq.read_table(path, columns=["target", "image_id"]).to_pydict().values())
+        ]
+        return len(keys), len(keys) - len(set(keys))
+
+    def check(self) -> None:
+        """The audit is that of an undisturbed run, to the byte, and clean."""
+        assert self.count() == (LIMIT * 9, 0)
+        found = self.files()
+        assert sorted(found) == sorted(self.expected)
+        assert all(found[name] == content for name, content in self.expected.items()), "other bytes"
+        assert (self.out / "_SUCCESS").exists()
+        assert not [name for name in ("_attempts", "_failures", "_tmp", "_lock") if (self.out / name).exists()]
+
+
+@contextlib.contextmanager
+def watched(bench: Bench) -> Iterator[None]:
+    """Meanwhile a reader reads all it finds: never a torn file, never a row twice."""
+    stop, wrong = threading.Event(), []
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            try:
+                rows, double = bench.count()
+                if double or rows > LIMIT * 9:
+                    wrong.append(f"{double} double of {rows}")
+            except FileNotFoundError:
+                pass
+            except Exception as error:
+                wrong.append(repr(error))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+    assert not wrong, wrong[:3]
+
+
+FAULTS: dict[str, Callable[[Bench], None]] = {}
+FAST = (
+    "actor exits in the middle of a search",
+    "writer exits between data and commit",
+    "two drivers at once",
+    "driver SIGKILLed between commit and _SUCCESS",
+)
+
+
+def fault(name: str) -> Callable[[Callable[[Bench], None]], Callable[[Bench], None]]:
+    def register(function: Callable[[Bench], None]) -> Callable[[Bench], None]:
+        FAULTS[name] = function
+        return function
+
+    return register
+
+
+def survives(name: str, planted: str) -> None:
+    """A fault after which the same run goes on to the end."""
+    FAULTS[name] = lambda bench: bench.run(fault=planted)
+
+
+def costs_a_shard(name: str, planted: str, shard: int) -> None:
+    """A fault that costs a shard: the others finish, the run exits 1, the next one without the fault completes it."""
+
+    def run(bench: Bench) -> None:
+        bench.run(fault=planted, exit_code=1)
+        assert bench.commits() == SHARDS - 1
+        failure = json.loads((bench.out / f"_failures/shard-0000{shard}.json").read_text())
+        assert failure["attempts"] == 3
+        assert not (bench.out / "_SUCCESS").exists()
+        assert f"shard {shard} failed" in bench.log()
+        bench.run()
+
+    FAULTS[name] = run
+
+
+survives("actor exits at its start, twice", "actor-dies-at-start")
+survives("actor exits in the middle of a search", "actor-dies-mid-search")
+survives("actor exits in every third search", "actor-dies-at-every-third")
+survives("actor killed by SIGKILL, as when memory runs out", "actor-killed-as-out-of-memory")
+survives("actor cannot get memory", "actor-without-memory")
+survives("search raises once", "search-raises-once")
+survives("every search raises twice", "search-raises-twice-everywhere")
+survives("reader exits", "reader-dies")
+survives("writer exits between the two tables", "writer-dies-between-tables")
+survives("writer exits between data and commit", "writer-dies-before-commit")
+survives("writer exits after the commit", "writer-dies-after-commit")
+survives("writer's disk fails once", "writer-raises-once")
+survives("clock set back a day, and going backwards", "clock-set-back")
+costs_a_shard("search raises always on one shard", "search-raises-always", 4)
+costs_a_shard("actor exits always on one shard", "actor-dies-on-one-shard-always", 1)
+costs_a_shard("reader exits always on one shard", "reader-dies-always", 0)
+costs_a_shard("reader raises always on one shard", "reader-raises-always", 5)
+costs_a_shard("writer exits always on one shard", "writer-dies-always", 2)
+
+
+@fault("driver SIGKILLed at ten random moments")
+def driver_killed(bench: Bench, how: signal.Signals = signal.SIGKILL) -> None:
+    moments = random.Random(int(how))
+    for _ in range(10):
+        process, moment = bench.start(fault="slow-writers"), time.monotonic() + moments.uniform(1, 14)
+        bench.kill_when(process, lambda moment=moment: time.monotonic() > moment, how)  # type: ignore[misc]
+    assert any(bench.exits)
+    bench.run()
+
+
+@fault("driver SIGTERMed at ten random moments")
+def driver_terminated(bench: Bench) -> None:
+    driver_killed(bench, signal.SIGTERM)
+
+
+@fault("driver SIGKILLed after each commit in turn")
+def driver_killed_after_commits(bench: Bench) -> None:
+    for count in range(1, SHARDS):
+        bench.kill_when(bench.start(fault="slow-writers"), lambda count=count: bench.commits() >= count)  # type: ignore[misc]
+    bench.run()
+
+
+@fault("driver and its own Ray SIGKILLed")
+def driver_killed_with_its_ray(bench: Bench) -> None:
+    with ray_directory() as directory:
+        options = {"fault": "slow-writers", "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+        bench.kill_when(bench.start(**options), lambda: bench.commits() > 1)
+        bench.run()
+
+
+@fault("driver SIGKILLed between data and commit")
+def driver_killed_between_data_and_commit(bench: Bench) -> None:
+    def ready() -> bool:
+        return len(list(bench.out.glob("counterfactuals/*.parquet"))) > bench.commits()
+
+    bench.kill_when(bench.start(fault="slow-writers"), ready)
+    bench.run()
+
+
+def dies_then_completes(name: str, planted: str) -> None:
+    def run(bench: Bench) -> None:
+        bench.run(fault=planted, exit_code=-signal.SIGKILL)
+        assert not (bench.out / "_SUCCESS").exists()
+        bench.run()
+
+    FAULTS[name] = run
+
+
+dies_then_completes("driver SIGKILLed before the plan is written", "driver-dies-before-the-plan")
+dies_then_completes("driver SIGKILLed between commit and _SUCCESS", "driver-dies-between-commit-and-success")
+dies_then_completes("driver SIGKILLed between summary and _SUCCESS", "driver-dies-between-summary-and-success")
+
+
+@fault("two drivers at once")
+def two_drivers(bench: Bench) -> None:
+    processes = [bench.start(fault="slow-writers") for _ in range(2)]
+    codes = sorted(process.wait(PATIENCE_S) for process in processes)
+    bench.exits += codes
+    assert codes in ([0, 2], [0, 0]), bench.log()[-2000:]
+    if codes == [0, 2]:
+        assert "is at work there" in bench.log()
+
+
+@fault("two drivers of different plans at once")
+def two_plans(bench: Bench) -> None:
+    first = bench.start(fault="slow-writers")
+    while not (bench.out / "plan.json").exists():
+        time.sleep(0.01)
+    bench.run("--max-steps", "24", exit_code=2)
+    bench.end(first)
+
+
+@fault("a lock left by a dead driver")
+def left_lock(bench: Bench) -> None:
+    bench.out.mkdir(parents=True)
+    (bench.out / "_lock").write_text('{"run": "dead", "host": "elsewhere", "pid": 1}')
+    bench.run()
+
+
+def broken_afterwards(name: str, damage: Callable[[Bench], set[int]]) -> None:
+    """Damage to a finished audit: the next run redoes those shards and no other."""
+
+    def run(bench: Bench) -> None:
+        bench.run()
+        before = {path.name: path.stat().st_mtime_ns for path in (bench.out / "codes").iterdir()}
+        shards = damage(bench)
+        bench.run()
+        after = {path.name: path.stat().st_mtime_ns for path in (bench.out / "codes").iterdir()}
+        redone = {name for name in after if after[name] != before[name]}
+        assert redone == {f"shard-0000{shard}.parquet" for shard in shards}
+
+    FAULTS[name] = run
+
+
+def commit(bench: Bench, shard: int) -> Path:
+    return bench.out / f"_commits/shard-0000{shard}.json"
+
+
+def delete_some(bench: Bench) -> set[int]:
+    chosen = set(random.Random(1).sample(range(SHARDS), 3))
+    for shard in chosen:
+        commit(bench, shard).unlink()
+    return chosen
+
+
+def tear(bench: Bench) -> set[int]:
+    commit(bench, 1).write_text(commit(bench, 1).read_text()[:60])
+    commit(bench, 3).write_text("")
+    return {1, 3}
+
+
+def other_plan(bench: Bench) -> set[int]:
+    text = json.loads(commit(bench, 2).read_text()) | {"fingerprint": "another"}
+    commit(bench, 2).write_text(json.dumps(text))
+    return {2}
+
+
+def cut_short(bench: Bench) -> set[int]:
+    path = bench.out / "counterfactuals/shard-00004.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    (bench.out / "counterfactuals/shard-00000.parquet").unlink()
+    return {0, 4}
+
+
+def changed_byte(bench: Bench) -> set[int]:
+    path = bench.out / "counterfactuals/shard-00003.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(bytes(content))
+    command = [sys.executable, str(ROOT / "jobs/verify.py"), str(bench.out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 1
+    assert subprocess.run([*command, "--repair"], env=env, capture_output=True).returncode == 1
+    return {3}
+
+
+def strays(bench: Bench) -> set[int]:
+    for name in ("codes/shard-00077.parquet", "counterfactuals/.x.tmp", "_tmp/y"):
+        (bench.out / name).parent.mkdir(exist_ok=True)
+        (bench.out / name).write_bytes(b"torn")
+    return set()
+
+
+broken_afterwards("a random share of the commits deleted", delete_some)
+broken_afterwards("commit records torn and empty", tear)
+broken_afterwards("a commit record of another plan", other_plan)
+broken_afterwards("data files cut short and deleted", cut_short)
+broken_afterwards("a byte changed in a data file (verify --repair)", changed_byte)
+broken_afterwards("stray and torn files", strays)
+
+
+@fault("resumed with more actors, then fewer threads, then another engine")
+def other_resources(bench: Bench) -> None:
+    bench.kill_when(bench.start(fault="slow-writers"), lambda: bench.commits() >= 1)
+    bench.kill_when(bench.start("--actors", "3", fault="slow-writers"), lambda: bench.commits() >= 3)
+    bench.run("--actors", "1")
+
+
+@fault("resumed with other flags is refused")
+def other_flags(bench: Bench) -> None:
+    bench.kill_when(bench.start(fault="slow-writers"), lambda: bench.commits() >= 1)
+    bench.run("--max-steps", "30", exit_code=2)
+    assert "config.max_steps: 25 here, 30 in the run" in bench.log()
+    bench.run()
+
+
+@fault("plan.json damaged")
+def damaged_plan(bench: Bench) -> None:
+    bench.kill_when(bench.start(fault="slow-writers"), lambda: bench.commits() >= 1)
+    plan = bench.out / "plan.json"
+    whole = plan.read_text()
+    plan.write_text(whole.replace('"max_steps": 25', '"max_steps": 26'))
+    bench.run(exit_code=2)
+    plan.write_text(whole)
+    bench.run()
+
+
+@fault("the audit's model loses a file during the run")
+def model_lost(bench: Bench) -> None:
+    bench.kill_when(bench.start(fault="slow-writers"), lambda: bench.commits() >= 1)
+    lost = bench.out / "model/vae.safetensors"
+    content = lost.read_bytes()
+    lost.unlink()
+    bench.run(exit_code=(1, 2))
+    lost.write_bytes(content)
+    bench.run()
+
+
+@contextlib.contextmanager
+def mounted(place: Path, *options: str) -> Iterator[None]:
+    """A file system of one's own; skips where this user may not mount."""
+    place.mkdir(parents=True, exist_ok=True)
+    run = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"cannot mount: {run.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@fault("disk full, then given space")
+def full_disk(bench: Bench) -> None:
+    with mounted(bench.out, "-t", "tmpfs", "-o", "size=400k", "tmpfs"):
+        bench.run(exit_code=(1, 2))
+        assert "No space left" in bench.log()
+        assert bench.count()[1] == 0
+        subprocess.run(["mount", "-o", "remount,size=50m", str(bench.out)], check=True)
+        bench.run()
+        bench.check()
+        shutil.copytree(bench.out, bench.root / "copy")
+    shutil.rmtree(bench.out)
+    shutil.move(bench.root / "copy", bench.out)
+
+
+@fault("output read-only")
+def read_only(bench: Bench) -> None:
+    with mounted(bench.out, "-t", "tmpfs", "-o", "ro", "tmpfs"):
+        bench.run(exit_code=2)
+    assert "read-only" in bench.log().lower()
+    bench.run()
+
+
+@fault("output forbidden to an unprivileged user")
+def forbidden(bench: Bench) -> None:
+    bench.out.mkdir(parents=True, mode=0o755)
+    code = "import os, sys; os.setgid(65534); os.setuid(65534); from clarity import audit; "
+    code += f"print(audit._lock({str(bench.out)!r}))"
+    if os.geteuid():
+        pytest.skip("needs a privileged user to become an unprivileged one")
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert "Permission denied" in run.stderr
+    bench.run()
+
+
+@fault("a node that holds the only actor is killed hard (3 nodes)")
+def node_killed(bench: Bench, victim: str = "actor", actors: str = "1") -> None:
+    with ray_directory() as directory:
+        bench.run("--actors", actors, fault="node-holding-the-actor", marker=victim, RAY_TMPDIR=directory)
+
+
+@fault("another node is killed hard (3 nodes)")
+def other_node_killed(bench: Bench) -> None:
+    node_killed(bench, "other", "2")
+
+
+@contextlib.contextmanager
+def ray_directory() -> Iterator[str]:
+    directory = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def on_object_store(name: str, plan_faults: Callable[[Any], list[Any]], exits: tuple[int, ...] = (0,)) -> None:
+    """The audit on an object store (moto's server, behind a proxy that breaks requests), then fetched and compared."""
+
+    def run(bench: Bench) -> None:
+        from object_store import Fault, ObjectStore
+
+        from clarity import storage
+
+        with ObjectStore() as store, ray_directory() as directory:
+            uri = store.uri("audit")
+            env = {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+            store.faults += plan_faults(Fault)
+            bench.end(bench.start(out=uri, **env), exits)
+            store.faults.clear()
+            if bench.exits[-1]:
+                bench.run(out=uri, **env)
+            assert store.requests
+            storage.copy_tree(uri, bench.out)
+
+    FAULTS[name] = run
+
+
+on_object_store("object store, no fault", lambda fault: [])
+on_object_store(
+    "object store answering 503 now and then",
+    lambda fault: [fault("503", method, "audit", 6) for method in ("PUT", "GET", "HEAD")],
+)
+on_object_store(
+    "object store slow",
+    lambda fault: [fault("slow", "PUT", "audit", 12, 2.0), fault("slow", "GET", "audit", 6, 2.0)],
+)
+on_object_store(
+    "object store cutting uploads in the middle",
+    lambda fault: [fault("cut", "PUT", "counterfactuals", 2), fault("cut", "PUT", "_commits", 2)],
+)
+on_object_store(
+    "object store refusing uploads for a while",
+    lambda fault: [fault("403", "PUT", "codes/", 4)],
+    exits=(0, 1),
+)
+
+
+# ---- as tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(ray_local: Any, tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A bench on the session's Ray, with the files of an undisturbed run."""
+    root = tmp_path_factory.mktemp("faults") / "undisturbed"
+    root.mkdir()
+    found = Bench(ray_local.get_runtime_context().gcs_address, str(tiny_digits_model), root)
+    found.run()
+    found.expected = found.files()
+    assert len(found.expected) == 2 * SHARDS
+    return found
+
+
+def try_fault(bench: Bench, name: str) -> Bench:
+    here = bench.fresh()
+    with watched(here):
+        FAULTS[name](here)
+    here.check()
+    return here
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_job_survives(bench: Bench, name: str) -> None:
+    try_fault(bench, name)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", [name for name in FAULTS if name not in FAST])
+def test_job_survives_everything(bench: Bench, name: str) -> None:
+    try_fault(bench, name)
+
+
+# ---- as a command --------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Try all faults, or those whose names hold a word given, and print the table."""
+    sys.path.insert(0, str(ROOT))
+    import ray
+
+    chosen = [name for name in FAULTS if not argv or any(word in name for word in argv)]
+    rows, failed = [], 0
+    with tempfile.TemporaryDirectory() as root, ray_directory() as directory:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=directory, log_to_driver=False,
+                 object_store_memory=200_000_000)  # fmt: skip
+        model = Path(root) / "model"
+        make_model(model)
+        (Path(root) / "undisturbed").mkdir()
+        bench = Bench(ray.get_runtime_context().gcs_address, str(model), Path(root) / "undisturbed")
+        bench.run()
+        bench.expected = bench.files()
+        for name in chosen:
+            start = time.monotonic()
+            here = bench.fresh()
+            try:
+                with watched(here):
+                    FAULTS[name](here)
+                here.check()
+                verdict = "same bytes"
+            except pytest.skip.Exception as reason:
+                verdict = f"skipped: {reason}"
+            except Exception as error:
+                failed += 1
+                verdict = f"FAILED: {str(error).strip().splitlines()[0][:80]}"
+                print(
+                    f"--- {name}\n{error}\n{here.log()[-1500:] if (here.root / 'log').exists() else ''}",
+                    file=sys.stderr,
+                )
+            found, double = here.count() if here.out.exists() else (0, 0)
+            exits = " ".join(map(str, here.exits))
+            seconds = time.monotonic() - start
+            rows.append(f"| {name} | {LIMIT * 9} | {found} | {double} | {exits} | {verdict} | {seconds:.0f} |")
+            print(rows[-1], flush=True)
+        ray.shutdown()
+    print("\n| fault | expected rows | found | double | exit codes | tables | seconds |\n|---|---|---|---|---|---|---|")
+    print("\n".join(rows))
+    print(f"\n{len(rows)} faults, {failed} failed")
+    return 1 if failed else 0
+
+
+def make_model(directory: Path) -> None:
+    import conftest
+
+    class Factory:
+        def mktemp(self, _: str) -> Path:
+            directory.parent.mkdir(exist_ok=True)
+            return directory.parent
+
+    made = conftest.tiny_digits_model.__wrapped__(Factory())
+    made.rename(directory)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--job"]:
+        sys.exit(run_planted(sys.argv[2], sys.argv[3], sys.argv[sys.argv.index("--") + 1 :]))
+    sys.exit(main(sys.argv[1:]))
