@@ -225,6 +225,7 @@ class Claim:
     run: str
     commits: dict[int, dict[str, Any]]
     lock: Any = None
+    engine: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -258,6 +259,24 @@ class Claim:
     def summary(self) -> dict[str, Any]:
         """What the run that completed the audit had to say."""
         return dict(storage.read_json(storage.join(self.uri, "summary.json")))
+
+    def one_engine(self) -> None:
+        """Take back the shards of all engines but the one that searched most of them."""
+        engines = Counter(commit["engine"] for commit in self.commits.values() if commit.get("engine"))
+        self.engine = engines.most_common(1)[0][0] if engines else None
+        other = [shard for shard, commit in self.commits.items() if commit.get("engine") not in (None, self.engine)]
+        drop_commits(self.uri, other)
+        self.commits = {shard: commit for shard, commit in self.commits.items() if shard not in other}
+
+    def same_engine(self, shard: int, engine: str | None) -> None:
+        """Raise ValueError, and take the shard back, if it was searched by another engine than the shards before."""
+        self.engine = self.engine or engine
+        if engine and engine != self.engine:
+            drop_commits(self.uri, [shard])
+            raise ValueError(
+                f"a shard was searched by the engine {engine}, those before by {self.engine}: their rows agree within "
+                f"a tolerance only. Give --engine {self.engine}, or accept it by --mixed-engines"
+            )
 
     def check(self) -> None:
         """Raise AuditBusy if another run took the directory over while this one was silent."""

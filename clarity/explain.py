@@ -98,7 +98,7 @@ class _Part:
     x_cf: Tensor = field(init=False)
     z_cf: Tensor = field(init=False)
     shown: np.ndarray = field(init=False)
-    again: Judged = field(init=False)
+    again: np.ndarray = field(init=False)
 
 
 class Explainer:
@@ -256,7 +256,7 @@ class Explainer:
             part.shown = quantise(part.x_cf)
         with clock("reencode"):
             z_again, _ = encode_rows(self.model.vae, self._unit(part.shown))
-            part.again = judge(logits_rows(part.model.ensemble, z_again))
+            part.again = mean_probs(logits_rows(part.model.ensemble, z_again))
             part.z_cf = part.found.point if latent else z_again
 
     def _judge_start(self, part: _Part) -> Judged:
@@ -359,8 +359,8 @@ class Explainer:
             "distance_z_l1": _l1(part.z_cf, part.pairs.z),
             "distance_z_l2": _l2(part.z_cf, part.pairs.z),
             "distance_x_l1": _l1(part.x_cf, part.reconstruction[torch.from_numpy(part.of).to(self.device)]),
-            "reencoded_class": part.again.probs.argmax(1).astype(np.int32),
-            "reencoded_target_prob": part.again.probs[np.arange(rows), target],
+            "reencoded_class": part.again.argmax(1).astype(np.int32),
+            "reencoded_target_prob": part.again[np.arange(rows), target],
             "z_cf": schema.fixed_size_list(_numpy(part.z_cf)),
             "x_cf": self._raw(part.shown),
         }
@@ -406,11 +406,15 @@ def judge(logits: Tensor) -> Judged:
     """Mean probabilities and uncertainties from logits (M, B, K), each row computed as if it were alone."""
 
     def look(block: Tensor) -> Tensor:
-        members = block.transpose(0, 1)
-        return torch.cat([members.softmax(-1).mean(0), torch.stack(decompose(members), 1)], 1)
+        return torch.cat([block.softmax(-1).mean(1), torch.stack(decompose(block.transpose(0, 1)), 1)], 1)
 
     values = _numpy(in_blocks(look, logits.transpose(0, 1)))
     return Judged(values[:, :-3], *np.ascontiguousarray(values[:, -3:].T))
+
+
+def mean_probs(logits: Tensor) -> np.ndarray:
+    """The ``probs`` of ``judge`` alone, (B, K)."""
+    return _numpy(in_blocks(lambda block: block.softmax(-1).mean(1), logits.transpose(0, 1)))
 
 
 def _require_classifier(model: Model, method: str) -> None:

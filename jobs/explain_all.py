@@ -150,6 +150,8 @@ def shard_rows(args: argparse.Namespace, out: str, model: Model, where: list[Any
 def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Do what is pending, try again what failed, verify, and say how it went."""
     plan, start, pairs = held.plan, time.time(), 0
+    if not args.mixed_engines:
+        held.one_engine()
     print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
     failures: dict[int, dict[str, Any]] = {}
     for _ in range(audit.MAX_ATTEMPTS):
@@ -157,6 +159,8 @@ def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work
         try:
             for shard, note in progress(pipeline(args, resources, work, listing, todo), len(todo)) if todo else ():
                 held.check()
+                if not args.mixed_engines:
+                    held.same_engine(shard, note.get("engine"))
                 failures |= {shard: note} if "error" in note else {}
                 pairs += note.get("pairs", 0)
         except ray.exceptions.RayError as error:
@@ -169,8 +173,6 @@ def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work
     seconds = time.time() - start
     checked = verify(held.uri, workers=os.cpu_count() or 1)
     summary = audit.summarise(audit.read_audit(held.uri))
-    if len(summary["engines"]) > 1 and not args.mixed_engines:
-        checked.problems.append(f"searched by {' and '.join(summary['engines'])}: --mixed-engines accepts that")
     summary |= {"problems": checked.problems[:20], "redecoded": checked.redecoded, "seconds": round(seconds, 2)}
     summary |= {"pairs_per_second": round(pairs / seconds, 1), "resources": dataclasses.asdict(resources)}
     held.finish(summary, checked.ok)

@@ -426,6 +426,17 @@ def test_begin_attempt_counts_in_each_run(tmp_path: Path) -> None:
     assert audit.begin_attempt(uri, "another", 3, "read") == 1
 
 
+def test_claim_takes_back_the_shards_of_other_engines(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    audit.write_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "native"})
+    with audit.claim(filled, plan, model_dir) as held:
+        held.one_engine()
+        assert (held.engine, held.pending) == ("plain", [1])
+        held.same_engine(1, "plain")
+        held.same_engine(1, None)
+        with pytest.raises(ValueError, match="engine native, those before by plain"):
+            held.same_engine(1, "native")
+
+
 def test_finish_marks_only_what_is_verified(plan: audit.Plan, filled: str, model_dir: str) -> None:
     success = Path(filled, "_SUCCESS")
     assert json.loads(success.read_text())["images"] == len(IDS)
