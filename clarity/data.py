@@ -20,6 +20,7 @@ import os
 import re
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,7 +114,7 @@ class Preprocessing:
         if isinstance(image, np.ndarray):
             return self._from_array(image)
         picture = image if isinstance(image, Image.Image) else _open(image)
-        pixels = np.asarray(_decode(picture, lambda: self._fit(_convert(_upright(picture), self.mode))))
+        pixels = np.asarray(_decode(lambda: self._fit(_convert(_upright(picture), self.mode))))
         return pixels.reshape(self.image_shape) if self.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def to_json(self) -> dict[str, Any]:
@@ -165,23 +166,25 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImage("expected an image, found an empty file: copy it again")
     try:
-        return _decode(data, lambda: Image.open(io.BytesIO(data), formats=list(FORMATS)))
+        return _decode(lambda: Image.open(io.BytesIO(data), formats=list(FORMATS)))
     except UnidentifiedImageError:
         start = data[:12]
         what = "text" if all(9 <= byte <= 13 or 32 <= byte < 127 for byte in start) else "bytes"
         raise UnreadableImage(
-            f"expected an image ({', '.join(FORMATS)}), found {what} that begins with {start!r}: "
+            f"expected an image ({', '.join(FORMATS)}), found {what} beginning with {start!r}: "
             "convert it or leave it out"
         ) from None
 
 
-def _decode(content: Any, action: Callable[[], Image.Image]) -> Image.Image:
-    """Do something with Pillow, whose decoders raise what they like on broken bytes."""
+def _decode(action: Callable[[], Image.Image]) -> Image.Image:
+    """Do something with Pillow, whose decoders raise what they like on broken bytes, and warn of what they mend."""
     try:
-        return action()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return action()
     except (UnreadableImage, UnidentifiedImageError, MemoryError):
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise _too_large("more") from None
     except Exception as error:
         # Neither an address in memory nor a whole file in the message: a row's reason is the same in each run.
@@ -228,9 +231,7 @@ def _to_uint8(values: np.ndarray, whole: int) -> np.ndarray:
     if kind not in "biuf":
         raise UnreadableImage(f"expected pixels of type uint8 or float32, found {values.dtype}: convert them")
     if bad := int(np.size(values) - np.isfinite(values).sum()):
-        raise UnreadableImage(
-            f"expected finite pixels, found {bad} of {values.size} NaN or infinite: mend or leave out"
-        )
+        raise UnreadableImage(f"expected finite pixels, found {bad} of {values.size} NaN or infinite: mend or drop it")
     top = 1 if kind in "bf" else 65535 if (kind, bits) == ("u", 16) else whole
     low, high = values.min(), values.max()
     if low < 0 or high > top:
@@ -312,7 +313,7 @@ def open_dataset(
         raise ValueError(f"expected a download of mnist only, found {source}: name the place of its data instead")
     if data is not None and not kind.needs_data:
         raise ValueError(
-            f"{source} ships with the package and takes no data, found {storage.display(data)}: leave it out"
+            f"expected no data for {source}, which ships its own, found {storage.display(data)}: leave it out"
         )
     if kind.needs_data:
         if not str(data or "").strip():
@@ -717,6 +718,8 @@ def _unquote(location: str) -> str:
 # parquet
 
 
+#: What reading a broken file raises; Arrow's errors are among them.
+_BROKEN = (OSError, ValueError)
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
 _TAKEN = {*LISTING_COLUMNS, *schema.CODES_DOC, "image", "split"}
 
@@ -816,19 +819,17 @@ def _read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Conte
     for location in dict.fromkeys(locations):
         places = np.flatnonzero(locations == location)
         places = places[np.argsort(numbers[places], kind="stable")]
-        done = 0
         try:
             for place, content in _read_parquet_file(storage.join(str(dataset.data), location), numbers[places]):
                 yield int(places[place]), content
-                done = place + 1
-        except (OSError, ValueError) as error:  # Arrow's errors are among them
+        except _BROKEN as error:  # before the first of its images
             if getattr(error, "transient", False):
                 raise
-            for place in places[done:]:
-                yield (
-                    int(place),
-                    UnreadableImage("expected the Parquet file that was listed, found it broken: restore it"),
-                )
+            yield from ((int(place), _broken_parquet()) for place in places)
+
+
+def _broken_parquet() -> UnreadableImage:
+    return UnreadableImage("expected the Parquet file that was listed, found it broken: restore it")
 
 
 def _read_parquet_file(uri: str, numbers: np.ndarray) -> Iterator[tuple[int, Content]]:
@@ -842,16 +843,21 @@ def _read_parquet_file(uri: str, numbers: np.ndarray) -> Iterator[tuple[int, Con
         for group in np.unique(groups):
             places = np.flatnonzero(groups == group).tolist()
             first = int(ends[group]) - parquet.metadata.row_group(group).num_rows
-            for batch in _read_row_group(uri, parquet, int(group), "image.bytes" if struct else "image"):
-                column = batch.column(0).field("bytes") if struct else batch.column(0)
-                while places and numbers[places[0]] < first + len(batch):
-                    place = places.pop(0)
-                    content = column[int(numbers[place]) - first].as_py()
-                    missing = UnreadableImage("expected the bytes of an image, found null: fill or drop the row")
-                    yield place, missing if content is None else content
-                first += len(batch)
-                if not places:
-                    break
+            try:
+                for batch in _read_row_group(uri, parquet, int(group), "image.bytes" if struct else "image"):
+                    column = batch.column(0).field("bytes") if struct else batch.column(0)
+                    while places and numbers[places[0]] < first + len(batch):
+                        place = places.pop(0)
+                        content = column[int(numbers[place]) - first].as_py()
+                        missing = UnreadableImage("expected the bytes of an image, found null: fill or drop the row")
+                        yield place, missing if content is None else content
+                    first += len(batch)
+                    if not places:
+                        break
+            except _BROKEN as error:
+                if getattr(error, "transient", False):
+                    raise
+                yield from ((place, _broken_parquet()) for place in places)
 
 
 def _read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaf: str) -> Iterator[pa.RecordBatch]:

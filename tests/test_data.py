@@ -98,6 +98,13 @@ def test_apply_lays_transparency_on_white() -> None:
     assert Preprocessing("L", 1, 3).apply(buffer.getvalue()).tolist()[0][0][1] == 255
 
 
+def test_apply_converts_colours_of_print() -> None:
+    cyan = Image.new("CMYK", (WIDTH, HEIGHT), (255, 0, 0, 0))
+    buffer = io.BytesIO()
+    cyan.save(buffer, "TIFF")
+    assert Preprocessing("RGB", HEIGHT, WIDTH).apply(buffer.getvalue())[:, 0, 0].tolist() == [0, 255, 255]
+
+
 def test_apply_takes_the_first_frame() -> None:
     frames = [Image.fromarray(np.full((HEIGHT, WIDTH), value, np.uint8)) for value in (200, 50)]
     buffer = io.BytesIO()

@@ -1,0 +1,566 @@
+"""Bad input, and what each kind of it gets. ``python tests/test_bad_input.py`` prints the table as Markdown.
+
+Three outcomes: *refused* at the door, by a ValueError or, where a place cannot be listed, a StorageError; an *error
+row* in ``codes``, its neighbours unharmed; *read*, as it can be made good use of. Each reason says what was expected,
+what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from clarity import data, storage  # noqa: E402
+from clarity.data import Preprocessing, UnreadableImage  # noqa: E402
+
+H, W = 8, 12
+GREY, COLOUR = Preprocessing("L", H, W), Preprocessing("RGB", H, W)
+Outcome = tuple[str, str]  # refused, error row or read; and the reason or what was made of it
+Builder = Callable[[Path], Outcome]
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape or (H, W), dtype=np.uint8)
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, *extra: bytes) -> bytes:
+    """A grey PNG of any size that costs nothing to make: a header, and no more pixels than a few."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(1_000)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
+
+
+NANS, LARGE = np.full((H, W), np.nan, np.float32), np.full((H, W), 70_000, np.int32)
+PNG, JPEG = encoded(pixels(90, 90)), encoded(pixels(90, 90), "JPEG")
+DIGITS = pixels(3, 28, 28)
+FACES = """2
+Black_Hair Blond_Hair Brown_Hair Gray_Hair Male
+1.jpg  1 -1 -1 -1  1
+2.jpg -1 -1  1 -1 -1
+"""
+
+
+def animated() -> bytes:
+    frames = [Image.fromarray(pixels(seed=seed)) for seed in (0, 1)]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+# How each kind is tried
+
+
+def outcome_of(act: Callable[[], Any]) -> Outcome:
+    try:
+        return "read", str(act())
+    except (ValueError, storage.StorageError) as error:
+        return "refused", str(error)
+
+
+def explained(dataset: data.Dataset, place: int, count: int, preprocessing: Preprocessing = GREY) -> Outcome:
+    """What becomes of the row at ``place`` of ``count``; all of the others are to be read."""
+    shard = data.read_shard(dataset, data.list_images(dataset), preprocessing)
+    errors = shard["error"].to_pylist()
+    assert len(errors) == count
+    assert shard["image"].is_null().to_pylist() == [error is not None for error in errors]
+    error = errors.pop(place)
+    assert errors == [None] * (count - 1)
+    return ("error row", error) if error else ("read", "")
+
+
+def image(content: bytes | Callable[[], bytes], suffix: str = "png", preprocessing: Preprocessing = GREY) -> Builder:
+    """A file between two good ones of a folder."""
+
+    def build(root: Path) -> Outcome:
+        lay_out(root, "c/0.png", "c/z.png")
+        (root / f"c/1.{suffix}").write_bytes(content if isinstance(content, bytes) else content())
+        return explained(data.open_dataset("folder", root, "all"), 1, 3, preprocessing)
+
+    return build
+
+
+def array(value: np.ndarray) -> Builder:
+    return lambda _: outcome_of(lambda: GREY.apply(value).shape)
+
+
+def lay_out(root: Path, *names: str) -> None:
+    """Files below ``root``: images where the name says so, else text."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(pixels(200, 200)) if name.endswith(".png") else b"text")
+
+
+def dataset(source: str, root: Path, split: str = "all", then: str = "", **options: Any) -> Outcome:
+    """Open and list; ``then`` names a function of data.py that the listing is handed to."""
+
+    def act() -> Any:
+        listing = data.list_images(data.open_dataset(source, root, split, **options))
+        return getattr(data, then)(listing) if then else listing["image_id"].to_pylist()
+
+    return outcome_of(act)
+
+
+def folder(*names: str, **options: Any) -> Builder:
+    def build(root: Path) -> Outcome:
+        lay_out(root, *names)
+        return dataset("folder", root, **options)
+
+    return build
+
+
+def circles(root: Path) -> Outcome:
+    lay_out(root, "a/1.png", "a/2.png")
+    (root / "a/again").symlink_to(root)
+    (root / "b").symlink_to("a")
+    return dataset("folder", root)
+
+
+def odd_file(make: Callable[[Path], None]) -> Builder:
+    """Something odd called c/1.png between two good files; made after they were listed where that is the point."""
+
+    def build(root: Path) -> Outcome:
+        lay_out(root, "c/0.png", "c/z.png")
+        make(root / "c/1.png")
+        return explained(data.open_dataset("folder", root, "all"), 1, 3)
+
+    return build
+
+
+def vanished(root: Path) -> Outcome:
+    lay_out(root, "c/0.png", "c/1.png")
+    listed = data.open_dataset("folder", root, "all")
+    listing = data.list_images(listed)
+    (root / "c/0.png").unlink()
+    errors = data.read_shard(listed, listing, GREY)["error"].to_pylist()
+    assert errors[1] is None
+    return "error row", errors[0]
+
+
+def as_nobody(locked: str) -> Builder:
+    """Rights do not stop root: the reading process drops its own first."""
+    code = """
+import os, sys
+from clarity import data
+from PIL import Image
+Image.init()  # its parts may lie where others may not read
+if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
+dataset = data.open_dataset("folder", sys.argv[1], "all")
+print(*data.read_shard(dataset, data.list_images(dataset), data.Preprocessing("L", 8, 12))["error"], sep="|")
+"""
+
+    def build(root: Path) -> Outcome:
+        # A place of its own: pytest's are closed to other users from the top.
+        with tempfile.TemporaryDirectory() as place:
+            lay_out(Path(place), "c/0.png", "c/1.png", "c/z.png")
+            os.chmod(place, 0o755)
+            os.chmod(Path(place) / locked, 0)
+            done = subprocess.run([sys.executable, "-c", code, place], cwd=ROOT, capture_output=True, text=True)
+            os.chmod(Path(place) / locked, 0o700)
+        if done.returncode:
+            return "refused", done.stderr.splitlines()[-1].partition(": ")[2]
+        first, error, last = done.stdout.strip().split("|")
+        assert first == last == "None"
+        return "error row", error
+
+    return build
+
+
+def parquet(content: pa.Table | bytes, **options: Any) -> Builder:
+    return lambda root: dataset("parquet", written(root, content), **options)
+
+
+def parquet_row(*images: bytes | None) -> Builder:
+    """The second of three rows."""
+    return lambda root: explained(data.open_dataset("parquet", written(root, table(images)), "all"), 1, 3)
+
+
+def table(images: Sequence[bytes | None] = (PNG, PNG), **columns: Any) -> pa.Table:
+    return pa.table({"image": pa.array(images, pa.binary()), **columns})
+
+
+def written(root: Path, content: pa.Table | bytes) -> Path:
+    path = root / "x.parquet"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        pq.write_table(content, path, row_group_size=1, compression="zstd", use_dictionary=False)
+    return path
+
+
+def parquet_bytes() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table(), buffer)
+    return buffer.getvalue()
+
+
+def broken_row_group(root: Path) -> Outcome:
+    path = written(root, table([PNG] * 3))
+    content = bytearray(path.read_bytes())
+    with storage.open_parquet(path) as file:
+        part = file.metadata.row_group(1).column(0)
+    pages = slice(part.data_page_offset, part.data_page_offset + part.total_compressed_size)
+    content[pages] = bytes(255 - byte for byte in content[pages])
+    path.write_bytes(content)
+    return explained(data.open_dataset("parquet", path, "all"), 1, 3)
+
+
+def replaced_parquet(root: Path) -> Outcome:
+    path = written(root, table([PNG]))
+    listed = data.open_dataset("parquet", path, "all")
+    listing = data.list_images(listed)
+    path.write_bytes(b"PAR1 but no more")
+    return "error row", data.read_shard(listed, listing, GREY)["error"][0].as_py()
+
+
+def idx(values: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes()
+
+
+def mnist(images: bytes = b"", labels: bytes = b"", suffix: str = "") -> Builder:
+    def build(root: Path) -> Outcome:
+        (root / f"train-images-idx3-ubyte{suffix}").write_bytes(images)
+        (root / "train-labels-idx1-ubyte").write_bytes(labels)
+        return dataset("mnist", root, "train")
+
+    return build
+
+
+def celeba(
+    values: str = FACES, partition: str = "1.jpg 0\n2.jpg 1\n", images: str = "img_align_celeba", **options: Any
+) -> Builder:
+    """CelebA's layout with two faces, of which the file of the second is missing."""
+
+    def build(root: Path) -> Outcome:
+        (root / images).mkdir()
+        (root / images / "1.jpg").write_bytes(encoded(pixels(64, 64, 3), "JPEG"))
+        for name, content in (("list_attr_celeba.txt", values), ("list_eval_partition.txt", partition)):
+            if content:
+                (root / name).write_text(content)
+        found = dataset("celeba_hair", root, **options)
+        return explained(data.open_dataset("celeba_hair", root, "all"), 1, 2, COLOUR) if found[0] == "read" else found
+
+    return build
+
+
+def door(source: str, *arguments: Any, **options: Any) -> Builder:
+    return lambda _: outcome_of(lambda: data.open_dataset(source, *arguments, **options))
+
+
+def labels(*names: str | None) -> Builder:
+    return lambda _: ("read", f"labels {data.label_indices(pa.array(names), ('cat', 'dog')).to_pylist()}")
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def big_gif() -> bytes:
+    """A screen of one pixel and a first frame of 60,000 x 60,000 on it."""
+    screen = struct.pack("<6sHHBBB", b"GIF89a", 1, 1, 0x80, 0, 0) + bytes(6)
+    frame = struct.pack("<BHHHHB", 0x2C, 0, 0, 60_000, 60_000, 0)
+    return screen + frame + b"\2\2\x4c\1\0;"
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(pixels(W, H, 3), "JPEG", exif=exif)
+
+
+def with_transparent_colour() -> bytes:
+    return encoded(Image.fromarray(pixels()).convert("P"), transparency=3)
+
+
+def with_text(size: int) -> bytes:
+    return png(9, 9, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(size))))
+
+
+SPLIT = table(split=["dev", "train"])
+
+#: (kind, builder, outcome, a part of what is said)
+BAD_INPUT: list[tuple[str, Builder, str, str]] = [
+    # Files that are no images
+    ("image file of zero bytes", image(b""), "error row", "found an empty file: copy it again"),
+    ("JPEG cut in the middle", image(cut(JPEG), "jpg"), "error row", "image file is truncated"),
+    ("PNG cut in the middle", image(cut(PNG)), "error row", "truncated"),
+    ("PNG with a changed byte", image(PNG[:900] + b"\xff\0\xff" + PNG[903:]), "error row", "found a broken one"),
+    ("header of a PNG without pixels", image(PNG[:40]), "error row", "found bytes beginning with"),
+    (
+        "text named .png",
+        image(b"hello, world, this is text"),
+        "error row",
+        "found text beginning with b'hello, world'",
+    ),
+    ("random bytes named .jpg", image(pixels(500).tobytes(), "jpg"), "error row", "found bytes beginning with"),
+    (
+        "EPS program named .png",
+        image(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+        "error row",
+        "found text beginning with b'%!PS-Adobe",
+    ),
+    ("PDF named .jpg", image(b"%PDF-1.7\n1 0 obj", "jpg"), "error row", "found text"),
+    ("SVG named .png", image(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "error row", "found text"),
+    ("link that leads nowhere", odd_file(lambda path: path.symlink_to("x")), "error row", "No such file or directory"),
+    ("named pipe called .png", odd_file(os.mkfifo), "error row", "expected a file, found none that can be read"),
+    ("file that vanished after it was listed", vanished, "error row", "No such file or directory"),
+    ("file without the right to read it", as_nobody("c/1.png"), "error row", "Permission denied"),
+    # Images that are too much
+    ("gigapixel PNG, 100,000 x 100,000", image(png(100_000, 100_000)), "error row", "at most 67108864 pixels"),
+    ("PNG of 8,193 x 8,192", image(png(8_193, 8_192)), "error row", "found 8193 x 8192: make the image smaller"),
+    ("gigapixel frame of a small GIF", image(big_gif(), "gif"), "error row", "at most 67108864 pixels"),
+    ("PNG with 100 MB of packed text", image(lambda: with_text(100_000_000)), "error row", "found a broken one"),
+    # Images of other kinds
+    (
+        "smaller than the centre crop",
+        image(PNG, "png", Preprocessing("L", H, W, 100)),
+        "error row",
+        "at least 100 x 100",
+    ),
+    ("TIFF of floats with NaN", image(encoded(NANS, "TIFF"), "tif"), "error row", "96 of 96 NaN or infinite"),
+    ("TIFF of integers over 65,535", image(encoded(LARGE, "TIFF"), "tif"), "error row", "in [0, 65535], found 70000"),
+    ("CMYK JPEG", image(encoded(Image.new("CMYK", (W, H)), "JPEG"), "jpg"), "read", "its colours converted"),
+    ("16-bit grey PNG", image(encoded(pixels().astype(np.uint16) * 257)), "read", "scaled to 8 bits"),
+    ("PNG with alpha", image(encoded(pixels(H, W, 4))), "read", "laid on white"),
+    ("palette with a transparent colour", image(with_transparent_colour), "read", "laid on white"),
+    ("animated GIF", image(animated, "gif"), "read", "its first frame"),
+    ("JPEG turned by EXIF", image(turned, "jpg"), "read", "turned upright"),
+    (
+        "JPEG with broken EXIF",
+        image(encoded(pixels(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), "jpg"),
+        "read",
+        "as it lies",
+    ),
+    ("bilevel PBM", image(encoded(Image.fromarray(pixels()).convert("1"), "PPM"), "pbm"), "read", "as black and white"),
+    ("JPEG named .PNG", image(JPEG, "PNG"), "read", "by its content"),
+    ("image of another size", image(encoded(pixels(1, 300))), "read", "resized"),
+    # Arrays
+    ("array with NaN", array(np.where(np.eye(H, W), np.nan, 0.5)), "refused", "found 8 of 96 NaN or infinite"),
+    ("array with infinity", array(np.full((H, W), np.inf, np.float32)), "refused", "NaN or infinite"),
+    ("array of another size", array(pixels(W, H)), "refused", "an array of shape (1, 8, 12), found (12, 8)"),
+    ("array of two channels", array(pixels(2, H, W)), "refused", "an array of shape (1, 8, 12), found (2, 8, 12)"),
+    ("array of floats of 0 to 255", array(pixels().astype(np.float32)), "refused", "expected float32 pixels in [0, 1]"),
+    ("array of negative integers", array(pixels().astype(int) - 300), "refused", "expected int64 pixels in [0, 255]"),
+    ("array of strings", array(pixels().astype(str)), "refused", "expected pixels of type uint8 or float32"),
+    # Folders
+    ("empty folder", folder(), "refused", "expected images in split 'all'"),
+    ("folder of other files", folder("c/a.txt", "c/b.md"), "refused", "2 files without an image's extension"),
+    ("file in place of a folder", lambda root: dataset("folder", written(root, b"x")), "refused", "found a file at"),
+    ("folder that is not there", lambda root: dataset("folder", root / "nowhere"), "refused", "found nothing at"),
+    ("folder that may not be listed", as_nobody("c"), "refused", "Permission denied: give this user the right"),
+    ("test/ asked of train/ alone", folder("train/c/1.png", split="test"), "refused", "found only train/"),
+    (
+        "one class, for training",
+        folder("c/1.png", "c/2.png", then="class_names_of"),
+        "refused",
+        "two classes, found 'c'",
+    ),
+    ("no classes, for training", folder("1.png", "2.png", then="class_names_of"), "refused", "found no labels"),
+    ("no classes, for explaining", folder("1.png", "2.png"), "read", "['1.png', '2.png']"),
+    (
+        "class without images",
+        folder("c/1.png", "d/a.txt", then="left_out"),
+        "read",
+        "'class folders without an image': 1",
+    ),
+    ("hidden files", folder("c/1.png", "c/._1.png", ".x/2.png", then="left_out"), "read", "'hidden files': 2"),
+    ("links in circles", circles, "read", "['a/1.png', 'a/2.png']"),
+    (
+        "spaces, unicode, newlines in names",
+        folder("ü ñ/a\nb .png", "c/猫.png"),
+        "read",
+        r"['c/猫.png', 'ü ñ/a\nb .png']",
+    ),
+    ("name that is no UTF-8", folder("c/caf\udce9.png"), "read", r"['c/caf\\xe9.png']"),
+    # Parquet
+    ("Parquet file cut short", parquet(cut(parquet_bytes())), "refused", "expected a whole Parquet file"),
+    ("text named .parquet", parquet(b"image,label\n"), "refused", "expected a whole Parquet file"),
+    ("Parquet with zero rows", parquet(table([])), "refused", "expected images in split 'all'"),
+    ("Parquet without a column image", parquet(pa.table({"img": [b"x"]})), "refused", "expected a column image"),
+    ("column image of strings", parquet(pa.table({"image": ["a.png"]})), "refused", "bytes or struct<bytes, path>"),
+    ("column image of lists", parquet(pa.table({"image": [[1, 2]]})), "refused", "found list<"),
+    ("column label of floats", parquet(table(label=[1.5, 2.5])), "refused", "column label of strings or integers"),
+    ("null image", parquet_row(PNG, None, PNG), "error row", "found null: fill or drop the row"),
+    ("image of zero bytes", parquet_row(PNG, b"", PNG), "error row", "found an empty file"),
+    ("null label", parquet(table(label=["a", None])), "read", "['00000000', '00000001']"),
+    ("label that the model does not know", labels("dog", "cow", "99", None), "read", "[1, None, None, None]"),
+    ("null image_id", parquet(table(image_id=["a", None])), "refused", "found null in 1: fill them"),
+    ("image_id that is double", parquet(table(image_id=["a", "a"])), "refused", "found 1 more than once ('a')"),
+    ("split that is neither train nor test", parquet(SPLIT, split="train", then="left_out"), "read", "nor test': 1"),
+    ("no row of the split asked for", parquet(SPLIT, split="test"), "refused", "or choose another split"),
+    ("directory without Parquet files", lambda root: dataset("parquet", root), "refused", "expected files *.parquet"),
+    ("row group with changed bytes", broken_row_group, "error row", "found it broken: restore it"),
+    ("Parquet file replaced after its listing", replaced_parquet, "error row", "found it broken: restore it"),
+    # MNIST
+    (
+        "MNIST without its files",
+        lambda root: dataset("mnist", root, "train"),
+        "refused",
+        "train-images-idx3-ubyte[.gz]",
+    ),
+    ("idx file cut short", mnist(idx(DIGITS)[:-1]), "refused", "expected a whole idx file of 3 axes"),
+    ("idx file of zero bytes", mnist(b""), "refused", "expected a whole idx file of 3 axes"),
+    ("labels in the place of images", mnist(idx(pixels(3))), "refused", "expected a whole idx file of 3 axes"),
+    ("more images than labels", mnist(idx(DIGITS), idx(pixels(2))), "refused", "found 2 and 3"),
+    ("idx.gz cut short", mnist(cut(gzip.compress(idx(DIGITS))), suffix=".gz"), "refused", "expected a whole idx file"),
+    # CelebA
+    ("CelebA without its images", celeba(images="x"), "refused", "expected a folder img_align_celeba/"),
+    ("CelebA without its attributes", celeba(""), "refused", "expected list_attr_celeba.txt"),
+    ("CelebA without its partition", celeba(partition=""), "refused", "expected list_eval_partition.txt"),
+    ("attributes cut short", celeba(FACES[:-25]), "refused", "expected 2 faces in list_attr_celeba.txt"),
+    ("attributes with a broken line", celeba(FACES[:-3] + "7"), "refused", "in line 4 of list_attr_celeba.txt"),
+    ("attributes that point outside", celeba(FACES.replace("1.jpg", "../1.jpg")), "refused", "in line 3 of"),
+    ("face without a partition", celeba(partition="2.jpg 0\n"), "refused", "found no '1.jpg'"),
+    ("attribute that is not there", celeba(attributes=["Hat"]), "refused", "expected some of Black_Hair, Blond_Hair"),
+    ("face whose file is missing", celeba(), "error row", "No such file or directory"),
+    # Doors
+    ("unknown data set", door("imagenet"), "refused", "expected one of digits, mnist, folder, parquet, celeba_hair"),
+    ("unknown split", door("digits", split="val"), "refused", "expected one of train, test, all"),
+    ("data given to digits", door("digits", "photos"), "refused", "expected no data for digits"),
+    ("no data given to a folder", door("folder"), "refused", "expects the place of its data"),
+    ("a place of another kind", door("folder", "https://host/photos"), "refused", "found the scheme 'https'"),
+    ("MNIST on an object store", door("mnist", "s3://bucket/mnist"), "refused", "expects a local directory"),
+    (
+        "a password in the place",
+        door("folder", "s3://me:secret@bucket/x"),
+        "refused",
+        "found some in s3://***@bucket/x",
+    ),
+    ("mode that is none", lambda _: outcome_of(lambda: Preprocessing("CMYK", H, W)), "refused", "expected mode 'L'"),
+    ("size of zero", lambda _: outcome_of(lambda: Preprocessing("L", 0, W)), "refused", "height in pixels, 1 to 8192"),
+]
+
+
+@pytest.mark.parametrize(("kind", "build", "outcome", "said"), BAD_INPUT, ids=[kind[0] for kind in BAD_INPUT])
+def test_bad_input_gets_what_the_table_says(kind: str, build: Builder, outcome: str, said: str, tmp_path: Path) -> None:
+    found, message = build(tmp_path)
+    assert found == outcome, message
+    assert not message or said in message
+    if outcome == "error row":
+        # Nothing in it depends on where the data lies or on the process: tables stay equal byte for byte.
+        assert message.startswith("expected ") and ", found " in message and ": " in message
+        assert str(tmp_path) not in message and "0x" not in message
+    if outcome == "refused":
+        assert len(message) > 20
+        assert "expect" in message or "cannot" in message
+        assert "secret" not in message
+
+
+# Kinds without end
+
+
+PICTURES = [
+    encoded(pixels(30, 40, 3), kind, **options)
+    for kind, options in (("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {}), ("PPM", {}))
+] + [encoded(pixels(), "TIFF", compression="tiff_lzw"), encoded(pixels().astype(np.uint16)), turned(), animated()]
+
+
+def is_read_or_refused(content: bytes | np.ndarray) -> None:
+    for preprocessing in (GREY, COLOUR):
+        try:
+            found = preprocessing.apply(content)
+        except UnreadableImage as error:
+            assert "expected" in str(error) and "found" in str(error) and len(str(error)) < 500
+        else:
+            assert (found.shape, found.dtype) == (preprocessing.image_shape, np.uint8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused_with_a_reason(content: bytes) -> None:
+    is_read_or_refused(content)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(PICTURES), st.data())
+def test_damaged_images_are_read_or_refused_with_a_reason(content: bytes, draw: st.DataObject) -> None:
+    damaged = bytearray(content)
+    for _ in range(draw.draw(st.integers(1, 4))):
+        damaged[draw.draw(st.integers(0, len(content) - 1))] = draw.draw(st.integers(0, 255))
+    is_read_or_refused(bytes(damaged[: draw.draw(st.integers(len(content) // 2, len(content)))]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([np.uint8, np.uint16, np.int32, np.float16, np.float32, np.float64, np.bool_, np.complex64, "S3"]),
+    st.lists(st.integers(0, 13), max_size=4),
+    st.sampled_from([0, 1, 255, 300, -1, np.nan, np.inf]),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_any_array_is_read_or_refused_with_a_reason(kind: Any, shape: list[int], value: float) -> None:
+    is_read_or_refused(
+        np.full(shape, np.nan_to_num(value) if kind in (np.uint8, np.uint16, np.int32) else value).astype(kind)
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_as_parquet_are_refused(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as root, pytest.raises(ValueError, match="expected a whole Parquet file"):
+        data.list_images(data.open_dataset("parquet", written(Path(root), content), "all"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(), min_size=1, max_size=6, unique=True))
+def test_any_image_ids_come_back(image_ids: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        path = written(Path(root), table([PNG] * len(image_ids), image_id=pa.array(image_ids, pa.string())))
+        listed = data.open_dataset("parquet", path, "all")
+        listing = data.list_images(listed)
+        assert listing["image_id"].to_pylist() == image_ids
+        assert data.read_shard(listed, listing, GREY)["image_id"].to_pylist() == image_ids
+        splits = [data.open_dataset("parquet", path, split) for split in ("train", "test")]
+        found = [image_id for split in splits for image_id in _ids(split)]
+        assert sorted(found) == sorted(image_ids)
+
+
+def _ids(dataset: data.Dataset) -> list[str]:
+    try:
+        return data.list_images(dataset)["image_id"].to_pylist()
+    except ValueError:
+        return []
+
+
+def markdown() -> str:
+    """The table, from what really happens."""
+    lines = ["| input | outcome | what is said |", "|---|---|---|"]
+    for kind, build, _, note in BAD_INPUT:
+        with tempfile.TemporaryDirectory() as root:
+            outcome, message = build(Path(root))
+        message = re.sub(r"/tmp/tmp\w+", "DIR", message.replace(root, "DIR")) or note
+        message = message.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+        lines.append(f"| {kind} | {outcome} | {message} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
