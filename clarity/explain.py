@@ -1,7 +1,6 @@
 """From a shard of images to the rows of an audit: encode, predict, search every wanted target, decode, judge.
 
-Here the rooms meet: models, methods and tables. Also what each worker of a job runs on one shard, as plain functions
-and one class: reading, explaining, writing. Does not know Ray.
+Here the rooms meet: models, methods and tables. Does not know how shards come and go, nor Ray.
 
 Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
 """
@@ -10,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -29,11 +26,12 @@ import torch
 from torch import Tensor
 
 import clarity
-from clarity import audit, data, schema, storage
+from clarity import audit, data, schema, shards, storage
 from clarity.checkpoints import Model, fold_of, load_model
 from clarity.classifiers import logits_rows
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.search import Counterfactuals, SearchConfig
+from clarity.shards import Clock, Work, attempted, pack, pack_row, unpack, unpack_row
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows, in_blocks
 
@@ -56,19 +54,6 @@ class Judged:
     predictive: np.ndarray
     aleatoric: np.ndarray
     epistemic: np.ndarray
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @dataclass
@@ -167,11 +152,14 @@ class Explainer:
             extra: further columns for ``codes``, a row for each of the shard.
             trace: how many of its first images are traced too.
         """
-        return with_pictures(self.search_shard(shard, extra, trace), self.model.image_shape)
+        explained = self.search_shard(shard, extra, trace)
+        shape = self.model.image_shape
+        codes, pairs = shards.drawn(explained.codes, "x", shape), shards.drawn(explained.counterfactuals, "x_cf", shape)
+        return replace(explained, codes=codes, counterfactuals=pairs)
 
     def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """``explain_shard`` before its pictures are made: columns ``x`` and ``x_cf`` hold raw pixels."""
-        clock = _Clock()
+        clock = Clock()
         extra = extra if extra is not None else pa.table({})
         traced = set(shard["image_id"][:trace].to_pylist())
         labels = data.label_indices(shard["label_name"], self.model.class_names)
@@ -218,7 +206,7 @@ class Explainer:
 
     # ---- the stages ------------------------------------------------------------------------------------------------
 
-    def _see(self, part: _Part, pixels: np.ndarray, clock: _Clock) -> None:
+    def _see(self, part: _Part, pixels: np.ndarray, clock: Clock) -> None:
         """Encode the images, reconstruct them, and let the ensemble look at their codes."""
         with clock("encode"):
             part.pixels = pixels.reshape(-1, *self.model.image_shape)
@@ -242,7 +230,7 @@ class Explainer:
         target = torch.from_numpy(part.target).to(self.device)
         part.pairs = Pairs(part.x[place], part.z[place], part.log_var[place], part.noise[place], target)
 
-    def _search(self, part: _Part, clock: _Clock) -> None:
+    def _search(self, part: _Part, clock: Clock) -> None:
         """Search the pairs, then decode what was found, quantise it, and let the ensemble look at it again."""
         method = METHODS[self.method]
         with clock("search"):
@@ -391,7 +379,7 @@ class Explainer:
         return pa.array(self.model.class_names, pa.string()).take(pa.array(classes))
 
     def _raw(self, pixels: np.ndarray) -> pa.Array:
-        """Raw pixels as a binary column, until ``with_pictures``."""
+        """Raw pixels as a binary column, until ``shards.drawn``."""
         if self.images == "none":
             return pa.nulls(len(pixels), pa.binary())
         flat = schema.fixed_size_list(pixels.reshape(len(pixels), -1))
@@ -427,24 +415,6 @@ def _require_classifier(model: Model, method: str) -> None:
 def quantise(x: Tensor) -> np.ndarray:
     """Pictures in [0, 1] as uint8."""
     return _numpy((x * 255).round().clamp(0, 255).to(torch.uint8))
-
-
-def with_pictures(explained: Explained, image_shape: tuple[int, int, int]) -> Explained:
-    """The tables with their raw pixels made into PNG files."""
-
-    def drawn(table: pa.Table, name: str) -> pa.Table:
-        place = table.column_names.index(name)
-        column = table[name].combine_chunks()
-        valid = column.is_valid().to_numpy(zero_copy_only=False)
-        files = np.full(len(column), None, object)
-        if valid.any():
-            raw = np.frombuffer(b"".join(column.drop_null().to_pylist()), np.uint8)
-            files[valid] = schema.to_png(raw.reshape(-1, *image_shape))
-        return table.set_column(place, table.schema.field(name), pa.array(files, pa.binary()))
-
-    return replace(
-        explained, codes=drawn(explained.codes, "x"), counterfactuals=drawn(explained.counterfactuals, "x_cf")
-    )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -616,40 +586,7 @@ def _column_digest(column: pa.ChunkedArray) -> str:
     return hashlib.sha256(sink.getvalue()).hexdigest()[:16]
 
 
-# ---- what the workers of a job run ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every worker of a run is told: the audit and its plan, the run's name, the data set."""
-
-    uri: str
-    run: str
-    plan: audit.Plan
-    dataset: data.Dataset
-    preprocessing: data.Preprocessing
-
-
-def shard_item(shard: int, listing: pa.Table) -> dict[str, Any]:
-    """What the first worker is given: the shard's number and its part of the listing."""
-    return {"shard": shard, "listing": _pack(listing).to_pybytes()}
-
-
-def read_shard(batch: pa.Table, work: Work) -> pa.Table:
-    """First worker of a shard: its part of the listing in, its images out.
-
-    What passes between workers is a table of one row: shard, note, tables as bytes; ``note`` is JSON and tells how it
-    ended.
-    """
-    row = _row(batch)
-
-    def read() -> dict[str, Any]:
-        start = time.perf_counter()
-        images = data.read_shard(work.dataset, _unpack(row["listing"]), work.preprocessing)
-        seconds = {"read": time.perf_counter() - start}
-        return {"note": {"seconds": seconds}, "listing": row["listing"], "images": _pack(images)}
-
-    return _attempt(work, row["shard"], "read", read, ("listing", "images"))
+# ---- in a job ------------------------------------------------------------------------------------------------------
 
 
 class ExplainShard:
@@ -677,100 +614,22 @@ class ExplainShard:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Explain one shard; pass on what failed before."""
-        row = _row(batch)
+        row = unpack_row(batch)
         names = ("codes", "counterfactuals", "traces")
         if not row["note"].get("seconds"):
-            return _batch(row["shard"], row["note"], dict.fromkeys(names))
+            return pack_row(row["shard"], row["note"], dict.fromkeys(names))
 
         def run() -> dict[str, Any]:
-            listing, plan = _unpack(row["listing"]), self.work.plan
+            listing, plan = unpack(row["listing"]), self.work.plan
             extra = listing.select([name for name, *_ in plan.dataset["extra"]])
             trace = plan.trace - plan.shards[row["shard"]]["start"]
-            explained = self.explainer.search_shard(_unpack(row["images"]), extra, max(0, trace))
+            explained = self.explainer.search_shard(unpack(row["images"]), extra, max(0, trace))
             explained.stats["seconds"] |= row["note"]["seconds"]
             tables = (explained.codes, explained.counterfactuals, explained.traces)
-            packed = {name: None if table is None else _pack(table) for name, table in zip(names, tables)}
+            packed = {name: None if table is None else pack(table) for name, table in zip(names, tables)}
             return {"note": explained.stats, **packed}
 
-        return _attempt(self.work, row["shard"], "explain", run, names)
-
-
-def write_shard(batch: pa.Table, work: Work) -> pa.Table:
-    """Last worker of a shard: make the pictures, write the files, commit them; shard and note go back to the driver."""
-    row = _row(batch)
-    note = row["note"]
-    if not note.get("seconds"):
-        return _batch(row["shard"], note, {})
-
-    def write() -> dict[str, Any]:
-        plan, clock = work.plan, _Clock()
-        with clock("pictures"):
-            raw = Explained(_unpack(row["codes"]), _unpack(row["counterfactuals"]), {})
-            drawn = with_pictures(raw, plan.image_shape)
-        tables = {
-            "codes": drawn.codes.cast(plan.codes_schema()),
-            "counterfactuals": drawn.counterfactuals.cast(plan.counterfactuals_schema()),
-        }
-        if row["traces"] is not None:
-            tables["traces"] = _unpack(row["traces"])
-        with clock("write"):
-            about = note | {"seconds": note["seconds"] | clock.seconds}
-            audit.write_shard(work.uri, plan, row["shard"], tables, about)
-        return {"note": about | {"seconds": about["seconds"] | clock.seconds}}
-
-    return _attempt(work, row["shard"], "write", write, ())
-
-
-def _attempt(
-    work: Work, shard: int, stage: str, action: Callable[[], dict[str, Any]], names: Sequence[str]
-) -> pa.Table:
-    """Do a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
-    nothing = dict.fromkeys(names)
-    try:
-        again = audit.begin_attempt(work.uri, work.run, shard, stage) > 1
-        # A lost machine makes Ray do things again that may have ended well.
-        if again and audit.is_committed(work.uri, work.plan.fingerprint, shard):
-            return _batch(shard, {"committed": True}, nothing)
-        result = action()
-        return _batch(shard, result["note"], {name: result[name] for name in names})
-    except audit.GivenUp as error:
-        return _batch(shard, {"stage": stage, "error": str(error), "given_up": True}, nothing)
-    except Exception as error:  # whatever it is, the other shards go on
-        return _batch(shard, {"stage": stage, "error": f"{type(error).__name__}: {error}"}, nothing)
-
-
-def _batch(shard: int, note: dict[str, Any], parts: Mapping[str, pa.Buffer | None]) -> pa.Table:
-    """A table of one row around buffers, which are not copied."""
-    columns: dict[str, pa.Array] = {"shard": pa.array([shard]), "note": pa.array([json.dumps(note)])}
-    for name, part in parts.items():
-        if part is None:
-            columns[name] = pa.nulls(1, pa.large_binary())
-        else:
-            ends = pa.py_buffer(np.array([0, part.size], np.int64))
-            columns[name] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, part])
-    return pa.table(columns)
-
-
-def _row(batch: pa.Table) -> dict[str, Any]:
-    row = {}
-    for name in batch.column_names:
-        scalar = batch[name][0]
-        is_bytes = pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)
-        row[name] = scalar.as_buffer() if is_bytes and scalar.is_valid else scalar.as_py()
-    if "note" in row:
-        row["note"] = json.loads(row["note"])
-    return row
-
-
-def _pack(table: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def _unpack(buffer: pa.Buffer) -> pa.Table:
-    return pa.ipc.open_stream(buffer).read_all()
+        return attempted(self.work, row["shard"], "explain", run, names)
 
 
 # ---- in a notebook -------------------------------------------------------------------------------------------------

@@ -31,20 +31,17 @@ from clarity import audit, data, storage
 from clarity.checkpoints import Model, load_model
 from clarity.explain import (
     ExplainShard,
-    Work,
     choose,
     make_plan,
     probe,
     raw_bytes_per_image,
-    read_shard,
-    shard_item,
     verify,
-    write_shard,
 )
 from clarity.methods import METHODS
 from clarity.report import write_report
 from clarity.resources import Resources, job_path, plan_resources
 from clarity.search import ENGINES, SearchConfig
+from clarity.shards import Work, read_shard, shard_item, write_shard
 
 #: Of a Ray that this job starts itself: fixed, so that memory does not grow with the data.
 OBJECT_STORE_BYTES = 1_000_000_000

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +23,17 @@ from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, l
 from clarity.explain import (
     Explainer,
     ExplainShard,
-    Work,
     choose,
     class_indices,
     judge,
     make_plan,
     probe,
     quantise,
-    read_shard,
-    shard_item,
     verify,
-    write_shard,
 )
 from clarity.methods import METHODS
 from clarity.search import SearchConfig
+from clarity.shards import Work, read_shard, shard_item, write_shard
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows
 
@@ -475,6 +474,12 @@ def test_workers_fill_an_audit(work: Any) -> None:
     traces = audit.read_audit(work.uri).traces
     assert traces is not None
     assert len(set(traces.to_table()["image_id"].to_pylist())) == 6
+
+
+def test_readers_and_writers_do_not_load_torch() -> None:
+    code = "import sys, clarity.shards; print([name for name in ('torch', 'ray') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.stdout.strip() == "[]", run.stderr
 
 
 def test_workers_turn_exceptions_into_notes(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,156 @@
+"""The way of one shard between the processes of a job: read, written and committed, each stage a counted attempt.
+
+What passes between processes is a table of one row: the shard's number, a note in JSON that tells how it went, and
+tables as bytes, which are not copied. Does not know models, and does not load torch: readers and writers are small
+processes. Does not know Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clarity import audit, data, schema
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker of a run is told: the audit and its plan, the run's name, the data set."""
+
+    uri: str
+    run: str
+    plan: audit.Plan
+    dataset: data.Dataset
+    preprocessing: data.Preprocessing
+
+
+def shard_item(shard: int, listing: pa.Table) -> dict[str, Any]:
+    """What the first worker is given: the shard's number and its part of the listing."""
+    return {"shard": shard, "listing": pack(listing).to_pybytes()}
+
+
+def read_shard(batch: pa.Table, work: Work) -> pa.Table:
+    """First worker of a shard: its part of the listing in, its images out."""
+    row = unpack_row(batch)
+
+    def read() -> dict[str, Any]:
+        start = time.perf_counter()
+        images = data.read_shard(work.dataset, unpack(row["listing"]), work.preprocessing)
+        seconds = {"read": time.perf_counter() - start}
+        return {"note": {"seconds": seconds}, "listing": row["listing"], "images": pack(images)}
+
+    return attempted(work, row["shard"], "read", read, ("listing", "images"))
+
+
+def write_shard(batch: pa.Table, work: Work) -> pa.Table:
+    """Last worker of a shard: make the pictures, write the files, commit them; shard and note go back to the driver."""
+    row = unpack_row(batch)
+    note = row["note"]
+    if not note.get("seconds"):
+        return pack_row(row["shard"], note, {})
+
+    def write() -> dict[str, Any]:
+        plan, clock = work.plan, Clock()
+        with clock("pictures"):
+            codes = drawn(unpack(row["codes"]), "x", plan.image_shape)
+            pairs = drawn(unpack(row["counterfactuals"]), "x_cf", plan.image_shape)
+        tables = {
+            "codes": codes.cast(plan.codes_schema()),
+            "counterfactuals": pairs.cast(plan.counterfactuals_schema()),
+        }
+        if row["traces"] is not None:
+            tables["traces"] = unpack(row["traces"])
+        with clock("write"):
+            about = note | {"seconds": note["seconds"] | clock.seconds}
+            audit.write_shard(work.uri, plan, row["shard"], tables, about)
+        return {"note": about | {"seconds": about["seconds"] | clock.seconds}}
+
+    return attempted(work, row["shard"], "write", write, ())
+
+
+def attempted(
+    work: Work, shard: int, stage: str, action: Callable[[], dict[str, Any]], names: Sequence[str]
+) -> pa.Table:
+    """Do a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
+    nothing = dict.fromkeys(names)
+    try:
+        again = audit.begin_attempt(work.uri, work.run, shard, stage) > 1
+        # A lost machine makes Ray do things again that may have ended well.
+        if again and audit.is_committed(work.uri, work.plan.fingerprint, shard):
+            return pack_row(shard, {"committed": True}, nothing)
+        result = action()
+        return pack_row(shard, result["note"], {name: result[name] for name in names})
+    except audit.GivenUp as error:
+        return pack_row(shard, {"stage": stage, "error": str(error), "given_up": True}, nothing)
+    except Exception as error:  # whatever it is, the other shards go on
+        return pack_row(shard, {"stage": stage, "error": f"{type(error).__name__}: {error}"}, nothing)
+
+
+def pack_row(shard: int, note: dict[str, Any], parts: Mapping[str, pa.Buffer | None]) -> pa.Table:
+    """A table of one row around buffers, which are not copied."""
+    columns: dict[str, pa.Array] = {"shard": pa.array([shard]), "note": pa.array([json.dumps(note)])}
+    for name, part in parts.items():
+        if part is None:
+            columns[name] = pa.nulls(1, pa.large_binary())
+        else:
+            ends = pa.py_buffer(np.array([0, part.size], np.int64))
+            columns[name] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, part])
+    return pa.table(columns)
+
+
+def unpack_row(batch: pa.Table) -> dict[str, Any]:
+    """The inverse of ``pack_row``."""
+    row = {}
+    for name in batch.column_names:
+        scalar = batch[name][0]
+        is_bytes = pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)
+        row[name] = scalar.as_buffer() if is_bytes and scalar.is_valid else scalar.as_py()
+    if "note" in row:
+        row["note"] = json.loads(row["note"])
+    return row
+
+
+def pack(table: pa.Table) -> pa.Buffer:
+    """A table as bytes."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def unpack(buffer: pa.Buffer) -> pa.Table:
+    """The inverse of ``pack``; a view where it can be one."""
+    return pa.ipc.open_stream(buffer).read_all()
+
+
+def drawn(table: pa.Table, name: str, image_shape: tuple[int, int, int]) -> pa.Table:
+    """The table with the raw pixels of its column ``name`` made into PNG files; null stays null."""
+    place = table.column_names.index(name)
+    column = table[name].combine_chunks()
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    files = np.full(len(column), None, object)
+    if valid.any():
+        raw = np.frombuffer(b"".join(column.drop_null().to_pylist()), np.uint8)
+        files[valid] = schema.to_png(raw.reshape(-1, *image_shape))
+    return table.set_column(place, table.schema.field(name), pa.array(files, pa.binary()))
