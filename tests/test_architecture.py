@@ -16,11 +16,11 @@ ROOMS = sorted(path.stem for path in (ROOT / "clarity").glob("*.py") if path.ste
 LEVELS = [
     {"storage", "vae", "uncertainty", "schema", "resources"},
     {"data", "classifiers", "audit", "kernels"},
-    {"training", "checkpoints", "search"},
+    {"training", "checkpoints", "search", "shards"},
     {"methods", "judges"},
     {"explain", "metrics"},
     {"findings", "plots"},
-    {"report"},
+    {"comparison", "report"},
 ]
 WITHIN_A_LEVEL = {("training", "checkpoints")}
 
