@@ -1,0 +1,72 @@
+"""The README against the code: it names every flag, column, source and method, and its commands and queries run."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clarity.schema import CODES_DOC, COUNTERFACTUALS_DOC
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+
+
+@functools.cache
+def flags_of(job: Path) -> list[str]:
+    """Every option that a job takes, as its own help says."""
+    run = subprocess.run([sys.executable, str(job), "--help"], capture_output=True, text=True, check=True)
+    return sorted(set(re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)", run.stdout, re.MULTILINE)) - {"--help"})
+
+
+def section(title: str) -> str:
+    """The text under a heading, up to the next heading of the same or a higher rank."""
+    match = re.search(rf"^(#+) {re.escape(title)}$", README, re.MULTILINE)
+    assert match, f"README.md has no section {title!r}"
+    rest = README[match.end() :]
+    end = re.search(rf"^#{{1,{len(match[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_readme_names_every_flag(job: Path) -> None:
+    text = section(f"`jobs/{job.name}`")
+    missing = [flag for flag in flags_of(job) if f"`{flag}" not in text]
+    assert not missing
+
+
+def test_flags_are_found_in_the_jobs_at_all() -> None:
+    assert {"--dataset", "--model", "--out"} <= set(flags_of(ROOT / "jobs" / "explain_all.py"))
+
+
+@pytest.mark.parametrize(("table", "docs"), [("codes", CODES_DOC), ("counterfactuals", COUNTERFACTUALS_DOC)])
+def test_readme_names_every_column(table: str, docs: dict[str, str]) -> None:
+    text = section(f"`{table}/*.parquet`")
+    assert not [column for column in docs if f"`{column}`" not in text]
+
+
+def test_readme_names_every_source_method_and_vae() -> None:
+    from clarity.data import SOURCES
+    from clarity.methods import METHODS
+    from clarity.vae import VAES
+
+    assert not [name for name in SOURCES if f"`{name}`" not in section("Your own images")]
+    assert not [name for name in METHODS if f"`{name}`" not in section("Methods")]
+    assert not [name for name in VAES if f"`{name}`" not in section("`jobs/train.py`")]
+
+
+def test_readme_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", README) + re.findall(r'src="(?!http)([^"]+)"', README)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_first_screen_has_the_two_commands() -> None:
+    first = README[: README.index("\n## ")]
+    assert "pip install . && python jobs/explain_all.py" in first
+    assert "pip install '.[test]' && pytest" in first
