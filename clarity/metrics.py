@@ -1,20 +1,30 @@
 """What the comparison counts: each metric a pure function, and the summary of rows with bootstrap intervals.
 
-Knows definitions and units. Does not know methods, audits or files; which nets answer comes in as their answers, and
-``judge_images`` asks them in one place. All images are judged after rounding to 8 bits, whoever made them.
+Knows definitions and units. Does not know audits or files. Which nets answer comes in as their answers;
+``judge_images`` asks the judges in one place, and the last section measures a model's classifiers and searches. All
+images are judged after rounding to 8 bits, whoever made them.
 
 Shapes: B rows, C, H, W image in [0, 1], D latent, K classes, M members, F features, A attributes, T points of a curve.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from clarity.checkpoints import Model
+from clarity.classifiers import ImageEnsemble, LatentEnsemble, logits_rows
 from clarity.judges import Judges, predict_features, predict_probs, reconstruct
+from clarity.methods import METHODS, Pairs
+from clarity.search import SearchConfig
+from clarity.uncertainty import decompose
 
 #: Neighbours over which implausibility averages, and pixels that count as moved.
 NEIGHBOURS = 5
@@ -53,6 +63,9 @@ METRICS_DOC = {
     "counterfactuals_per_second": "pairs searched per second, in one process with equal batches, converged or not",
     "milliseconds_per_step": "time of one update of one pair within such a batch",
 }
+
+#: Columns of attributes that changed sides are named with this before the attribute.
+FLIP = "flip_"
 
 Array = np.ndarray
 
@@ -224,7 +237,7 @@ def summarise(
     """One dict for all rows, then one for each (source, target): every metric with ``_low`` and ``_high`` around it.
 
     Args:
-        columns: ``image_id``, ``source``, ``target``, and any of ``METRICS_DOC`` (NaN where unknown), each (N,).
+        columns: ``image_id``, ``source``, ``target``, and any of ``METRICS_DOC`` and flips (NaN where unknown), (N,).
         frechet: distance of the rows with the given indices (all of one target), or None.
         draws: of the bootstrap; 0 leaves the intervals out.
         seed: of the bootstrap.
@@ -232,6 +245,7 @@ def summarise(
     The Frechet distance of all rows is the mean over targets; it has no interval, since resampling biases it.
     """
     names = [name for name in METRICS_DOC if name in columns]
+    names += [name for name in columns if name.startswith(FLIP)]
     values = np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
     source, target = np.asarray(columns["source"]), np.asarray(columns["target"])
     ids = np.asarray(columns["image_id"])
@@ -336,7 +350,7 @@ def judge_images(
         after = predict_probs(judges.attribute_net, results, sigmoid=True)
         out["label_variation"] = label_variation(before, after, other_attributes)
         flips = attribute_flips(before, after)
-        out |= {f"flip_{name}": flips[:, a].astype(np.float64) for a, name in enumerate(judges.attributes)}
+        out |= {f"{FLIP}{name}": flips[:, a].astype(np.float64) for a, name in enumerate(judges.attributes)}
     return out
 
 
@@ -377,3 +391,108 @@ def gradient_spread(gradients: Array) -> dict[str, float]:
     units = gradients / np.maximum(np.linalg.norm(gradients, axis=-1, keepdims=True), 1e-300)
     cosine = ((units.sum(axis=0) ** 2).sum(axis=-1) - members) / (members * (members - 1))
     return {"noise_to_signal": float(np.median(variance / signal)), "mean_cosine": float(cosine.mean())}
+
+
+# --- measurements on a model ------------------------------------------------------------------------------------------
+
+
+def along_segment(start: Tensor, end: Tensor, points: int = 201) -> Tensor:
+    """Points (T, ...) at equal distances on the segment from ``start`` to ``end``, both included."""
+    t = torch.linspace(0, 1, points).view(-1, *([1] * start.dim()))
+    return start + t * (end - start)
+
+
+@torch.inference_mode()
+def target_curves(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor, target: int) -> Array:
+    """Each member's probability of ``target`` (M, T) at codes or images (T, ...)."""
+    return torch.softmax(logits_rows(ensemble, points), dim=-1)[..., target].numpy()
+
+
+def member_gradients(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> Array:
+    """Gradient (M, B, D) of each member's cross-entropy to ``target`` (B,) at codes z (B, D).
+
+    ``logits_of`` maps codes to logits (M, B, K): the latent ensemble itself (Eq. 5), or the image ensemble on decoded
+    codes (Eq. 3). Rows must not look at one another.
+    """
+    point = z.detach().clone().requires_grad_()
+    logits = logits_of(point)
+    gradients = []
+    for m in range(len(logits)):
+        loss = F.cross_entropy(logits[m], target, reduction="sum")
+        gradients.append(torch.autograd.grad(loss, point, retain_graph=m + 1 < len(logits))[0])
+    return torch.stack(gradients).numpy()
+
+
+def own_steps(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> list[dict[str, Array]]:
+    """Each pair's search step by step (Figures 8 and 10): ``point`` (T, ...), ``target_prob``, ``predictive``,
+    ``aleatoric`` and ``epistemic`` (T,), the start included. Runs the plain engine.
+    """
+    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(len(pairs))]
+
+    def on_step(step: Tensor, indices: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
+        uncertainty = decompose(logits)
+        values = (target_prob, uncertainty.predictive, uncertainty.aleatoric, uncertainty.epistemic)
+        columns = [value.detach().clone().numpy() for value in (step, point, *values)]
+        for place, index in enumerate(indices.tolist()):
+            seen[index].append(tuple(column[place] for column in columns))
+
+    METHODS[method].search(model, pairs, config, on_step=on_step)
+    names = ("step", "point", "target_prob", "predictive", "aleatoric", "epistemic")
+    return [
+        {name: np.stack(values) for name, values in zip(names, zip(*sorted(rows, key=lambda row: int(row[0]))))}
+        for rows in seen
+    ]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a search was: ``pairs`` searched in ``seconds`` with ``steps`` updates in all, by ``engine``."""
+
+    pairs: int
+    seconds: float
+    steps: int
+    engine: str
+
+    @property
+    def counterfactuals_per_second(self) -> float:
+        """Pairs a second, converged or not."""
+        return self.pairs / self.seconds
+
+    @property
+    def milliseconds_per_step(self) -> float:
+        """Time of one update of one pair."""
+        return 1000 * self.seconds / max(self.steps, 1)
+
+
+def time_search(
+    model: Model, method: str, pairs: Pairs, config: SearchConfig, *, at_least: float = 0.5, **run: Any
+) -> Speed:
+    """Time whole searches over the same pairs, again and again until ``at_least`` seconds are full.
+
+    The first search of a fast method warms up caches and is not counted; one that takes longer counts itself.
+    """
+    search, total, spent, steps, engine = METHODS[method].search, 0, 0.0, 0, ""
+    warm = False
+    while spent < at_least:
+        begin = time.perf_counter()
+        found = search(model, pairs, config, **run)
+        seconds = time.perf_counter() - begin
+        if not warm and seconds < at_least:
+            warm = True
+            continue
+        warm, spent, total = True, spent + seconds, total + len(pairs)
+        steps, engine = steps + int(found.steps.sum()), found.engine
+    return Speed(total, spent, steps, engine)
+
+
+def parameters_of_one_member(model: Model) -> dict[str, int]:
+    """Parameters of encoder and latent classifier together, and of the image classifier (Figure 3 says equal)."""
+
+    def count(module: Any) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    members = model.ensemble.config.num_members
+    out = {"latent": count(model.vae.encoder_layers) + count(model.vae.mean) + count(model.ensemble) // members}
+    if model.image_ensemble is not None:
+        out["image"] = count(model.image_ensemble) // model.image_ensemble.config.num_members
+    return out

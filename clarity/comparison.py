@@ -1,0 +1,904 @@
+"""A comparison: results of any method, of control rows and of other tools, judged by the same nets in one table.
+
+Knows audits, judges and figures, and what the paper claims of them. Does not know how audits come about: that is the
+job's. What is slow is kept under the comparison's place and read again while nothing that it depends on changes.
+
+Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from clarity import audit, data, judges, metrics, plots, schema, storage
+from clarity.checkpoints import Model
+from clarity.classifiers import logits_rows
+from clarity.explain import judge, quantise
+from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.search import SearchConfig
+from clarity.uncertainty import decompose
+from clarity.vae import decode_rows, encode_rows
+
+#: Part of what judged rows depend on: raise it when a metric changes.
+VERSION = 1
+
+CONTROLS = {
+    "original": "the image itself",
+    "reconstruction": "decode(z) of the image",
+    "real image": "a random real training image of the target class",
+}
+#: Methods as the paper writes them.
+NAMES = {
+    "clarity": "Clarity",
+    "latent": "Latent",
+    "revise": "REVISE",
+    "revise_e": "REVISE-E",
+    "revise_e_latent": "REVISE-E (latent)",
+    "fgsm": "FGSM",
+    "schut": "Schut",
+}
+#: Source and target of each row of the grids, by class name.
+TABLE_1 = (("3", "8"), ("0", "9"), ("4", "7"), ("8", "0"), ("2", "1"), ("9", "5"))
+TABLE_2 = (
+    ("blond", "black"),
+    ("black", "gray"),
+    ("black", "blond"),
+    ("brown", "gray"),
+    ("gray", "black"),
+    ("blond", "brown"),
+)
+EXAMPLES = (("5", "1"), ("6", "3"))
+#: Segments of Figures 5 and 7; the first is Figure 8's search, the last Figure 10's.
+SEGMENTS = (("3", "8"), ("5", "1"))
+
+
+@dataclass
+class Images:
+    """Evaluated images with what the model makes of them; ``row`` finds one by its id."""
+
+    ids: list[str]
+    x: np.ndarray  # (B, C, H, W) uint8
+    z: np.ndarray  # (B, D)
+    log_var: np.ndarray
+    reconstruction: np.ndarray  # (B, C, H, W) uint8
+    source: np.ndarray  # (B,)
+    label: np.ndarray  # (B,), -1 where unknown
+
+    def __post_init__(self) -> None:
+        self.row = {name: place for place, name in enumerate(self.ids)}
+
+
+@dataclass
+class Bench:
+    """What the steps of one comparison share.
+
+    ``real`` are real training images of each class, ``data_key`` names the data that they come from; ``out`` is where
+    everything is kept; ``draws`` are the bootstrap's; ``speed_pairs`` make a timed batch; ``say`` hears of progress.
+    """
+
+    model: Model
+    judges: judges.Judges
+    real: metrics.Reality
+    config: SearchConfig
+    out: str
+    data_key: str = ""
+    draws: int = 1000
+    speed_pairs: int = 36
+    formats: tuple[str, ...] = ("png", "pdf")
+    differences: bool = False
+    say: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(json.dumps([VERSION, self.model.fingerprint, self.data_key]).encode())
+        digest.update(self.judges.fingerprint.encode())
+        # The model's own fingerprint leaves its image classifiers out.
+        for tensor in self.model.image_ensemble.state_dict().values() if self.model.image_ensemble else ():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        self.key = digest.hexdigest()
+
+    def place(self, *parts: str) -> str:
+        """A path under ``out``."""
+        return storage.join(self.out, *parts)
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+def sample(dataset: data.Dataset, preprocessing: data.Preprocessing, count: int) -> pa.Table:
+    """``count`` images (0: all) with as many of each class as there are, in the listing's order within a class."""
+    listing = data.list_images(dataset)
+    rank: dict[Any, int] = {}
+    order = []
+    for place, label in enumerate(listing["label_name"].to_pylist()):
+        rank[label] = rank.get(label, -1) + 1
+        order.append((rank[label], place))
+    chosen = [place for _, place in sorted(order)[: count or None]]
+    pixels, ids, labels, errors = data.read_all(dataset, listing.take(sorted(chosen)), preprocessing)
+    columns = {"image_id": ids, "image": schema.to_png(pixels), "label": pa.array(labels, pa.string())}
+    # As a test split whatever it is: the ensemble that is compared explains it, not classifiers by fold.
+    table = pa.table(columns | {"split": ["test"] * len(ids)})
+    by_rank = {listing["image_id"][place].as_py(): turn for turn, place in enumerate(chosen)}
+    table = table.take(np.argsort([by_rank[name] for name in ids]))
+    return table.replace_schema_metadata({"clarity.left_out": json.dumps(errors)})
+
+
+def see(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Images:
+    """Encode, reconstruct and classify images, row by row as the audit does."""
+    z, log_var = encode_rows(model.vae, torch.from_numpy(x).float() / 255)
+    reconstruction = quantise(decode_rows(model.vae, z))
+    source = judge(logits_rows(model.ensemble, z)).probs.argmax(1)
+    return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, source, label)
+
+
+def pairs_of(model: Model, images: Images, of: np.ndarray, target: np.ndarray) -> Pairs:
+    """Search pairs: ``of`` names the images, ``target`` what each is to become."""
+    noise = data.noise([images.ids[place] for place in of], model.latent_dim)
+    arrays = (images.x[of].astype(np.float32) / 255, images.z[of], images.log_var[of], noise, target.astype(np.int64))
+    return Pairs(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """Images to judge under one name: P pairs; ``columns`` hold what is known of them already, (P,) each."""
+
+    name: str
+    kind: str  # method, control or external
+    images: Images
+    of: np.ndarray  # (P,) place of the original
+    target: np.ndarray
+    x_cf: np.ndarray  # (P, C, H, W) uint8
+    columns: dict[str, np.ndarray]
+    key: str  # changes when any of this does
+
+
+def results_of_audit(bench: Bench, method: str, uri: str) -> Results:
+    """What an audit holds, with the verdict of the method's own classifier on each result.
+
+    Raises:
+        ValueError: the audit is of another method or model, or holds no images.
+    """
+    model = bench.model
+    found = audit.read_audit(uri)
+    made_by = str(found.plan.model["fingerprint"])
+    if found.plan.method != method or made_by != model.fingerprint:
+        raise ValueError(
+            f"expected an audit of {method} with model {model.fingerprint[:12]} in {storage.display(uri)}, found one "
+            f"of {found.plan.method} with {made_by[:12]}: give the model that made it, or leave the audit out"
+        )
+    codes = found.codes.to_table()
+    codes = codes.filter(pc.equal(codes["status"], "ok"))
+    if found.plan.images != "png" or found.plan.model.get("num_folds") or not len(codes):
+        raise ValueError(
+            f"expected an audit with images, by the whole ensemble, in {storage.display(uri)}: explain the test split "
+            "with --images png"
+        )
+    label = codes["label"].fill_null(-1).to_numpy()
+    images = see(model, codes["image_id"].to_pylist(), schema.from_png(codes["x"], model.image_shape), label)
+    images.source = codes["source"].to_numpy().astype(np.int64)
+    table = found.counterfactuals.to_table()
+    of = np.array([images.row[name] for name in table["image_id"].to_pylist()], dtype=np.int64)
+    target = table["target"].to_numpy().astype(np.int64)
+    x_cf = schema.from_png(table["x_cf"], model.image_shape)
+    points = schema.matrix(table["z_cf"]) if METHODS[method].space == "latent" else x_cf.astype(np.float32) / 255
+    seen = np.concatenate(
+        [np.zeros(0, np.int64)]
+        + [
+            judge(classifier_logits(model, method, torch.from_numpy(points[part].copy()))).probs.argmax(1)
+            for part in parts(len(points))
+        ]
+    )
+    columns: dict[str, np.ndarray] = {
+        "strict_validity": table["converged"].to_numpy(zero_copy_only=False).astype(float),
+        "argmax_validity": (seen == target).astype(float),
+        "reencoded_agreement": (table["reencoded_class"].to_numpy() == target).astype(float),
+        "l1_z": table["distance_z_l1"].to_numpy(),
+        "steps": table["steps"].to_numpy().astype(float),
+    }
+    for kind in ("predictive", "aleatoric", "epistemic"):
+        for end in ("initial", "final"):
+            columns[f"{kind}_{end}"] = table[f"{kind}_{end}"].fill_null(float("nan")).to_numpy()
+    columns["gradient_evaluations"] = metrics.gradient_evaluations(columns["steps"], members_of(model, method))
+    files = [file["sha256"] for _, commit in sorted(found.commits.items()) for file in commit["files"].values()]
+    key = hashlib.sha256("".join([found.plan.fingerprint, *files]).encode()).hexdigest()
+    return Results(method, "method", images, of, target, x_cf, columns, key)
+
+
+def members_of(model: Model, method: str) -> int:
+    """Members whose gradients one step of a method takes."""
+    kind = METHODS[method].classifier
+    if kind.endswith("member"):
+        return 1
+    ensemble = model.image_ensemble if kind.startswith("image") else model.ensemble
+    assert ensemble is not None
+    return ensemble.config.num_members
+
+
+def control(bench: Bench, name: str, like: Results) -> Results:
+    """The control row ``name`` for the same questions as ``like``."""
+    images, of, target = like.images, like.of, like.target
+    if name == "original":
+        x_cf = images.x[of]
+    elif name == "reconstruction":
+        x_cf = images.reconstruction[of]
+    else:
+        draws = data.noise([f"{images.ids[place]} {wanted}" for place, wanted in zip(of, target)], 1)[:, 0]
+        pools = bench.real.images
+        # The share of normal numbers below the draw is uniform, and depends on the question alone.
+        uniform = [float(torch.special.ndtr(torch.tensor(draw))) for draw in draws]
+        empty = np.zeros(images.x.shape[1:], np.uint8)
+        x_cf = np.stack(
+            [
+                pools[k][min(int(u * len(pools[k])), len(pools[k]) - 1)] if len(pools[k]) else empty
+                for u, k in zip(uniform, target)
+            ]
+        )
+    return Results(name, "control", images, of, target, x_cf, reencoded(bench, images, of, target, x_cf), like.key)
+
+
+def reencoded(
+    bench: Bench, images: Images, of: np.ndarray, target: np.ndarray, x_cf: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What the latent ensemble makes of images that come without codes."""
+    agreement, moved = np.zeros(len(of)), np.zeros(len(of))
+    for part in parts(len(of)):
+        z, _ = encode_rows(bench.model.vae, torch.from_numpy(x_cf[part]).float() / 255)
+        seen = judge(logits_rows(bench.model.ensemble, z)).probs.argmax(1)
+        agreement[part], moved[part] = seen == target[part], metrics.l1(z.numpy(), images.z[of[part]])
+    return {"reencoded_agreement": agreement, "l1_z": moved}
+
+
+def external(bench: Bench, name: str, uri: str, like: Results) -> Results:
+    """Counterfactual images made elsewhere: an npz or a Parquet file with image_id, target and image.
+
+    image: uint8 or floats in [0, 1], (C, H, W) or (H, W); in Parquet a list, or the bytes of an image file. target: a
+    class name, or its index. Rows whose image is not compared here, or is of the target already, are left out and
+    counted.
+
+    Raises:
+        ValueError: columns are missing, a target is unknown, or no row is left.
+    """
+    raw = storage.read_bytes(uri)
+    if storage.name(uri).endswith(".npz"):
+        arrays = np.load(io.BytesIO(raw), allow_pickle=False)
+        content: dict[str, Any] = {column: arrays[column] for column in arrays.files}
+    else:
+        content = pq.read_table(pa.BufferReader(raw)).to_pydict()
+    if missing := {"image_id", "target", "image"} - set(content):
+        raise ValueError(
+            f"{storage.display(uri)} needs image_id, target and image, missing: {', '.join(sorted(missing))}"
+        )
+    names = {name: k for k, name in enumerate(bench.model.class_names)}
+    of, target, pictures, unknown = [], [], [], 0
+    for image_id, wanted, image in zip(content["image_id"], content["target"], content["image"]):
+        place = like.images.row.get(str(image_id))
+        k = names.get(str(wanted), -1)
+        if k < 0 and isinstance(wanted, int | np.integer) and 0 <= wanted < len(names):
+            k = int(wanted)
+        if k < 0:
+            raise ValueError(f"{storage.display(uri)}: unknown target {wanted!r}; classes are {', '.join(names)}")
+        if place is None or k == like.images.source[place]:
+            unknown += 1
+            continue
+        picture = image if isinstance(image, bytes) else np.asarray(image).reshape(bench.model.image_shape)
+        of.append(place)
+        target.append(k)
+        pictures.append(bench.model.preprocessing.apply(picture))
+    bench.say(
+        f"{name}: {len(of)} images to judge, {unknown} left out as their image is not compared or is of the target"
+    )
+    if not of:
+        raise ValueError(f"{storage.display(uri)} holds no counterfactual of an image that is compared here")
+    places, wanted, x_cf = np.array(of), np.array(target, dtype=np.int64), np.stack(pictures)
+    columns = reencoded(bench, like.images, places, wanted, x_cf)
+    return Results(name, "external", like.images, places, wanted, x_cf, columns, hashlib.sha256(raw).hexdigest())
+
+
+def judged(bench: Bench, results: Results) -> pa.Table:
+    """One row for each pair with every metric; kept under ``judged/`` and read again while nothing of it changes."""
+    key = hashlib.sha256(json.dumps([results.name, results.key, bench.key, len(results.of)]).encode()).hexdigest()
+    place = bench.place("judged", f"{results.name.replace(' ', '_')}.parquet")
+    if storage.exists(place):
+        kept = pq.read_table(pa.BufferReader(storage.read_bytes(place)))
+        if (kept.schema.metadata or {}).get(b"clarity.key") == key.encode():
+            return kept
+    images, out = results.images, []
+    source = images.source[results.of]
+    classes = [name.lower() for name in bench.model.class_names]
+    # What the classes themselves are made of may change: Black_Hair where a class is black.
+    others = np.array([not any(name in attribute.lower() for name in classes) for attribute in bench.judges.attributes])
+    done = 0
+    for part in parts(len(results.of)):
+        of = results.of[part]
+        out.append(
+            metrics.judge_images(
+                bench.judges, bench.real, images.x[of], images.reconstruction[of], results.x_cf[part], source[part],
+                results.target[part], others,
+            )
+        )  # fmt: skip
+        done += len(of)
+        bench.say(f"judging {NAMES.get(results.name, results.name)}: {done} of {len(results.of)}")
+    columns: dict[str, Any] = {
+        "image_id": [images.ids[place] for place in results.of],
+        "label": images.label[results.of],
+        "source": source,
+        "target": results.target,
+        **results.columns,
+    }
+    for name in out[0] if out else ():
+        values = np.concatenate([each[name] for each in out])
+        columns[name] = schema.fixed_size_list(values.astype(np.float32)) if name == "features" else values
+    table = pa.table(columns).replace_schema_metadata({"clarity.key": key})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    storage.write_bytes(place, buffer.getvalue())
+    return table
+
+
+def parts(count: int, size: int = 4096) -> list[slice]:
+    """Slices of ``size`` that cover ``count`` rows."""
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def summary(
+    bench: Bench, tables: Mapping[str, pa.Table], kinds: Mapping[str, str], speeds: Mapping[str, Any]
+) -> list[dict]:
+    """Rows of the table: each method over all pairs and for each class pair, on the common images and on all own."""
+    methods = [set(table["image_id"].to_pylist()) for name, table in tables.items() if kinds[name] == "method"]
+    common = set.intersection(*methods)
+    rows = []
+    for name, table in tables.items():
+        ids = np.array(table["image_id"].to_pylist())
+        inside = np.isin(ids, list(common))
+        scopes = {"common": inside} if inside.all() else {"common": inside, "all": np.ones(len(ids), dtype=bool)}
+        for scope, mask in scopes.items():
+            if not mask.any():
+                continue
+            bench.say(f"summing up {NAMES.get(name, name)}, {scope} images")
+            columns = {
+                column: table[column].to_numpy(zero_copy_only=False)[mask]
+                for column in table.column_names
+                if column in ("image_id", "source", "target") or is_metric(column)
+            }
+            features, target = schema.matrix(table["features"])[mask], columns["target"]
+
+            def frechet(chosen: np.ndarray, features: Any = features, target: Any = target) -> float | None:
+                return metrics.frechet_distance(features[chosen], bench.real.features[int(target[chosen[0]])])
+
+            for row in metrics.summarise(columns, frechet, draws=bench.draws):
+                pair = {
+                    f"{end}_name": None if row[end] is None else bench.model.class_names[row[end]]
+                    for end in ("source", "target")
+                }
+                if row["source"] is None and name in speeds:
+                    speed = metrics.Speed(**speeds[name])
+                    row["counterfactuals_per_second"] = speed.counterfactuals_per_second
+                    row["milliseconds_per_step"] = speed.milliseconds_per_step
+                rows.append({"method": name, "kind": kinds[name], "images": scope, **pair, **row})
+    return rows
+
+
+def write_tables(bench: Bench, rows: list[dict], measured: Mapping[str, Any]) -> None:
+    """The summary as Parquet, CSV, and Markdown for people, what was measured beside it."""
+    head = ["method", "kind", "images", "source", "target", "source_name", "target_name", "num_images", "num_pairs"]
+    every = dict.fromkeys([*metrics.METRICS_DOC, *(name for row in rows for name in row if is_metric(name))])
+    present = [name for name in every if any(row.get(name) is not None for row in rows)]
+    names = [*head, *(f"{name}{end}" for name in present for end in ("", "_low", "_high"))]
+    names = [name for name in names if name in head or any(row.get(name) is not None for row in rows)]
+    types = {
+        "method": pa.string(),
+        "kind": pa.string(),
+        "images": pa.string(),
+        "source": pa.int32(),
+        "target": pa.int32(),
+    }
+    types |= {"source_name": pa.string(), "target_name": pa.string(), "num_images": pa.int64(), "num_pairs": pa.int64()}
+    fields = [pa.field(name, types.get(name, pa.float64()), metadata={"doc": doc_of(name)}) for name in names]
+    table = pa.table([pa.array([row.get(name) for row in rows], field.type) for name, field in zip(names, fields)],
+                     schema=pa.schema(fields))  # fmt: skip
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    storage.write_bytes(bench.place("comparison.parquet"), buffer.getvalue())
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(names)
+    writer.writerows([["" if row.get(name) is None else row[name] for name in names] for row in rows])
+    storage.write_bytes(bench.place("comparison.csv"), text.getvalue().encode())
+    storage.write_bytes(
+        bench.place("comparison.md"), (introduction(bench, measured) + markdown(rows, present)).encode()
+    )
+
+
+def introduction(bench: Bench, measured: Mapping[str, Any]) -> str:
+    """What a reader must know before the table: who was compared, who judged, and on which images."""
+    model, jury, accuracy = bench.model, bench.judges, measured["accuracy"]
+    shares = [f"{name.replace('_', ' ')} {100 * share:.2f} %" for name, share in accuracy.items() if name != "images"]
+    members = f"{model.ensemble.config.num_members} latent classifiers"
+    if model.image_ensemble is not None:
+        members += f" and {model.image_ensemble.config.num_members} image classifiers"
+    search = ", ".join(f"{name} {value}" for name, value in asdict(bench.config).items())
+    oracle, code = jury.oracle.config, jury.autoencoders[0].config.code_dim  # type: ignore[union-attr]
+    blocks = "-".join(str(width) for width in oracle.channels)
+    training = ", ".join(f"{name} {value}" for name, value in jury.card.get("training", {}).items())
+    seen = jury.card.get("num_labelled", "an unknown number of")
+    real = sum(len(features) for features in bench.real.features)
+    paragraphs = [
+        "# Comparison",
+        f"Model {model.fingerprint[:12]}: {members}. On {accuracy['images']:.0f} test images: {', '.join(shares)}.",
+        f"Search: {search}.",
+        f"Judges {jury.fingerprint[:12]}: an oracle of pairs of 3x3 convolutions {blocks} with max pooling and "
+        f"{oracle.num_features} features, and an autoencoder with a code of {code} for each class and for all, trained "
+        f"on {seen} training images: one half, chosen by image id. Classifiers trained on the whole training split "
+        f"have seen that half too; the judges have seen no classifier. Their training: {training}.",
+        f"Implausibility and Frechet distances compare with {real} training images; the control row draws from others. "
+        "All images are judged after rounding to 8 bits. Metrics can be fooled by adversarial noise: the rows of FGSM "
+        "and Schut show which ones are.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def is_metric(name: str) -> bool:
+    """Whether a column of judged rows is summed up."""
+    return name in metrics.METRICS_DOC or (name.startswith(metrics.FLIP) and not name.endswith(("_low", "_high")))
+
+
+def doc_of(name: str) -> str:
+    """What a column of the table says; empty for the columns that name a row."""
+    if name.startswith(metrics.FLIP):
+        return f"share of pairs on which the attribute net changes its mind on {name.removeprefix(metrics.FLIP)}"
+    return metrics.METRICS_DOC.get(name, "")
+
+
+def markdown(rows: list[dict], present: Sequence[str]) -> str:
+    """The overall rows: a line for each metric, a column for each method, intervals in brackets."""
+    out = []
+    for scope in ("common", "all"):
+        overall = [row for row in rows if row["images"] == scope and row["source"] is None]
+        if not overall:
+            continue
+        counts = {(row["num_images"], row["num_pairs"]) for row in overall}
+        title = "The same images for all" if scope == "common" else "All images of each method"
+        sizes = ", ".join(f"{images} images, {pairs} pairs" for images, pairs in sorted(counts))
+        out.append(f"\n## {title} ({sizes})\n")
+        out.append("| | " + " | ".join(NAMES.get(row["method"], row["method"]) for row in overall) + " |")
+        out.append("|---|" + "---|" * len(overall))
+        for name in present:
+            cells = [cell(row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high"), name) for row in overall]
+            out.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    out.append("\nIntervals: 95 %, bootstrap over images. An empty cell is null: unknown, or of too small a sample.\n")
+    out += [f"- **{name.replace('_', ' ')}**: {doc_of(name)}" for name in present]
+    return "\n".join(out) + "\n"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a share, to be read in percent."""
+    return name.endswith(("validity", "agreement", "sparsity")) or name.startswith(metrics.FLIP)
+
+
+def cell(value: float | None, low: float | None, high: float | None, name: str) -> str:
+    """A number as people read it, with its interval."""
+    if value is None:
+        return ""
+
+    def show(number: float) -> str:
+        if is_share(name):
+            return f"{100 * number:.1f}"
+        return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+    unit = " %" if is_share(name) else ""
+    return f"{show(value)}{unit}" + (f" [{show(low)}, {show(high)}]" if low is not None and high is not None else "")
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def measure(
+    bench: Bench, results: Mapping[str, Results], tables: Mapping[str, pa.Table], x: np.ndarray, label: np.ndarray
+) -> dict[str, Any]:
+    """What the paper claims beside its tables, measured; kept in ``measurements.json`` until something changes.
+
+    Args:
+        bench: see there.
+        results: of every method, and others.
+        tables: the same, judged.
+        x: (N, C, H, W) uint8, all test images.
+        label: (N,), -1 where unknown.
+    """
+    methods = [name for name, found in results.items() if found.kind == "method"]
+    depends = [bench.key, bench.speed_pairs, bench.draws, asdict(bench.config), [results[name].key for name in methods]]
+    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    place = bench.place("measurements.json")
+    if storage.exists(place) and (kept := storage.read_json(place)).get("key") == key:
+        return kept
+    images = max((results[name] for name in methods), key=lambda found: len(found.of)).images
+    out = {
+        "key": key,
+        "accuracy": accuracies(bench, x, label),
+        "parameters of one member": metrics.parameters_of_one_member(bench.model),
+        "speed": {name: asdict(speed) for name, speed in speeds(bench, images, methods).items()},
+        "steps": step_times(bench, images),
+        "curves": curve_measures(bench, images),
+        "gradients": gradient_measures(bench, images),
+        "far from the data": far_measures(bench, images),
+        "REVISE-E minus REVISE": paired(tables, "revise_e", "revise", bench.draws),
+        "REVISE-E (latent) minus REVISE-E": paired(tables, "revise_e_latent", "revise_e", bench.draws),
+        "Clarity minus Latent": paired(tables, "clarity", "latent", bench.draws),
+    }
+    storage.write_json(place, out)
+    return out
+
+
+def accuracies(bench: Bench, x: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Shares of the test images that each classifier sees as labelled; images without a label are left out."""
+    known = label >= 0
+    images, label = x[known], label[known]
+    z = torch.cat(
+        [encode_rows(bench.model.vae, torch.from_numpy(images[part]).float() / 255)[0] for part in parts(len(images))]
+    )
+    latent = torch.softmax(logits_rows(bench.model.ensemble, z), -1)
+    seen = [quantise(decode_rows(bench.model.vae, z[part])) for part in parts(len(z))]
+    oracle = bench.judges.oracle
+
+    def share(found: Any) -> float:
+        return float((np.asarray(found) == label).mean())
+
+    out = {
+        "images": float(len(label)),
+        "latent_ensemble": share(latent.mean(0).argmax(-1)),
+        "latent_member": float(np.mean([share(member.argmax(-1)) for member in latent])),
+        "oracle": share(judges.predict_probs(oracle, images).argmax(1)),
+        "oracle_on_reconstructions": share(judges.predict_probs(oracle, np.concatenate(seen)).argmax(1)),
+    }
+    if bench.model.image_ensemble is not None:
+        logits = [
+            logits_rows(bench.model.image_ensemble, torch.from_numpy(images[part]).float() / 255)
+            for part in parts(len(images), 1024)
+        ]
+        probs = torch.softmax(torch.cat(logits, dim=1), -1)
+        out["image_ensemble"] = share(probs.mean(0).argmax(-1))
+        out["image_member"] = float(np.mean([share(member.argmax(-1)) for member in probs]))
+    return out
+
+
+def question(images: Images, count: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``count`` pairs, image by image and all its targets."""
+    pairs = [(b, k) for b in range(len(images.ids)) for k in range(num_classes) if k != images.source[b]][:count]
+    of, target = np.array(pairs).T
+    return of, target
+
+
+def speeds(bench: Bench, images: Images, methods: Sequence[str]) -> dict[str, metrics.Speed]:
+    """Whole searches of the same pairs by each method, one after another in this process."""
+    of, target = question(images, bench.speed_pairs, bench.model.num_classes)
+    pairs = pairs_of(bench.model, images, of, target)
+    out = {}
+    for method in methods:
+        bench.say(f"timing {NAMES.get(method, method)} on {len(pairs)} pairs")
+        out[method] = metrics.time_search(bench.model, method, pairs, bench.config)
+    return out
+
+
+def step_times(bench: Bench, images: Images) -> list[dict[str, Any]]:
+    """The paper's claim on speed: an update of Eq. 5 beside one of Eq. 3, of Clarity beside REVISE-E of the same M."""
+    model, ensemble = bench.model, bench.model.image_ensemble
+    if ensemble is None:
+        return []
+    members = min(ensemble.config.num_members, model.ensemble.config.num_members)
+    same = replace(
+        model, ensemble=model.ensemble.select(range(members)), image_ensemble=ensemble.select(range(members))
+    )
+    # So close to certainty that next to no row ends early: what is timed is the step.
+    long = replace(bench.config, min_target_prob=1 - 1e-6, max_steps=20)
+    rows = []
+    for batch in (1, bench.speed_pairs, 256):
+        of, target = question(images, batch, model.num_classes)
+        pairs = pairs_of(model, images, of, target)
+        for fast, slow, count in (("latent", "revise", 1), ("clarity", "revise_e", members)):
+            bench.say(f"timing a step of {NAMES[fast]} and of {NAMES[slow]}, {len(pairs)} pairs")
+            against = metrics.time_search(same, slow, pairs, long)
+            for engine in ("auto", "plain"):
+                speed = metrics.time_search(same, fast, pairs, long, engine=engine)
+                rows.append({
+                    "fast": fast, "slow": slow, "members": count, "pairs": len(pairs), "engine": speed.engine,
+                    "fast_ms": speed.milliseconds_per_step, "slow_ms": against.milliseconds_per_step,
+                    "ratio": against.milliseconds_per_step / speed.milliseconds_per_step,
+                })  # fmt: skip
+    return rows
+
+
+def curve_measures(bench: Bench, images: Images, segments: int = 100) -> dict[str, dict[str, float]]:
+    """Figures 5 and 7 over many segments between images of different classes, means over segments and members."""
+    model = bench.model
+    known = np.flatnonzero((images.label >= 0) & (images.label == images.source))
+    ends = [(a, b) for a, b in zip(known, np.roll(known, 1)) if images.label[a] != images.label[b]][:segments]
+    curves: dict[str, list[np.ndarray]] = {}
+    for a, b in ends:
+        z = metrics.along_segment(torch.from_numpy(images.z[a]), torch.from_numpy(images.z[b]), 101)
+        target = int(images.label[b])
+        curves.setdefault("latent classifiers", []).append(metrics.target_curves(model.ensemble, z, target))
+        if model.image_ensemble is not None:
+            drawn = decode_rows(model.vae, z)
+            curves.setdefault("image classifiers", []).append(
+                metrics.target_curves(model.image_ensemble, drawn, target)
+            )
+            walk = metrics.along_segment(drawn[0], drawn[-1], 101)
+            curves.setdefault("image classifiers, image space", []).append(
+                metrics.target_curves(model.image_ensemble, walk, target)
+            )
+    out = {}
+    for name, members in curves.items():
+        each, together = np.stack(members), np.stack([curve.mean(0) for curve in members])
+        for label, values in ((name, each), (f"{name}, mean of the ensemble", together)):
+            out[label] = {
+                "segments": float(len(ends)),
+                "monotonicity": float(metrics.monotonicity(values).mean()),
+                "plateau_width": float(metrics.plateau_width(values).mean()),
+                "steepest_slope": float(np.median(metrics.steepest(values))),
+            }
+    return out
+
+
+def gradient_measures(bench: Bench, images: Images, count: int = 90) -> dict[str, dict[str, float]]:
+    """How much the members' gradients with respect to the code disagree, on the same codes and targets."""
+    model = bench.model
+    of, target = question(images, count, model.num_classes)
+    z, wanted = torch.from_numpy(images.z[of]), torch.from_numpy(target)
+    members = [model.ensemble.config.num_members]
+    if model.image_ensemble is not None:
+        members.append(model.image_ensemble.config.num_members)
+    if min(members) < 2:
+        return {}
+    latent = model.ensemble.select(range(min(members)))
+    out = {"latent classifiers": metrics.gradient_spread(metrics.member_gradients(latent, z, wanted))}
+    image = model.image_ensemble
+    if image is not None:
+        image = image.select(range(min(members)))
+        blocks = [
+            metrics.member_gradients(lambda code: image(model.vae.decode(code)), z[part], wanted[part])
+            for part in parts(len(z), 30)
+        ]
+        out["image classifiers"] = metrics.gradient_spread(np.concatenate(blocks, axis=1))
+    return out
+
+
+def far_measures(bench: Bench, images: Images, draws: int = 200) -> list[dict[str, float]]:
+    """Mean epistemic uncertainty and certainty at random codes of growing norm, in units of the images' codes' norm."""
+    model = bench.model
+    generator = torch.Generator().manual_seed(0)
+    way = torch.nn.functional.normalize(torch.randn(draws, model.latent_dim, generator=generator), dim=1)
+    norm = float(np.median(np.linalg.norm(images.z, axis=1)))
+    out = []
+    for radius in (1.0, 2.0, 4.0):
+        z = way * norm * radius
+        row = {"radius": radius}
+        seen = {"latent": logits_rows(model.ensemble, z)}
+        if model.image_ensemble is not None:
+            seen["image"] = logits_rows(model.image_ensemble, decode_rows(model.vae, z))
+        for name, logits in seen.items():
+            row[f"{name}_epistemic"] = float(decompose(logits).epistemic.mean())
+            row[f"{name}_certainty"] = float(torch.softmax(logits, -1).mean(0).max(-1).values.mean())
+        out.append(row)
+    return out
+
+
+def paired(tables: Mapping[str, pa.Table], better: str, than: str, draws: int) -> dict[str, Any] | None:
+    """Difference of two methods on the pairs that both answered, for a few metrics, with intervals."""
+    if better not in tables or than not in tables:
+        return None
+    pairs = [
+        list(zip(tables[name]["image_id"].to_pylist(), tables[name]["target"].to_pylist())) for name in (better, than)
+    ]
+    places = [{key: place for place, key in enumerate(keys)} for keys in pairs]
+    keys = [key for key in pairs[0] if key in places[1]]
+    if not keys:
+        return None
+    names = ("oracle_agreement", "reencoded_agreement", "im1", "implausibility", "l1_x", "steps")
+    values = [
+        np.stack([tables[name][metric].to_numpy()[[place[key] for key in keys]] for metric in names], axis=1)
+        for name, place in zip((better, than), places)
+    ]
+    mean, low, high = metrics.bootstrap_interval(values[0] - values[1], np.array([key[0] for key in keys]), draws=draws)
+    return {"pairs": len(keys), **{name: [mean[q], low[q], high[q]] for q, name in enumerate(names)}}
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw(bench: Bench, results: Mapping[str, Results], rows: list[dict], full: Images, flat: Model | None) -> dict:
+    """Every figure of the paper that models and methods allow; returns what was measured on the way."""
+    names = bench.model.class_names
+
+    def write(name: str, picture: plots.Picture) -> None:
+        picture.write(bench.place("figures", name), bench.formats)
+        bench.say(f"figure {name}")
+
+    def grid(file: str, pairs: Iterable[tuple[str, str]], methods: Sequence[str], vae: bool, differences: bool) -> None:
+        methods = [method for method in methods if method in results]
+        found = [(pair, cells) for pair in pairs if (cells := example(names, results, methods, pair, vae))]
+        if found and methods:
+            columns = ["original", *(["VAE"] if vae else []), *(NAMES[method] for method in methods)]
+            labels = [f"{source} → {target}" for (source, target), _ in found]
+            notes = [notes for _, (_, notes) in found]
+            pictures = [images for _, (images, _) in found]
+            write(file, plots.image_grid(pictures, columns, labels, notes=notes, differences=differences))
+
+    table_1 = ["fgsm", "schut", "revise_e", "clarity"]
+    table_2 = ["revise_e", "revise_e_latent", "clarity"]
+    known = [pair for pair in (*TABLE_1, *TABLE_2) if set(pair) <= set(names)] or [
+        (names[k], names[(k + 1) % len(names)]) for k in range(min(6, len(names)))
+    ]
+    grid("table1", known, table_1, False, bench.differences)
+    grid("table2", known, table_2, True, bench.differences)
+    grid("examples", [pair for pair in EXAMPLES if set(pair) <= set(names)] or known[:2],
+         ["fgsm", "schut", "revise", "revise_e", "latent", "clarity"], False, True)  # fmt: skip
+    for method in ("clarity", *(name for name in results if name != "clarity" and name in METHODS)):
+        if method in results:
+            values = np.full((len(names), len(names)), np.nan)
+            for row in rows:
+                if row["method"] == method and row["images"] == "common" and row["source"] is not None:
+                    values[row["source"], row["target"]] = row["oracle_agreement"]
+            title = f"{NAMES.get(method, method)}: the oracle sees the target"
+            write(
+                f"pairs_{method}",
+                plots.class_pair_map(values, names, title=title, label="share of pairs", percent=True),
+            )
+    overall = {row["method"]: row for row in rows if row["images"] == "common" and row["source"] is None}
+    shares = {
+        NAMES.get(name, name): tuple(row[f"oracle_agreement{end}"] for end in ("", "_low", "_high"))
+        for name, row in overall.items()
+    }
+    write("oracle_agreement", plots.score_bars(shares, label="share on which the oracle sees the target"))
+
+    if bench.model.image_ensemble is None:
+        bench.say("figures 5, 7, 8 and 10 need image classifiers: left out")
+        return {}
+    segments = [pair for pair in (("3", "8"), ("5", "1")) if set(pair) <= set(names)] or known[:2]
+    curves(bench, full, segments, write)
+    traces(bench, full, segments[0], write)
+    return {} if flat is None else latent_map(bench, flat, full, segments[-1], write)
+
+
+def example(
+    names: Sequence[str], results: Mapping[str, Results], methods: Sequence[str], pair: tuple[str, str], vae: bool
+) -> tuple[list[np.ndarray | None], list[str]] | None:
+    """One row of a grid: the first image that label and model call the source, and what each method made of it."""
+    source, target = (names.index(name) for name in pair)
+    if not methods:
+        return None
+    least = results[min(methods, key=lambda method: len(results[method].images.ids))].images
+    chosen = next((b for b in range(len(least.ids)) if least.label[b] == least.source[b] == source), None)
+    if chosen is None:
+        return None
+    pictures: list[np.ndarray | None] = [least.x[chosen], *([least.reconstruction[chosen]] if vae else [])]
+    notes = ["" for _ in pictures]
+    for method in methods:
+        found = results[method]
+        place = found.images.row.get(least.ids[chosen])
+        rows = np.flatnonzero((found.of == (-1 if place is None else place)) & (found.target == target))
+        pictures.append(found.x_cf[rows[0]] if len(rows) else None)
+        reached = len(rows) and found.columns["strict_validity"][rows[0]]
+        notes.append("" if reached or not len(rows) else "not converged")
+    return pictures, notes
+
+
+def first_of(images: Images, label: int) -> int:
+    """The first image that label and model agree on."""
+    agreed = np.flatnonzero((images.label == label) & (images.source == label))
+    if not len(agreed):
+        raise ValueError(f"no image of class {label} that the model sees as such: compare more images")
+    return int(agreed[0])
+
+
+def curves(bench: Bench, images: Images, segments: Sequence[tuple[str, str]], write: Callable[..., None]) -> None:
+    """Figures 5 and 7."""
+    model, names = bench.model, bench.model.class_names
+    assert model.image_ensemble is not None
+    five, seven = {}, {}
+    for letter, (source, target) in zip("abc", segments):
+        a, b = (first_of(images, names.index(name)) for name in (source, target))
+        z = metrics.along_segment(torch.from_numpy(images.z[a]), torch.from_numpy(images.z[b]))
+        drawn = decode_rows(model.vae, z)
+        walk = metrics.along_segment(drawn[0], drawn[-1])
+        k = names.index(target)
+        image = metrics.target_curves(model.image_ensemble, drawn, k)
+        title = f"({letter}) {source} → {target}"
+        five[title] = (image, metrics.target_curves(model.ensemble, z, k))
+        seven[title] = (metrics.target_curves(model.image_ensemble, walk, k).mean(0), image.mean(0))
+    write("figure5", plots.probability_curves(five))
+    write("figure7", plots.segment_curves(seven))
+
+
+def traces(bench: Bench, images: Images, pair: tuple[str, str], write: Callable[..., None]) -> None:
+    """Figure 8, and the same Clarity search as a strip of images."""
+    names, shown = bench.model.class_names, {}
+    place, target = first_of(images, names.index(pair[0])), names.index(pair[1])
+    for method in ("revise_e", "clarity"):
+        pairs = pairs_of(bench.model, images, np.array([place]), np.array([target]))
+        steps = metrics.own_steps(bench.model, method, pairs, bench.config)[0]
+        ends = decode_rows(bench.model.vae, torch.from_numpy(steps["point"][[0, -1]])).numpy()
+        shown[NAMES[method]] = plots.Trace(
+            steps["target_prob"], steps["aleatoric"], steps["epistemic"], (ends[0], ends[1])
+        )
+    write(
+        "figure8",
+        plots.search_traces(shown, source=pair[0], target=pair[1], min_target_prob=bench.config.min_target_prob),
+    )
+    moments = np.unique(np.linspace(0, len(steps["point"]) - 1, 9).round().astype(int))
+    strip = decode_rows(bench.model.vae, torch.from_numpy(steps["point"][moments])).numpy()
+    write(
+        "path", plots.path_strip(list(strip), moments.tolist(), steps["target_prob"][moments].tolist(), target=pair[1])
+    )
+
+
+def latent_map(
+    bench: Bench, flat: Model, images: Images, pair: tuple[str, str], write: Callable[..., None]
+) -> dict[str, Any]:
+    """Figure 10: the methods' paths in a 2-D latent space over the epistemic uncertainty of their classifiers."""
+    names = bench.model.class_names
+    source, target = (names.index(name) for name in pair)
+    here = see(flat, images.ids, images.x, images.label)
+    wide = 1.6 * np.abs(here.z).max(axis=0)
+    extent = (-float(wide[0]), float(wide[0]), -float(wide[1]), float(wide[1]))
+    z1, z2 = np.meshgrid(np.linspace(*extent[:2], 61), np.linspace(*extent[2:], 61))
+    grid = torch.from_numpy(np.stack([z1.ravel(), z2.ravel()], axis=1).astype(np.float32))
+    assert flat.image_ensemble is not None
+    logits = {
+        "latent ensemble": logits_rows(flat.ensemble, grid),
+        "image ensemble": torch.cat(
+            [logits_rows(flat.image_ensemble, decode_rows(flat.vae, grid[part])) for part in parts(len(grid), 512)],
+            dim=1,
+        ),
+    }
+    maps = {name: decompose(values).epistemic.numpy().reshape(z1.shape) for name, values in logits.items()}
+    agreed = np.flatnonzero((images.label == source) & (here.source == source) & (images.source == source))
+    if not len(agreed):
+        bench.say("figure 10 is left out: the 2-D model sees no image of the source as such")
+        return {}
+    panels: dict[str, plots.LatentMap] = {}
+    for method in ("fgsm", "schut", "revise_e", "clarity"):
+        pairs = pairs_of(flat, here, agreed[:1], np.array([target]))
+        steps = metrics.own_steps(flat, method, pairs, bench.config)[0]
+        path, last = steps["point"], torch.from_numpy(steps["point"][-1:])
+        if METHODS[method].space == "image":
+            path = encode_rows(flat.vae, torch.from_numpy(path))[0].numpy()
+        else:
+            last = decode_rows(flat.vae, last)
+        group = "latent ensemble" if method == "clarity" else "image ensemble"
+        panels[NAMES[method]] = plots.LatentMap(maps[group], path, last[0].numpy(), group)
+    points = [here.z[images.label == k][:300] for k in (source, target)]
+    write("figure10", plots.latent_paths(panels, extent, points[0], points[1], source=pair[0], target=pair[1]))
+    nearest = torch.cdist(grid, torch.from_numpy(here.z)).min(dim=1).values.numpy()
+    far = nearest > here.z.std()
+    out: dict[str, Any] = {"far": "more than one standard deviation of the codes from the nearest of them"}
+    for name, values in logits.items():
+        epistemic, certainty = maps[name].ravel(), torch.softmax(values, -1).mean(0).max(-1).values.numpy()
+        out[name] = {
+            "epistemic_near": float(epistemic[~far].mean()), "epistemic_far": float(epistemic[far].mean()),
+            "certainty_near": float(certainty[~far].mean()), "certainty_far": float(certainty[far].mean()),
+        }  # fmt: skip
+    end = {name: panel.path[-1] for name, panel in panels.items()}
+    cloud = torch.from_numpy(points[1])
+    out["share_of_target_cloud_farther_from_its_middle_than_the_end"] = {
+        name: float(
+            (torch.linalg.norm(cloud - cloud.mean(0), dim=1) > np.linalg.norm(place - points[1].mean(0))).float().mean()
+        )
+        for name, place in end.items()
+    }
+    return out
