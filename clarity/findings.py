@@ -34,12 +34,12 @@ QUERIES: dict[str, Query] = {
         """
 SELECT source, source_name, target, target_name,
        count(*) AS pairs,
-       count(*) FILTER (converged) / count(*) AS strict_validity,
-       count(*) FILTER (reencoded_class = target) / count(*) AS reencoded_agreement,
+       round(count(*) FILTER (converged) / count(*), 4) AS strict_validity,
+       round(count(*) FILTER (reencoded_class = target) / count(*), 4) AS reencoded_agreement,
        median(steps) FILTER (converged) AS median_steps,
-       median(distance_z_l1) FILTER (converged) AS median_distance,
-       median(epistemic_initial) AS epistemic_initial,
-       median(epistemic_final) AS epistemic_final
+       round(median(distance_z_l1) FILTER (converged), 2) AS median_distance,
+       round(median(epistemic_initial), 4) AS epistemic_initial,
+       round(median(epistemic_final), 4) AS epistemic_final
 FROM counterfactuals
 GROUP BY ALL
 ORDER BY source, target""",
@@ -50,7 +50,7 @@ ORDER BY source, target""",
         """
 SELECT source_name, target_name,
        count(*) AS pairs,
-       count(*) FILTER (converged) / count(*) AS strict_validity,
+       round(count(*) FILTER (converged) / count(*), 4) AS strict_validity,
        median(steps) FILTER (converged) AS median_steps,
        round(median(distance_z_l1) FILTER (converged), 2) AS median_distance
 FROM counterfactuals
@@ -141,7 +141,7 @@ ORDER BY kind, rows DESC, reason""",
 SELECT segment,
        count(DISTINCT image_id) AS images,
        count(*) AS pairs,
-       count(*) FILTER (converged) / count(*) AS strict_validity,
+       round(count(*) FILTER (converged) / count(*), 4) AS strict_validity,
        round(median(distance_z_l1) FILTER (converged), 2) AS median_distance
 FROM counterfactuals JOIN metadata USING (image_id)
 GROUP BY segment
