@@ -126,10 +126,12 @@ const meanChange = (index, size, alt) => index < 0 ? missing(size, alt, "–")
   : signed(size, alt, 2, async () => (await grey(index)).map((value) => 2 * value - 1));
 
 // -- light and dark -----------------------------------------------------------------------------------------------------
+let metric = null, cursor = null, chosen = null;
 function retheme(theme) {
   document.documentElement.dataset.theme = theme;
   for (const canvas of signedOnPage) canvas.isConnected ? canvas.repaint() : signedOnPage.delete(canvas);
   const [low, zero, high] = ends().map((rgb) => `rgb(${rgb.join(" ")})`);
+  if (metric) drawMaps();
   for (const [name, value] of [["--d0", low], ["--d1", zero], ["--d2", high]]) document.documentElement.style.setProperty(name, value);
 }
 $("theme").addEventListener("click", () => {
@@ -144,8 +146,7 @@ retheme(document.documentElement.dataset.theme);
 const hasChange = data.audits.some((audit) => audit.change);
 const choices = [...data.maps];
 if (hasChange) choices.push({ key: "change", title: "Mean change", unit: "", doc: "what counterfactuals of this class pair add and take away on average" });
-let metric = choices.find((map) => map.key === "median_distance") || choices[0];
-let cursor = null, chosen = null;
+metric = choices.find((map) => map.key === "median_distance") || choices[0];
 
 function domain(map) {
   if (map.key === "change") return [-1, 1];
@@ -203,7 +204,7 @@ function grid(a) {
       else if (picturesIn) { cell.append(audit.change ? meanChange(audit.change[s][t], 40, `mean change ${arrow(s, t)}`) : ""); cell.setAttribute("aria-label", `${arrow(s, t)}: mean change`); }
       else {
         const v = value === null ? 0 : (value - low) / (high - low || 1);
-        cell.className = "value" + (v > 0.5 ? " high" : "");
+        cell.className = "value" + (v > (document.documentElement.dataset.theme === "dark" ? 0.58 : 0.7) ? " high" : "");
         cell.style.setProperty("--heat", mixed(Math.max(0, Math.min(1, v))));
         // Inside a cell the legend's unit is understood.
         cell.textContent = K > 28 ? "" : format(metric, value).replace(" %", "");
