@@ -2,8 +2,9 @@
 
 Knows paths, atomic writes, bounded retries. Does not know what the bytes mean.
 
-A URI is a local path, or ``s3://bucket/key[?endpoint_url=http://host:port&region=name]``. Credentials come from the
-standard chain (environment, ~/.aws, the machine's role), never from a URI.
+A URI is a local path, or ``s3://bucket/key[?endpoint_url=http://host:port&region=name]``. The options default to
+AWS_ENDPOINT_URL and AWS_REGION; credentials come from the standard chain (environment, ~/.aws, the machine's role),
+never from a URI.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), _local(uri)
     base, query = _split(uri)
     options = dict(parse_qsl(query[1:], keep_blank_values=True))
-    endpoint = urlsplit(options.get("endpoint_url", ""))
+    endpoint = urlsplit(options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or "")
     bucket, _, key = base.removeprefix("s3://").partition("/")
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(

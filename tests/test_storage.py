@@ -388,6 +388,12 @@ def test_copy_tree_goes_both_ways(store: ObjectStore, tmp_path: Path) -> None:
     )
 
 
+def test_the_endpoint_may_stand_in_the_environment(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+    storage.write_bytes("s3://bucket/environment/x", b"1")
+    assert storage.read_bytes(store.uri("environment/x")) == b"1"
+
+
 def test_a_commit_is_one_put(store: ObjectStore) -> None:
     storage.write_json(store.uri("audit/_commits/shard-00000.json"), {"rows": 5})
     assert store.requests == [("PUT", "/bucket/audit/_commits/shard-00000.json")]
