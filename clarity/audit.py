@@ -408,6 +408,8 @@ def begin_attempt(uri: str, run: str, shard: int, stage: str) -> int:
     Raises:
         GivenUp: it was begun MAX_ATTEMPTS times already.
     """
+    if not storage.is_remote(uri) and sees(uri, run):
+        raise RuntimeError(f"{socket.gethostname()} does not see {uri} of the driver; every node must mount it")
     for attempt in range(1, MAX_ATTEMPTS + 1):
         record = storage.join(uri, "_attempts", f"{run}-{shard_name(shard)}-{stage}-{attempt}")
         if not storage.exists(record):

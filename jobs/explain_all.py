@@ -226,8 +226,15 @@ def start_ray() -> None:
 
 
 def nodes() -> list[dict[str, float]]:
-    """What each node offers."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """What each node offers, and each that the autoscaler may still bring: a cluster may start without workers."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    config = ray._private.state.state.get_cluster_config()
+    for group in config.node_group_configs if config else ():
+        kind = dict(group.resources)
+        there = sum(all(node.get(name, 0) == kind.get(name, 0) for name in ("CPU", "GPU")) for node in found)
+        most = group.max_count if group.max_count >= 0 else 100  # -1: as many as are asked for
+        found += [kind] * max(0, most - there)
+    return found
 
 
 def measure(args: argparse.Namespace, place: Sequence[Any], asked: dict[str, Any]) -> dict[str, Any]:

@@ -419,11 +419,19 @@ def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_begin_attempt_counts_in_each_run(tmp_path: Path) -> None:
     uri = str(tmp_path)
+    for run in ("run", "another"):
+        storage.write_bytes(storage.join(uri, "_tmp", f"probe-{run}"), b"")
     assert [audit.begin_attempt(uri, "run", 3, "read") for _ in range(3)] == [1, 2, 3]
     with pytest.raises(audit.GivenUp, match="3 attempts at stage read"):
         audit.begin_attempt(uri, "run", 3, "read")
     assert audit.begin_attempt(uri, "run", 3, "write") == 1
     assert audit.begin_attempt(uri, "another", 3, "read") == 1
+
+
+def test_begin_attempt_refuses_a_place_that_is_not_the_drivers(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"does not see .* of the driver; every node must mount it"):
+        audit.begin_attempt(str(tmp_path / "audit"), "run", 3, "read")
+    assert not (tmp_path / "audit").exists()
 
 
 def test_claim_takes_back_the_shards_of_other_engines(plan: audit.Plan, filled: str, model_dir: str) -> None:
