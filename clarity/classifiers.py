@@ -70,7 +70,8 @@ class LatentEnsemble(nn.Module):
 
     def select(self, members: Sequence[int]) -> LatentEnsemble:
         """The ensemble of some of the members, in the order given."""
-        return _selected(self, members, LatentEnsemble(replace(self.config, num_members=len(members))))
+        config = _some(self.config, members)
+        return _selected(self, members, LatentEnsemble(config))
 
     def member(self, m: int) -> LatentEnsemble:
         """The ensemble of member m alone."""
@@ -116,7 +117,8 @@ class ImageEnsemble(nn.Module):
 
     def select(self, members: Sequence[int]) -> ImageEnsemble:
         """The ensemble of some of the members, in the order given."""
-        return _selected(self, members, ImageEnsemble(replace(self.config, num_members=len(members)), self.vae_config))
+        config = _some(self.config, members)
+        return _selected(self, members, ImageEnsemble(config, self.vae_config))
 
     def member(self, m: int) -> ImageEnsemble:
         """The ensemble of member m alone."""
@@ -195,16 +197,20 @@ def _grouped(layer: nn.Module, members: int) -> nn.Module:
     raise ValueError(f"no grouped form is known of the layer {type(layer).__name__}")
 
 
+def _some(config: EnsembleConfig, members: Sequence[int]) -> EnsembleConfig:
+    if not len(members) or not all(0 <= m < config.num_members for m in members):
+        raise ValueError(f"members must be one or more of 0 ... {config.num_members - 1}, got {list(members)}")
+    return replace(config, num_members=len(members))
+
+
 def _selected(ensemble: Ensemble, members: Sequence[int], target: Ensemble) -> Ensemble:
-    total = ensemble.config.num_members
-    if not len(members) or not all(0 <= m < total for m in members):
-        raise ValueError(f"members must be one or more of 0 ... {total - 1}, got {list(members)}")
-    index = torch.as_tensor(list(members))
+    device = next(ensemble.parameters()).device
+    index = torch.as_tensor(list(members), device=device)
     state = {
         name: tensor
         if tensor.ndim == 0
-        else tensor.unflatten(0, (total, -1))[index.to(tensor.device)].flatten(0, 1).clone()
+        else tensor.unflatten(0, (ensemble.config.num_members, -1))[index].flatten(0, 1)
         for name, tensor in ensemble.state_dict().items()
     }
     target.load_state_dict(state)
-    return target.train(ensemble.training).to(next(ensemble.parameters()).device)
+    return target.train(ensemble.training).to(device)

@@ -1,0 +1,258 @@
+"""The model directory: what is written comes back bit by bit, and what is broken is refused with its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import clarity
+from clarity.checkpoints import (
+    ENSEMBLE_FILE,
+    IMAGE_ENSEMBLE_FILE,
+    MODEL_FILE,
+    VAE_FILE,
+    WEIGHT_FILES,
+    Model,
+    fold_of,
+    load_model,
+    load_tensors,
+    read_card,
+    save_model,
+    save_tensors,
+)
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
+from clarity.vae import decode_rows, encode_rows
+
+
+@pytest.fixture
+def full_model(tiny_model: Model) -> Model:
+    """The tiny model with an image ensemble of 3 members and two folds."""
+    torch.manual_seed(8)
+    config = EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=3)
+    tiny_model.image_ensemble = ImageEnsemble(config, tiny_model.vae.config).eval()
+    tiny_model.folds = tuple(LatentEnsemble(tiny_model.ensemble.config).eval() for _ in range(2))
+    return tiny_model
+
+
+def edit_card(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    card = json.loads((path / MODEL_FILE).read_text())
+    change(card)
+    (path / MODEL_FILE).write_text(json.dumps(card))
+
+
+def replace_file(path: Path, name: str, data: bytes) -> None:
+    """Put other bytes into a weight file, with a card whose sum agrees with them."""
+    (path / name).write_bytes(data)
+    edit_card(path, lambda card: card["files"].update({name: {"sha256": hashlib.sha256(data).hexdigest()}}))
+
+
+def change_tensors(path: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_tensors(path / name)
+    change(tensors)
+    replace_file(path, name, safetensors.torch.save(tensors))
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray((path / VAE_FILE).read_bytes())
+    data[-5] ^= 1
+    (path / VAE_FILE).write_bytes(bytes(data))
+
+
+class Bomb:
+    """Makes a directory when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploded",)
+
+
+def torch_save(path: Path) -> None:
+    file = path.parent / "weights.pt"
+    torch.save({"a": torch.zeros(2)}, file)
+    replace_file(path, VAE_FILE, file.read_bytes())
+
+
+def cut_short(path: Path) -> None:
+    text = (path / MODEL_FILE).read_text()
+    (path / MODEL_FILE).write_text(text[: len(text) // 2])
+
+
+#: name, what is done to a whole model directory, what the message must say.
+BAD_MODELS: list[tuple[str, Callable[[Path], object], str]] = [
+    ("no card", lambda p: (p / MODEL_FILE).unlink(), "no model at .*model.json, which training writes last"),
+    ("card cut short", cut_short, "expected JSON in .*model.json"),
+    ("card of another kind", lambda p: (p / MODEL_FILE).write_text("[1]"), "a model of format 1, found 'list'"),
+    ("card of another format", lambda p: edit_card(p, lambda c: c.update(format=9)), "format 1, found 9"),
+    ("card lacks an entry", lambda p: edit_card(p, lambda c: c.pop("preprocessing")), "lacks 'preprocessing'"),
+    ("no weights", lambda p: (p / VAE_FILE).unlink(), "vae.safetensors is missing; copy the model directory again"),
+    ("a changed byte", flip_byte, "vae.safetensors has changed: its sha256 is"),
+    ("weights cut short", lambda p: replace_file(p, VAE_FILE, (p / VAE_FILE).read_bytes()[:-9]), "no readable safe"),
+    ("a pickle", lambda p: replace_file(p, VAE_FILE, pickle.dumps(Bomb())), "is a pickle, which can run any code"),
+    ("a torch.save file", torch_save, "is a pickle, which can run any code"),
+    ("empty weights", lambda p: replace_file(p, ENSEMBLE_FILE, b""), "ensemble.safetensors is no readable safetensors"),
+    (
+        "a path outside",
+        lambda p: edit_card(p, lambda c: c["files"].update({"../../etc/passwd": {"sha256": "0"}})),
+        "'../../etc/passwd' is none of the files of a model",
+    ),
+    ("a file without its sum", lambda p: edit_card(p, lambda c: c["files"].pop(VAE_FILE)), "names no vae.safetensors"),
+    (
+        "an unknown architecture",
+        lambda p: edit_card(p, lambda c: c["vae"].update(architecture="gan")),
+        "vae is not usable: unknown VAE architecture 'gan'; choose from beta_vae, conv",
+    ),
+    ("an unknown field", lambda p: edit_card(p, lambda c: c["vae"].update(depth=3)), "vae is not usable: .*'depth'"),
+    (
+        "another class count",
+        lambda p: edit_card(p, lambda c: c.update(class_names=["ant", "bee", "cow"])),
+        "class_names has 3 classes, ensemble has 4",
+    ),
+    ("a class twice", lambda p: edit_card(p, lambda c: c.update(class_names=["ant"] * 4)), "a name stands there twice"),
+    (
+        "another image shape",
+        lambda p: edit_card(p, lambda c: c["preprocessing"].update(height=12, width=8)),
+        r"makes images of shape \(1, 12, 8\), the VAE takes \(1, 8, 12\)",
+    ),
+    (
+        "another latent dim",
+        lambda p: edit_card(p, lambda c: c["ensemble"].update(latent_dim=6)),
+        "latent_dim of the VAE is 5, of the ensemble 6",
+    ),
+    (
+        "more members than weights",
+        lambda p: edit_card(p, lambda c: c["ensemble"].update(num_members=10**12)),
+        r"ensemble.safetensors: .* of shape \(1000000000000, .*; found torch.float32 of shape \(2, ",
+    ),
+    (
+        "a tensor too many",
+        lambda p: change_tensors(p, VAE_FILE, lambda t: t.update(extra=torch.zeros(1))),
+        "does not hold the tensors that model.json describes: extra",
+    ),
+    (
+        "another type",
+        lambda p: change_tensors(p, ENSEMBLE_FILE, lambda t: t.update({"biases.0": t["biases.0"].double()})),
+        "biases.0 is torch.float32 .* found torch.float64",
+    ),
+    (
+        "a weight that is not a number",
+        lambda p: change_tensors(p, ENSEMBLE_FILE, lambda t: t["biases.0"].fill_(float("nan"))),
+        "biases.0 holds a NaN or an infinity",
+    ),
+    (
+        "an image ensemble of the VAE's tensors",
+        lambda p: replace_file(p, IMAGE_ENSEMBLE_FILE, (p / VAE_FILE).read_bytes()),
+        "image_ensemble.safetensors does not hold the tensors",
+    ),
+    ("a silly number of folds", lambda p: edit_card(p, lambda c: c.update(folds=10**9)), "a count from 0 to 1000"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [case[1:] for case in BAD_MODELS], ids=[case[0] for case in BAD_MODELS])
+def test_load_says_what_is_wrong(
+    full_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(full_model, tmp_path / "model")
+    load_model(tmp_path / "model")
+    change(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "model")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_model_comes_back_bit_by_bit(full_model: Model, tmp_path: Path) -> None:
+    written = save_model(full_model, tmp_path, card={"metrics": {"accuracy": 0.5}})
+    loaded = clarity.load(tmp_path)
+    assert loaded.card == json.loads(json.dumps(written)) == json.loads((tmp_path / MODEL_FILE).read_text())
+    assert loaded.card["metrics"] == {"accuracy": 0.5} and loaded.card["versions"]["torch"] == torch.__version__
+    assert loaded.fingerprint == full_model.fingerprint != ""
+    assert loaded.class_names == full_model.class_names and loaded.preprocessing == full_model.preprocessing
+    assert (loaded.latent_dim, loaded.num_classes, loaded.image_shape) == (5, 4, (1, 8, 12))
+    assert loaded.device == torch.device("cpu")
+    x, z = torch.rand(3, 1, 8, 12), torch.randn(3, 5)
+    assert torch.equal(encode_rows(loaded.vae, x)[0], encode_rows(full_model.vae, x)[0])
+    assert torch.equal(decode_rows(loaded.vae, z), decode_rows(full_model.vae, z))
+    assert torch.equal(logits_rows(loaded.ensemble, z), logits_rows(full_model.ensemble, z))
+    assert loaded.image_ensemble is not None and full_model.image_ensemble is not None
+    assert torch.equal(logits_rows(loaded.image_ensemble, x), logits_rows(full_model.image_ensemble, x))
+    for ours, theirs in zip(loaded.folds, full_model.folds, strict=True):
+        assert torch.equal(logits_rows(ours, z), logits_rows(theirs, z))
+    assert not any(p.requires_grad for p in loaded.vae.parameters())
+
+
+def test_model_without_extras_has_two_weight_files(tiny_model: Model, tmp_path: Path) -> None:
+    save_model(tiny_model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [ENSEMBLE_FILE, MODEL_FILE, VAE_FILE]
+    loaded = load_model(tmp_path)
+    assert loaded.image_ensemble is None and loaded.folds == ()
+
+
+def test_same_model_has_the_same_bytes(full_model: Model, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_model(full_model, tmp_path / name)
+    for name in WEIGHT_FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_fingerprint_changes_with_what_determines_results(full_model: Model, tmp_path: Path) -> None:
+    first = save_model(full_model, tmp_path / "a")["fingerprint"]
+    full_model.image_ensemble, full_model.folds = None, ()
+    assert save_model(full_model, tmp_path / "b")["fingerprint"] == first
+    full_model.class_names = ("ant", "bee", "cow", "elk")
+    second = save_model(full_model, tmp_path / "c")["fingerprint"]
+    with torch.no_grad():
+        full_model.ensemble.biases[0][0, 0] += 1
+    third = save_model(full_model, tmp_path / "d")["fingerprint"]
+    assert len({first, second, third}) == 3
+
+
+def test_card_is_written_last(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    from clarity import storage
+
+    real = storage.write_bytes
+
+    def note(uri: Any, data: bytes, **more: Any) -> None:
+        names.append(Path(uri).name)
+        real(uri, data, **more)
+
+    monkeypatch.setattr(storage, "write_bytes", note)
+    save_model(tiny_model, tmp_path)
+    assert names[-1] == MODEL_FILE and len(names) == 3
+
+
+def test_read_card_of_nothing_is_none(tmp_path: Path) -> None:
+    assert read_card(tmp_path) is None
+
+
+def test_tensors_are_no_pickle(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "t", {"a": torch.arange(3).expand(2, 3)})
+    assert torch.equal(load_tensors(tmp_path / "t")["a"], torch.arange(3).expand(2, 3))
+    (tmp_path / "t").write_bytes(pickle.dumps(1))
+    with pytest.raises(ValueError, match="is a pickle"):
+        load_tensors(tmp_path / "t")
+
+
+def test_folds_are_even_and_fixed() -> None:
+    folds = [fold_of(str(i), 5) for i in range(5000)]
+    assert set(folds) == set(range(5))
+    assert all(900 < folds.count(f) < 1100 for f in range(5))
+    assert [fold_of(name, 5) for name in ("0", "1", "photos/ant/3.jpg")] == [0, 0, 3]
+
+
+def test_model_loads_without_ray(tiny_model: Model, tmp_path: Path) -> None:
+    save_model(tiny_model, tmp_path)
+    code = f"import sys, clarity; clarity.load({str(tmp_path)!r}); print('ray' in sys.modules)"
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,147 @@
+"""Ensembles: stacked members compute what each computes alone, and rows do not know each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows, stack_members
+from clarity.vae import VAES, VAEConfig, build_vae, one_thread, vae_config
+
+
+def latent(members: int = 2) -> LatentEnsemble:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return LatentEnsemble(EnsembleConfig(4, latent_dim=5, hidden=(6, 7), num_members=members)).eval()
+
+
+def image(members: int = 2, architecture: str = "conv") -> ImageEnsemble:
+    config = vae_config(architecture, (3, 8, 12), latent_dim=5, channels=(6, 7))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        ensemble = ImageEnsemble(EnsembleConfig(4, latent_dim=5, hidden=(6,), num_members=members), config).eval()
+        for name, buffer in ensemble.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.3)
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return ensemble
+
+
+def points(kind: str, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn((rows, 5) if kind == "latent" else (rows, 3, 8, 12), generator=generator)
+
+
+ENSEMBLES = {"latent": latent, "image": image}
+
+
+def test_latent_member_is_a_perceptron() -> None:
+    ensemble, z = latent(), points("latent", 3)
+    logits = ensemble(z)
+    assert logits.shape == (2, 3, 4)
+    for m in range(2):
+        h = z
+        for i, (weight, bias) in enumerate(ensemble.layers()):
+            h = (h.relu() if i else h) @ weight[m] + bias[m]
+        torch.testing.assert_close(logits[m], h)
+
+
+def test_image_member_is_the_encoder_then_the_perceptron() -> None:
+    """The same map from plain modules: convolutions, BatchNorm, PReLU, the mean's head, the perceptron."""
+    ensemble, x = image(), points("image", 3)
+    state = ensemble.state_dict()
+    for m in range(2):
+        h = x
+        for i, layer in enumerate(ensemble.encoder_layers):
+            own = {k: v.unflatten(0, (2, -1))[m] for k, v in layer.state_dict().items() if v.ndim}
+            if isinstance(layer, nn.Conv2d):
+                h = F.conv2d(h, own["weight"], own["bias"], stride=2, padding=1)
+            elif isinstance(layer, nn.BatchNorm2d):
+                h = F.batch_norm(h, own["running_mean"], own["running_var"], own["weight"], own["bias"])
+            else:
+                assert isinstance(layer, nn.PReLU), i
+                h = F.prelu(h, own["weight"])
+        h = F.linear(h.flatten(1), state["mean_weight"][m], state["mean_bias"][m])
+        h = h @ state["weights.0"][m] + state["biases.0"][m]
+        h = h.relu() @ state["weights.1"][m] + state["biases.1"][m]
+        torch.testing.assert_close(ensemble(x)[m], h, atol=1e-5, rtol=1e-4)
+
+
+def test_image_and_latent_classifier_have_equal_parameter_counts() -> None:
+    config = VAEConfig()
+    vae = build_vae(config)
+    of_image = ImageEnsemble(EnsembleConfig(10, num_members=1), config)
+    of_latent = LatentEnsemble(EnsembleConfig(10, num_members=1))
+    on_the_way = [*vae.encoder_layers.parameters(), *vae.mean.parameters(), *of_latent.parameters()]
+    assert sum(p.numel() for p in of_image.parameters()) == sum(p.numel() for p in on_the_way)
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_rows_for_each_member_agree_with_rows_for_all(kind: str) -> None:
+    ensemble, rows = ENSEMBLES[kind](), points(kind, 3)
+    torch.testing.assert_close(ensemble(rows), ensemble(torch.stack([rows, rows])))
+    other = torch.stack([rows, rows + 1])
+    torch.testing.assert_close(ensemble(other)[1], ensemble(rows + 1)[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_select_and_stack_are_inverse(kind: str) -> None:
+    ensemble, rows = ENSEMBLES[kind](3), points(kind, 3)
+    alone = [ensemble.member(m) for m in range(3)]
+    assert all(member.config.num_members == 1 and not member.training for member in alone)
+    torch.testing.assert_close(torch.cat([member(rows) for member in alone]), ensemble(rows), atol=1e-5, rtol=1e-4)
+    again = stack_members(alone).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in ensemble.state_dict().items())
+    torch.testing.assert_close(ensemble.select([2, 0])(rows), ensemble(rows)[[2, 0]], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_select_refuses_members_that_are_not_there(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"one or more of 0 ... 1, got \[2\]"):
+        ENSEMBLES[kind]().select([2])
+    with pytest.raises(ValueError, match="one or more"):
+        ENSEMBLES[kind]().select([])
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_logits_have_the_same_bits_wherever_rows_stand(kind: str, threads: int) -> None:
+    ensemble, rows = ENSEMBLES[kind](3), points(kind, 200)
+    with one_thread():
+        expected = logits_rows(ensemble, rows)
+    torch.testing.assert_close(expected, ensemble(rows).detach(), atol=1e-5, rtol=1e-4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for index in (torch.randperm(200), torch.tensor([131]), torch.arange(3, 140)):
+            assert torch.equal(logits_rows(ensemble, rows[index]), expected[:, index])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("architecture", VAES)
+def test_image_ensemble_exists_for_each_architecture(architecture: str) -> None:
+    assert image(2, architecture)(points("image", 3)).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_classes": 1}, "at least 2 classes, got 1"),
+        ({"num_classes": 3, "hidden": (0,)}, "at least 1"),
+        ({"num_classes": 3, "num_members": 0}, "at least 1"),
+    ],
+)
+def test_config_says_what_is_wrong(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EnsembleConfig(**fields)
+
+
+def test_image_ensemble_refuses_another_latent_dim() -> None:
+    with pytest.raises(ValueError, match="latent_dim of the ensemble is 16, of the encoder 5"):
+        ImageEnsemble(EnsembleConfig(4), VAEConfig(latent_dim=5))
