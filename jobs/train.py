@@ -1,0 +1,286 @@
+#!/usr/bin/env python
+"""Train a model on Ray Train: the VAE on all workers together, then the ensemble's members, each worker its own.
+
+Plans, checks, and trains in two trainers; the same command resumes a run that was cut, with any number of workers, adds
+what is missing to a finished model (``--image-members``, ``--folds``), and reports one that lacks nothing. Exit codes:
+0 the model is finished, 1 interrupted (run it again), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from clarity import data, storage
+from clarity.checkpoints import read_card
+from clarity.classifiers import EnsembleConfig
+from clarity.resources import job_path
+from clarity.training import (
+    EnsembleTraining,
+    ImageTraining,
+    Plan,
+    VAETraining,
+    Worker,
+    begin,
+    finish,
+    plan_training,
+    run_stages,
+    stage_done,
+)
+from clarity.vae import VAES, VAEConfig
+
+#: Each training's dataclass and the prefix of its flags; the seed is one for all.
+TRAININGS = {"vae": VAETraining, "ensemble": EnsembleTraining, "image": ImageTraining}
+#: Of a Ray that this job starts itself: nothing large goes through it.
+OBJECT_STORE_BYTES = 200_000_000
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; the trainings' flags and all defaults come from their dataclasses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    defaults = {field.name: field.default for field in dataclasses.fields(EnsembleConfig)}
+    add("--dataset", default="digits", choices=list(data.SOURCES), help="source of the images (digits)")
+    add("--data", help="where the images lie: a path or an s3:// URI, for every source but digits")
+    add("--download", action="store_true", help="mnist: fetch what is missing into --data first")
+    add("--split", default="train", help="part of the data to train on (train)")
+    add("--held-out", default="test", help="part of the data to measure on, or none (test)")
+    add("--out", help="model directory: a path or an s3:// URI (runs/DATASET/model)")
+    add("--vae", default="conv", choices=list(VAES), help="architecture (conv)")
+    add("--latent-dim", type=int, help=f"D ({of_vaes('latent_dim')})")
+    add("--channels", type=int, nargs="+", help=f"of the encoder's convolutions ({of_vaes('channels')})")
+    add("--beta", type=float, help=f"weight of the KL term ({of_vaes('beta')})")
+    add("--loss", help=f"of the reconstruction ({of_vaes('loss')})")
+    add("--image-size", type=int, nargs="+", help="side, or height and width, of the model's images (from the data)")
+    add("--num-members", type=int, default=defaults["num_members"], help=f"M ({defaults['num_members']})")
+    add("--hidden", type=int, nargs="*", default=defaults["hidden"], help="widths of the classifiers' layers (16 16)")
+    add("--image-members", type=int, default=0, help="members of an image ensemble, which image-space methods need (0)")
+    add("--folds", type=int, default=0, help="ensembles that each leave a part of the training split out (0)")
+    add("--seed", type=int, default=VAETraining.seed, help=f"of everything drawn ({VAETraining.seed})")
+    for prefix, kind in TRAININGS.items():
+        for field in dataclasses.fields(kind):
+            if field.name != "seed":
+                flag, value = f"--{prefix}-{field.name.replace('_', '-')}", field.default
+                add(flag, type=type(value), default=value, help=f"see {kind.__name__} ({value})")
+    add("--workers", type=int, help="training processes (one for each GPU; else one for each CPU, or node for the VAE)")
+    return parser.parse_args(argv)
+
+
+def of_vaes(name: str) -> str:
+    """The default of a field of VAEConfig in each architecture, for the help."""
+    default = next(field.default for field in dataclasses.fields(VAEConfig) if field.name == name)
+    return ", ".join(f"{key}: {entry.defaults.get(name, default)}" for key, entry in VAES.items())
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Everything that can be wrong is found here, before anything starts."""
+    trainings = {
+        f"{prefix}_training": kind(
+            seed=args.seed,
+            **{f.name: getattr(args, f"{prefix}_{f.name}") for f in dataclasses.fields(kind) if f.name != "seed"},
+        )
+        for prefix, kind in TRAININGS.items()
+    }
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"--workers: expected at least 1, got {args.workers}")
+    if args.image_size and len(args.image_size) > 2:
+        raise ValueError(f"--image-size: expected a side, or height and width, got {args.image_size}")
+    size = tuple(args.image_size * 2)[:2] if args.image_size else None
+    out = job_path(args.out, f"runs/{args.dataset}/model", "--out")
+    held_out = None
+    # The unlabelled images of a source teach the VAE, though not the classifiers.
+    dataset = data.open_dataset(args.dataset, args.data, args.split, download=args.download, unlabelled=True)
+    if args.held_out != "none":
+        held_out = data.open_dataset(args.dataset, args.data, args.held_out)
+    return plan_training(
+        out,
+        dataset,
+        held_out,
+        architecture=args.vae,
+        vae_fields={name: getattr(args, name) for name in ("latent_dim", "channels", "beta", "loss")},
+        num_members=args.num_members,
+        hidden=args.hidden,
+        image_size=size,
+        image_members=args.image_members,
+        num_folds=args.folds,
+        **trainings,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan, train, measure; the exit code."""
+    args = parse(argv)
+    start = time.time()
+    try:
+        plan = make_plan(args)
+        place = storage.display(plan.out)
+        if begin(plan):
+            print(f"finished already\n{describe(plan)}\nmodel      {place}")
+            return 0
+        print(f"training {place} on {plan.data['images']} images of {args.dataset}", flush=True)
+        start_ray()
+        fit(plan, ("vae", "encode"), args.workers, 0)
+        fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
+        finish(plan, say=say)
+        print(f"{describe(plan)}\nmodel      {place}  ({time.time() - start:.0f} s)")
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ray.train.TrainingFailedError as error:
+        print(f"the training was cut: {error}\nthe same command resumes it", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return 1
+
+
+def say(line: str) -> None:
+    """Progress, at once."""
+    print(line, flush=True)
+
+
+def describe(plan: Plan) -> str:
+    """How good the model is, by its card."""
+    metrics = (read_card(plan.out) or {}).get("metrics", {})
+    lines = []
+    if "vae" in metrics:
+        parts = metrics["vae"]
+        lines.append(f"vae        loss {parts['loss']:.2f} nats, of which {parts['kl']:.2f} KL, held out")
+    for key, name in (("ensemble", "ensemble"), ("image_ensemble", "images")):
+        if key in metrics:
+            found = metrics[key]
+            lines.append(
+                f"{name:<10} accuracy {found['accuracy']:.2%} held out, members {found['member_accuracy_mean']:.2%}, "
+                f"balanced {found['balanced_accuracy']:.2%}, calibration error {found['calibration_error']:.3f}"
+            )
+    return "\n".join(lines) or "nothing was held out to measure on"
+
+
+# ---- on Ray --------------------------------------------------------------------------------------------------------
+
+
+def start_ray() -> None:
+    """Join the Ray that runs here (RAY_ADDRESS, or ray start), else start one."""
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    try:
+        ray.init(object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    except ValueError:  # one that runs already brings its own store
+        ray.init(**quiet)
+
+
+def fit(plan: Plan, stages: Sequence[str], workers: int | None, useful: int) -> None:
+    """Run stages on all workers, in one trainer; nothing where nothing is left to do.
+
+    Args:
+        plan: what to train.
+        stages: some of those of run_stages.
+        workers: as many as the user asks for.
+        useful: else at most so many, one for each GPU or else for each CPU; 0: one for each node, as the members of one
+            batch talk more than they compute unless there are GPUs.
+    """
+    if all(stage_done(plan, stage) for stage in stages):
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    most = gpus or (sum(cpus) if useful or workers else min(len(cpus), 4))
+    count = workers or max(1, min(most, useful or most))
+    # A cluster that scales from nothing offers nothing yet: Ray waits for its nodes.
+    if cpus and count > most:
+        raise ValueError(f"--workers {count}: Ray offers {f'{gpus} GPUs' if gpus else f'{most} CPUs'}; ask for fewer")
+    threads = 1 if gpus or not cpus else min(16, *cpus, max(1, sum(cpus) // count))
+    with progress() as lines:
+        ray.train.torch.TorchTrainer(
+            work,
+            train_loop_config={"plan": plan, "stages": stages, "lines": lines, "threads": threads},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=count,
+                use_gpu=bool(gpus),
+                resources_per_worker={"CPU": threads} | ({"GPU": 1} if gpus else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{stages[0]}-{time.time_ns()}",
+                failure_config=ray.train.FailureConfig(max_failures=3),
+                **ray_storage(plan),
+            ),
+        ).fit()
+
+
+def work(config: dict[str, Any]) -> None:
+    """One worker's share of the stages."""
+    import torch
+
+    torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        wrap=ray.train.torch.prepare_model,
+        say=config["lines"].put.remote,
+    )
+    run_stages(config["plan"], config["stages"], worker)
+
+
+def ray_storage(plan: Plan) -> dict[str, Any]:
+    """Where Ray keeps its own notes on a run: beside ours, deleted with them."""
+    place = plan.file("ray")
+    if not storage.is_remote(place):
+        return {"storage_path": place}
+    filesystem, path = storage.filesystem(place)
+    return {"storage_path": path, "storage_filesystem": filesystem}
+
+
+class Lines:
+    """Lines that workers say and the driver prints."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def put(self, line: str) -> None:
+        """Add a line."""
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        """The lines since the last time."""
+        lines, self.lines = self.lines, []
+        return lines
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """An actor for the workers to speak to; what they say is printed while the block runs."""
+    actor = ray.remote(num_cpus=0)(Lines).remote()
+    done = threading.Event()
+
+    def listen() -> None:
+        last = False
+        while not last:
+            last = done.wait(0.5)
+            for line in ray.get(actor.take.remote()):
+                say(line)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield actor
+    finally:
+        done.set()
+        listener.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
