@@ -525,20 +525,19 @@ def _chosen(engine: str, device: str, fits: bool, watched: bool) -> str:
 
 def _missing(engine: str, device: str) -> str:
     """Why an engine cannot run on a device; empty when it can."""
+    if engine == "native" and device != "cpu":
+        return f"runs on a CPU, not on {device}"
+    if engine == "triton" and device != "cuda":
+        return f"runs on a CUDA GPU, not on {device}"
+    if engine in ("plain", "batched"):
+        return ""
     try:
         from clarity import kernels
     except ImportError:  # until the module exists
-        return "is missing" if engine in ("native", "triton") else ""
-
+        return "is missing"
     if engine == "native":
-        if device != "cpu":
-            return f"runs on a CPU, not on {device}"
         return "" if kernels.native_available() else "is not built here (pip install . with a C++ compiler builds it)"
-    if engine == "triton":
-        if device != "cuda":
-            return f"runs on a CUDA GPU, not on {device}"
-        return "" if kernels.triton_available() else "needs the package triton"
-    return ""
+    return "" if kernels.triton_available() else "needs the package triton"
 
 
 def _check_latent(objective: LatentObjective, start: Tensor, rows: Rows) -> None:
