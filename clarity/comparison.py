@@ -762,14 +762,18 @@ def draw(bench: Bench, results: Mapping[str, Results], rows: list[dict], full: I
     overall = {row["method"]: row for row in rows if row["images"] == "common" and row["source"] is None}
     shares = {
         NAMES.get(name, name): tuple(row[f"oracle_agreement{end}"] for end in ("", "_low", "_high"))
-        for name, row in overall.items()
+        for name, row in sorted(overall.items(), key=lambda item: -item[1]["oracle_agreement"])
     }
     write("oracle_agreement", plots.score_bars(shares, label="share on which the oracle sees the target"))
 
     if bench.model.image_ensemble is None:
         bench.say("figures 5, 7, 8 and 10 need image classifiers: left out")
         return {}
-    segments = [pair for pair in (("3", "8"), ("5", "1")) if set(pair) <= set(names)] or known[:2]
+    segments = [pair for pair in SEGMENTS if set(pair) <= set(names)] or known[:2]
+    segments = [pair for pair in segments if all((full.label == names.index(name)).any() for name in pair)]
+    if not segments:
+        bench.say("figures 5, 7, 8 and 10 need labelled images: left out")
+        return {}
     curves(bench, full, segments, write)
     traces(bench, full, segments[0], write)
     return {} if flat is None else latent_map(bench, flat, full, segments[-1], write)
@@ -798,12 +802,13 @@ def example(
     return pictures, notes
 
 
-def first_of(images: Images, label: int) -> int:
-    """The first image that label and model agree on."""
-    agreed = np.flatnonzero((images.label == label) & (images.source == label))
-    if not len(agreed):
-        raise ValueError(f"no image of class {label} that the model sees as such: compare more images")
-    return int(agreed[0])
+def first_of(images: Images, label: int, *also: np.ndarray) -> int:
+    """The first image of a class that the model sees as such (and whatever else sees it, in ``also``), or else the
+    first of the class.
+    """
+    of_class = images.label == label
+    agreed = np.all([of_class, *(seen == label for seen in (images.source, *also))], axis=0)
+    return int(np.flatnonzero(agreed if agreed.any() else of_class)[0])
 
 
 def curves(bench: Bench, images: Images, segments: Sequence[tuple[str, str]], write: Callable[..., None]) -> None:
@@ -867,13 +872,10 @@ def latent_map(
         ),
     }
     maps = {name: decompose(values).epistemic.numpy().reshape(z1.shape) for name, values in logits.items()}
-    agreed = np.flatnonzero((images.label == source) & (here.source == source) & (images.source == source))
-    if not len(agreed):
-        bench.say("figure 10 is left out: the 2-D model sees no image of the source as such")
-        return {}
+    start = np.array([first_of(images, source, here.source)])
     panels: dict[str, plots.LatentMap] = {}
     for method in ("fgsm", "schut", "revise_e", "clarity"):
-        pairs = pairs_of(flat, here, agreed[:1], np.array([target]))
+        pairs = pairs_of(flat, here, start, np.array([target]))
         steps = metrics.own_steps(flat, method, pairs, bench.config)[0]
         path, last = steps["point"], torch.from_numpy(steps["point"][-1:])
         if METHODS[method].space == "image":

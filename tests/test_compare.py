@@ -1,0 +1,382 @@
+"""The comparison: audits, controls and outside images judged alike, kept and read again, summed up and drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from clarity import audit, checkpoints, comparison, data, judges, metrics, schema
+from clarity.classifiers import EnsembleConfig, ImageEnsemble
+from clarity.comparison import Bench
+from clarity.explain import ExplainShard, make_plan
+from clarity.methods import METHODS
+from clarity.search import SearchConfig
+from clarity.shards import Work, read_shard, shard_item, write_shard
+from clarity.vae import decode_rows
+
+ROOT = Path(__file__).parent.parent
+COUNT, METHODS_TRIED = 10, ("clarity", "revise_e", "fgsm", "schut", "latent", "revise", "revise_e_latent")
+CONFIG = SearchConfig(max_steps=6, min_target_prob=0.4)
+
+
+def job() -> Any:
+    spec = importlib.util.spec_from_file_location("compare_job", ROOT / "jobs" / "compare.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Nets this small lose time to a second thread, and lose much of it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with image classifiers, a sample, an audit of each method, and judges; nothing of it is any good."""
+    root = tmp_path_factory.mktemp("compare")
+    model = checkpoints.load_model(tiny_digits_model)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        shape = EnsembleConfig(num_classes=10, latent_dim=5, hidden=(6, 7), num_members=2)
+        model.image_ensemble = ImageEnsemble(shape, model.vae.config).eval()
+    checkpoints.save_model(model, root / "model", card={})
+    tested = data.open_dataset("digits", None, "test")
+    sample = comparison.sample(tested, model.preprocessing, COUNT)
+    pq.write_table(sample, root / "sample.parquet")
+    for method in METHODS_TRIED:
+        explained(root, method)
+    jury = judges.build_judges(model.image_shape, model.class_names)
+    judges.save_judges(jury, str(root / "judges"))
+    return root
+
+
+def explained(root: Path, method: str) -> None:
+    """What explain_all.py would write, without Ray."""
+    model = checkpoints.load_model(root / "model")
+    dataset = data.open_dataset("parquet", root / "sample.parquet", "test")
+    listing = data.list_images(dataset)
+    plan = make_plan(model, dataset, listing, method=method, config=CONFIG, shard_rows=4)
+    uri = str(root / "audits" / method)
+    with audit.claim(uri, plan, str(root / "model")) as held:
+        work = Work(uri, held.run, plan, dataset, model.preprocessing)
+        explain = ExplainShard(work, threads=1)
+        for shard in held.pending:
+            span = plan.shards[shard]
+            item = pa.Table.from_pylist([shard_item(shard, listing[span["start"] : span["stop"]])])
+            write_shard(explain(read_shard(item, work)), work)
+
+
+@pytest.fixture()
+def bench(place: Path, tmp_path: Path) -> Bench:
+    return make_bench(place, tmp_path / "out")
+
+
+def make_bench(place: Path, out: Path) -> Bench:
+    model = checkpoints.load_model(place / "model")
+    jury = judges.load_judges(str(place / "judges"))
+    pixels = np.random.default_rng(0).integers(0, 256, (120, *model.image_shape)).astype(np.uint8)
+    real = metrics.reality(jury, pixels, np.arange(120) % 10)
+    return Bench(model, jury, real, CONFIG, str(out), draws=20, speed_pairs=4, formats=("png",))
+
+
+def test_sample_takes_as_many_of_each_class(place: Path) -> None:
+    sample = pq.read_table(place / "sample.parquet")
+    assert sorted(sample["label"].to_pylist()) == [str(k) for k in range(10)]
+    dataset = data.open_dataset("parquet", place / "sample.parquet", "test")
+    pixels, ids, labels, errors = data.read_all(
+        dataset, data.list_images(dataset), checkpoints.load_model(place / "model").preprocessing
+    )
+    tested = data.open_dataset("digits", None, "test")
+    listing = data.list_images(tested)
+    rows = [listing["image_id"].to_pylist().index(name) for name in ids]
+    truth = data.read_all(tested, listing.take(rows), data.Preprocessing("L", 28, 28))
+    assert np.array_equal(pixels, truth[0]) and labels == truth[2] and not errors
+
+
+def test_results_of_an_audit_are_what_it_holds(bench: Bench, place: Path) -> None:
+    for method in ("clarity", "fgsm", "revise"):
+        found = comparison.results_of_audit(bench, method, str(place / "audits" / method))
+        table = audit.read_audit(place / "audits" / method).counterfactuals.to_table()
+        assert len(found.of) == len(table) == COUNT * 9
+        assert [found.images.ids[b] for b in found.of] == table["image_id"].to_pylist()
+        assert np.array_equal(found.images.source[found.of], table["source"].to_numpy())
+        assert np.array_equal(found.columns["steps"], table["steps"].to_numpy())
+        members = {"clarity": 3, "fgsm": 1, "revise": 1}[method]
+        assert np.array_equal(found.columns["gradient_evaluations"], table["steps"].to_numpy() * members)
+        # Who is sure of the target sees it: more than half of the probability leaves no room for another class.
+        sure = table["target_prob_final"].to_numpy() > 0.55
+        assert (found.columns["argmax_validity"][sure] == 1).all()
+        z = torch.from_numpy(found.images.z)
+        drawn = decode_rows(bench.model.vae, z).numpy() * 255
+        assert np.abs(drawn - found.images.reconstruction).max() <= 0.5
+
+
+def test_audit_of_another_model_or_method_is_refused(bench: Bench, place: Path) -> None:
+    with pytest.raises(ValueError, match="audit of latent"):
+        comparison.results_of_audit(bench, "latent", str(place / "audits" / "clarity"))
+    bench.model.fingerprint = "another"
+    with pytest.raises(ValueError, match="another"):
+        comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+
+
+def test_controls_answer_the_same_questions(bench: Bench, place: Path) -> None:
+    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    original, drawn, real = (comparison.control(bench, name, like) for name in comparison.CONTROLS)
+    assert np.array_equal(original.x_cf, like.images.x[like.of])
+    assert original.columns["reencoded_agreement"].sum() == 0 and np.allclose(original.columns["l1_z"], 0, atol=1e-4)
+    assert np.array_equal(drawn.x_cf, like.images.reconstruction[like.of])
+    for p in range(0, len(real.of), 7):
+        assert any(np.array_equal(real.x_cf[p], image) for image in bench.real.images[real.target[p]])
+    again = comparison.control(bench, "real image", like)
+    assert np.array_equal(real.x_cf, again.x_cf) and len(np.unique(real.x_cf.reshape(len(real.of), -1), axis=0)) > 20
+    table = comparison.judged(bench, drawn)
+    assert np.allclose(table["l1_reconstruction"].to_numpy(), 0) and (table["l1_x"].to_numpy() > 0).all()
+
+
+def test_judged_rows_are_kept_until_something_changes(bench: Bench, place: Path, monkeypatch: Any) -> None:
+    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    first = comparison.judged(bench, like)
+    monkeypatch.setattr(metrics, "judge_images", lambda *_: 1 / 0)
+    assert comparison.judged(bench, like).equals(first)
+    with pytest.raises(ZeroDivisionError):
+        comparison.judged(bench, dataclasses.replace(like, key="changed"))
+    with torch.no_grad():
+        bench.judges.oracle.head.bias.add_(1e-3)
+    with pytest.raises(ZeroDivisionError):
+        comparison.judged(dataclasses.replace(bench), like)
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet", "png"])
+def test_outside_images_are_judged_in_the_same_table(bench: Bench, place: Path, tmp_path: Path, kind: str) -> None:
+    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    chosen = np.arange(0, len(like.of), 5)
+    ids = [like.images.ids[like.of[p]] for p in chosen] + ["nobody"]
+    target = [*(int(k) for k in like.target[chosen]), 3]
+    pixels = np.concatenate([like.x_cf[chosen], like.x_cf[:1]])
+    if kind == "npz":
+        uri = tmp_path / "theirs.npz"
+        np.savez(uri, image_id=np.array(ids), target=np.array(target), image=(pixels / 255).astype(np.float32)[:, 0])
+    else:
+        uri = tmp_path / "theirs.parquet"
+        image = schema.to_png(pixels) if kind == "png" else [p.ravel().tolist() for p in pixels / 255]
+        pq.write_table(pa.table({"image_id": ids, "target": [str(k) for k in target], "image": image}), uri)
+    found = comparison.external(bench, "theirs", str(uri), like)
+    assert np.array_equal(found.x_cf, like.x_cf[chosen]) and np.array_equal(found.target, like.target[chosen])
+    ours, theirs = comparison.judged(bench, like).take(chosen), comparison.judged(bench, found)
+    for name in ("oracle_agreement", "im1", "im2", "implausibility", "l1_x", "cout"):
+        assert np.allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=1e-3, atol=1e-4), name
+    assert np.array_equal(ours["reencoded_agreement"].to_numpy(), theirs["reencoded_agreement"].to_numpy())
+    assert "strict_validity" not in theirs.column_names
+
+
+def test_outside_images_that_cannot_be_judged_are_refused(bench: Bench, place: Path, tmp_path: Path) -> None:
+    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    uri = tmp_path / "theirs.npz"
+    image = np.zeros((1, 28, 28), np.uint8)
+    np.savez(uri, image_id=np.array(["a"]), target=np.array([1]))
+    with pytest.raises(ValueError, match="missing: image"):
+        comparison.external(bench, "theirs", str(uri), like)
+    np.savez(uri, image_id=np.array([like.images.ids[0]]), target=np.array(["eleven"]), image=image)
+    with pytest.raises(ValueError, match="eleven"):
+        comparison.external(bench, "theirs", str(uri), like)
+    np.savez(uri, image_id=np.array(["nobody"]), target=np.array([1]), image=image)
+    with pytest.raises(ValueError, match="no counterfactual"):
+        comparison.external(bench, "theirs", str(uri), like)
+
+
+def test_summary_tells_common_images_from_all(bench: Bench, place: Path) -> None:
+    wide = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    narrow = comparison.results_of_audit(bench, "fgsm", str(place / "audits" / "fgsm"))
+    some = np.flatnonzero(np.isin(narrow.of, [0, 1, 2]))
+    narrow = dataclasses.replace(
+        narrow, of=narrow.of[some], target=narrow.target[some], x_cf=narrow.x_cf[some], key="narrow",
+        columns={name: values[some] for name, values in narrow.columns.items()},
+    )  # fmt: skip
+    tables = {"clarity": comparison.judged(bench, wide), "fgsm": comparison.judged(bench, narrow)}
+    speeds = {"fgsm": dataclasses.asdict(metrics.Speed(10, 2.0, 40, "plain"))}
+    rows = comparison.summary(bench, tables, {"clarity": "method", "fgsm": "method"}, speeds)
+    overall = {(row["method"], row["images"]): row for row in rows if row["source"] is None}
+    assert {key: row["num_images"] for key, row in overall.items()} == {
+        ("clarity", "common"): 3, ("clarity", "all"): COUNT, ("fgsm", "common"): 3
+    }  # fmt: skip
+    assert overall["fgsm", "common"]["counterfactuals_per_second"] == 5
+    assert overall["fgsm", "common"]["milliseconds_per_step"] == 50
+    assert overall["fgsm", "common"]["epistemic_final"] is None and overall["clarity", "all"]["epistemic_final"] > 0
+    assert overall["clarity", "all"]["frechet_distance"] is None
+    pairs = [row for row in rows if row["method"] == "clarity" and row["images"] == "all" and row["source"] is not None]
+    assert sum(row["num_pairs"] for row in pairs) == COUNT * 9
+    mean = sum(row["l1_x"] * row["num_pairs"] for row in pairs) / (COUNT * 9)
+    assert mean == pytest.approx(overall["clarity", "all"]["l1_x"])
+    assert all(row["target_name"] == str(row["target"]) for row in pairs)
+
+
+def test_paired_difference_is_over_shared_pairs() -> None:
+    names = ("oracle_agreement", "reencoded_agreement", "im1", "implausibility", "l1_x", "steps")
+    a = pa.table({"image_id": ["a", "a", "b"], "target": [1, 2, 1], **{name: [1.0, 2.0, 3.0] for name in names}})
+    b = pa.table({"image_id": ["b", "a", "c"], "target": [1, 1, 1], **{name: [1.0, 0.5, 9.0] for name in names}})
+    found = comparison.paired({"a": a, "b": b}, "a", "b", 30)
+    assert found is not None and found["pairs"] == 2 and found["steps"][0] == pytest.approx((2 + 0.5) / 2)
+    assert comparison.paired({"a": a}, "a", "b", 30) is None
+
+
+def test_one_member_of_either_ensemble_has_the_same_parameters(bench: Bench) -> None:
+    hidden = {"num_classes": 10, "latent_dim": 5, "hidden": (6, 7)}
+    model = bench.model
+    assert model.image_ensemble is not None and dataclasses.asdict(model.image_ensemble.config) | hidden == (
+        dataclasses.asdict(model.ensemble.config) | hidden | {"num_members": 2}
+    )
+    counts = metrics.parameters_of_one_member(model)
+    assert counts["latent"] == counts["image"] > 1000
+
+
+def test_own_steps_follow_the_search(bench: Bench, place: Path) -> None:
+    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    of, target = comparison.question(like.images, 5, 10)
+    pairs = comparison.pairs_of(bench.model, like.images, of, target)
+    for method in ("clarity", "schut"):
+        found = METHODS[method].search(bench.model, pairs, CONFIG, engine="plain")
+        for p, steps in enumerate(metrics.own_steps(bench.model, method, pairs, CONFIG)):
+            assert len(steps["point"]) == int(found.steps[p]) + 1
+            assert np.allclose(steps["point"][-1], found.point[p].numpy(), atol=1e-5)
+            assert steps["target_prob"][0] == pytest.approx(float(found.target_prob_initial[p]), abs=1e-5)
+            assert steps["target_prob"][-1] == pytest.approx(float(found.target_prob_final[p]), abs=1e-5)
+            gap = steps["predictive"] - steps["aleatoric"] - steps["epistemic"]
+            assert np.allclose(gap, 0, atol=1e-5)
+
+
+def test_member_gradients_are_those_of_each_alone(bench: Bench) -> None:
+    z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 3, 9, 1])
+    found = metrics.member_gradients(bench.model.ensemble, z, target)
+    for m in range(3):
+        for b in range(4):
+            point = z[b : b + 1].clone().requires_grad_()
+            logits = bench.model.ensemble.member(m)(point)[0]
+            (slope,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target[b : b + 1]), point)
+            assert np.allclose(found[m, b], slope[0].numpy(), atol=1e-6)
+
+
+def test_segments_hold_their_ends(bench: Bench) -> None:
+    a, b = torch.zeros(5), torch.arange(5.0)
+    points = metrics.along_segment(a, b, 5)
+    assert torch.equal(points[0], a) and torch.equal(points[-1], b) and torch.allclose(points[1], b / 4)
+    curves = metrics.target_curves(bench.model.ensemble, points, 7)
+    probs = torch.softmax(bench.model.ensemble(points), -1)[..., 7]
+    assert curves.shape == (3, 5) and np.allclose(curves, probs.detach().numpy(), atol=1e-6)
+
+
+def test_timing_counts_whole_searches(bench: Bench, place: Path) -> None:
+    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    pairs = comparison.pairs_of(bench.model, like.images, *comparison.question(like.images, 7, 10))
+    speed = metrics.time_search(bench.model, "clarity", pairs, CONFIG, at_least=0.01, engine="plain")
+    steps = int(METHODS["clarity"].search(bench.model, pairs, CONFIG, engine="plain").steps.sum())
+    assert speed.pairs % 7 == 0 and speed.steps == steps * speed.pairs // 7 and speed.engine == "plain"
+    assert speed.counterfactuals_per_second == pytest.approx(speed.pairs / speed.seconds)
+
+
+def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: Any) -> None:
+    audits = [f"{method}={place / 'audits' / method}" for method in METHODS_TRIED]
+    out = tmp_path / "out"
+    theirs = tmp_path / "theirs.npz"
+    asked = audit.read_audit(place / "audits" / "clarity").counterfactuals.to_table().slice(0, 12)
+    np.savez(
+        theirs, image_id=np.array(asked["image_id"].to_pylist()), target=asked["target"].to_numpy(),
+        image=np.zeros((12, 28, 28), np.uint8),
+    )  # fmt: skip
+    command = [
+        "--model", str(place / "model"), "--judges", str(place / "judges"), "--flat-model", str(tmp_path / "flat"),
+        "--out", str(out), "--audit", *audits, "--external", f"theirs={theirs}", "--draws", "20", "--speed-pairs", "3",
+        "--max-steps", "6", "--min-target-prob", "0.4", "--formats", "png",
+    ]  # fmt: skip
+    flat = checkpoints.load_model(place / "model")
+    flat_vae = dataclasses.replace(flat.vae.config, latent_dim=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        flat.vae = comparison_vae(flat_vae)
+        flat.ensemble = type(flat.ensemble)(dataclasses.replace(flat.ensemble.config, latent_dim=2)).eval()
+    flat.image_ensemble = None
+    checkpoints.save_model(flat, tmp_path / "flat", card={})
+    module = job()
+    assert module.main(command) == 0, capsys.readouterr().err
+    table = pq.read_table(out / "comparison.parquet")
+    names = table["method"].unique().to_pylist()
+    assert names == [*METHODS, *comparison.CONTROLS, "theirs"]
+    rows = table.to_pylist()
+    overall = {row["method"]: row for row in rows if row["source"] is None and row["images"] == "common"}
+    assert all(overall[name]["milliseconds_per_step"] > 0 for name in METHODS)
+    assert overall["theirs"]["strict_validity"] is None and overall["original"]["reencoded_agreement"] == 0
+    assert (out / "comparison.csv").read_text().startswith("method,kind,images,source,target")
+    text = (out / "comparison.md").read_text()
+    assert "| oracle agreement |" in text and "REVISE-E (latent)" in text
+    measured = json.loads((out / "measurements.json").read_text())
+    assert measured["parameters of one member"]["latent"] == measured["parameters of one member"]["image"]
+    assert {row["fast"] for row in measured["steps"]} == {"latent", "clarity"}
+    # Which grids there are depends on what the random classifiers see; these need no agreement with a label.
+    drawn = {path.name for path in (out / "figures").glob("*.png")}
+    assert {"oracle_agreement.png", *(f"pairs_{method}.png" for method in METHODS)} <= drawn
+    first = (out / "comparison.parquet").read_bytes()
+    assert module.main(command) == 0
+    assert (out / "comparison.parquet").read_bytes() == first
+
+
+def comparison_vae(config: Any) -> Any:
+    from clarity.vae import build_vae
+
+    return build_vae(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], "unknown method 'magic'"),
+        (["--model", "/nowhere"], "no model in"),
+        (["--max-steps", "-1"], "max_steps"),
+        (["--dataset", "mnist"], "place"),
+    ],
+)
+def test_job_refuses_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    assert job().main(["--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_job_asks_for_image_classifiers_where_they_lack(tiny_digits_model: Path, tmp_path: Path, capsys: Any) -> None:
+    assert job().main(["--model", str(tiny_digits_model), "--out", str(tmp_path / "out")]) == 2
+    assert "--methods clarity latent" in capsys.readouterr().err
+
+
+def test_job_passes_on_how_another_job_ended(place: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    command = ["--model", str(place / "model"), "--judges", str(place / "judges"), "--out", str(tmp_path / "out")]
+    assert job().main([*command, "--methods", "clarity", "--images", "10"]) == 1
+    assert "explain_all.py ended with exit code 1" in capsys.readouterr().err
+    assert (tmp_path / "out" / "sample-10.parquet").exists()
+
+
+@pytest.mark.slow
+def test_job_explains_over_ray(place: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "compare.py"), "--model", str(place / "model")]
+    command += ["--judges", str(place / "judges"), "--out", str(tmp_path / "out"), "--methods", "clarity", "fgsm"]
+    command += ["--images", "10", "--image-method-limit", "5", "--max-steps", "5", "--no-figures", "--speed-pairs", "3"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    table = pq.read_table(tmp_path / "out" / "comparison.parquet").to_pylist()
+    overall = {(row["method"], row["images"]): row["num_images"] for row in table if row["source"] is None}
+    assert overall["clarity", "all"] == 10 and overall["clarity", "common"] == overall["fgsm", "common"] == 5
