@@ -35,6 +35,9 @@ from clarity.shards import Clock, Work, attempted, pack, pack_row, unpack, unpac
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows, in_blocks
 
+#: Pairs whose pictures exist as floats at one time; bounds the memory, changes no row.
+CHUNK = 2048
+
 
 @dataclass
 class Explained:
@@ -80,8 +83,8 @@ class _Part:
     found: Counterfactuals = field(init=False)
     initial: Judged = field(init=False)
     final: Judged = field(init=False)
-    x_cf: Tensor = field(init=False)
     z_cf: Tensor = field(init=False)
+    off: np.ndarray = field(init=False)
     shown: np.ndarray = field(init=False)
     again: np.ndarray = field(init=False)
 
@@ -238,14 +241,24 @@ class Explainer:
         with clock("judge"):
             part.final = judge(classifier_logits(part.model, self.method, part.found.point))
             part.initial = self._judge_start(part)
-        with clock("decode"):
-            latent = method.space == "latent"
-            part.x_cf = decode_rows(self.model.vae, part.found.point) if latent else part.found.point
-            part.shown = quantise(part.x_cf)
-        with clock("reencode"):
-            z_again, _ = encode_rows(self.model.vae, self._unit(part.shown))
-            part.again = mean_probs(logits_rows(part.model.ensemble, z_again))
-            part.z_cf = part.found.point if latent else z_again
+        self._look_again(part, clock)
+
+    def _look_again(self, part: _Part, clock: Clock) -> None:
+        """Decode what was found, quantise it, and let the ensemble look at it again; a few pairs at a time."""
+        latent, points = METHODS[self.method].space == "latent", part.found.point
+        images = torch.from_numpy(part.of).to(self.device)
+        shown, off, again, codes = [], [], [], []
+        for start in range(0, len(points), CHUNK):
+            rows = slice(start, start + CHUNK)
+            with clock("decode"):
+                x_cf = decode_rows(self.model.vae, points[rows]) if latent else points[rows]
+                shown.append(quantise(x_cf))
+                off.append(_l1(x_cf, part.reconstruction[images[rows]]))
+            with clock("reencode"):
+                codes.append(encode_rows(self.model.vae, self._unit(shown[-1]))[0])
+                again.append(mean_probs(logits_rows(part.model.ensemble, codes[-1])))
+        part.shown, part.off, part.again = (np.concatenate(parts) for parts in (shown, off, again))
+        part.z_cf = points if latent else torch.cat(codes)
 
     def _judge_start(self, part: _Part) -> Judged:
         """What the method's own classifier sees where each pair starts, which depends on the image alone."""
@@ -346,7 +359,7 @@ class Explainer:
             "epistemic_final": part.final.epistemic if several else pa.nulls(rows, pa.float32()),
             "distance_z_l1": _l1(part.z_cf, part.pairs.z),
             "distance_z_l2": _l2(part.z_cf, part.pairs.z),
-            "distance_x_l1": _l1(part.x_cf, part.reconstruction[torch.from_numpy(part.of).to(self.device)]),
+            "distance_x_l1": part.off,
             "reencoded_class": part.again.argmax(1).astype(np.int32),
             "reencoded_target_prob": part.again[np.arange(rows), target],
             "z_cf": schema.fixed_size_list(_numpy(part.z_cf)),
