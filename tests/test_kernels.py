@@ -1,0 +1,351 @@
+"""The fast searches: against the plain one, against closed forms, and each row against itself in other company."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clarity import kernels
+from clarity.search import LatentObjective, SearchConfig, descend
+
+LEVELS = kernels.native_levels()
+CONFIG = SearchConfig(min_target_prob=0.6, max_steps=120)
+SIZES = [
+    (2, (5, 6, 7, 4)),
+    (3, (5, 4)),  # no hidden layer
+    (7, (16, 16, 16, 10)),
+    (5, (33, 17, 9, 3, 29)),  # no multiple of a register tile anywhere
+    (1, (2, 70, 2)),
+]
+
+Layers = list[tuple[Tensor, Tensor]]
+
+native = pytest.mark.skipif(not LEVELS, reason="the native search is not built here")
+
+
+def make_layers(members: int, sizes: tuple[int, ...], scale: float = 5.0, seed: int = 1) -> Layers:
+    noise = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=noise) * 2 - 1) * sizes[0] ** -0.5
+
+    return [
+        (draw(members, i, o) * scale * (sizes[0] / i) ** 0.5, draw(members, o)) for i, o in itertools.pairwise(sizes)
+    ]
+
+
+def make_rows(layers: Layers, rows: int, seed: int = 2) -> tuple[Tensor, Tensor]:
+    """Codes and targets."""
+    noise = torch.Generator().manual_seed(seed)
+    codes = torch.randn(rows, layers[0][0].shape[1], generator=noise)
+    return codes, torch.randint(0, layers[-1][0].shape[2], (rows,), generator=noise)
+
+
+def run_native(
+    layers: Layers, z: Tensor, target: Tensor, config: SearchConfig = CONFIG, **options: Any
+) -> dict[str, Tensor]:
+    return kernels.native_search(
+        layers, z, options.pop("reference", z), target, config, options.pop("threads", 1), **options
+    )
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name in a:
+        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+def take(found: dict[str, Tensor], index: Tensor | slice) -> dict[str, Tensor]:
+    return {name: values[index].contiguous() for name, values in found.items()}
+
+
+def assert_agrees_with_plain(
+    found: dict[str, Tensor], layers: Layers, z: Tensor, target: Tensor, config: SearchConfig
+) -> None:
+    """The stated tolerance: steps equal for 99.5 % of the rows and off by one for the rest; of those with equal steps
+    98 % end within 1e-4 (a coordinate that crosses the reference, or a unit that crosses 0, can part two roundings)."""
+    rows = {"target": target, "reference": z}
+    plain = descend(LatentObjective(layers, config.distance_weight), z, rows, config, engine="plain")
+    assert plain.converged.float().mean() > 0.1
+    assert len(plain.steps.unique()) > 5
+    off = (found["steps"] - plain.steps).abs()
+    assert (off == 0).float().mean() >= 0.995
+    assert off.max() <= 1
+    same = off == 0
+    assert torch.equal((found["target_prob_final"] > config.min_target_prob)[same], plain.converged[same])
+    assert ((found["point"] - plain.point).abs().amax(dim=1)[same] < 1e-4).float().mean() > 0.98
+    assert torch.allclose(found["target_prob_initial"], plain.target_prob_initial, atol=1e-6)
+    assert ((found["target_prob_final"] - plain.target_prob_final).abs()[same] < 1e-4).float().mean() > 0.98
+    assert found["finite"].all()
+
+
+@contextmanager
+def raising_after(seconds: float) -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise InterruptedError("the timer's")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- CPU -------------------------------------------------------------------------------------------------------------
+
+
+@native
+def test_native_levels_end_in_the_build_that_every_processor_runs() -> None:
+    assert LEVELS[-1] == "base"
+    assert kernels.native_available()
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("members", "sizes"), SIZES)
+def test_native_search_agrees_with_the_plain_one(level: str, members: int, sizes: tuple[int, ...]) -> None:
+    layers = make_layers(members, sizes)
+    z, target = make_rows(layers, 203)
+    config = replace(CONFIG, min_target_prob=0.6 if sizes[-1] < 20 else 0.2)
+    assert_agrees_with_plain(run_native(layers, z, target, config, level=level), layers, z, target, config)
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_row_keeps_its_bits_in_any_company(level: str) -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    z, target = make_rows(layers, 131)
+    found = run_native(layers, z, target, level=level)
+    assert len(found["steps"].unique()) > 5, "rows that end at different steps make the test worth something"
+
+    for threads in (2, 3, 7):
+        assert_same_bits(run_native(layers, z, target, threads=threads, level=level), found)
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(3))
+    assert_same_bits(run_native(layers, z[order], target[order], level=level), take(found, order))
+    for row in (0, 64, 130):
+        alone = slice(row, row + 1)
+        assert_same_bits(run_native(layers, z[alone], target[alone], level=level), take(found, alone))
+    strangers, aims = make_rows(layers, 300, seed=9)
+    strangers[::7] = torch.nan
+    together = run_native(layers, torch.cat([strangers, z]), torch.cat([aims, target]), threads=2, level=level)
+    assert_same_bits(take(together, slice(300, None)), found)
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_probabilities_are_a_softmax_to_float32(level: str) -> None:
+    weight = torch.eye(6).unsqueeze(0)
+    z = torch.randn(500, 6, generator=torch.Generator().manual_seed(4)) * torch.logspace(-2, 1.3, 500).unsqueeze(1)
+    target = torch.arange(500) % 6
+    config = replace(CONFIG, max_steps=0)
+    found = run_native([(weight, torch.zeros(1, 6))], z, target, config, level=level)["target_prob_initial"]
+    expected = torch.softmax(z.double(), dim=1).gather(1, target.unsqueeze(1)).squeeze(1)
+    # The logits' own rounding, up to 60 units of 6e-8 each, comes on top of 2 ulp of the powers.
+    assert ((found - expected).abs() <= expected * (4e-7 + 2e-7 * z.abs().amax(dim=1))).all()
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_search_counts_updates_and_stops_at_the_start(level: str) -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    z, target = make_rows(layers, 40)
+    config = replace(CONFIG, min_target_prob=0.4, max_steps=15)
+    none = run_native(layers, z, target, replace(config, max_steps=0), level=level)
+    assert torch.equal(none["point"], z)
+    assert not none["steps"].any()
+    assert torch.equal(none["target_prob_initial"], none["target_prob_final"])
+    assert none["finite"].all()
+
+    satisfied = none["target_prob_initial"] > config.min_target_prob
+    found = run_native(layers, z, target, config, level=level)
+    assert satisfied.any()
+    assert torch.equal(found["steps"] == 0, satisfied)
+    assert torch.equal(found["point"][satisfied], z[satisfied])
+    unreached = found["target_prob_final"] <= config.min_target_prob
+    assert unreached.any()
+    assert (found["steps"][unreached] == config.max_steps).all()
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_search_pulls_towards_the_reference(level: str) -> None:
+    """With flat classifiers only the distance acts: each update is one learning rate towards the reference."""
+    layers = [(torch.zeros(2, 3, 4), torch.zeros(2, 4))]
+    z = torch.zeros(2, 3)
+    reference = torch.tensor([[1.0, -1.0, 0.0], [-2.0, 0.0, 3.0]])
+    config = SearchConfig(min_target_prob=0.9, max_steps=4, distance_weight=0.5, learning_rate=0.01)
+    found = run_native(layers, z, torch.tensor([0, 3]), config, reference=reference, level=level)
+    assert torch.allclose(found["point"], 0.04 * reference.sign(), atol=1e-6)
+    assert torch.equal(found["target_prob_final"], torch.tensor([0.25, 0.25]))
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_native_row_that_is_not_finite_ends_alone(level: str, bad: float) -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    z, target = make_rows(layers, 60)
+    expected = run_native(layers, z, target, level=level)
+    broken = z.clone()
+    broken[17] = bad
+    found = run_native(layers, broken, target, level=level)
+    assert not found["finite"][17]
+    assert torch.equal(found["point"][17], broken[17]) or bad != bad
+    assert found["steps"][17] == 0
+    others = torch.arange(60) != 17
+    assert_same_bits(take(found, others), take(expected, others))
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_search_ends_every_row_of_a_model_with_nan(level: str) -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    layers[1][0][1, 2, 3] = torch.nan
+    z, target = make_rows(layers, 60)
+    found = run_native(layers, z, target, level=level)
+    assert not found["finite"].any()
+    assert torch.equal(found["point"], z)
+
+
+@native
+def test_native_search_takes_no_rows() -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    found = run_native(layers, torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
+    assert found["point"].shape == (0, 5)
+    assert len(found["steps"]) == 0
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_search_refuses_what_does_not_fit(level: str) -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    z, target = make_rows(layers, 9)
+    refused = [
+        (layers, z[:, :4], target, {}, r"start: expected an array \(any, 5\) of format f, got \(9, 4\)"),
+        (layers, z, target[:8], {}, r"target: expected an array \(9\)"),
+        (layers, z, target + 1, {}, "target: expected classes from 0 to 3, got 4"),
+        (layers, z, -target, {}, "target: expected classes from 0 to 3, got -"),
+        (layers, z, target, {"reference": z[:8]}, "reference: expected"),
+        (layers, z, target, {"threads": 0}, "threads of at least 1"),
+        (layers[::-1], z, target, {}, "weights: expected"),
+        ([(layers[0][0], layers[0][1][:, :5])], z, target, {}, "biases: expected"),
+        ([(layers[0][0][:0], layers[0][1][:0])], z, target, {}, "each size to be between 1"),
+        ([], z, target, {}, "at least one layer"),
+    ]
+    for stack, start, aims, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            run_native(stack, start, aims, level=level, **options)
+    with pytest.raises(ValueError, match="unknown level 'sse9' of the native search; this machine has"):
+        run_native(layers, z, target, level="sse9")
+
+
+@native
+@pytest.mark.parametrize("level", LEVELS)
+def test_native_module_refuses_arrays_that_it_must_not_touch(level: str) -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    z, target = make_rows(layers, 9)
+    good: dict[str, Any] = {
+        "weights": [weight.numpy() for weight, _ in layers],
+        "biases": [bias.numpy() for _, bias in layers],
+        "start": z.numpy(),
+        "reference": z.numpy(),
+        "target": target.numpy(),
+        "point": np.empty((9, 5), np.float32),
+        "steps": np.empty(9, np.int32),
+        "target_prob_initial": np.empty(9, np.float32),
+        "target_prob_final": np.empty(9, np.float32),
+        "finite": np.empty(9, np.bool_),
+        "min_target_prob": 0.9,
+        "max_steps": 5,
+        "distance_weight": 0.0,
+        "learning_rate": 0.1,
+        "threads": 1,
+    }
+    search = kernels._modules()[level].search
+    assert search(**good) is None
+    frozen = np.empty((9, 5), np.float32)
+    frozen.flags.writeable = False
+    for name, value in [
+        ("start", z.double().numpy()),
+        ("start", np.zeros((5, 9), np.float32).T),
+        ("start", "text"),
+        ("weights", [None, None, None]),
+        ("weights", tuple(good["weights"])),
+        ("target", target.int().numpy()),
+        ("point", np.empty((9, 4), np.float32)),
+        ("point", frozen),
+        ("steps", np.empty(9, np.int64)),
+        ("finite", np.empty(8, np.bool_)),
+        ("max_steps", -1),
+        ("learning_rate", float("nan")),
+        ("min_target_prob", float("nan")),
+    ]:
+        with pytest.raises(ValueError):
+            search(**good | {name: value})
+
+
+@native
+def test_native_search_lets_other_threads_run_and_signals_in() -> None:
+    layers = make_layers(7, (16, 16, 16, 10), scale=0.01)
+    z, target = make_rows(layers, 2000)
+    endless = SearchConfig(min_target_prob=0.9999, max_steps=2_000_000_000)
+    seen: list[float] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.02):
+            seen.append(time.monotonic())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(InterruptedError, match="the timer's"), raising_after(0.5):
+            run_native(layers, z, target, endless)
+    finally:
+        over.set()
+        thread.join()
+    assert time.monotonic() - began < 20
+    assert len(seen) > 3
+
+
+@native
+def test_native_modules_leave_denormal_numbers_alone() -> None:
+    run_native(make_layers(3, (5, 4)), *make_rows(make_layers(3, (5, 4)), 4))
+    tiny = np.float32(1e-40)
+    assert tiny * np.float32(1) == tiny
+    assert tiny != 0
+
+
+def test_native_search_without_a_build_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_modules", dict)
+    assert not kernels.native_available()
+    layers = make_layers(2, (5, 6, 7, 4))
+    with pytest.raises(ValueError, match="pip install"):
+        run_native(layers, *make_rows(layers, 3))
+
+
+def test_native_builds_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Base:
+        @staticmethod
+        def levels() -> tuple[str, ...]:
+            return "avx512", "avx2", "base"
+
+    built = {"base": Base, "avx2": object()}
+    monkeypatch.setattr(kernels, "_import", built.get)
+    assert list(kernels._modules.__wrapped__()) == ["avx2", "base"]
+    monkeypatch.setattr(kernels, "_import", {"avx2": object()}.get)
+    assert kernels._modules.__wrapped__() == {}, "only the plain build may ask the processor"
