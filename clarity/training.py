@@ -96,7 +96,7 @@ class EnsembleTraining:
 class ImageTraining:
     """How the image ensemble is trained; fields as in ``EnsembleTraining``, but eps in pixel values."""
 
-    epochs: int = 6
+    epochs: int = 4
     min_updates: int = 600
     batch_size: int = 128
     learning_rate: float = 0.003
@@ -620,16 +620,21 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """What determines the result, as JSON: equal descriptions make equal models."""
+
+        def resolved(training: VAETraining | EnsembleTraining | ImageTraining, count: str) -> dict[str, Any]:
+            fields = {**asdict(training), "epochs": num_epochs(training, self.data[count])}
+            return {name: value for name, value in fields.items() if name != "min_updates"}
+
         description = {
             "data": self.data.get("fingerprint"),
             "class_names": list(self.class_names),
             "preprocessing": self.preprocessing.to_json(),
             "vae": asdict(self.vae),
-            "vae_training": asdict(self.vae_training),
+            "vae_training": resolved(self.vae_training, "images"),
             "ensemble": asdict(self.ensemble),
-            "ensemble_training": asdict(self.ensemble_training),
+            "ensemble_training": resolved(self.ensemble_training, "labelled"),
             "image_members": self.image_members,
-            "image_training": asdict(self.image_training) if self.image_members else None,
+            "image_training": resolved(self.image_training, "labelled") if self.image_members else None,
             "num_folds": self.num_folds,
         }
         return json.loads(json.dumps(description))
@@ -746,7 +751,7 @@ def _refuse_another(plan: Plan, found: Mapping[str, Any], wanted: Mapping[str, A
 def _take_apart(plan: Plan, found: Mapping[str, Any]) -> None:
     model = load_model(plan.out)
     parts: list[tuple[str, Any]] = [("latent", model.ensemble)]
-    if model.image_ensemble is not None and found.get("image_training") == asdict(plan.image_training):
+    if model.image_ensemble is not None and found.get("image_training") == plan.describe()["image_training"]:
         parts.append(("image", model.image_ensemble))
     if len(model.folds) == plan.num_folds:
         parts += [(f"fold-{number}", fold) for number, fold in enumerate(model.folds)]
@@ -1173,6 +1178,11 @@ def _plan_arrays(
         preprocessing=Preprocessing("L" if channels == 1 else "RGB", height, width),
         vae=vae,
         ensemble=EnsembleConfig(len(names), vae.latent_dim, tuple(hidden), num_members),
-        data={"source": "arrays", "fingerprint": digest, "images": len(images.ids)},
+        data={
+            "source": "arrays",
+            "fingerprint": digest,
+            "images": len(images.ids),
+            "labelled": int((images.labels >= 0).sum()),
+        },
         **fields,
     )
