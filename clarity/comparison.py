@@ -34,6 +34,9 @@ from clarity.vae import decode_rows, encode_rows
 #: Part of what judged rows depend on: raise it when a metric changes.
 VERSION = 1
 
+#: Images that control rows answer for, besides those that all methods explained.
+CONTROL_IMAGES = 1000
+
 CONTROLS = {
     "original": "the image itself",
     "reconstruction": "decode(z) of the image",
@@ -226,6 +229,19 @@ def members_of(model: Model, method: str) -> int:
     ensemble = model.image_ensemble if kind.startswith("image") else model.ensemble
     assert ensemble is not None
     return ensemble.config.num_members
+
+
+def for_controls(results: Sequence[Results]) -> Results:
+    """The widest of the methods' results, cut to the images that all of them have and others up to CONTROL_IMAGES."""
+    widest = max(results, key=lambda found: len(found.of))
+    common = set.intersection(*({found.images.ids[b] for b in np.unique(found.of)} for found in results))
+    turn = sorted(widest.images.ids, key=lambda name: (name not in common, hashlib.sha256(name.encode()).digest()))
+    kept = np.isin(np.array(widest.images.ids)[widest.of], turn[: max(len(common), CONTROL_IMAGES)])
+    columns = {name: values[kept] for name, values in widest.columns.items()}
+    digest = hashlib.sha256(json.dumps([widest.key, widest.of[kept].tolist()]).encode()).hexdigest()
+    return replace(
+        widest, of=widest.of[kept], target=widest.target[kept], x_cf=widest.x_cf[kept], columns=columns, key=digest
+    )
 
 
 def control(bench: Bench, name: str, like: Results) -> Results:

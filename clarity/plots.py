@@ -234,14 +234,14 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
         raise ValueError(
             f"a strip needs one step and one probability an image, got {len(images)}, {len(steps)}, {len(target_prob)}"
         )
-    picture = _picture(min(FULL_WIDTH, 0.72 * len(images)), 1.25)
+    picture = _picture(min(FULL_WIDTH, 0.72 * len(images)), 1.45)
     axes = picture.subplots(1, len(images), squeeze=False)[0]
     for i, place in enumerate(axes):
         _blank(place)
         place.imshow(_displayed(images[i]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         place.set_title(f"step {steps[i]}" if not i else f"{steps[i]}", pad=3)
-        place.set_xlabel(f"{target_prob[i]:.2f}", labelpad=2)
-    axes[0].set_ylabel(f"p({target})", rotation=0, ha="right", va="bottom", labelpad=4, y=-0.32)
+        place.set_xlabel(f"p = {target_prob[i]:.2f}", labelpad=2, fontsize=7)
+    picture.supxlabel(f"p: probability of {target}", fontsize=7)
     return picture
 
 
@@ -444,35 +444,39 @@ def latent_paths(
         source: name of the class.
         target: name of the class.
     """
-    count = len(panels)
-    picture = _picture(FULL_WIDTH, 0.75 + FULL_WIDTH / max(count, 3))
-    axes = picture.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
-    groups = list(dict.fromkeys(panel.group for panel in panels.values()))
-    for place, (name, panel) in zip(axes, panels.items()):
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    picture = _picture(3.3 * columns, 0.3 + 2.75 * rows)
+    axes = picture.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for place in axes.flat[len(panels) :]:
+        place.set_visible(False)
+    for i, (place, (name, panel)) in enumerate(zip(axes.flat, panels.items())):
         shared = max(float(other.epistemic.max()) for other in panels.values() if other.group == panel.group)
         shown = place.imshow(
             panel.epistemic, extent=extent, origin="lower", cmap="gray", vmin=0, vmax=shared, aspect="auto"
         )
-        place.scatter(*source_points.T, s=5, marker="o", c="#fec44f", edgecolors="black", linewidths=0.15, alpha=0.75)
-        place.scatter(*target_points.T, s=6, marker="^", c="#1c9099", edgecolors="white", linewidths=0.15, alpha=0.75)
+        place.scatter(*source_points.T, s=4, marker="o", c="#fec44f", edgecolors="black", linewidths=0.15, alpha=0.7)
+        place.scatter(*target_points.T, s=5, marker="^", c="#1c9099", edgecolors="white", linewidths=0.15, alpha=0.7)
         place.plot(*panel.path.T, color="white", lw=2.6, zorder=4)
         place.plot(*panel.path.T, color="#d7301f", lw=1.3, zorder=5)
         place.scatter(*panel.path[0], s=34, marker="o", c="white", edgecolors="black", linewidths=1, zorder=6)
         place.scatter(*panel.path[-1], s=34, marker="s", c="black", edgecolors="white", linewidths=1, zorder=7)
         place.set_xlim(extent[0], extent[1])
         place.set_ylim(extent[2], extent[3])
-        place.set_title(name)
-        place.set_xlabel("$z_1$")
+        place.set_title(f"{name} ({panel.group})" if panel.group else name)
         place.set_box_aspect(1)
+        if i >= len(panels) - columns:
+            place.set_xlabel("$z_1$")
+        if i % columns == 0:
+            place.set_ylabel("$z_2$")
         if panel.image is not None:
-            corner = place.inset_axes((0.72, 0.72, 0.27, 0.27))
+            corner = place.inset_axes((0.76, 0.76, 0.23, 0.23))
             corner.imshow(_displayed(panel.image), cmap="gray", vmin=0, vmax=1)
             _blank(corner)
-        if [other.group for other in panels.values()][: list(panels).index(name) + 1].count(panel.group) == 1:
-            members = [axis for axis, other in zip(axes, panels.values()) if other.group == panel.group]
-            bar = picture.colorbar(shown, ax=members, location="bottom", shrink=0.8 / len(members) + 0.1, aspect=18)
-            bar.set_label(f"epistemic uncertainty (nats), {panel.group}" if len(groups) > 1 else "epistemic (nats)")
-    axes[0].set_ylabel("$z_2$")
+            corner.spines[:].set_color("white")
+        bar = picture.colorbar(shown, ax=place, shrink=0.8, aspect=24, pad=0.02)
+        if i % columns == columns - 1 or i == len(panels) - 1:
+            bar.set_label("epistemic uncertainty (nats)")
     handles = [
         Line2D([], [], ls="", marker="o", mfc="#fec44f", mec="black", mew=0.3, ms=4, label=f"test images of {source}"),
         Line2D([], [], ls="", marker="^", mfc="#1c9099", mec="black", mew=0.3, ms=4, label=f"test images of {target}"),
@@ -480,7 +484,7 @@ def latent_paths(
         Line2D([], [], ls="", marker="o", mfc="white", mec="black", ms=5, label="start"),
         Line2D([], [], ls="", marker="s", mfc="black", mec="white", ms=6, label="end"),
     ]
-    picture.legend(handles=handles, loc="outside upper center", ncols=5)
+    picture.legend(handles=handles, loc="outside upper center", ncols=5, columnspacing=1, handletextpad=0.3)
     return picture
 
 

@@ -141,8 +141,9 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
     results = {method: comparison.results_of_audit(bench, method, uri) for method, uri in audits.items()}
     widest = max(results.values(), key=lambda found: len(found.of))
+    asked = comparison.for_controls(list(results.values()))
     for name in CONTROLS:
-        results[name] = comparison.control(bench, name, widest)
+        results[name] = comparison.control(bench, name, asked)
     for name, uri in args.external:
         if name in results:
             raise ValueError(f"--external {name}: the name is taken; choose another")

@@ -151,6 +151,18 @@ def test_controls_answer_the_same_questions(bench: Bench, place: Path) -> None:
     assert np.allclose(table["l1_reconstruction"].to_numpy(), 0) and (table["l1_x"].to_numpy() > 0).all()
 
 
+def test_controls_are_for_the_common_images_first(bench: Bench, place: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(comparison, "CONTROL_IMAGES", 4)
+    wide = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    narrow = comparison.results_of_audit(bench, "fgsm", str(place / "audits" / "fgsm"))
+    some = np.isin(narrow.of, [2, 5])
+    narrow = dataclasses.replace(narrow, of=narrow.of[some], target=narrow.target[some], x_cf=narrow.x_cf[some])
+    asked = comparison.for_controls([narrow, wide])
+    assert len(np.unique(asked.of)) == 4 and {2, 5} <= set(asked.of.tolist()) and len(asked.x_cf) == 4 * 9
+    assert np.array_equal(asked.x_cf, wide.x_cf[np.isin(wide.of, np.unique(asked.of))])
+    assert len(comparison.for_controls([wide, wide]).of) == len(wide.of)
+
+
 def test_judged_rows_are_kept_until_something_changes(bench: Bench, place: Path, monkeypatch: Any) -> None:
     like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
     first = comparison.judged(bench, like)
