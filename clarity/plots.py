@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -24,7 +25,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from clarity import storage
+from clarity import schema, storage
 
 Array = np.ndarray
 
@@ -197,6 +198,30 @@ def _blank(place: Any) -> None:
         spine.set_visible(True)
         spine.set_linewidth(0.4)
         spine.set_color("0.6")
+
+
+def counterfactual_grid(originals: Mapping[str, Array], table: pa.Table, *, cell: float = 0.5) -> Picture:
+    """Originals in rows, every target in a column of its own, as ``explain`` and audits return them.
+
+    Args:
+        originals: image id -> image (C, H, W); their order is the rows'.
+        table: counterfactuals with ``image_id``, ``target``, ``target_name`` and ``x_cf``; other images' are left out.
+        cell: side of an image, in inches.
+
+    The place of a class that needs no counterfactual, since the model sees it already, holds a dash.
+    """
+    shape = next(iter(originals.values())).shape if originals else None
+    if shape is None or len(shape) != 3:
+        raise ValueError(f"a grid needs images (C, H, W) by their id, got {shape}")
+    rows = table.select(["image_id", "target", "target_name", "x_cf"]).to_pylist()
+    rows = [row for row in rows if row["image_id"] in originals]
+    if not rows or any(row["x_cf"] is None for row in rows):
+        raise ValueError("a grid needs counterfactuals with pictures of the images given: explain them with pictures")
+    names = {row["target"]: row["target_name"] for row in sorted(rows, key=lambda row: row["target"])}
+    pictures = schema.from_png([row["x_cf"] for row in rows], shape)
+    found = {(row["image_id"], row["target"]): picture for row, picture in zip(rows, pictures)}
+    grid = [[image, *(found.get((name, target)) for target in names)] for name, image in originals.items()]
+    return image_grid(grid, ["original", *(f"→ {name}" for name in names.values())], cell=cell)
 
 
 def counterfactual(

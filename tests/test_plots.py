@@ -9,10 +9,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from clarity import plots
+from clarity import plots, schema
 
 C, H, W, K = 3, 8, 12, 4
 
@@ -104,6 +105,25 @@ def test_grid_keeps_rows_and_columns_apart() -> None:
     values = [float(axis.images[0].get_array().mean()) for axis in picture.axes]
     assert values == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert [axis.get_title() for axis in picture.axes[:3]] == ["original", "a", "b"]
+
+
+def test_counterfactual_grid_puts_targets_in_columns() -> None:
+    originals = {name: np.full((C, H, W), value, np.uint8) for name, value in (("b", 10), ("a", 20))}
+    rows = [("a", 2, 70), ("b", 0, 40), ("a", 0, 50), ("b", 1, 60), ("other", 3, 90)]
+    table = pa.table(
+        {
+            "image_id": [name for name, _, _ in rows],
+            "target": [target for _, target, _ in rows],
+            "target_name": ["abcd"[target] for _, target, _ in rows],
+            "x_cf": schema.to_png(np.stack([np.full((C, H, W), value, np.uint8) for *_, value in rows])),
+        }
+    )
+    picture = plots.counterfactual_grid(originals, table)
+    shown = [round(float(axis.images[0].get_array().mean()) * 255) if axis.images else None for axis in picture.axes]
+    assert shown == [10, 40, 60, None, 20, 50, None, 70]
+    assert [axis.get_title() for axis in picture.axes[:4]] == ["original", "→ a", "→ b", "→ c"]
+    with pytest.raises(ValueError, match="pictures"):
+        plots.counterfactual_grid({"nobody": originals["a"]}, table)
 
 
 def test_bytes_and_floats_are_drawn_alike() -> None:
