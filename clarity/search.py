@@ -308,7 +308,8 @@ def _search_block(
                 result.target_prob_initial[row[fresh]] = prob[fresh]
             if run.on_step is not None and logits is not None:
                 seen = active.nonzero().squeeze(1)
-                run.on_step(steps[seen], row[seen], point.index_select(dim, seen), prob[seen], logits[:, seen])
+                if len(seen):
+                    run.on_step(steps[seen], row[seen], point.index_select(dim, seen), prob[seen], logits[:, seen])
             moved = update(point, grad, steps, lane)
             if run.bounds is not None:
                 moved.clamp_(*run.bounds)
