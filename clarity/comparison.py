@@ -119,22 +119,38 @@ class Bench:
 # --- what is compared -------------------------------------------------------------------------------------------------
 
 
-def sample(dataset: data.Dataset, preprocessing: data.Preprocessing, count: int) -> pa.Table:
-    """``count`` images (0: all) with as many of each class as there are, in the listing's order within a class."""
+def sample(dataset: data.Dataset, preprocessing: data.Preprocessing, count: int, uri: str) -> None:
+    """Write the Parquet file of the images to compare on, unless it is there.
+
+    ``count`` images (0: all) with as many of each class as there are, the first of each class in the listing's order,
+    preprocessed. As a test split, whatever they are: the ensemble explains them, not classifiers by fold.
+
+    Raises:
+        ValueError: the file holds a sample of something else.
+    """
     listing = data.list_images(dataset)
+    depends = [data.listing_fingerprint(listing), preprocessing.to_json(), count]
+    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest().encode()
+    if storage.exists(uri):
+        with storage.open_parquet(uri) as kept:
+            if (kept.schema_arrow.metadata or {}).get(b"clarity.key") != key:
+                raise ValueError(
+                    f"expected a sample of {dataset.source} {dataset.split} in {storage.display(uri)}, found another: "
+                    "choose another --out"
+                )
+        return
     rank: dict[Any, int] = {}
     order = []
     for place, label in enumerate(listing["label_name"].to_pylist()):
         rank[label] = rank.get(label, -1) + 1
         order.append((rank[label], place))
-    chosen = [place for _, place in sorted(order)[: count or None]]
-    pixels, ids, labels, errors = data.read_all(dataset, listing.take(sorted(chosen)), preprocessing)
+    chosen = np.array([place for _, place in sorted(order)[: count or None]])
+    pixels, ids, labels, _ = data.read_all(dataset, listing.take(np.sort(chosen)), preprocessing)
     columns = {"image_id": ids, "image": schema.to_png(pixels), "label": pa.array(labels, pa.string())}
-    # As a test split whatever it is: the ensemble that is compared explains it, not classifiers by fold.
     table = pa.table(columns | {"split": ["test"] * len(ids)})
-    by_rank = {listing["image_id"][place].as_py(): turn for turn, place in enumerate(chosen)}
-    table = table.take(np.argsort([by_rank[name] for name in ids]))
-    return table.replace_schema_metadata({"clarity.left_out": json.dumps(errors)})
+    turn = {name: place for place, name in enumerate(listing["image_id"].take(chosen).to_pylist())}
+    table = table.take(np.argsort([turn[name] for name in ids]))
+    storage.write_bytes(uri, audit.to_parquet(table.replace_schema_metadata({b"clarity.key": key})))
 
 
 def see(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Images:

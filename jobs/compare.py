@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import subprocess
 import sys
 import time
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clarity import checkpoints, comparison, data, judges, metrics, storage
 from clarity.comparison import CONTROLS, NAMES, Bench
@@ -135,8 +133,7 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         count = args.images if limit is None else limit
         if method not in given and count not in samples:
             samples[count] = storage.join(out, f"sample-{count}.parquet")
-            if not storage.exists(samples[count]):
-                write(samples[count], comparison.sample(tested, model.preprocessing, count))
+            comparison.sample(tested, model.preprocessing, count, samples[count])
         audits[method] = given.get(method) or explain(method, samples[count], model_uri, bench)
 
     results = {method: comparison.results_of_audit(bench, method, uri) for method, uri in audits.items()}
@@ -253,13 +250,6 @@ def flat_model(
     uri = job_path(args.flat_model, storage.join(out, "flat-model"), "--flat-model")
     train_model(args, uri, say, "--latent-dim", "2", given=False)
     return dataclasses.replace(checkpoints.load_model(uri), image_ensemble=model.image_ensemble)
-
-
-def write(uri: str, table: pa.Table) -> None:
-    """Write a table as a Parquet file."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    storage.write_bytes(uri, buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ def place(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         model.image_ensemble = ImageEnsemble(shape, model.vae.config).eval()
     checkpoints.save_model(model, root / "model", card={})
     tested = data.open_dataset("digits", None, "test")
-    sample = comparison.sample(tested, model.preprocessing, COUNT)
-    pq.write_table(sample, root / "sample.parquet")
+    comparison.sample(tested, model.preprocessing, COUNT, str(root / "sample.parquet"))
     for method in METHODS_TRIED:
         explained(root, method)
     jury = judges.build_judges(model.image_shape, model.class_names)
@@ -109,6 +108,15 @@ def test_sample_takes_as_many_of_each_class(place: Path) -> None:
     rows = [listing["image_id"].to_pylist().index(name) for name in ids]
     truth = data.read_all(tested, listing.take(rows), data.Preprocessing("L", 28, 28))
     assert np.array_equal(pixels, truth[0]) and labels == truth[2] and not errors
+
+
+def test_sample_of_something_else_is_not_taken(place: Path) -> None:
+    uri, preprocessing = str(place / "sample.parquet"), data.Preprocessing("L", 28, 28)
+    before = Path(uri).read_bytes()
+    comparison.sample(data.open_dataset("digits", None, "test"), preprocessing, COUNT, uri)
+    assert Path(uri).read_bytes() == before
+    with pytest.raises(ValueError, match="choose another --out"):
+        comparison.sample(data.open_dataset("digits", None, "train"), preprocessing, COUNT, uri)
 
 
 def test_results_of_an_audit_are_what_it_holds(bench: Bench, place: Path) -> None:
