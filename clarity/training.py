@@ -57,7 +57,7 @@ class VAETraining:
     """
 
     epochs: int = 12
-    min_updates: int = 2500
+    min_updates: int = 1200
     batch_size: int = 128
     learning_rate: float = 0.003
     seed: int = 0

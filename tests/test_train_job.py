@@ -1,0 +1,168 @@
+"""The training job on a real Ray: shared by workers, killed and resumed with others, and refused before it starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clarity
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--latent-dim", "5", "--channels", "6", "7", "--hidden", "6", "--num-members", "3"),
+    *("--vae-min-updates", "0", "--ensemble-min-updates", "0", "--image-min-updates", "0"),
+    *("--vae-epochs", "2", "--ensemble-epochs", "2", "--image-epochs", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def job() -> Any:
+    """jobs/train.py as a module, for what needs no Ray."""
+    spec = importlib.util.spec_from_file_location("train_job", ROOT / "jobs" / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def environment(ray_local: Any) -> Iterator[dict[str, str]]:
+    """Commands that join the session's Ray."""
+    address = ray_local.get_runtime_context().gcs_address
+    yield os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 pictures in three class folders."""
+    import numpy as np
+    from PIL import Image
+
+    place = tmp_path_factory.mktemp("bars")
+    generator = np.random.default_rng(0)
+    for i in range(90):
+        x = generator.integers(0, 60, (8, 12))
+        x[1 + 2 * (i % 3) : 3 + 2 * (i % 3), 2:10] += 180
+        file = place / f"bar{i % 3}" / f"{i:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(x.astype(np.uint8)).save(file)
+    return place
+
+
+def command(folder: Path, out: Path | str, *more: str) -> list[str]:
+    data = ["--dataset", "folder", "--data", str(folder), "--out", str(out)]
+    return [sys.executable, str(ROOT / "jobs" / "train.py"), *data, *SMALL, *more]
+
+
+def run(folder: Path, out: Path | str, *more: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, out, *more), capture_output=True, text=True, env=env, timeout=300)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+
+
+def test_job_trains_resumes_with_other_workers_and_reports(
+    job: Any, folder: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    out = tmp_path / "model"
+    extras = ["--image-members", "2", "--folds", "2"]
+    # Killed as soon as the VAE is done, it leaves what it has.
+    process = subprocess.Popen(command(folder, out, *extras), env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("encoded 80") or line.startswith("encoded"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(60)
+    assert not (out / "model.json").exists()
+    vae = (out / "_training" / "vae.safetensors").read_bytes()
+    time.sleep(1)
+    resumed = run(folder, out, *extras, "--workers", "2", env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "vae: epoch" not in resumed.stdout
+    assert "latent classifiers (2 of 3 members): epoch 2/2  loss" in resumed.stdout
+    assert "image classifiers (member 1 of 2): epoch 1/1  loss" in resumed.stdout
+    assert "ensemble   accuracy" in resumed.stdout and f"model      {out}" in resumed.stdout
+    model = clarity.load(out)
+    assert model.image_ensemble is not None and len(model.folds) == 2
+    assert model.card["metrics"]["images"] > 0
+
+    # Given the same VAE, one process without Ray makes the same members.
+    from clarity.training import STAGES, Worker, begin, finish, run_stages
+
+    plan = job.make_plan(job.parse(command(folder, tmp_path / "alone", *extras)[2:]))
+    begin(plan)
+    (tmp_path / "alone" / "_training" / "vae.safetensors").write_bytes(vae)
+    run_stages(plan, STAGES, Worker())
+    finish(plan)
+    assert files_of(tmp_path / "alone") == files_of(out)
+
+    again = run(folder, out, *extras, env=environment)
+    assert again.returncode == 0 and again.stdout.startswith("finished already")
+
+
+def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    found = run(folder, tmp_path / "model", "--workers", "2", env=environment)
+    assert found.returncode == 0, found.stderr
+    assert "vae: epoch 2/2  loss" in found.stdout
+    card = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert card["data"]["source"] == "folder" and card["class_names"] == ["bar0", "bar1", "bar2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "/no/such/place"], "found nothing at /no/such/place"),
+        (["--split", "sideways"], "unknown split 'sideways'"),
+        (["--loss", "hinge"], "unknown reconstruction loss 'hinge'; choose from bce"),
+        (["--ensemble-learning-rate", "-1"], "learning_rate must be above 0, got -1.0"),
+        (["--folds", "1"], "num_folds must be 0 or at least 2, got 1"),
+        (["--workers", "0"], "--workers: expected at least 1, got 0"),
+        (["--image-size", "1", "2", "3"], "--image-size: expected a side, or height and width"),
+        (["--out", "s3://user:secret@bucket/model"], "s3://"),
+    ],
+)
+def test_job_refuses_bad_input_before_ray_starts(
+    job: Any, folder: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(folder, tmp_path / "model")[2:]
+    assert job.main([*arguments, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "secret" not in error
+    assert not (tmp_path / "model").exists()
+
+
+def test_job_refuses_a_relative_place_in_a_submitted_job(
+    job: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert job.main(command(folder, "runs/model")[2:]) == 2
+    assert "--out runs/model: a relative path" in capsys.readouterr().err
+
+
+def test_job_refuses_more_workers_than_there_are(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    found = run(folder, tmp_path / "model", "--workers", "64", env=environment)
+    assert found.returncode == 2 and "Ray offers 2 CPUs; ask for fewer" in found.stderr
+
+
+def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
+    from clarity.training import EnsembleTraining, ImageTraining, VAETraining
+
+    plan = job.make_plan(job.parse(["--out", "/nowhere"]))
+    assert plan.vae_training == VAETraining() and plan.ensemble_training == EnsembleTraining()
+    assert plan.image_training == ImageTraining() and plan.ensemble.num_members == 50
+    assert plan.vae == clarity.vae.VAEConfig() and plan.image_members == plan.num_folds == 0
+    other = job.make_plan(job.parse(["--out", "/nowhere", "--vae", "beta_vae", "--seed", "3", "--image-size", "32"]))
+    assert other.vae.channels == (32, 64, 128, 256, 512) and other.vae.image_shape == (1, 32, 32)
+    assert other.vae_training.seed == other.ensemble_training.seed == other.image_training.seed == 3
