@@ -296,8 +296,8 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
     place = storage.display(uri)
     if not storage.is_remote(uri) and os.path.lexists(uri) and not os.path.isdir(uri):
         raise ValueError(f"--out {place}: expected a directory, found a file; choose another --out")
-    present = set(_top(uri))
-    if present and not present & {"plan.json", "_lock", "_tmp"}:
+    present = set() if storage.exists(storage.join(uri, "plan.json")) else set(_top(uri))
+    if present and not present & {"_lock", "_tmp"}:
         raise ValueError(
             f"--out {place}: expected an empty directory or an audit, found {', '.join(sorted(present)[:3])}; "
             "choose another --out"
@@ -574,12 +574,8 @@ def verify(
     for shard in range(len(plan.shards)):
         if shard not in commits:
             result.problems.append(f"{shard_name(shard)}: no valid commit record")
-    if stray := [
-        path
-        for name in TABLES
-        for path in _list(uri, name)
-        if not any(path in commit["files"] for commit in commits.values())
-    ]:
+    named = {path for commit in commits.values() for path in commit["files"]}
+    if stray := [path for name in TABLES for path in _list(uri, name) if path not in named]:
         result.problems.append(f"{len(stray)} data files that no commit names, the first {stray[0]}")
     share = -(-sample // max(len(commits), 1))
     with ThreadPoolExecutor(workers) as pool:
@@ -654,26 +650,28 @@ def _verify_shard(
     asked = read
     if plan.only == "misclassified":
         asked = read.filter(pc.fill_null(pc.not_equal(read["source"], read["label"]), False))
-    source = dict(zip(asked["image_id"].to_pylist(), asked["source"].to_pylist()))
-    label = dict(zip(asked["image_id"].to_pylist(), asked["label"].to_pylist()))
+    # Each pair as one number that grows in the table's order: its target, then its image's place among those asked for.
+    place = pc.index_in(pairs["image_id"], value_set=asked["image_id"].combine_chunks())
+    place = place.fill_null(len(asked)).to_numpy().astype(np.int64)
+    width = len(asked) + 1
+    found = pairs["target"].to_numpy() * width + place
+    source, label = (asked[name].fill_null(-1).to_numpy() for name in ("source", "label"))
     targets = sorted(range(len(plan.class_names)) if plan.targets is None else plan.targets)
-    expected_keys = [(target, name) for target in targets for name in sorted(source) if source[name] != target]
-    keys = list(zip(pairs["target"].to_pylist(), pairs["image_id"].to_pylist()))
-    if keys != expected_keys:
-        doubled = len(keys) - len(set(keys))
-        missing = len(set(expected_keys) - set(keys))
-        strange = len(set(keys) - set(expected_keys))
-        wrong(f"pairs: {missing} missing, {doubled} double, {strange} not asked for, or out of order")
-    elif [source[name] for _, name in keys] != pairs["source"].to_pylist():
+    wanted = np.concatenate([target * width + np.flatnonzero(source != target) for target in targets])
+    if not np.array_equal(found, wanted):
+        double = len(found) - len(np.unique(found))
+        missing, strange = (len(np.setdiff1d(*sets)) for sets in ((wanted, found), (found, wanted)))
+        wrong(f"pairs: {missing} missing, {double} double, {strange} not asked for, or out of order")
+    elif (source[place] != pairs["source"].to_numpy()).any():
         wrong("counterfactuals has another source than codes")
-    elif [label[name] for _, name in keys] != pairs["label"].to_pylist():
+    elif (label[place] != pairs["label"].fill_null(-1).to_numpy()).any():
         wrong("counterfactuals has another label than codes")
 
     converged = pairs["converged"].to_numpy()
     result.converged = int(converged.sum())
     finite = pc.equal(pairs["status"], "ok").to_numpy()
     final = pairs["target_prob_final"].to_numpy()
-    if (converged != (final > np.float32(plan.config["min_target_prob"]))[...]).any():
+    if (converged != (final > np.float32(plan.config["min_target_prob"]))).any():
         wrong("converged disagrees with target_prob_final")
     steps = pairs["steps"].to_numpy()
     if len(steps) and (steps.min() < 0 or steps.max() > plan.config["max_steps"]):
