@@ -324,7 +324,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("random bytes named .jpg", image(pixels(500).tobytes(), "jpg"), "error row", "found bytes beginning with"),
     (
         "EPS program named .png",
-        image(b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+        image(encoded(pixels(), "EPS")),
         "error row",
         "found text beginning with b'%!PS-Adobe",
     ),

@@ -142,6 +142,17 @@ def test_apply_takes_arrays_of_exactly_the_models_size() -> None:
             rgb.apply(wrong)
 
 
+def test_reasons_are_the_same_in_each_run() -> None:
+    class Broken(Image.Image):
+        def load(self) -> Any:
+            raise OSError(f"cannot read {object()!r} now")
+
+    picture = Broken()
+    picture._size = (WIDTH, HEIGHT)
+    with pytest.raises(UnreadableImage, match=r"found a broken one \(cannot read now\): copy it again"):
+        Preprocessing("L", HEIGHT, WIDTH).apply(picture)
+
+
 def test_preprocessing_comes_back_from_json() -> None:
     preprocessing = Preprocessing("RGB", HEIGHT, WIDTH, 7)
     assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json()))) == preprocessing
@@ -579,6 +590,43 @@ def test_parquet_reads_only_the_row_groups_it_needs(tmp_path: Path, monkeypatch:
     assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], [drawn(39), drawn(12), drawn(30), drawn(19)])
 
 
+@pytest.fixture
+def long_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[data.Dataset, list[int]]:
+    """2,500 images in one row group, read in batches of 1,024; and the batches that were read, by their first row."""
+    images = [encoded(np.full((HEIGHT, WIDTH), value, np.uint8)) for value in range(250)] * 10
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), tmp_path / "x.parquet")
+    batches: list[int] = []
+    read = pq.ParquetFile.iter_batches
+
+    def spy(self: pq.ParquetFile, *arguments: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        first = 0
+        for batch in read(self, *arguments, **options):
+            batches.append(first)
+            if batches == [0, 1024]:
+                raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 56, Failure")
+            yield batch
+            first += len(batch)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+    return data.open_dataset("parquet", tmp_path / "x.parquet", "all"), batches
+
+
+def test_parquet_goes_on_where_a_store_failed(long_row_group: tuple[data.Dataset, list[int]]) -> None:
+    dataset, batches = long_row_group
+    rows = data.list_images(dataset).take([2_400, 3, 1_030, 2_499, 1_023])
+    shard = data.read_shard(dataset, rows, Preprocessing("L", HEIGHT, WIDTH))
+    assert pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0, 0, 0].tolist() == [150, 3, 30, 249, 23]
+    assert batches == [0, 1_024, 0, 1_024, 2_048]
+
+
+def test_parquet_stops_at_the_last_row_it_needs(long_row_group: tuple[data.Dataset, list[int]]) -> None:
+    dataset, batches = long_row_group
+    shard = data.read_shard(dataset, data.list_images(dataset).take([7, 2]), Preprocessing("L", HEIGHT, WIDTH))
+    assert pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0, 0, 0].tolist() == [7, 2]
+    assert batches == [0]
+
+
 def test_parquet_of_large_images_is_read_in_small_pieces(tmp_path: Path) -> None:
     """Forty images of 4 MB in one row group: reading half of them needs the memory of a few."""
     image = encoded(drawn(0, 1_000, 1_333, 3), "BMP")
@@ -724,7 +772,7 @@ def store(module_store: ObjectStore) -> ObjectStore:
 
 
 def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_path: Path) -> None:
-    write_images(tmp_path, "train/cat é/1 +&?.png", "train/dog/100%.png", "test/dog/2.png", "train/dog/bad.png")
+    write_images(tmp_path, "train/cat é/1 +&?.png", "train/dog/100%41.png", "test/dog/2.png", "train/dog/bad.png")
     (tmp_path / "train/dog/bad.png").write_bytes(b"no image")
     storage.copy_tree(tmp_path, store.uri("photos"))
     tables = []
