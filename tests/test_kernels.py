@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -349,3 +353,142 @@ def test_native_builds_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyP
     assert list(kernels._modules.__wrapped__()) == ["avx2", "base"]
     monkeypatch.setattr(kernels, "_import", {"avx2": object()}.get)
     assert kernels._modules.__wrapped__() == {}, "only the plain build may ask the processor"
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHARED_MEMORY = 227 * 1024  # bytes that one block may have on compute capability 9.0
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, started by the test above")
+with_triton = pytest.mark.skipif(not kernels.triton_available(), reason="triton is not installed")
+
+
+@with_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_triton_search_in_the_interpreter() -> None:
+    """Triton decides when it is imported whether to interpret, so its CPU tests have a process of their own."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "interpreted_",
+    ]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+@interpreted
+@pytest.mark.parametrize(("members", "sizes"), [(2, (5, 6, 7, 4)), (3, (5, 4)), (2, (70, 17, 3))])
+def test_interpreted_search_agrees_with_the_plain_one(members: int, sizes: tuple[int, ...]) -> None:
+    layers = make_layers(members, sizes)
+    z, target = make_rows(layers, 70)
+    config = replace(CONFIG, min_target_prob=0.42, max_steps=14)
+    assert_agrees_with_plain(kernels.triton_search(layers, z, z, target, config), layers, z, target, config)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's maximum of a row of NaN
+def test_interpreted_row_keeps_its_result_in_any_company() -> None:
+    layers = make_layers(2, (5, 6, 7, 4))
+    z, target = make_rows(layers, 70)
+    config = replace(CONFIG, max_steps=6)
+    found = kernels.triton_search(layers, z, z, target, config)
+    some = torch.tensor([69, 3, 40])
+    assert_same_bits(kernels.triton_search(layers, z[some], z[some], target[some], config), take(found, some))
+    broken = z.clone()
+    broken[5] = torch.nan
+    beside = kernels.triton_search(layers, broken, z, target, config)
+    others = torch.arange(70) != 5
+    assert not beside["finite"][5]
+    assert beside["steps"][5] == 0
+    assert_same_bits(take(beside, others), take(found, others))
+
+
+@interpreted
+def test_interpreted_search_pulls_towards_the_reference_and_takes_no_rows() -> None:
+    layers = [(torch.zeros(2, 3, 4), torch.zeros(2, 4))]
+    z = torch.zeros(2, 3)
+    reference = torch.tensor([[1.0, -1.0, 0.0], [-2.0, 0.0, 3.0]])
+    config = SearchConfig(min_target_prob=0.9, max_steps=4, distance_weight=0.5, learning_rate=0.01)
+    found = kernels.triton_search(layers, z, reference, torch.tensor([0, 3]), config)
+    assert torch.allclose(found["point"], 0.04 * reference.sign(), atol=1e-6)
+    assert (found["steps"] == 4).all()
+    assert found["finite"].all()
+    assert len(kernels.triton_search(layers, z[:0], z[:0], torch.zeros(0, dtype=torch.int64), config)["steps"]) == 0
+
+
+@with_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("members", "sizes"),
+    [
+        (50, (16, 16, 16, 10)),
+        pytest.param(20, (128, 16, 16, 4), marks=pytest.mark.slow),
+        pytest.param(100, (512, 64, 64, 100), marks=pytest.mark.slow),
+        pytest.param(3, (5, 4), marks=pytest.mark.slow),
+    ],
+)
+def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tuple[int, ...]) -> None:
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    if "nvidia" not in backends:
+        pytest.skip("this triton has no NVIDIA backend")
+    layers = [(torch.zeros(members, i, o), torch.zeros(members, o)) for i, o in itertools.pairwise(sizes)]
+    plan = kernels._Plan.of(layers, "tf32x3")
+    types = dict.fromkeys(kernels._search_kernel.arg_names, "*fp32") | dict.fromkeys(plan.constants, "constexpr")
+    types |= {"target": "*i64", "steps_out": "*i32", "finite_out": "*i8", "counter": "*i32"}
+    types |= dict.fromkeys(("total", "members", "max_steps", "corrections"), "i32")
+    types |= dict.fromkeys(("min_target_prob", "distance_weight"), "fp32")
+    source = ASTSource(fn=kernels._search_kernel, signature=types, constexprs=plan.constants)
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": plan.warps})
+    assert built.asm["cubin"]
+    assert "mma" in built.asm["ptx"], "the products should use the tensor cores"
+    assert built.metadata.shared <= SHARED_MEMORY
+
+
+@with_triton
+def test_triton_search_says_what_it_cannot_hold() -> None:
+    layers = make_layers(2, (5, 65, 4))
+    z, target = make_rows(layers, 3)
+    with pytest.raises(ValueError, match="codes up to 512, widths up to 64 and 100 classes, got 5, 65 and 4"):
+        kernels.triton_search(layers, z, z, target, CONFIG)
+
+
+def test_triton_search_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "triton", None)
+    assert not kernels.triton_available()
+    layers = make_layers(2, (5, 6, 7, 4))
+    z, target = make_rows(layers, 3)
+    with pytest.raises(ValueError, match="needs the package triton"):
+        kernels.triton_search(layers, z, z, target, CONFIG)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(("members", "sizes"), [*SIZES[:3], (1, (130, 64, 33, 100))])
+def test_triton_search_agrees_with_the_plain_one_on_a_gpu(members: int, sizes: tuple[int, ...]) -> None:
+    layers = make_layers(members, sizes)
+    z, target = make_rows(layers, 5003)
+    config = replace(CONFIG, min_target_prob=0.6 if sizes[-1] < 20 else 0.2)
+    moved = [(weight.cuda(), bias.cuda()) for weight, bias in layers]
+    found = kernels.triton_search(moved, z.cuda(), z.cuda(), target.cuda(), config)
+    assert_agrees_with_plain({name: values.cpu() for name, values in found.items()}, layers, z, target, config)
