@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clarity import metrics
-from clarity.judges import build_judges
+from clarity.judges import build_judges, predict_probs
 
 B, C, H, W, K, F = 3, 2, 8, 12, 4, 5
 
@@ -231,10 +231,16 @@ def test_judge_images_answers_for_every_row() -> None:
     with torch.inference_mode():
         rebuilt = judges.autoencoders[2](torch.from_numpy(x_cf[:1]) / 255).numpy()
         common = judges.autoencoders[K](torch.from_numpy(x_cf[:1]) / 255).numpy()
+    seen = predict_probs(judges.oracle, x_cf)
+    target[0], target[1] = seen[0].argmax(), (seen[1].argmax() + 1) % K
+    source[0] = (target[0] + 1) % K
+    again = metrics.judge_images(judges, real, x, drawn, x_cf, source, target)
+    assert again["oracle_agreement"][:2].tolist() == [1, 0]
+    assert np.allclose(again["oracle_target_prob"], seen[np.arange(B), target])
     expected = ((rebuilt - common) ** 2).sum() / (x_cf[0].sum() / 255 + 1e-7)
     assert out["im2"][0] == pytest.approx(expected, rel=1e-4)
     alone = metrics.judge_images(judges, real, x[1:2], drawn[1:2], x_cf[1:2], source[1:2], target[1:2])
-    assert alone["implausibility"][0] == pytest.approx(out["implausibility"][1], rel=1e-4)
+    assert alone["implausibility"][0] == pytest.approx(again["implausibility"][1], rel=1e-4)
     assert set(metrics.METRICS_DOC) > {"label_variation", "im1"} and "flip_beard" in out
 
 
@@ -262,6 +268,8 @@ def test_gradient_spread_recovers_noise_over_signal() -> None:
     signal[..., 0] = 2.0
     spread = metrics.gradient_spread(signal + rng.normal(size=(60, 400, F)))
     assert spread["noise_to_signal"] == pytest.approx(F / 4, rel=0.05)
+    two = np.array([[[1.0, 0.0]], [[3.0, 0.0]]])  # mean 2, variance 2 of one member, 1 of their mean
+    assert metrics.gradient_spread(two)["noise_to_signal"] == pytest.approx(2 / (4 - 1))
     same = metrics.gradient_spread(np.repeat(signal, 3, axis=0))
     assert same["noise_to_signal"] == pytest.approx(0, abs=1e-9) and same["mean_cosine"] == pytest.approx(1)
     with pytest.raises(ValueError, match="two"):
