@@ -66,7 +66,8 @@ class ObjectStore:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        command = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{self._port}'])"
+        command = "import ctypes; ctypes.CDLL(None).prctl(1, 9)\n" if sys.platform == "linux" else ""  # dies with us
+        command += f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{self._port}'])"
         self._server = subprocess.Popen(
             [sys.executable, "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
