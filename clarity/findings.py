@@ -613,7 +613,7 @@ def _check_labels(facts: Facts) -> Iterator[Finding]:
     pairs = list(dict.fromkeys((row["source"], row["label"]) for row in rows if row["source"] != row["label"]))
     yield Finding(
         "labels",
-        0.6 + 0.3 * min(1.0, share / 0.02),
+        0.45 + 0.45 * min(1.0, share / 0.01),
         f"{plural(count, 'label')} {'looks' if count == 1 else 'look'} wrong",
         f"{plural(count, 'image')} of {table.num_rows:,} labelled ones ({percent(share)}) "
         f"{'carries' if count == 1 else 'carry'} a label that the explanations contradict. "
@@ -847,31 +847,182 @@ def shortcuts(differences: Differences) -> list[dict[str, Any]]:
 # Suspicious labels.
 
 
+#: Nearest labelled images that vote on a label, and how many of a class stand for what is ordinary in it.
+NEIGHBOURS = 20
+ORDINARY = 500
+#: At most so many images are asked about, and so many vote: a million images cost as much as sixty thousand.
+MAX_ASKED = 20_000
+MAX_VOTERS = 60_000
+
+
 def label_suspicion(codes: Any, counterfactuals: Any) -> pa.Table:
     """Ranks the labelled images of an audit by how likely their label is wrong, the most suspicious first.
+
+    Two witnesses testify: the ensemble's probabilities and the labels of the nearest codes; the product of the two is
+    what is believed of an image. Where the label is not the class believed in most, the question is whether the image
+    is an ordinary member of that class, as a wrong label would leave it, or an unusual one near the border, as an
+    honest mistake is: the share of the class's own images that are believed more to be the label. Over all such images,
+    that share is a mixture of a uniform distribution (wrong labels) and one that leans to zero (mistakes), with a
+    weight for each class pair, so that labels which are often confused are found too.
+
+    The ensemble should not have been trained on the labels that it judges: explain held-out images, or by folds.
 
     Args:
         codes: the table ``codes``, as an Arrow table or data set, a frame, or a list of Parquet paths.
         counterfactuals: the table ``counterfactuals``, likewise.
 
     Returns:
-        image_id, label, source, suspicion in [0, 1], label_prob, source_prob, distance (latent L1 to the label's class,
-        0 where the ensemble sees it), steps.
+        image_id, label, source, suspicion in [0, 1], label_prob and source_prob, neighbours (share of the vote for the
+        label, null where it was not asked), distance and steps of the counterfactual towards the label (null where the
+        ensemble sees the label, or the search failed).
     """
     return _suspicion(connect(codes, counterfactuals))
 
 
 def _suspicion(con: duckdb.DuckDBPyConnection) -> pa.Table:
-    return _arrow(
+    table = _arrow(
         con,
         """
-        SELECT image_id, label, source,
-               probs[source + 1] / (probs[source + 1] + 9 * probs[label + 1]) * (label <> source)::INT AS suspicion,
-               probs[label + 1] AS label_prob, probs[source + 1] AS source_prob,
-               distance_z_l1 AS distance, steps
+        SELECT image_id, label, source, probs, z, distance_z_l1 AS distance, steps
         FROM codes LEFT JOIN (
             SELECT image_id, target AS label, distance_z_l1, steps FROM counterfactuals WHERE converged
         ) USING (image_id, label)
-        WHERE status = 'ok' AND label IS NOT NULL ORDER BY suspicion DESC, image_id
+        WHERE status = 'ok' AND label IS NOT NULL ORDER BY image_id
         """,
     )
+    label, source = table["label"].to_numpy(), table["source"].to_numpy()
+    rows = np.arange(len(label))
+    if len(label):
+        probs, z = _matrix(table["probs"]).astype(np.float64), _matrix(table["z"])
+        belief, voted, ordinary = _beliefs(probs, z, label, source)
+        suspicion = _suspicions(belief, label, ordinary)
+        label_prob, source_prob = probs[rows, label], probs[rows, source]
+    else:
+        suspicion, label_prob, source_prob, voted = np.zeros((4, 0))
+    ranked = pa.table(
+        {
+            "image_id": table["image_id"],
+            "label": table["label"],
+            "source": table["source"],
+            "suspicion": suspicion,
+            "label_prob": label_prob,
+            "source_prob": source_prob,
+            "neighbours": pa.array(voted, mask=np.isnan(voted)),
+            "distance": table["distance"],
+            "steps": table["steps"],
+        }
+    )
+    return ranked.take(pa.array(np.argsort(-suspicion, kind="stable")))
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """Lists of one length as (N, ...); DuckDB hands on what it reads from Parquet as lists of any length."""
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def _beliefs(
+    probs: np.ndarray, z: np.ndarray, label: np.ndarray, source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities (N, K) by both witnesses; the vote (N,) for each label, NaN where nobody was asked; who compares.
+
+    Asked about are the images whose label the ensemble doubts, and of each class ORDINARY others to compare with.
+    """
+    rows, num_classes = np.arange(len(label)), probs.shape[1]
+    # Not in the order of the ids, which may follow the classes.
+    lot = np.random.default_rng(0).permutation(len(label))
+    doubt = np.where(label == source, probs[rows, label], probs[rows, label] - 1)
+    turn = np.empty(len(label), np.int64)
+    order = lot[np.argsort(label[lot], kind="stable")]
+    starts = np.searchsorted(label[order], np.arange(num_classes))
+    turn[order] = rows - starts[label[order]]
+    few = turn < max(NEIGHBOURS, min(ORDINARY, MAX_ASKED // (2 * num_classes)))
+    asked = np.flatnonzero(few)
+    rest = np.flatnonzero(~few & (doubt < 0.95))
+    rest = rest[np.argsort(doubt[rest], kind="stable")][: max(0, MAX_ASKED - len(asked))]
+    asked = np.sort(np.concatenate([asked, rest]))
+    voters = np.sort(lot[:MAX_VOTERS])
+    vote = _votes(z, label, asked, voters, num_classes)
+    belief = probs.copy()
+    belief[asked] *= vote + 0.5 / NEIGHBOURS
+    voted = np.full(len(label), np.nan)
+    voted[asked] = vote[np.arange(len(asked)), label[asked]]
+    return belief / belief.sum(1, keepdims=True), voted, few
+
+
+def _votes(z: np.ndarray, label: np.ndarray, asked: np.ndarray, voters: np.ndarray, num_classes: int) -> np.ndarray:
+    """Shares (B, K) of the labels of the voters nearest to each asked image but itself; nearer ones weigh more."""
+    count = min(NEIGHBOURS, len(voters) - 1)
+    votes = np.zeros((len(asked), num_classes))
+    if count < 1:
+        return votes
+    others = z[voters]
+    norms = (others**2).sum(1)
+    block = max(1, 8_000_000 // len(voters))
+    for start in range(0, len(asked), block):
+        mine = asked[start : start + block]
+        squared = norms - 2 * (z[mine] @ others.T)
+        place = np.searchsorted(voters, mine).clip(max=len(voters) - 1)
+        known = voters[place] == mine
+        squared[np.flatnonzero(known), place[known]] = np.inf
+        nearest = np.argpartition(squared, count - 1, 1)[:, :count]
+        far = np.take_along_axis(squared, nearest, 1) + (z[mine] ** 2).sum(1, keepdims=True)
+        weight = np.exp(-far.clip(0) / np.maximum(np.median(far.clip(0), 1, keepdims=True), 1e-12))
+        lines = np.repeat(np.arange(start, start + len(mine)), count)
+        np.add.at(votes, (lines, label[voters[nearest]].ravel()), weight.ravel())
+    return votes / np.maximum(votes.sum(1, keepdims=True), 1e-300)
+
+
+def _suspicions(belief: np.ndarray, label: np.ndarray, compared: np.ndarray) -> np.ndarray:
+    """How likely each label is wrong (N,), from what is believed of each image (N, K); ``compared`` (N,): by whom."""
+    rows, num_classes = np.arange(len(label)), belief.shape[1]
+    log = np.log(belief + 1e-12)
+    seen = log.argmax(1)
+    rival = log.copy()
+    rival[rows, label] = -np.inf
+    against = rival.max(1) - log[rows, label]
+    evidence = np.full(len(label), -12.0)
+    doubted = np.flatnonzero(seen != label)
+    if len(doubted):
+        ordinary = np.array([0.5] * len(doubted))
+        for pair in np.unique(seen[doubted] * num_classes + label[doubted]):
+            other, given = divmod(int(pair), num_classes)
+            mine = np.flatnonzero((seen[doubted] == other) & (label[doubted] == given))
+            own = np.sort(-log[compared & (seen == other) & (label == other), given])
+            below = np.searchsorted(own, -log[doubted[mine], given])
+            ordinary[mine] = (below + 0.5) / (len(own) + 1)
+        wrong = _mixture(ordinary, seen[doubted] * num_classes + label[doubted], num_classes**2)
+        evidence[doubted] = np.log(wrong + 1e-5) - np.log(1 - wrong + 1e-5)
+        # Of two equally ordinary images, the one whose label is believed less.
+        evidence += 0.25 * (against - np.median(against[doubted]))
+    return 1 / (1 + np.exp(-evidence))
+
+
+def _mixture(ordinary: np.ndarray, pair: np.ndarray, num_pairs: int) -> np.ndarray:
+    """Probabilities (B,) that values in (0, 1) are drawn uniformly rather than from a Beta(a, 4), by EM.
+
+    The uniform share is each class pair's own, drawn towards that of all, at least one in twenty, as by five more
+    images; a is fitted.
+    """
+    low, high = np.log(ordinary), np.log1p(-ordinary)
+    counts = np.bincount(pair, minlength=num_pairs)
+    share = np.full(num_pairs, 0.3)
+    a, wrong = 0.3, np.full(len(ordinary), 0.3)
+    for _ in range(100):
+        # Beta(a, 4): its density vanishes at one, so that what is most ordinary is never a mistake.
+        norm = math.log(a * (a + 1) * (a + 2) * (a + 3) / 6)
+        mistake = np.exp(norm + (a - 1) * low + 3 * high)
+        wrong = share[pair] / (share[pair] + (1 - share[pair]) * mistake)
+        share = (np.bincount(pair, wrong, minlength=num_pairs) + 5 * max(wrong.mean(), 0.05)) / (counts + 5)
+        weight = float((1 - wrong).sum())
+        if weight < 1e-9:
+            break
+        # E[log u] = digamma(a) - digamma(a + 4) = -sum of 1 / (a + i), solved for a by halving.
+        mean = float(((1 - wrong) * low).sum()) / weight
+        smallest, largest = 1e-3, 1.0
+        for _ in range(30):
+            a = (smallest + largest) / 2
+            if -sum(1 / (a + i) for i in range(4)) < mean:
+                smallest = a
+            else:
+                largest = a
+    return wrong

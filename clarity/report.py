@@ -826,7 +826,7 @@ class _Page:
         rows = []
         if table is not None:
             for row in table.slice(0, self.bounds.suspicious).to_pylist():
-                if row["suspicion"] < 0.05:
+                if row["suspicion"] < 0.01:
                     break
                 code = self.codes.get(row["image_id"])
                 rows.append(
@@ -837,11 +837,15 @@ class _Page:
                         "source": names[row["source"]],
                         "suspicion": row["suspicion"],
                         "label_prob": f"{row['label_prob']:.2g}",
+                        "neighbours": "–" if row["neighbours"] is None else findings.percent(row["neighbours"]),
                         "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
                     }
                 )
         folds = int(view.audit.plan.model.get("num_folds") or 0)
-        note = "Suspicion weighs what the ensemble sees, how far the image is from its label's class, and more."
+        note = (
+            "Suspicion asks whether an image is an ordinary member of another class, by the ensemble and by the labels "
+            f"of its {findings.NEIGHBOURS} nearest codes; 0.5 and more is told as a finding."
+        )
         if folds:
             note += f" Each image was explained by the one of {folds} ensembles that did not see it in training."
         elif view.audit.plan.dataset.get("split") == "train":
