@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clarity import storage
@@ -313,12 +312,14 @@ def train_latent_members(
     device = torch.device(device)
     std = (codes.mean.var(0, unbiased=False) + codes.log_var.exp().mean(0)).mean().sqrt()
     eps = training.adversarial_eps * float(std)
-    mean, std_dev, labels = codes.mean.to(device), torch.exp(0.5 * codes.log_var).to(device), codes.labels.to(device)
+    labels = codes.labels.to(device)
+    posteriors = torch.cat([codes.mean, torch.exp(0.5 * codes.log_var)], 1).to(device)
 
     def draw(rows: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        noise = torch.stack([torch.randn((rows.shape[1], mean.shape[1]), generator=g) for g in generators])
+        noise = torch.stack([torch.randn((rows.shape[1], config.latent_dim), generator=g) for g in generators])
         rows = rows.to(device)
-        return mean[rows] + std_dev[rows] * noise.to(device), labels[rows]
+        mean, deviation = posteriors.index_select(0, rows.flatten()).view(*rows.shape, -1).chunk(2, -1)
+        return mean + deviation * noise.to(device), labels[rows]
 
     def build(m: int) -> LatentEnsemble:
         return _fresh(lambda: LatentEnsemble(_single(config)), training.seed, "latent", m)
@@ -451,8 +452,10 @@ def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum over the members of the mean over their rows, so that no member feels another's gradient."""
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return (loss * weights[targets.flatten()]).sum() / targets.shape[1]
+    # With the rows innermost the softmax fills the vector lanes, which a handful of classes does not.
+    log_probs = logits.transpose(1, 2).contiguous().log_softmax(1)
+    found = log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return -(found * weights[targets]).sum() / targets.shape[1]
 
 
 def _class_weights(labels: Tensor, num_classes: int, balance: float) -> Tensor:
