@@ -34,8 +34,8 @@ from clarity.vae import decode_rows, encode_rows
 #: Part of what judged rows depend on: raise it when a metric changes.
 VERSION = 1
 
-#: Images that control rows answer for, besides those that all methods explained.
-CONTROL_IMAGES = 1000
+#: Images for which controls answer and COUT, the slowest metric, is taken: so many, or all that the methods share.
+CHOSEN_IMAGES = 1000
 
 CONTROLS = {
     "original": "the image itself",
@@ -247,16 +247,23 @@ def members_of(model: Model, method: str) -> int:
     return ensemble.config.num_members
 
 
-def for_controls(results: Sequence[Results]) -> Results:
-    """The widest of the methods' results, cut to the images that all of them have and others up to CONTROL_IMAGES."""
-    widest = max(results, key=lambda found: len(found.of))
-    common = set.intersection(*({found.images.ids[b] for b in np.unique(found.of)} for found in results))
-    turn = sorted(widest.images.ids, key=lambda name: (name not in common, hashlib.sha256(name.encode()).digest()))
-    kept = np.isin(np.array(widest.images.ids)[widest.of], turn[: max(len(common), CONTROL_IMAGES)])
-    columns = {name: values[kept] for name, values in widest.columns.items()}
-    digest = hashlib.sha256(json.dumps([widest.key, widest.of[kept].tolist()]).encode()).hexdigest()
+def chosen_images(results: Sequence[Results]) -> set[str]:
+    """Ids of the images that all results answer for, and of others up to CHOSEN_IMAGES, drawn from their ids."""
+    ids = [{found.images.ids[b] for b in np.unique(found.of)} for found in results]
+    common = set.intersection(*ids)
+    others = sorted(set.union(*ids) - common, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return common | set(others[: max(0, CHOSEN_IMAGES - len(common))])
+
+
+def only(results: Results, ids: set[str]) -> Results:
+    """The part of some results that is about the images with these ids."""
+    kept = np.isin(np.array(results.images.ids)[results.of], list(ids))
+    if kept.all():
+        return results
+    columns = {name: values[kept] for name, values in results.columns.items()}
+    digest = hashlib.sha256(json.dumps([results.key, np.flatnonzero(kept).tolist()]).encode()).hexdigest()
     return replace(
-        widest, of=widest.of[kept], target=widest.target[kept], x_cf=widest.x_cf[kept], columns=columns, key=digest
+        results, of=results.of[kept], target=results.target[kept], x_cf=results.x_cf[kept], columns=columns, key=digest
     )
 
 
@@ -340,9 +347,15 @@ def external(bench: Bench, name: str, uri: str, like: Results) -> Results:
     return Results(name, "external", like.images, places, wanted, x_cf, columns, hashlib.sha256(raw).hexdigest())
 
 
-def judged(bench: Bench, results: Results) -> pa.Table:
-    """One row for each pair with every metric; kept under ``judged/`` and read again while nothing of it changes."""
-    key = hashlib.sha256(json.dumps([results.name, results.key, bench.key, len(results.of)]).encode()).hexdigest()
+def judged(bench: Bench, results: Results, chosen: set[str] | None = None) -> pa.Table:
+    """One row for each pair with every metric; kept under ``judged/`` and read again while nothing of it changes.
+
+    COUT is null for images whose id is not ``chosen``; None chooses all.
+    """
+    names = np.array(results.images.ids)[results.of]
+    swapped = np.ones(len(names), bool) if chosen is None else np.isin(names, list(chosen))
+    depends = [results.name, results.key, bench.key, len(names), np.flatnonzero(~swapped).tolist()]
+    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
     place = bench.place("judged", f"{results.name.replace(' ', '_')}.parquet")
     if storage.exists(place):
         kept = pq.read_table(pa.BufferReader(storage.read_bytes(place)))
@@ -359,13 +372,13 @@ def judged(bench: Bench, results: Results) -> pa.Table:
         out.append(
             metrics.judge_images(
                 bench.judges, bench.real, images.x[of], images.reconstruction[of], results.x_cf[part], source[part],
-                results.target[part], others,
+                results.target[part], others, swapped[part],
             )
         )  # fmt: skip
         done += len(of)
         bench.say(f"judging {NAMES.get(results.name, results.name)}: {done} of {len(results.of)}")
     columns: dict[str, Any] = {
-        "image_id": [images.ids[place] for place in results.of],
+        "image_id": names,
         "label": images.label[results.of],
         "source": source,
         "target": results.target,

@@ -306,6 +306,7 @@ def judge_images(
     source: Array,
     target: Array,
     other_attributes: Array | None = None,
+    swapped: Array | None = None,
 ) -> dict[str, Array]:
     """Everything that depends on images and judges alone, one entry a row; ``features`` (B, F) come along.
 
@@ -318,6 +319,7 @@ def judge_images(
         source: class that the classifier under test sees in x, (B,).
         target: wanted class, (B,).
         other_attributes: (A,) bool, attributes that should stay; all when None.
+        swapped: (B,) bool, rows for which COUT is taken, as it costs twenty times the rest; all when None.
     """
     originals, drawn, results = (np.asarray(image, dtype=np.float32) / 255 for image in (x, reconstruction, x_cf))
     source, target = np.asarray(source, dtype=np.int64), np.asarray(target, dtype=np.int64)
@@ -327,7 +329,14 @@ def judge_images(
     by_target = reconstruct(judges.autoencoders, target, results)
     by_source = reconstruct(judges.autoencoders, source, results)
     by_all = reconstruct(judges.autoencoders, np.full(len(rows), len(judges.class_names)), results)
-    far = np.full(len(rows), np.nan)
+    far, swap = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
+    where = rows if swapped is None else np.flatnonzero(swapped)
+
+    def predict(images: Array) -> Array:
+        return predict_probs(judges.oracle, images)
+
+    if len(where):
+        swap[where] = cout(originals[where], results[where], source[where], target[where], predict)
     for k in np.unique(target):
         far[target == k] = implausibility(features[target == k], real.features[int(k)])
     out = {
@@ -337,7 +346,7 @@ def judge_images(
         "im1": im1(results, by_target, by_source),
         "im2": im2(results, by_target, by_all),
         "implausibility": far,
-        "cout": cout(originals, results, source, target, lambda images: predict_probs(judges.oracle, images)),
+        "cout": swap,
         "l1_x": l1(results, originals),
         "l2_x": l2(results, originals),
         "l1_reconstruction": l1(results, drawn),

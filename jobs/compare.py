@@ -138,14 +138,15 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
     results = {method: comparison.results_of_audit(bench, method, uri) for method, uri in audits.items()}
     widest = max(results.values(), key=lambda found: len(found.of))
-    asked = comparison.for_controls(list(results.values()))
+    chosen = comparison.chosen_images(list(results.values()))
+    asked = comparison.only(widest, chosen)
     for name in CONTROLS:
         results[name] = comparison.control(bench, name, asked)
     for name, uri in args.external:
         if name in results:
             raise ValueError(f"--external {name}: the name is taken; choose another")
         results[name] = comparison.external(bench, name, uri, widest)
-    tables = {name: comparison.judged(bench, found) for name, found in results.items()}
+    tables = {name: comparison.judged(bench, found, chosen) for name, found in results.items()}
 
     found = comparison.measure(bench, results, tables, *labelled(tested, model, say))
     kinds = {name: result.kind for name, result in results.items()}

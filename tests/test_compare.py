@@ -159,16 +159,20 @@ def test_controls_answer_the_same_questions(bench: Bench, place: Path) -> None:
     assert np.allclose(table["l1_reconstruction"].to_numpy(), 0) and (table["l1_x"].to_numpy() > 0).all()
 
 
-def test_controls_are_for_the_common_images_first(bench: Bench, place: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(comparison, "CONTROL_IMAGES", 4)
+def test_common_images_are_chosen_first(bench: Bench, place: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(comparison, "CHOSEN_IMAGES", 4)
     wide = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
-    narrow = comparison.results_of_audit(bench, "fgsm", str(place / "audits" / "fgsm"))
-    some = np.isin(narrow.of, [2, 5])
-    narrow = dataclasses.replace(narrow, of=narrow.of[some], target=narrow.target[some], x_cf=narrow.x_cf[some])
-    asked = comparison.for_controls([narrow, wide])
-    assert len(np.unique(asked.of)) == 4 and {2, 5} <= set(asked.of.tolist()) and len(asked.x_cf) == 4 * 9
-    assert np.array_equal(asked.x_cf, wide.x_cf[np.isin(wide.of, np.unique(asked.of))])
-    assert len(comparison.for_controls([wide, wide]).of) == len(wide.of)
+    ids = wide.images.ids
+    narrow = comparison.only(wide, {ids[2], ids[5]})
+    assert set(narrow.of.tolist()) == {2, 5} and len(narrow.x_cf) == len(narrow.columns["steps"]) == 2 * 9
+    assert np.array_equal(narrow.x_cf, wide.x_cf[np.isin(wide.of, [2, 5])]) and narrow.key != wide.key
+    chosen = comparison.chosen_images([narrow, wide])
+    assert len(chosen) == 4 and {ids[2], ids[5]} <= chosen
+    assert chosen == comparison.chosen_images([wide, narrow])
+    assert comparison.chosen_images([wide, wide]) == set(ids) and comparison.only(wide, set(ids)) is wide
+    swap = comparison.judged(bench, wide, chosen)["cout"].to_numpy()
+    assert np.array_equal(np.isnan(swap), ~np.isin(np.array(ids)[wide.of], list(chosen)))
+    assert np.allclose(comparison.judged(bench, narrow)["cout"].to_numpy(), swap[np.isin(wide.of, [2, 5])], atol=1e-5)
 
 
 def test_judged_rows_are_kept_until_something_changes(bench: Bench, place: Path, monkeypatch: Any) -> None:
