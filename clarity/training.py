@@ -646,8 +646,12 @@ class Plan:
         """A place for intermediate results, deleted when the model is finished."""
         return storage.join(self.out, "_training", *parts)
 
+    def fold_kind(self, fold: int) -> str:
+        """The kind of members that leave a fold out; folds of another number are others."""
+        return f"fold-{fold}-of-{self.num_folds}"
+
     def member_file(self, kind: str, member: int) -> str:
-        """The checkpoint of one member; kind is latent, image, or fold-0, fold-1, ..."""
+        """The checkpoint of one member; kind is latent, image, or a ``fold_kind``."""
         return self.file("members", f"{kind}-{member:03d}.safetensors")
 
 
@@ -757,7 +761,7 @@ def _take_apart(plan: Plan, found: Mapping[str, Any]) -> None:
     if model.image_ensemble is not None and found.get("image_training") == plan.describe()["image_training"]:
         parts.append(("image", model.image_ensemble))
     if len(model.folds) == plan.num_folds:
-        parts += [(f"fold-{number}", fold) for number, fold in enumerate(model.folds)]
+        parts += [(plan.fold_kind(number), fold) for number, fold in enumerate(model.folds)]
     _save_finished(plan.file("vae.safetensors"), model.vae.state_dict())
     for kind, ensemble in parts:
         members = ensemble.config.num_members
@@ -803,7 +807,7 @@ def stage_done(plan: Plan, stage: str) -> bool:
     if stage == "vae":
         return _finished(plan.file("vae.safetensors"))
     if stage == "encode":
-        return storage.exists(plan.file("codes", "count.json")) or (
+        return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or (
             stage_done(plan, "vae") and stage_done(plan, "latent")
         )
     kinds = [(plan.image_members, "image")] if stage == "images" else _latent_kinds(plan)
@@ -812,7 +816,7 @@ def stage_done(plan: Plan, stage: str) -> bool:
 
 def _latent_kinds(plan: Plan) -> list[tuple[int, str]]:
     members = plan.ensemble.num_members
-    return [(members, "latent"), *((members, f"fold-{fold}") for fold in range(plan.num_folds))]
+    return [(members, "latent"), *((members, plan.fold_kind(fold)) for fold in range(plan.num_folds))]
 
 
 def _finished(file: str) -> bool:
@@ -865,18 +869,20 @@ def _encode_stage(plan: Plan, worker: Worker, images: Images) -> None:
         mean, log_var = encode_rows(vae, images.pixels[rows].to(worker.device).float() / 255)
         folds = torch.tensor([fold_of(image_id, max(plan.num_folds, 1)) for image_id in images.ids[rows]])
         tensors = {"mean": mean, "log_var": log_var, "labels": images.labels[rows], "folds": folds}
-        save_tensors(plan.file("codes", f"part-{part:05d}.safetensors"), tensors)
+        save_tensors(plan.file(f"codes-{plan.num_folds}", f"part-{part:05d}.safetensors"), tensors)
     _wait_for_all(worker)
     if worker.rank == 0:
-        storage.write_json(plan.file("codes", "count.json"), len(starts))
+        storage.write_json(plan.file(f"codes-{plan.num_folds}", "count.json"), len(starts))
         worker.say(f"encoded {len(images.pixels)} images")
     _wait_for_all(worker)
 
 
 def _load_codes(plan: Plan) -> tuple[Codes, Tensor]:
     """Codes of the labelled images, and the fold of each."""
-    count = storage.read_json(plan.file("codes", "count.json"))
-    codes = join_states([load_tensors(plan.file("codes", f"part-{part:05d}.safetensors")) for part in range(count)])
+    count = storage.read_json(plan.file(f"codes-{plan.num_folds}", "count.json"))
+    codes = join_states(
+        [load_tensors(plan.file(f"codes-{plan.num_folds}", f"part-{part:05d}.safetensors")) for part in range(count)]
+    )
     labelled = codes["labels"] >= 0
     every = Codes(codes["mean"], codes["log_var"], codes["labels"])
     return every.take(labelled), codes["folds"][labelled]
@@ -885,7 +891,7 @@ def _load_codes(plan: Plan) -> tuple[Codes, Tensor]:
 def _latent_stage(plan: Plan, worker: Worker) -> None:
     codes, folds = _load_codes(plan)
     for count, kind in _latent_kinds(plan):
-        known = codes if kind == "latent" else codes.take(folds != int(kind.removeprefix("fold-")))
+        known = codes if kind == "latent" else codes.take(folds != int(kind.split("-")[1]))
 
         def loop(members: Sequence[int], states: Any, known: Codes = known) -> Iterator[Epoch]:
             return train_latent_members(
@@ -960,7 +966,7 @@ def finish(plan: Plan, held_out: Images | None = None, say: Callable[[str], None
     """
     vae = build_vae(plan.vae)
     vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
-    folds = [_assemble(plan, f"fold-{fold}", LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
+    folds = [_assemble(plan, plan.fold_kind(fold), LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
     model = Model(
         vae=vae.requires_grad_(False).eval(),
         ensemble=_assemble(plan, "latent", LatentEnsemble(plan.ensemble)),
@@ -975,7 +981,7 @@ def finish(plan: Plan, held_out: Images | None = None, say: Callable[[str], None
         held_out = load_images(plan, plan.held_out)
     say(f"measuring on {len(held_out.ids) if held_out else 0} held-out images")
     metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
-    if folds and storage.exists(plan.file("codes", "count.json")):
+    if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
         metrics["out_of_fold"] = _out_of_fold(plan, folds)
     card = {"data": plan.data, "plan": plan.describe(), "metrics": metrics}
     save_model(model, plan.out, card=card)

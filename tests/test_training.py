@@ -399,6 +399,19 @@ def test_stages_shared_by_workers_give_the_same_members(folder: Path, tmp_path: 
     assert files_of(tmp_path) == uncut
 
 
+def test_training_cut_goes_on_with_another_number_of_folds(
+    folder: Path, tmp_path: Path, uncut: dict[str, bytes]
+) -> None:
+    plan = plan_of(folder, tmp_path, image_members=3, num_folds=3)
+    begin(plan)
+    run_stages(plan, ("vae", "encode", "latent"), Worker())
+    plan = dataclasses.replace(plan, num_folds=2)
+    assert not begin(plan)
+    run_stages(plan, STAGES, Worker())
+    finish(plan)
+    assert files_of(tmp_path) == uncut
+
+
 class Cut(Exception):
     pass
 
