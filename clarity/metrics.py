@@ -494,6 +494,26 @@ def time_search(
     return Speed(total, spent, steps, engine)
 
 
+def time_gradient(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor, *, at_least: float = 0.5) -> float:
+    """Seconds of one gradient of the mean cross-entropy over members with respect to codes z (B, D), in plain PyTorch.
+
+    ``logits_of`` as in ``member_gradients``. The gradient is taken again and again until ``at_least`` seconds are full.
+    """
+    point, count = z.detach().clone().requires_grad_(), 0
+
+    def gradient() -> None:
+        logits = logits_of(point)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum") / len(logits)
+        torch.autograd.grad(loss, point)
+
+    gradient()
+    begin = time.perf_counter()
+    while (spent := time.perf_counter() - begin) < at_least:
+        gradient()
+        count += 1
+    return spent / count
+
+
 def parameters_of_one_member(model: Model) -> dict[str, int]:
     """Parameters of encoder and latent classifier together, and of the image classifier (Figure 3 says equal)."""
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,19 @@ def test_timing_counts_whole_searches(bench: Bench, place: Path) -> None:
     assert speed.counterfactuals_per_second == pytest.approx(speed.pairs / speed.seconds)
 
 
+def test_gradient_timing_goes_with_the_work(bench: Bench) -> None:
+    z, target = torch.zeros(64, 5), torch.zeros(64, dtype=torch.int64)
+    calls = []
+
+    def slow(point: torch.Tensor) -> torch.Tensor:
+        calls.append(len(point))
+        time.sleep(0.02)
+        return bench.model.ensemble(point)
+
+    assert metrics.time_gradient(slow, z, target, at_least=0.05) >= 0.02
+    assert 2 <= len(calls) <= 5 and set(calls) == {64}
+
+
 def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: Any) -> None:
     audits = [f"{method}={place / 'audits' / method}" for method in METHODS_TRIED]
     out = tmp_path / "out"
@@ -352,7 +366,9 @@ def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: 
     assert "| oracle agreement |" in text and "REVISE-E (latent)" in text
     measured = json.loads((out / "measurements.json").read_text())
     assert measured["parameters of one member"]["latent"] == measured["parameters of one member"]["image"]
-    assert {row["fast"] for row in measured["steps"]} == {"latent", "clarity"}
+    steps = {(row["kind"], row["fast"], row["pairs"]) for row in measured["steps"]}
+    assert {("gradient", "latent", 1), ("gradient", "clarity", 1), ("search", "clarity", COUNT * 9)} <= steps
+    assert all(row["ratio"] == pytest.approx(row["slow_ms"] / row["fast_ms"]) for row in measured["steps"])
     # Which grids there are depends on what the random classifiers see; these need no agreement with a label.
     drawn = {path.name for path in (out / "figures").glob("*.png")}
     assert {"oracle_agreement.png", *(f"pairs_{method}.png" for method in METHODS)} <= drawn
