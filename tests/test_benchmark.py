@@ -1,0 +1,126 @@
+"""The benchmark: that it measures what it says, on sizes too small to mean anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from clarity import kernels
+from clarity.search import LatentObjective, SearchConfig, descend
+
+JOB = Path(__file__).parent.parent / "jobs" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_job", JOB)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.CONFIG = SearchConfig(min_target_prob=0.9, max_steps=25)  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_baselines_make_the_updates_of_the_plain_engine(benchmark: ModuleType) -> None:
+    layers, codes, target = benchmark.cluster_case(3, 5, 4, 0.1)
+    codes, target = codes[:9], target[:9]
+    rows = {"target": target, "reference": codes}
+    objective = LatentObjective(layers, benchmark.CONFIG.distance_weight)
+    plain = int(descend(objective, codes, rows, benchmark.CONFIG, engine="plain").steps.sum())
+    assert plain > 9
+    for baseline in (benchmark.one_at_a_time, benchmark.batched_autograd, benchmark.engine("batched", 1)):
+        assert abs(baseline(layers, codes, target) - plain) <= 2
+
+
+def test_benchmark_writes_figures_and_goals(
+    benchmark: ModuleType, tmp_path: Path, threads: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures"
+    parts = ["--parts", "search", "training", "--scale", "0.005", "--repeats", "1", "--threads", "1"]
+    assert benchmark.main([*parts, "--out", str(out)]) == 0
+    found = json.loads((out / "benchmark.json").read_text())
+    text = (out / "benchmark.md").read_text()
+    assert text in capsys.readouterr().out
+    first, second = found["search"]
+    assert first["sizes"] == [16, 16, 16, 10]
+    assert first["members"] == 50
+    assert first["kflop_per_step"] == 134.4
+    assert second["sizes"] == [128, 16, 16, 4]
+    for name in (
+        "one at a time",
+        "batched autograd",
+        "plain",
+        "batched",
+        *(["native"] if kernels.native_available() else []),
+    ):
+        run = first["engines"][name]
+        assert run["gflops"] == pytest.approx(run["search_steps_per_second"] * 134.4e-6)
+        assert f"| {name} |" in text
+    assert found["training"]["ratio"] > 0
+    assert "| goal | asked | found | |" in text
+
+
+def test_benchmark_measures_the_stages_of_a_job(
+    benchmark: ModuleType, tiny_digits_model: Path, tmp_path: Path, threads: Any
+) -> None:
+    out = tmp_path / "figures"
+    arguments = ["--parts", "stages", "--model", str(tiny_digits_model), "--limit", "7", "--threads", "1"]
+    assert benchmark.main([*arguments, "--out", str(out)]) == 0
+    stages = json.loads((out / "benchmark.json").read_text())["stages"]
+    assert stages["pairs"] == 7 * 9
+    assert {"read", "search", "pictures", "write"} <= set(stages["seconds_by_stage"])
+    assert not list((out / "scratch").iterdir()), "audits of the benchmark are thrown away"
+
+
+def test_benchmark_asks_for_a_model_where_it_needs_one(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["--parts", "job", "--out", str(tmp_path / "figures")]) == 2
+    assert "--model: the parts stages, job and memory need one" in capsys.readouterr().err
+
+
+def test_memory_is_summed_over_a_process_and_its_children(benchmark: ModuleType) -> None:
+    code = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'held = bytearray(60_000_000);"
+        "print(1, flush=True); input()'], stdin=subprocess.PIPE); input(); child.communicate(b'x')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert benchmark.proportional_bytes(process.pid) > 60_000_000
+        assert benchmark.proportional_bytes(process.pid) > benchmark._proportional_set(process.pid) + 50_000_000
+        process.communicate(b"\n")
+    assert benchmark.proportional_bytes(os.getpid()) > 10_000_000
+
+
+def test_goals_are_judged_by_what_was_found(benchmark: ModuleType) -> None:
+    run = {"images": 10, "pairs": 90_000, "seconds": 75.0}
+    found = {
+        "job": {"one_actor": run, "seconds_after_startup": 69.0},
+        "stages": {"seconds": 50.0},
+        "memory": {"ratio": 1.05, "runs": [{"images": 6}, {"images": 60}]},
+        "training": {"ratio": 5.9},
+    }
+    judged = {what: (asked, value, ok) for what, asked, value, ok in benchmark.goals_of(found)}
+    assert judged == {
+        "whole job after start-up, 1,500 pairs a second": ("60 s", "69.0 s", False),
+        "whole job against the same stages in one process": ("at most 1.15 x", "1.38 x", False),
+        "peak memory, 60 images against 6": ("at most 1.1 x", "1.05 x", True),
+        "50 members stacked against in sequence": ("6 x", "5.9 x", False),
+    }
