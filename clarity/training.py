@@ -843,7 +843,8 @@ def _vae_stage(plan: Plan, worker: Worker, images: Images) -> None:
         device=worker.device,
     ):
         if worker.rank == 0:
-            worker.say(_line("vae", epoch))
+            if _said(epoch):
+                worker.say(_line("vae", epoch))
             if epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_tensors(file, epoch.state())
                 saved = time.monotonic()
@@ -938,7 +939,7 @@ def _members_stage(
     for members in stacks:
         saved, epoch = time.monotonic(), None
         for epoch in loop(members, {m: states[m] for m in members} if states[members[0]] else None):
-            if worker.rank == 0 or at_once < count:
+            if _said(epoch) and (worker.rank == 0 or at_once < count):
                 some = f"{len(members)} of {count} members" if len(members) > 1 else f"member {members[0]} of {count}"
                 worker.say(_line(f"{kind} classifiers ({some})", epoch))
             if epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -949,6 +950,11 @@ def _members_stage(
         for m, state in zip(members, finals):
             _save_finished(plan.member_file(kind, m), weights_of(state))
             states.pop(m, None)
+
+
+def _said(epoch: Epoch) -> bool:
+    """Whether a line is printed after this epoch: a small data set is passed over hundreds of times."""
+    return epoch.number in (1, epoch.total) or epoch.number % math.ceil(epoch.total / 12) == 0
 
 
 def _line(what: str, epoch: Epoch) -> str:
