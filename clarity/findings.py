@@ -507,8 +507,12 @@ def _check_asymmetries(facts: Facts) -> Iterator[Finding]:
     )
 
 
+#: Share of the usual distance to the nearest class, below which an image is on the edge.
+EDGE = 0.6
+
+
 def _check_edge(facts: Facts) -> Iterator[Finding]:
-    """Images whose nearest counterfactual is less than a quarter of the usual nearest distance away."""
+    """Images whose nearest counterfactual is less than EDGE of the usual nearest distance away."""
     nearest = """
         WITH nearest AS (
             SELECT image_id, source, target, steps, distance_z_l1 AS distance FROM counterfactuals WHERE converged
@@ -519,7 +523,8 @@ def _check_edge(facts: Facts) -> Iterator[Finding]:
         facts.con,
         nearest
         + "SELECT image_id, source, target, steps, distance, usual, images, count(*) OVER () FROM nearest, usual "
-        "WHERE distance < usual / 4 ORDER BY distance, image_id LIMIT 12",
+        "WHERE distance < $edge * usual ORDER BY distance, image_id LIMIT 12",
+        {"edge": EDGE},
     )
     if not rows:
         return
@@ -527,7 +532,8 @@ def _check_edge(facts: Facts) -> Iterator[Finding]:
     cells = _rows(
         facts.con,
         nearest + "SELECT least(source, target), greatest(source, target), count(*) FROM nearest, usual "
-        "WHERE distance < usual / 4 GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 4",
+        "WHERE distance < $edge * usual GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 4",
+        {"edge": EDGE},
     )
     between = _listed([f"{facts.name(a)} and {facts.name(b)} ({number:,})" for a, b, number in cells[:3]])
     share = count / images
@@ -535,8 +541,8 @@ def _check_edge(facts: Facts) -> Iterator[Finding]:
         "edge",
         0.3 + 0.25 * min(1.0, share / 0.05),
         f"{plural(count, 'image')} on the edge",
-        f"{plural(count, 'image')} ({percent(share)}) sit on the edge: another class is less than a quarter of the "
-        f"usual distance away ({usual:.1f} is the median to the nearest class). Most are between {between}. Closest: "
+        f"{plural(count, 'image')} ({percent(share)}) {'sits' if count == 1 else 'sit'} on the edge: another class is less "
+        f"than {percent(EDGE)} of the usual distance away ({usual:.1f} is the median to the nearest class). Most are between {between}. Closest: "
         f"{image_id}, seen as {facts.name(source)}, is {facts.name(target)} after {plural(steps, 'step')}.",
         tuple((a, b) for a, b, _ in cells),
         tuple((row[0], row[2]) for row in rows),
@@ -763,7 +769,7 @@ CHECKS: dict[str, Check] = {
     ),
     "edge": Check(
         "images close to another class",
-        "No image is closer to another class than a quarter of the usual distance.",
+        f"No image is closer to another class than {percent(EDGE)} of the usual distance.",
         _check_edge,
     ),
     "hardest": Check("the class pairs that ask for the largest and the smallest change", "", _check_extremes),

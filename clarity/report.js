@@ -296,7 +296,7 @@ function rowFacts(row, t, extra) {
     fact("aleatoric", `${number(get("aleatoric_initial"))} → ${number(get("aleatoric_final"))}`),
     again === null ? null : fact("re-encoded", `${names[again]}${again === t ? " ✓" : ""}`, again !== t));
 }
-function strip(row, s, t) {
+function strip(row, s, t, size = small) {
   const tiles = row[field.path], probs = row[field.path_prob], steps = row[field.path_step];
   if (!tiles || !tiles.length) return null;
   const traced = steps.length > 0;
@@ -304,7 +304,7 @@ function strip(row, s, t) {
     const where = traced ? `step ${steps[i]} of ${row[field.steps]}` : `${Math.round(100 * (i + 1) / (tiles.length + 1))} % of the way`;
     const bar = el("i");
     bar.style.width = 100 * probs[i] + "%";
-    return el("div", { class: "frame" }, picture(index, small, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${probability(probs[i])}`),
+    return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${probability(probs[i])}`),
       el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, probability(probs[i])));
   });
   return figure(el("div", { class: "strip" }, frames), `${traced ? "recorded trace" : "straight path"}, p(${names[t]})`);
@@ -414,7 +414,7 @@ function look(id) {
     parts.push(el("ol", { class: "towards", "aria-label": "Counterfactuals, nearest first" }, rows.map(([t, row]) =>
       el("li", {}, el("h4", {}, `→ ${names[t]}`), el("div", { class: "duo" }, picture(row[field.cf], large, `image ${id}, counterfactual ${names[t]}`),
         difference(audit.reconstructions[id] ?? image.x, row[field.cf], large, `image ${id}, what changes towards ${names[t]}`)),
-        strip(row, row[field.source], t), rowFacts(row, t, [])))));
+        strip(row, row[field.source], t, Math.min(small, 28)), rowFacts(row, t, [])))));
     if (!rows.length) parts.push(el("p", { class: "quiet-text" }, "No counterfactual of this image was asked for."));
   });
   box.replaceChildren(...parts);

@@ -1090,16 +1090,14 @@ def _keys(total: dict[str, Any]) -> list[dict[str, str]]:
         ("Strict validity", percent(total["converged"], pairs), f"{pairs - total['converged']:,} did not converge"),
         ("Re-encoded agreement", percent(total["survived"], pairs), "still the target once decoded and encoded"),
     ]
-    if total["steps"] is not None:
-        keys += [("Median steps", f"{total['steps']:,.0f}", f"median latent distance {total['distance']:.1f}")]
+    converged = total["steps"] is not None
+    distance = f"median latent distance {total['distance']:.1f}" if converged else "nothing converged"
+    keys += [("Median steps", f"{total['steps']:,.0f}" if converged else "–", distance)]
     if total["epistemic_final"] is not None:
-        keys += [
-            (
-                "Epistemic, nats",
-                f"{total['epistemic_final']:.2g}",
-                f"median after; before {total['epistemic_initial']:.2g}",
-            )
-        ]
+        before = f"median after; before {total['epistemic_initial']:.2g}"
+        keys += [("Epistemic, nats", f"{total['epistemic_final']:.2g}", before)]
+    else:
+        keys += [("Epistemic, nats", "–", "a single classifier has none")]
     if total["labelled"]:
         keys += [
             (
