@@ -126,6 +126,18 @@ def triton_available() -> bool:
     return triton is not None
 
 
+def triton_refusal(layers: Layers) -> str:
+    """Why the fused search cannot hold these classifiers; empty when it can."""
+    latent, classes = layers[0][0].shape[1], layers[-1][0].shape[2]
+    width = max((weight.shape[2] for weight, _ in layers[:-1]), default=0)
+    if latent <= MOST_LATENT and width <= MOST_WIDTH and classes <= MOST_CLASSES:
+        return ""
+    return (
+        f"holds codes up to {MOST_LATENT}, widths up to {MOST_WIDTH} and {MOST_CLASSES} classes, "
+        f"got {latent}, {width} and {classes}"
+    )
+
+
 @_jit
 @no_type_check
 def _logits_and_slope(hidden, weights, biases, aim, LAYER: tl.constexpr, DEPTH: tl.constexpr, HP: tl.constexpr,
@@ -270,13 +282,11 @@ class _Plan:
 
     @staticmethod
     def of(layers: Layers, precision: str) -> _Plan:
+        refusal = triton_refusal(layers)
+        if refusal:
+            raise ValueError(f"the fused search {refusal}; use engine batched")
         latent, classes = layers[0][0].shape[1], layers[-1][0].shape[2]
         widths = [weight.shape[2] for weight, _ in layers[:-1]]
-        if latent > MOST_LATENT or max(widths, default=1) > MOST_WIDTH or classes > MOST_CLASSES:
-            raise ValueError(
-                f"the fused search holds codes up to {MOST_LATENT}, widths up to {MOST_WIDTH} and {MOST_CLASSES} "
-                f"classes, got {latent}, {max(widths, default=0)} and {classes}; use engine batched"
-            )
         dp, hp, kp, depth = _padded(latent), _padded(max(widths, default=1)), _padded(classes), len(layers)
         ins = [dp] + [hp] * (depth - 1)
         outs = [hp] * (depth - 1) + [kp]

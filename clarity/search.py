@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clarity import kernels
 from clarity.vae import one_thread
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's constants, those of its paper and of torch.optim.Adam
@@ -407,8 +408,6 @@ def _batched(objective: Objective, start: Tensor, rows: Rows, config: SearchConf
 
 def _native(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
     """The compiled search of a LatentObjective, on a CPU."""
-    from clarity import kernels
-
     assert isinstance(objective, LatentObjective)
     found = kernels.native_search(objective.layers, start, rows["reference"], rows["target"], config, run.workers)
     return _from_kernel(found, config, run)
@@ -416,8 +415,6 @@ def _native(objective: Objective, start: Tensor, rows: Rows, config: SearchConfi
 
 def _triton(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
     """The fused search of a LatentObjective, on a GPU."""
-    from clarity import kernels
-
     assert isinstance(objective, LatentObjective)
     found = kernels.triton_search(objective.layers, start, rows["reference"], rows["target"], config, run.workers)
     return _from_kernel(found, config, run)
@@ -489,8 +486,10 @@ def descend(
         raise ValueError(f"threads: expected at least 1, got {threads}")
     if isinstance(objective, LatentObjective):
         _check_latent(objective, start, rows)
-    fits = isinstance(objective, LatentObjective) and update == "adam" and bounds is None and on_step is None
-    chosen = _chosen(engine, start.device.type, fits, on_step is not None)
+    fits = isinstance(objective, LatentObjective) and update == "adam" and bounds is None
+    # Only the plain engine stops at each step to show it.
+    wanted = "plain" if on_step is not None and engine in ENGINES else engine
+    chosen = _chosen(wanted, objective, fits and on_step is None, start.device.type)
 
     on_cpu = start.device.type == "cpu"
     with one_thread() as torch_threads:
@@ -506,39 +505,35 @@ def descend(
         return ENGINES[chosen](objective, start.detach(), rows, config, run)
 
 
-def _chosen(engine: str, device: str, fits: bool, watched: bool) -> str:
-    """The engine to use; ``fits`` tells whether one that needs a LatentObjective could."""
+def _chosen(engine: str, objective: Objective, fits: bool, device: str) -> str:
+    """The engine to use; ``fits`` tells whether those that need a LatentObjective could."""
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; choose from auto, {', '.join(ENGINES)}")
-    if watched or engine == "plain":
+    if engine == "plain" or (engine == "auto" and not fits):
         return "plain"
-    if engine == "auto":
-        if not fits:
-            return "plain"
-        return next((name for name in ("triton", "native") if not _missing(name, device)), "batched")
-    if not fits:
+    if not fits or not isinstance(objective, LatentObjective):
         raise ValueError(f"engine {engine} searches over latent classifiers only; use auto or plain for this method")
-    missing = _missing(engine, device)
+    if engine == "auto":
+        return next((name for name in ("triton", "native") if not _missing(name, objective, device)), "batched")
+    missing = _missing(engine, objective, device)
     if missing:
-        raise ValueError(f"engine {engine} {missing}; use auto, or one of batched, plain")
+        raise ValueError(f"engine {engine} {missing}; use auto, batched or plain")
     return engine
 
 
-def _missing(engine: str, device: str) -> str:
-    """Why an engine cannot run on a device; empty when it can."""
-    if engine == "native" and device != "cpu":
-        return f"runs on a CPU, not on {device}"
-    if engine == "triton" and device != "cuda":
-        return f"runs on a CUDA GPU, not on {device}"
-    if engine in ("plain", "batched"):
-        return ""
-    try:
-        from clarity import kernels
-    except ImportError:  # until the module exists
-        return "is missing"
+def _missing(engine: str, objective: LatentObjective, device: str) -> str:
+    """What an engine lacks to search with these classifiers on this device; empty when nothing."""
     if engine == "native":
+        if device != "cpu":
+            return f"runs on a CPU, not on {device}"
         return "" if kernels.native_available() else "is not built here (pip install . with a C++ compiler builds it)"
-    return "" if kernels.triton_available() else "needs the package triton"
+    if engine == "triton":
+        if device != "cuda":
+            return f"runs on a CUDA GPU, not on {device}"
+        if not kernels.triton_available():
+            return "needs the package triton"
+        return kernels.triton_refusal(objective.layers)
+    return ""
 
 
 def _check_latent(objective: LatentObjective, start: Tensor, rows: Rows) -> None:

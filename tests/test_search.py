@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clarity import search
+from clarity import kernels, search
 from clarity.search import ENGINES, Counterfactuals, LatentObjective, SearchConfig, descend, ensemble_terms
 from clarity.vae import one_thread
 
@@ -98,14 +98,10 @@ def assert_same_bits(found: Counterfactuals, expected: Counterfactuals) -> None:
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), name
 
 
-def available(engine: str) -> bool:
-    return not search._missing(engine, "cpu")
-
-
 CPU_ENGINES = [
-    pytest.param(name, marks=pytest.mark.skipif(not available(name), reason=f"{name} is not available here"))
-    for name in ENGINES
-    if name != "triton"
+    "plain",
+    "batched",
+    pytest.param("native", marks=pytest.mark.skipif(not kernels.native_available(), reason="not built here")),
 ]
 
 
@@ -520,8 +516,6 @@ def test_descend_says_what_does_not_fit() -> None:
 
 
 def test_auto_takes_the_native_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from clarity import kernels
-
     z, rows = questions(3)
     objective, config = stacked(networks(2, (LATENT, CLASSES))), SearchConfig(max_steps=2)
     monkeypatch.setattr(kernels, "native_available", lambda: False)
@@ -534,3 +528,19 @@ def test_auto_takes_the_native_engine_where_there_is_one(monkeypatch: pytest.Mon
     monkeypatch.setitem(ENGINES, "native", ENGINES["batched"])
     assert descend(objective, z, rows, config).engine == "native"
     assert descend(objective, z, rows, config, on_step=lambda *_: None, engine="native").engine == "plain"
+
+
+def test_auto_takes_the_fused_engine_on_a_gpu_where_it_holds_the_classifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = stacked(networks(2, (LATENT, 6, CLASSES)))
+    wide = stacked(networks(2, (LATENT, kernels.MOST_WIDTH + 1, CLASSES)))
+    monkeypatch.setattr(kernels, "triton_available", lambda: True)
+    assert search._chosen("auto", small, True, "cuda") == "triton"
+    assert search._chosen("auto", wide, True, "cuda") == "batched"
+    with pytest.raises(ValueError, match="engine triton holds codes up to"):
+        search._chosen("triton", wide, True, "cuda")
+    with pytest.raises(ValueError, match="engine native runs on a CPU, not on cuda"):
+        search._chosen("native", small, True, "cuda")
+    monkeypatch.setattr(kernels, "triton_available", lambda: False)
+    assert search._chosen("auto", small, True, "cuda") == "batched"
+    with pytest.raises(ValueError, match="engine triton needs the package triton"):
+        search._chosen("triton", small, True, "cuda")
