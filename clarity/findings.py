@@ -541,8 +541,9 @@ def _check_edge(facts: Facts) -> Iterator[Finding]:
         "edge",
         0.3 + 0.25 * min(1.0, share / 0.05),
         f"{plural(count, 'image')} on the edge",
-        f"{plural(count, 'image')} ({percent(share)}) {'sits' if count == 1 else 'sit'} on the edge: another class is less "
-        f"than {percent(EDGE)} of the usual distance away ({usual:.1f} is the median to the nearest class). Most are between {between}. Closest: "
+        f"{plural(count, 'image')} ({percent(share)}) {'sits' if count == 1 else 'sit'} on the edge: another class is "
+        f"less than {percent(EDGE)} of the usual distance away ({usual:.1f} is the median to the nearest class). Most "
+        f"are between {between}. Closest: "
         f"{image_id}, seen as {facts.name(source)}, is {facts.name(target)} after {plural(steps, 'step')}.",
         tuple((a, b) for a, b, _ in cells),
         tuple((row[0], row[2]) for row in rows),
