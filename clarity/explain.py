@@ -544,7 +544,7 @@ def make_plan(
         trace=trace,
         versions={
             "clarity": clarity.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of its own, which would load torch wherever the plan goes
             "numpy": np.__version__,
             "pyarrow": pa.__version__,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -480,6 +481,12 @@ def test_readers_and_writers_do_not_load_torch() -> None:
     code = "import sys, clarity.shards; print([name for name in ('torch', 'ray') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_work_travels_without_torch(work: Any) -> None:
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], input=pickle.dumps(work[0]), cwd=root).returncode == 0
 
 
 def test_workers_turn_exceptions_into_notes(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
