@@ -213,6 +213,7 @@ def write_audit(
     model: Any = None,
     num_shards: int = 3,
     leave_out: tuple[int, ...] = (),
+    traces: pa.Table | None = None,
     **plan_fields: Any,
 ) -> str:
     """An audit directory of such tables, as explain_all writes it; shards in ``leave_out`` stay uncommitted."""
@@ -251,5 +252,8 @@ def write_audit(
             continue
         mine = codes.slice(part["start"], part["stop"] - part["start"])
         inside = pa.compute.is_in(pairs["image_id"], mine["image_id"])
-        audit.write_shard(uri, plan, shard, {"codes": mine, "counterfactuals": pairs.filter(inside)}, {})
+        parts = {"codes": mine, "counterfactuals": pairs.filter(inside)}
+        if traces is not None:
+            parts["traces"] = traces.filter(pa.compute.is_in(traces["image_id"], mine["image_id"]))
+        audit.write_shard(uri, plan, shard, parts, {})
     return uri

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from audits import Planted, make_tables, write_audit
 
-from clarity import report
+from clarity import report, schema
 
 ROOT = Path(__file__).parent.parent
 EVERYTHING = Planted(hard=(1, 3), asymmetry=(0, 2), wrong_labels=4, edge=5, rising=2, lost=1, unreadable=2, nonfinite=1)
@@ -80,6 +81,38 @@ def test_report_path_is_the_straight_line_between_the_codes(tmp_path: Path, tiny
     points = np.array(codes[image_id]) + along * (np.array(z_cf) - np.array(codes[image_id]))
     probs = torch.softmax(logits_rows(tiny_model.ensemble, torch.tensor(points, dtype=torch.float32)), -1).mean(0)
     np.testing.assert_allclose(row["path_prob"], probs[:, 2].numpy(), atol=6e-4)
+
+
+def test_report_path_is_the_recorded_one_where_the_search_was_traced(tmp_path: Path, tiny_model: Any) -> None:
+    tables = make_tables()
+    rng = np.random.default_rng(0)
+    steps = np.arange(31)
+    traces = pa.table(
+        {
+            "image_id": ["img-00000"] * 31,
+            "source": [0] * 31,
+            "target": [2] * 31,
+            "step": steps,
+            "target_prob": np.linspace(0.01, 0.99, 31),
+            **{name: np.zeros(31) for name in ("predictive", "aleatoric", "epistemic")},
+            "z": rng.normal(0, 1, (31, 5)).tolist(),
+        }
+    ).cast(schema.traces_schema(5))
+    place = write_audit(tmp_path / "audit", tables, tiny_model, traces=traces, trace=1)
+    data = data_of(Path(report.write_report([place]).uri).read_text())
+    assert "img-00000" in data["lookup"]
+    rows = data["audits"][0]["rows"]["img-00000"]
+    traced, straight = (dict(zip(data["figures"], rows[target])) for target in ("2", "1"))
+    assert traced["path_step"] == [5, 10, 15, 20, 25] and straight["path_step"] == []
+    np.testing.assert_allclose(traced["path_prob"], np.linspace(0.01, 0.99, 31)[[5, 10, 15, 20, 25]], atol=6e-4)
+
+
+def test_report_reads_an_audit_in_either_way(tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = write_audit(tmp_path / "audit", make_tables(planted=EVERYTHING), tiny_model)
+    by_files = Path(report.write_report([place]).uri).read_text()
+    # As from an object store: DuckDB scans what Arrow reads.
+    monkeypatch.setattr(report, "_scannable", lambda dataset: dataset)
+    assert Path(report.write_report([place]).uri).read_text() == by_files
 
 
 def test_report_decodes_the_pictures_that_the_audit_lacks(tmp_path: Path, tiny_model: Any) -> None:
@@ -331,6 +364,22 @@ def test_page_follows_its_links(chromium: Any, page: str) -> None:
     chromium.execute_script("document.querySelector('a[href^=\"#image=\"]').click()")
     wanted = chromium.execute_script("return decodeURIComponent(location.hash.slice(7))")
     wait(chromium, f"document.getElementById('image').textContent.includes('Image {wanted}')")
+
+
+def test_page_shows_audits_side_by_side(chromium: Any, tmp_path: Path, tiny_model: Any) -> None:
+    places = [
+        write_audit(tmp_path / name, make_tables(planted=planted), tiny_model, method=name)
+        for name, planted in (("clarity", Planted()), ("schut", EVERYTHING))
+    ]
+    open_page(chromium, Path(report.write_report(places).uri).as_uri())
+    assert complaints(chromium) == [] and len(chromium.find_elements("css selector", "#map table")) == 2
+    click(chromium, chromium.find_element("css selector", '#map td[data-s="1"][data-t="3"][data-a="1"]'))
+    tags = [e.text for e in chromium.find_elements("css selector", "#gallery article:first-of-type .audit-tag")]
+    assert tags[:2] == ["clarity", "schut"]
+    # As many figures under each heading of the first screen, whichever the audit.
+    rows = chromium.find_elements("css selector", ".masthead tbody tr")
+    assert len({len(row.find_elements("css selector", "td")) for row in rows}) == 1
+    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 @pytest.mark.parametrize("width", [360, 820, 2200])
