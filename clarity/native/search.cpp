@@ -48,8 +48,8 @@ constexpr int WIDTH = 4, GROUPS = 2, TILE = 8;
 constexpr int WIDTH = 4, GROUPS = 2, TILE = 4;
 #endif
 constexpr int LANES = WIDTH * GROUPS;
-constexpr int MAX_CHUNK = 4;  // members that go through a layer together
-constexpr int64_t CHUNK_BYTES = 32768;  // of activations: they should stay in the first-level cache
+constexpr int MAX_CHUNK = 4;            // members that go through a layer together
+constexpr int64_t CHUNK_BYTES = 32768;  // of their activations: they should stay in the first-level cache
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -144,10 +144,10 @@ INLINE const float *pass(const float *w, const Vec *x, int count, Vec *y, int si
 
 // 2^x for x <= 0 with an error below 2 ulp: 2^n * 2^f with n = floor(x), a polynomial for 2^f.
 INLINE Vec power(Vec x) {
+    x = larger(splat(-100.f), x);  // what is smaller counts as 2^-100: no denormal numbers, which are slow
 #ifdef __AVX512F__
     const Vec f = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEG_INF));
 #else
-    x = larger(splat(-100.f), x);                // what is smaller counts as 2^-100
     constexpr float MAGIC = 12582912.f + 127.f;  // 1.5 * 2^23 + bias: adding it rounds, the low bits are the exponent's
     const Vec t = x - 0.5f + MAGIC, f = x - (t - MAGIC);
 #endif
@@ -234,15 +234,13 @@ class Worker {
     }
 
    private:
-    // The next waiting row enters lane j. A lane without one stands where the last row began.
+    // The next waiting row enters lane j; a lane for which there is none computes on at 0, to no effect.
     bool load(int j) {
         const int64_t q = task.next.load(std::memory_order_relaxed) < task.rows
                               ? task.next.fetch_add(1, std::memory_order_relaxed) : task.rows;
         const bool found = q < task.rows;
         step[j] = 0;
-        if (found) {
-            for (int k = 0; k < K; k++) at(onehot, k, j) = k == task.target[q];
-        }
+        for (int k = 0; found && k < K; k++) at(onehot, k, j) = k == task.target[q];
         for (int k = 0; k < D; k++) {
             if (found) {
                 at(z, k, j) = task.start[q * D + k];
@@ -291,7 +289,7 @@ class Worker {
 
     // Adam's next points, into `moved`. Returns the lanes whose next point is not finite, as bits.
     uint64_t update() {
-        constexpr float BETA1 = 0.9f, BETA2 = 0.999f, REST1 = 0.1f, REST2 = 0.001f, EPS = 1e-8f;
+        constexpr float BETA2 = 0.999f, REST1 = 0.1f, REST2 = 0.001f, EPS = 1e-8f;
         const float share = 1.f / static_cast<float>(task.members);
         uint64_t odd = 0;
         const int last = static_cast<int>(task.rate.size()) - 1;
@@ -311,7 +309,6 @@ class Worker {
                 mean[i] = a, square[i] = b, moved[i] = next;
                 check += next * 0.f;
             }
-            (void)BETA1;
             for (int j = 0; j < WIDTH; j++) odd |= static_cast<uint64_t>(!(check[j] == 0)) << (g * WIDTH + j);
         }
         return odd;
