@@ -191,7 +191,7 @@ function grid(a) {
   const size = K > 28 ? " tiny" : K > 14 ? " dense" : "", totals = !picturesIn && K <= 28;
   const table = el("table", { class: "grid" + size, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
   const head = el("tr", {}, el("td", { class: "corner mean" }, K > 28 ? "" : "seen ↓ wanted →"),
-    names.map((name) => el("th", { scope: "col", title: name }, name)), totals ? el("th", { scope: "col" }, "mean") : null);
+    names.map((name) => el("th", { scope: "col", title: name }, name)), totals ? el("th", { scope: "col", title: "mean", "aria-label": "mean" }, "ø") : null);
   const body = el("tbody");
   const meanCell = (values, weights) => el("td", { class: "mean" }, format(metric, mean(values, weights)));
   for (let s = 0; s < K; s++) {
@@ -217,7 +217,7 @@ function grid(a) {
   }
   if (totals) {
     const column = (maps, t) => maps.map((row) => row[t]);
-    body.append(el("tr", {}, el("th", { scope: "row" }, "mean"),
+    body.append(el("tr", {}, el("th", { scope: "row", title: "mean", "aria-label": "mean" }, "ø"),
       names.map((_, t) => meanCell(column(audit.maps[metric.key], t), column(audit.maps.pairs, t))), el("td", { class: "mean" })));
   }
   table.append(el("thead", {}, head), body);
@@ -364,6 +364,7 @@ function go(s, t, focus) {
   chosen = cursor = [s, t];
   gallery(s, t);
   mark();
+  readout(s, t);
   history.replaceState(null, "", `#pair=${s}-${t}`);
   if (focus) $("gallery").focus({ preventScroll: true });
   // Beside the map it is in view already; below it, it is not.
@@ -429,7 +430,7 @@ for (const node of document.querySelectorAll(".pic")) {
 }
 function follow(scroll) {
   const pair = /^#pair=(\d+)-(\d+)$/.exec(location.hash), image = /^#image=(.+)$/.exec(location.hash);
-  if (pair) { go(+pair[1], +pair[2]); if (scroll) $("maps").scrollIntoView(); }
+  if (pair) { go(+pair[1], +pair[2]); if (scroll) $(matchMedia("(min-width: 1150px)").matches ? "maps" : "gallery").scrollIntoView(); }
   if (image) { look(decodeURIComponent(image[1])); if (scroll) $("images").scrollIntoView(); }
   return pair || image;
 }
