@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from object_store import ObjectStore
 from torch import Tensor
 
 import clarity
@@ -476,6 +477,19 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
 def test_worker_that_does_not_see_the_model_directory_says_so(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank 1 does not see .* a shared mount"):
         run_stages(plan_of(folder, tmp_path), STAGES, Worker(1, 2))
+
+
+def test_training_on_an_object_store_is_that_on_a_disk(folder: Path, tmp_path: Path, uncut: dict[str, bytes]) -> None:
+    with ObjectStore() as store:
+        plan = dataclasses.replace(plan_of(folder, tmp_path, image_members=3, num_folds=2), out=store.uri("runs/model"))
+        assert not begin(plan)
+        run_stages(plan, STAGES, Worker())
+        finish(plan)
+        model = clarity.load(plan.out)
+        names = [file.path for file in storage.list_files(plan.out)]
+        assert names == sorted([*uncut, "model.json"])
+        assert {name: storage.read_bytes(storage.join(plan.out, name)) for name in uncut} == uncut
+        assert model.num_classes == 3 and begin(plan)
 
 
 def test_checkpoints_are_of_members_and_finished_ones_hold_weights_alone(folder: Path, tmp_path: Path) -> None:
