@@ -610,7 +610,7 @@ class _Page:
 
     def _paths(
         self, view: _View, rows: list[dict[str, Any]], good: dict[str, Any], wanted: dict[tuple[str, int], int]
-    ) -> dict[int, tuple[list[int], list[float], list[int]]]:
+    ) -> dict[int, tuple[list[int], list[Any], list[int]]]:
         """Pictures, target probabilities and steps along each pair's way, for the rows that want them.
 
         The recorded steps of the search where the audit traced the image; else equal parts of the segment from z to
@@ -644,12 +644,12 @@ class _Page:
         lengths = [len(code) for code in codes]
         image_ids = [walk[1]["image_id"] for walk, length in zip(walks, lengths) for _ in range(length)]
         pictures, probs = view.decode(points), view.probabilities(points, image_ids)
-        paths: dict[int, tuple[list[int], list[float], list[int]]] = {}
+        paths: dict[int, tuple[list[int], list[Any], list[int]]] = {}
         place = 0
         for (i, row, known, steps), length in zip(walks, lengths):
             span = range(place, place + length)
             target_probs = known or [float(probs[j, row["target"]]) for j in span]
-            paths[i] = ([self.tiles.add(pictures[j]) for j in span], [round(p, 3) for p in target_probs], steps)
+            paths[i] = ([self.tiles.add(pictures[j]) for j in span], [_short(round(p, 3)) for p in target_probs], steps)
             place += length
         return paths
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from audits import Planted, make_tables, write_audit
 
 from clarity import report, schema
@@ -65,8 +66,6 @@ def test_report_shows_original_path_and_counterfactual(tmp_path: Path, tiny_mode
 
 
 def test_report_path_is_the_straight_line_between_the_codes(tmp_path: Path, tiny_model: Any) -> None:
-    import torch
-
     from clarity.classifiers import logits_rows
 
     tables = make_tables()
@@ -180,6 +179,16 @@ def test_report_of_an_audit_that_has_nothing_yet(tmp_path: Path) -> None:
     place = write_audit(tmp_path / "a", make_tables(), leave_out=(0, 1, 2))
     made = report.write_report([place])
     assert not made.complete and "3 of 3 shards are not committed" in Path(made.uri).read_text()
+
+
+def test_report_survives_a_model_that_yields_no_numbers(tmp_path: Path, tiny_model: Any) -> None:
+    with torch.no_grad():
+        for weights in tiny_model.ensemble.weights:
+            weights.fill_(3e38)
+    place = write_audit(tmp_path / "a", make_tables(planted=Planted(nonfinite=300)), tiny_model)
+    data = data_of(Path(report.write_report([place]).uri).read_text())
+    image_id = data["examples"]["1-3"][0][0]
+    assert dict(zip(data["figures"], data["audits"][0]["rows"][image_id]["3"]))["path_prob"] == [None] * 5
 
 
 def test_report_puts_audits_side_by_side(tmp_path: Path) -> None:
