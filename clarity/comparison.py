@@ -348,50 +348,43 @@ def external(bench: Bench, name: str, uri: str, like: Results) -> Results:
 
 
 def judged(bench: Bench, results: Results, chosen: set[str] | None = None) -> pa.Table:
-    """One row for each pair with every metric; kept under ``judged/`` and read again while nothing of it changes.
+    """One row for each pair with every metric; kept in pieces under ``judged/``, and read again while nothing changes.
 
     COUT is null for images whose id is not ``chosen``; None chooses all.
     """
-    names = np.array(results.images.ids)[results.of]
-    swapped = np.ones(len(names), bool) if chosen is None else np.isin(names, list(chosen))
-    depends = [results.name, results.key, bench.key, len(names), np.flatnonzero(~swapped).tolist()]
-    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
-    place = bench.place("judged", f"{results.name.replace(' ', '_')}.parquet")
-    if storage.exists(place):
-        kept = pq.read_table(pa.BufferReader(storage.read_bytes(place)))
-        if (kept.schema.metadata or {}).get(b"clarity.key") == key.encode():
-            return kept
-    images, out = results.images, []
+    images, names = results.images, np.array(results.images.ids)[results.of]
     source = images.source[results.of]
+    swapped = np.ones(len(names), bool) if chosen is None else np.isin(names, list(chosen))
     classes = [name.lower() for name in bench.model.class_names]
     # What the classes themselves are made of may change: Black_Hair where a class is black.
     others = np.array([not any(name in attribute.lower() for name in classes) for attribute in bench.judges.attributes])
-    done = 0
-    for part in parts(len(results.of)):
+    pieces = []
+    for number, part in enumerate(parts(len(names))):
+        depends = [results.name, results.key, bench.key, names[part].tolist(), np.flatnonzero(~swapped[part]).tolist()]
+        key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+        place = bench.place("judged", results.name.replace(" ", "_"), f"{number:05d}.parquet")
+        if storage.exists(place):
+            kept = pq.read_table(pa.BufferReader(storage.read_bytes(place)))
+            if (kept.schema.metadata or {}).get(b"clarity.key") == key.encode():
+                pieces.append(kept.replace_schema_metadata(None))
+                continue
         of = results.of[part]
-        out.append(
-            metrics.judge_images(
+        columns: dict[str, Any] = {
+            "image_id": names[part],
+            "label": images.label[of],
+            "source": source[part],
+            "target": results.target[part],
+            **{name: values[part] for name, values in results.columns.items()},
+            **metrics.judge_images(
                 bench.judges, bench.real, images.x[of], images.reconstruction[of], results.x_cf[part], source[part],
                 results.target[part], others, swapped[part],
-            )
-        )  # fmt: skip
-        done += len(of)
-        bench.say(f"judging {NAMES.get(results.name, results.name)}: {done} of {len(results.of)}")
-    columns: dict[str, Any] = {
-        "image_id": names,
-        "label": images.label[results.of],
-        "source": source,
-        "target": results.target,
-        **results.columns,
-    }
-    for name in out[0] if out else ():
-        values = np.concatenate([each[name] for each in out])
-        columns[name] = schema.fixed_size_list(values.astype(np.float32)) if name == "features" else values
-    table = pa.table(columns).replace_schema_metadata({"clarity.key": key})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(place, buffer.getvalue())
-    return table
+            ),
+        }  # fmt: skip
+        columns["features"] = schema.fixed_size_list(columns["features"].astype(np.float32))
+        pieces.append(pa.table(columns))
+        storage.write_bytes(place, audit.to_parquet(pieces[-1].replace_schema_metadata({"clarity.key": key})))
+        bench.say(f"judging {NAMES.get(results.name, results.name)}: {min(part.stop, len(names))} of {len(names)}")
+    return pa.concat_tables(pieces)
 
 
 def parts(count: int, size: int = 4096) -> list[slice]:
