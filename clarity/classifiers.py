@@ -153,7 +153,9 @@ def logits_rows(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor) -> Ten
     On CPU a row's bits depend neither on its batch mates, nor on its place, nor on the numbers of rows and threads.
     """
     require_eval(ensemble)
-    return in_blocks(ensemble, points, dim=1)
+    # Small perceptrons are done before a second thread has begun.
+    at_once = 1 if isinstance(ensemble, LatentEnsemble) else None
+    return in_blocks(ensemble, points, dim=1, at_once=at_once)
 
 
 def _perceptrons(config: EnsembleConfig) -> tuple[nn.ParameterList, nn.ParameterList]:

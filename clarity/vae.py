@@ -238,7 +238,7 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) -> Tensor:
+def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0, at_once: int | None = None) -> Tensor:
     """Apply a function to rows in blocks of one fixed size, the last one padded with zeros, without gradients.
 
     Libraries choose their kernels by shape and by number of threads, so a row computed in two batch sizes differs in
@@ -250,6 +250,7 @@ def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) 
         function: maps a block to a tensor whose axis ``dim`` holds the block's rows.
         rows: (B, ...).
         dim: axis of the rows in the output.
+        at_once: blocks computed at a time on CPU; torch's number of threads by default.
     """
     size = ROW_BLOCK.get(rows.device.type, 1024)
 
@@ -265,10 +266,11 @@ def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0) 
     if rows.device.type != "cpu":
         return torch.cat([compute(start) for start in starts], dim)
     with one_thread() as threads:
-        if threads == 1 or len(starts) == 1:
+        at_once = min(at_once or threads, len(starts))
+        if at_once == 1:
             outputs = [compute(start) for start in starts]
         else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 outputs = list(pool.map(compute, starts))
     return torch.cat(outputs, dim)
 
