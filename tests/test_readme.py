@@ -70,3 +70,25 @@ def test_first_screen_has_the_two_commands() -> None:
     first = README[: README.index("\n## ")]
     assert "pip install . && python jobs/explain_all.py" in first
     assert "pip install '.[test]' && pytest" in first
+
+
+def test_readme_query_runs_on_an_audit(tmp_path: Path) -> None:
+    """The first screen's lines of Python, run where an audit of the same columns lies."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clarity.schema import counterfactuals_schema
+
+    schema = counterfactuals_schema(5)
+    rows = {field.name: pa.nulls(4, field.type) for field in schema}
+    rows |= {"image_id": pa.array(["c", "a", "b", "d"]), "source_name": pa.array(["4"] * 4)}
+    rows |= {"target_name": pa.array(["9", "9", "9", "8"]), "converged": pa.array([True] * 4)}
+    rows |= {"distance_z_l1": pa.array(np.array([3, 1, 2, 0], np.float32)), "steps": pa.array([7, 5, 6, 1], pa.int32())}
+    directory = tmp_path / "runs" / "digits" / "audit" / "counterfactuals"
+    directory.mkdir(parents=True)
+    pq.write_table(pa.table(rows), directory / "shard-00000.parquet")
+    code = README.split("<!-- query -->\n```python\n")[1].split("```")[0]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    answers = re.findall(r"│ ([abcd]) ", run.stdout)
+    assert answers == ["a", "b", "c"]
