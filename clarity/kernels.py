@@ -169,7 +169,8 @@ def _logits_and_slope(hidden, weights, biases, aim, LAYER: tl.constexpr, DEPTH: 
 @_jit
 @no_type_check
 def _search_kernel(weights, biases, start, reference, target, rates, roots, point, steps_out, initial_out, final_out,
-                   finite_out, counter, total, members, max_steps, corrections, min_target_prob, distance_weight,
+                   finite_out, counter, total, max_steps, corrections, min_target_prob, distance_weight,
+                   MEMBERS: tl.constexpr,
                    D: tl.constexpr, SIZE: tl.constexpr, BIASES: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
                    TILE: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
@@ -218,7 +219,7 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
         grad = (nothing,)
         for _ in tl.static_range(1, TILES):
             grad = grad + (nothing,)
-        for member in range(members * tl.minimum(alive, 1)):
+        for member in range(MEMBERS):
             own = weights + member * SIZE
             own_biases = biases + member * BIASES
             hidden = tl.zeros((BLOCK, FIRST), tl.float32) + tl.load(own_biases + column)[None, :]
@@ -233,7 +234,7 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
                 back = tl.trans(tl.load(own + t * TILE * FIRST + corner))
                 grad_next = grad_next + (tl.dot(slope, back, grad[t], input_precision=PRECISION),)
             grad = grad_next
-        prob = prob / members
+        prob = prob / MEMBERS
 
         corrected = tl.minimum(steps, corrections - 1)
         rate = tl.load(rates + corrected)[:, None]
@@ -243,7 +244,7 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
         for t in tl.static_range(TILES):
             away = z[t] - origin[t]
             pull = distance_weight * ((away > 0).to(tl.float32) - (away < 0).to(tl.float32))
-            slope = grad[t] / members + pull
+            slope = grad[t] / MEMBERS + pull
             first = mean[t] + (slope - mean[t]) * 0.1
             second = square[t] * 0.999 + slope * (0.001 * slope)
             there = z[t] - rate * tl.div_rn(first, tl.sqrt_rn(second) * root + 1e-8)
@@ -293,6 +294,7 @@ class _Plan:
         # Five tensors of BLOCK codes live in registers: at most 16 numbers of each in a thread.
         block = 64 if dp <= 32 else 32 if dp <= 128 else 16
         constants = dict(
+            MEMBERS=layers[0][0].shape[0],
             D=latent, SIZE=sum(i * o for i, o in zip(ins, outs)), BIASES=sum(outs), DEPTH=depth, TILES=-(-dp // 64),
             TILE=min(dp, 64), HP=hp, KP=kp, BLOCK=block, PRECISION=precision,
         )  # fmt: skip
@@ -340,11 +342,11 @@ def triton_search(
         rates = (config.learning_rate / (1 - 0.9**updates)).float().to(device)
         roots = (1 - 0.999**updates).rsqrt().float().to(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        programs = min(-(-total // plan.constants["BLOCK"]), 8 * processors)
+        programs = min(-(-total // plan.constants["BLOCK"]), 4 * processors)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             _search_kernel[(programs,)](
                 weights, biases, start.contiguous(), reference.contiguous(), target.contiguous(), rates, roots,
-                *found.values(), torch.zeros(1, dtype=torch.int32, device=device), total, weights.shape[0],
+                *found.values(), torch.zeros(1, dtype=torch.int32, device=device), total,
                 config.max_steps, len(updates), config.min_target_prob, config.distance_weight,
                 **plan.constants, num_warps=plan.warps,
             )  # fmt: skip

@@ -456,7 +456,7 @@ def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tu
     plan = kernels._Plan.of(layers, "tf32x3")
     types = dict.fromkeys(kernels._search_kernel.arg_names, "*fp32") | dict.fromkeys(plan.constants, "constexpr")
     types |= {"target": "*i64", "steps_out": "*i32", "finite_out": "*i8", "counter": "*i32"}
-    types |= dict.fromkeys(("total", "members", "max_steps", "corrections"), "i32")
+    types |= dict.fromkeys(("total", "max_steps", "corrections"), "i32")
     types |= dict.fromkeys(("min_target_prob", "distance_weight"), "fp32")
     source = ASTSource(fn=kernels._search_kernel, signature=types, constexprs=plan.constants)
     built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": plan.warps})
