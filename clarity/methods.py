@@ -222,5 +222,5 @@ def _require_image_ensemble(model: Model) -> Any:
 def _slots(model: Model, which: str) -> int:
     """Rows computed together: as many as keep the layers of all members near the processor, a constant of the model."""
     members = 1 if which == "member" else _require_image_ensemble(model).config.num_members
-    rows = 64 if model.device.type == "cpu" else 8192
+    rows = 16 if model.device.type == "cpu" else 8192
     return max(8, rows // members)
