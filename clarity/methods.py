@@ -9,6 +9,7 @@ Shapes: B rows, C, H, W image, D latent, K classes, M members.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,15 @@ def _require_image_ensemble(model: Model) -> Any:
 
 
 def _slots(model: Model, which: str) -> int:
-    """Rows computed together: as many as keep the layers of all members near the processor, a constant of the model."""
+    """Rows computed together: few, so that the layers of all members stay near the processor; a constant of the model.
+
+    On a CPU, codes and images of a block fill whole runs of 32 numbers: what is left over at the end of a tensor torch
+    computes by other instructions than the rest, so that a row's last bits would depend on its slot.
+    """
     members = 1 if which == "member" else _require_image_ensemble(model).config.num_members
-    rows = 16 if model.device.type == "cpu" else 8192
-    return max(8, rows // members)
+    if model.device.type != "cpu":
+        return max(8, 8192 // members)
+    slots = max(8, 16 // members)
+    while any(slots * size % 32 for size in (model.latent_dim, math.prod(model.image_shape))):
+        slots *= 2
+    return slots

@@ -25,7 +25,8 @@ from clarity.vae import one_thread
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's constants, those of its paper and of torch.optim.Adam
 MAX_CHANGES = 5  # of one pixel by jsma: the code of Schut et al. 2021
 
-#: Slots of a block on a CPU. Part of the arithmetic, no tuning flag: libraries choose their kernels by shape.
+#: Slots of a block on a CPU. Part of the arithmetic, no tuning flag: libraries choose their kernels by shape. It is a
+#: multiple of 32, as torch computes what is left beyond a tensor's last run of 32 numbers by other instructions.
 SLOTS = 128
 #: The most slots of a block elsewhere, where a row's bits may depend on the batch.
 DEVICE_SLOTS = 16384
@@ -463,7 +464,8 @@ def descend(
         config: when to stop and how to step.
         update: a key of ``UPDATES``.
         bounds: what each updated point is clamped to: (0, 1) for pixels.
-        slots: rows computed together; on a CPU part of the arithmetic, so give a constant. None: the module's own.
+        slots: rows computed together; on a CPU part of the arithmetic, so give a constant, and one with which the
+            tensors of a block fill runs of 32 numbers. None: the module's own.
         on_step: called at each evaluation with (steps (b,), indices (b,), point (b, ...), target_prob (b,), logits
             (M, b, K)) of the rows still searching, by the plain engine.
         engine: a key of ``ENGINES``; auto takes the fastest that fits.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clarity import methods
 from clarity.checkpoints import Model
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.data import Preprocessing
@@ -266,6 +267,16 @@ def test_method_gives_a_row_the_same_bits_in_any_company(method: str, image: tup
     assert not among.finite[:17:3].any() and not among.converged[:17:3].any()
     kept = {name: value[17:] for name, value in vars(among).items() if name != "engine"}
     assert_same_bits(Counterfactuals(**kept, engine=""), found, shuffled[:6])
+
+
+@pytest.mark.parametrize(("image", "slots"), [((1, 28, 28), 32), ((3, 13, 9), 32), ((3, 64, 64), 32)])
+def test_method_computes_images_in_blocks_without_a_remainder(image: tuple[int, int, int], slots: int) -> None:
+    # Five dimensions of code need 32 rows to fill a run of 32 numbers, sixteen need two.
+    model = small_model(image=image)
+    for which in ("member", "ensemble"):
+        assert methods._slots(model, which) == slots
+    model.vae.config = replace(model.vae.config, latent_dim=16)
+    assert methods._slots(model, "ensemble") == (32 if image == (3, 13, 9) else 8)
 
 
 # ---- what else each promises -----------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_descend_keeps_its_meaning_where_softmax_saturates(engine: str) -> None:
     config = SearchConfig(max_steps=15)
     found = descend(stacked(nets), z, rows, config, engine=engine)
     slow = [algorithm_1(nets, z[row], int(rows["target"][row]), config) for row in range(len(z))]
-    assert (found.target_prob_initial == 0).any()
+    assert (found.target_prob_initial < 1e-20).any()
     assert found.finite.all()
     assert found.steps.tolist() == [steps for _, steps, *_ in slow]
     torch.testing.assert_close(found.point, torch.stack([point for point, *_ in slow]), atol=1e-3, rtol=0)
