@@ -683,9 +683,7 @@ class _Page:
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
         template = environment.from_string((folder / "report.html.j2").read_text("utf-8"))
         plan, total = self.first.audit.plan, overviews[0]
-        what = f"{plan.dataset.get('source', 'images')}" + (
-            f", {plan.dataset['split']}" if plan.dataset.get("split") else ""
-        )
+        what = _named(plan.dataset)
         data["command"] = self._command()
         return template.render(
             version=__version__,
@@ -1020,6 +1018,13 @@ def _embedded_json(value: Any) -> str:
     """JSON that may stand inside a script element whatever text it holds."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _named(dataset: dict[str, Any]) -> str:
+    """What was explained: the source, or where it is one of many kinds, the name of the place; and the split."""
+    source, place, split = (str(dataset.get(name) or "") for name in ("source", "data", "split"))
+    name = storage.name(place).rsplit(".", 1)[0] if source in ("folder", "parquet") and place else source
+    return f"{name or 'images'}, {split}" if split else name or "images"
 
 
 def _headline(what: str, views: list[_View]) -> str:

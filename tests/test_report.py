@@ -213,6 +213,19 @@ def test_report_lets_no_name_break_out_of_the_page(tmp_path: Path) -> None:
     assert data_of(html)["names"] == list(names)
 
 
+@pytest.mark.parametrize(
+    ("source", "place", "split", "name"),
+    [
+        ("digits", "", "test", "digits, test"),
+        ("parquet", "s3://bucket/cats.v2.parquet?region=eu", "all", "cats.v2, all"),
+        ("folder", "/data/birds", "train", "birds, train"),
+        ("mnist", "/data", None, "mnist"),
+    ],
+)
+def test_report_names_what_was_explained(source: str, place: str, split: str | None, name: str) -> None:
+    assert report._named({"source": source, "data": place, "split": split}) == name
+
+
 def test_report_asks_for_nothing_from_outside(tmp_path: Path) -> None:
     _, html = write(tmp_path)
     assert "default-src 'none'" in html and not re.search(r"""(src|href)=["']?(https?:)?//""", html)
