@@ -364,6 +364,12 @@ def predict_features(net: JudgeNet, images: np.ndarray, *, batch_size: int = 512
     return _in_batches(net.features, images, batch_size)
 
 
+def probs_of_features(net: JudgeNet, features: np.ndarray) -> np.ndarray:
+    """Class probabilities (B, K) from what ``predict_features`` gave, without a second look at the images."""
+    with torch.inference_mode():
+        return torch.softmax(net.head(torch.from_numpy(features)), dim=1).numpy()
+
+
 def reconstruct(autoencoders: nn.ModuleList, which: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Each image (B, C, H, W) rebuilt by the autoencoder that ``which`` (B,) names by its index; float32 in [0, 1]."""
     out = np.empty(images.shape, dtype=np.float32)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from clarity.checkpoints import Model
 from clarity.classifiers import ImageEnsemble, LatentEnsemble, logits_rows
-from clarity.judges import Judges, predict_features, predict_probs, reconstruct
+from clarity.judges import Judges, predict_features, predict_probs, probs_of_features, reconstruct
 from clarity.methods import METHODS, Pairs
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
@@ -324,8 +324,8 @@ def judge_images(
     originals, drawn, results = (np.asarray(image, dtype=np.float32) / 255 for image in (x, reconstruction, x_cf))
     source, target = np.asarray(source, dtype=np.int64), np.asarray(target, dtype=np.int64)
     rows = np.arange(len(target))
-    probs = predict_probs(judges.oracle, results)
     features = predict_features(judges.oracle, results)
+    probs = probs_of_features(judges.oracle, features)
     by_target = reconstruct(judges.autoencoders, target, results)
     by_source = reconstruct(judges.autoencoders, source, results)
     by_all = reconstruct(judges.autoencoders, np.full(len(rows), len(judges.class_names)), results)
