@@ -137,7 +137,7 @@ def test_job_refuses_another_plan(
     ("argv", "message"),
     [
         (["--model", "/nowhere"], "no model in /nowhere; train one first: python"),
-        (["--data", "/x"], "ships with the package"),
+        (["--data", "/x"], "ships its own"),
         (["--split", "middle"], "unknown split"),
         (["--targets", "11"], "unknown class '11'"),
         (["--min-target-prob", "1.5"], "SearchConfig.min_target_prob"),

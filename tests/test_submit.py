@@ -37,6 +37,8 @@ def head() -> Iterator[dict[str, str]]:
     dashboard = free_port()
     command = [str(binaries / "ray"), "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    # Ports of its own: the job agent does not start where another Ray on this machine holds the usual one.
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     command += ["--object-store-memory=200000000", f"--temp-dir={temp}"]
     with open(Path(home) / "head.log", "w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
