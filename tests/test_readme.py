@@ -6,6 +6,7 @@ import functools
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_readme_names_every_source_method_and_vae() -> None:
     assert not [name for name in SOURCES if f"`{name}`" not in section("Your own images")]
     assert not [name for name in METHODS if f"`{name}`" not in section("Methods")]
     assert not [name for name in VAES if f"`{name}`" not in section("`jobs/train.py`")]
+
+
+def test_readme_says_the_defaults_of_the_configurations() -> None:
+    from clarity.search import SearchConfig
+    from clarity.training import EnsembleTraining, ImageTraining, VAETraining
+
+    text = section("`jobs/train.py`")
+    for training, flags in ((VAETraining(), "vae"), (EnsembleTraining(), "ensemble"), (ImageTraining(), "image")):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `--{flags}-epochs`"))
+        values = (training.epochs, training.min_updates, training.batch_size, training.learning_rate)
+        assert f"| {', '.join(map(str, values))}" in row
+    rows = section("`jobs/explain_all.py`").splitlines()
+    for name, default in asdict(SearchConfig()).items():
+        assert next(row for row in rows if f"`--{name.replace('_', '-')}`" in row).split("|")[2].strip() == str(default)
 
 
 def test_readme_links_lead_somewhere() -> None:
