@@ -845,7 +845,7 @@ def main(argv: list[str]) -> int:
                 verdict = f"skipped: {reason}"
             except Exception as error:
                 failed += 1
-                verdict = f"FAILED: {str(error).strip().splitlines()[0][:80]}"
+                verdict = f"FAILED: {(str(error).strip() or repr(error)).splitlines()[0][:80]}"
                 print(
                     f"--- {name}\n{error}\n{here.log()[-1500:] if (here.root / 'log').exists() else ''}",
                     file=sys.stderr,
