@@ -45,7 +45,7 @@ from clarity import schema, storage
 #: Attempts at one shard in one run, whether they end in an exception or in the death of the process.
 MAX_ATTEMPTS = 3
 #: Images of a shard at most, and bytes that it writes at most.
-MAX_SHARD_ROWS = 512
+MAX_SHARD_ROWS = 256
 MAX_SHARD_BYTES = 32 << 20
 #: Seconds that the search of a shard should take at most.
 SHARD_SECONDS = 20.0
