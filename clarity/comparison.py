@@ -78,6 +78,7 @@ class Images:
     reconstruction: np.ndarray  # (B, C, H, W) uint8
     source: np.ndarray  # (B,)
     label: np.ndarray  # (B,), -1 where unknown
+    certainty: np.ndarray  # (B,), probability of the source
 
     def __post_init__(self) -> None:
         self.row = {name: place for place, name in enumerate(self.ids)}
@@ -157,8 +158,8 @@ def see(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Image
     """Encode, reconstruct and classify images, row by row as the audit does."""
     z, log_var = encode_rows(model.vae, torch.from_numpy(x).float() / 255)
     reconstruction = quantise(decode_rows(model.vae, z))
-    source = judge(logits_rows(model.ensemble, z)).probs.argmax(1)
-    return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, source, label)
+    probs = judge(logits_rows(model.ensemble, z)).probs
+    return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, probs.argmax(1), label, probs.max(1))
 
 
 def pairs_of(model: Model, images: Images, of: np.ndarray, target: np.ndarray) -> Pairs:
@@ -837,14 +838,14 @@ def draw(bench: Bench, results: Mapping[str, Results], rows: list[dict], full: I
 def example(
     names: Sequence[str], results: Mapping[str, Results], methods: Sequence[str], pair: tuple[str, str], vae: bool
 ) -> tuple[list[np.ndarray | None], list[str]] | None:
-    """One row of a grid: the first image that label and model call the source, and what each method made of it."""
+    """One row of a grid: an image of the source, chosen by ``first_of``, and what each method made of it."""
     source, target = (names.index(name) for name in pair)
     if not methods:
         return None
     least = results[min(methods, key=lambda method: len(results[method].images.ids))].images
-    chosen = next((b for b in range(len(least.ids)) if least.label[b] == least.source[b] == source), None)
-    if chosen is None:
+    if not (least.label == source).any():
         return None
+    chosen = first_of(least, source)
     pictures: list[np.ndarray | None] = [least.x[chosen], *([least.reconstruction[chosen]] if vae else [])]
     notes = ["" for _ in pictures]
     for method in methods:
@@ -858,12 +859,15 @@ def example(
 
 
 def first_of(images: Images, label: int, *also: np.ndarray) -> int:
-    """The first image of a class that the model sees as such (and whatever else sees it, in ``also``), or else the
-    first of the class.
+    """The first image of a class that the model is sure of (probability above 0.9), and whatever else sees it, in
+    ``also``; where there is none, the first that they see as such, or of the class.
     """
     of_class = images.label == label
     agreed = np.all([of_class, *(seen == label for seen in (images.source, *also))], axis=0)
-    return int(np.flatnonzero(agreed if agreed.any() else of_class)[0])
+    for wanted in (agreed & (images.certainty > 0.9), agreed, of_class):
+        if wanted.any():
+            return int(np.flatnonzero(wanted)[0])
+    raise ValueError(f"no image is of class {label}")
 
 
 def curves(bench: Bench, images: Images, segments: Sequence[tuple[str, str]], write: Callable[..., None]) -> None:

@@ -123,40 +123,54 @@ def image_grid(
         cell: side of an image, in inches.
     """
     _check_grid(images, column_names, row_names, notes)
-    blocks = 2 if differences else 1
-    rows, columns = len(images) * blocks, len(column_names)
+    told = any(text for row in notes for text in row)
     aspect = next(image.shape[1] / image.shape[2] for row in images for image in row if image is not None)
-    below = 0.13 if notes else 0.0
-    side = 0.11 * max([len(name) for name in row_names], default=0) * 0.62
-    extra = 0.75 if differences else 0.0
-    picture = _picture(side + columns * cell + extra, 0.2 + rows * (cell * aspect + below))
-    axes = picture.subplots(rows, columns, squeeze=False)
-    engine = picture.get_layout_engine()
-    if engine is not None:
-        engine.set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)  # type: ignore[call-arg]
+    below = [0.13 if told and not (differences and k % 2) else 0.0 for k in range(len(images) * (1 + differences))]
+    left = 0.075 * max((len(name) for name in row_names), default=0)
+    picture, axes = _cells(len(column_names), below, cell, aspect, left, 0.7 if differences else 0.0)
     for q, name in enumerate(column_names):
-        axes[0, q].set_title(name, pad=3)
+        axes[0][q].set_title(name, pad=3)
     for r, row in enumerate(images):
+        line = axes[r * (1 + differences)]
         if row_names:
-            axes[r * blocks, 0].set_ylabel(row_names[r], rotation=0, ha="right", va="center", labelpad=4)
+            line[0].set_ylabel(row_names[r], rotation=0, ha="right", va="center", labelpad=4)
         for q, image in enumerate(row):
-            place = axes[r * blocks, q]
-            _blank(place)
+            _blank(line[q])
             if image is None:
-                place.text(0.5, 0.5, "–", transform=place.transAxes, **TEXT)
+                line[q].text(0.5, 0.5, "–", transform=line[q].transAxes, **TEXT)
             else:
-                place.imshow(_displayed(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            if notes:
-                place.set_xlabel(notes[r][q], fontsize=6, labelpad=1.5)
+                line[q].imshow(_displayed(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if told:
+                line[q].set_xlabel(notes[r][q], fontsize=6, labelpad=1.5)
             if differences:
-                _difference(axes[r * blocks + 1, q], image if q else None, row[0])
+                _difference(axes[2 * r + 1][q], image if q else None, row[0])
     if differences:
+        box = axes[-1][-1].get_position()
+        width, height = picture.get_size_inches()
         bar = picture.colorbar(
-            ScalarMappable(Normalize(-1, 1), "gray"), ax=axes[:, -1].tolist(), shrink=0.5, aspect=30, pad=0.06
+            ScalarMappable(Normalize(-1, 1), "gray"),
+            cax=picture.add_axes((box.x1 + 0.12 / width, box.y0, 0.09 / width, min(1.8 / height, 0.8))),
         )
         bar.set_label("difference from the original")
         bar.set_ticks([-1, 0, 1], labels=["−1", "0", "+1"])
     return picture
+
+
+def _cells(
+    columns: int, below: Sequence[float], cell: float, aspect: float, left: float = 0.0, right: float = 0.0
+) -> tuple[Picture, list[list[Any]]]:
+    """A picture of places for images, ``cell`` inches wide, with ``below`` inches of text under each row."""
+    gap, top, height = 0.035, 0.2, cell * aspect
+    size = (left + columns * (cell + gap) + right, top + sum(height + gap + extra for extra in below))
+    picture = Picture(figsize=size)
+    FigureCanvasAgg(picture)
+    axes, y = [], size[1] - top
+    for extra in below:
+        y -= height
+        boxes = [(left + q * (cell + gap), y, cell, height) for q in range(columns)]
+        axes.append([picture.add_axes((x / size[0], b / size[1], w / size[0], h / size[1])) for x, b, w, h in boxes])
+        y -= extra + gap
+    return picture, axes
 
 
 def _check_grid(images: Any, column_names: Any, row_names: Any, notes: Any) -> None:
@@ -224,6 +238,7 @@ def counterfactual_grid(originals: Mapping[str, Array], table: pa.Table, *, cell
     return image_grid(grid, ["original", *(f"→ {name}" for name in names.values())], cell=cell)
 
 
+@_styled
 def counterfactual(
     x: Array, x_cf: Array, *, source: str, target: str, reconstruction: Array | None = None, note: str = ""
 ) -> Picture:
@@ -232,23 +247,16 @@ def counterfactual(
     The difference is taken from the reconstruction where one is given, so that the VAE's own error is not shown.
     """
     base = x if reconstruction is None else reconstruction
-    names = ["original", *(["reconstruction"] if reconstruction is not None else []), f"{source} → {target}"]
     shown = [x, *([reconstruction] if reconstruction is not None else []), x_cf]
-    picture = image_grid([shown], names, notes=[["" for _ in shown[:-1]] + [note]] if note else (), cell=1.0)
-    return _with_difference(picture, x_cf, base)
-
-
-@_styled
-def _with_difference(picture: Picture, x_cf: Array, base: Array) -> Picture:
-    count = len(picture.axes)
-    width, height = picture.get_size_inches()
-    picture.set_size_inches(width * (count + 1) / count, height)
-    grid = picture.add_gridspec(1, count + 1)
-    for i, place in enumerate(list(picture.axes)):
-        place.set_subplotspec(grid[0, i])
-    place = picture.add_subplot(grid[0, count])
-    _difference(place, x_cf, base)
-    place.set_title("difference", pad=3)
+    names = ["original", *(["reconstruction"] if reconstruction is not None else []), f"{source} → {target}"]
+    picture, (axes,) = _cells(len(shown) + 1, [0.13], 1.0, x.shape[1] / x.shape[2])
+    for place, image, name in zip(axes, shown, names):
+        _blank(place)
+        place.imshow(_displayed(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        place.set_title(name, pad=3)
+    axes[len(shown) - 1].set_xlabel(note, fontsize=6, labelpad=1.5)
+    _difference(axes[-1], x_cf, base)
+    axes[-1].set_title("difference", pad=3)
     return picture
 
 
@@ -259,14 +267,13 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
         raise ValueError(
             f"a strip needs one step and one probability an image, got {len(images)}, {len(steps)}, {len(target_prob)}"
         )
-    picture = _picture(min(FULL_WIDTH, 0.72 * len(images)), 1.45)
-    axes = picture.subplots(1, len(images), squeeze=False)[0]
+    picture, (axes,) = _cells(len(images), [0.13], 0.7, images[0].shape[1] / images[0].shape[2], left=0.7)
     for i, place in enumerate(axes):
         _blank(place)
         place.imshow(_displayed(images[i]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         place.set_title(f"step {steps[i]}" if not i else f"{steps[i]}", pad=3)
-        place.set_xlabel(f"p = {target_prob[i]:.2f}", labelpad=2, fontsize=7)
-    picture.supxlabel(f"p: probability of {target}", fontsize=7)
+        place.set_xlabel(f"{target_prob[i]:.3f}", labelpad=2, fontsize=7)
+    axes[0].text(-0.08, -0.03, f"p({target}) =", transform=axes[0].transAxes, ha="right", va="top", fontsize=7)
     return picture
 
 
@@ -397,8 +404,12 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
     picture = _picture(min(FULL_WIDTH, 0.5 + 3.1 * len(traces)), 2.5)
     axes = picture.subplots(1, len(traces), sharey=True, squeeze=False)[0]
     logs = [np.log10(np.maximum(trace.epistemic, 1e-8)) for trace in traces.values()]
-    bottom, top = np.floor(min(map(np.min, logs))), max(0.0, float(np.ceil(max(map(np.max, logs)))))
-    height = max(1.02, max(float(np.max(trace.aleatoric)) for trace in traces.values()) * 1.03)
+    # The upper part of each panel is kept free for the images.
+    free = 0.3 if any(trace.images for trace in traces.values()) else 0.0
+    bottom, top = float(np.floor(min(map(np.min, logs)))), float(np.ceil(max(map(np.max, logs))))
+    powers = np.arange(bottom, top + 1)
+    top = bottom + (top - bottom) / (1 - free)
+    height = max(1.02, max(float(np.max(trace.aleatoric)) for trace in traces.values()) * 1.03) / (1 - free)
     for i, (place, (name, trace), log) in enumerate(zip(axes, traces.items(), logs)):
         steps = np.arange(len(trace.target_prob))
         place.axhline(min_target_prob, color="0.75", lw=0.6, zorder=0)
@@ -407,20 +418,23 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
         right = place.twinx()
         right.plot(steps, log, color=DARK, ls=(0, (5, 1.5)), lw=1)
         right.set_ylim(bottom, top)
+        right.set_yticks(powers)
         right.spines["right"].set_visible(True)
         if i == len(traces) - 1:
             right.set_ylabel("log$_{10}$ epistemic uncertainty (nats)")
         else:
             right.set_yticklabels([])
         place.set_ylim(-0.02, height)
+        place.set_yticks(np.arange(0, height * (1 - free), 0.5))
         place.set_xlim(0, max(1, steps[-1]))
         place.set_xlabel("step")
         place.set_title(f"{name}, {source} → {target}, {steps[-1]} steps")
         for k, image in enumerate(trace.images or ()):
-            corner = place.inset_axes((0.62 + 0.19 * k, 0.33, 0.17, 0.24))
+            corner = place.inset_axes((0.02 if k == 0 else 0.81, 0.74, 0.17, 0.25))
             corner.imshow(_displayed(image), cmap="gray", vmin=0, vmax=1)
             _blank(corner)
-            corner.set_title(("start", "end")[k], fontsize=6, pad=1.5)
+            side = {"x": 1.06, "ha": "left"} if k == 0 else {"x": -0.06, "ha": "right"}
+            corner.text(y=0.5, s=("start", "end")[k], va="center", fontsize=7, transform=corner.transAxes, **side)
     axes[0].set_ylabel("target probability;\naleatoric uncertainty (nats)")
     handles = [
         Line2D([], [], color=MIDDLE, label="target probability"),
