@@ -10,6 +10,7 @@ Shapes: R rows and Q columns of a grid, C, H, W image, K classes, M members, T p
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -127,9 +128,12 @@ def image_grid(
     aspect = next(image.shape[1] / image.shape[2] for row in images for image in row if image is not None)
     below = [0.13 if told and not (differences and k % 2) else 0.0 for k in range(len(images) * (1 + differences))]
     left = 0.075 * max((len(name) for name in row_names), default=0)
-    picture, axes = _cells(len(column_names), below, cell, aspect, left, 0.7 if differences else 0.0)
-    for q, name in enumerate(column_names):
-        axes[0][q].set_title(name, pad=3)
+    titles = ["\n".join(textwrap.wrap(name, max(8, int(cell / 0.068)))) for name in column_names]
+    lines = max(title.count("\n") for title in titles)
+    right = 0.7 if differences else 0.0
+    picture, axes = _cells(len(column_names), below, cell, aspect, left, right, 0.2 + 0.13 * lines)
+    for q, title in enumerate(titles):
+        axes[0][q].set_title(title, pad=3)
     for r, row in enumerate(images):
         line = axes[r * (1 + differences)]
         if row_names:
@@ -157,10 +161,16 @@ def image_grid(
 
 
 def _cells(
-    columns: int, below: Sequence[float], cell: float, aspect: float, left: float = 0.0, right: float = 0.0
+    columns: int,
+    below: Sequence[float],
+    cell: float,
+    aspect: float,
+    left: float = 0.0,
+    right: float = 0.0,
+    top: float = 0.2,
 ) -> tuple[Picture, list[list[Any]]]:
     """A picture of places for images, ``cell`` inches wide, with ``below`` inches of text under each row."""
-    gap, top, height = 0.035, 0.2, cell * aspect
+    gap, height = 0.035, cell * aspect
     size = (left + columns * (cell + gap) + right, top + sum(height + gap + extra for extra in below))
     picture = Picture(figsize=size)
     FigureCanvasAgg(picture)
