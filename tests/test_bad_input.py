@@ -171,11 +171,13 @@ def as_nobody(locked: str) -> Builder:
     code = """
 import os, sys
 from clarity import data
-from PIL import Image
-Image.init()  # its parts may lie where others may not read
-if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
-dataset = data.open_dataset("folder", sys.argv[1], "all")
-print(*data.read_shard(dataset, data.list_images(dataset), data.Preprocessing("L", 8, 12))["error"], sep="|")
+def errors():
+    dataset = data.open_dataset("folder", sys.argv[1], "all")
+    return data.read_shard(dataset, data.list_images(dataset), data.Preprocessing("L", 8, 12))["error"]
+if os.getuid() == 0:
+    errors()  # loads what is loaded at need: it may lie where others may not read
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+print(*errors(), sep="|")
 """
 
     def build(root: Path) -> Outcome:
