@@ -42,6 +42,17 @@ from clarity.vae import LOSSES, VAEConfig, build_vae, decode_rows, elbo, encode_
 
 Stacked = LatentEnsemble | ImageEnsemble
 
+#: Of convolutions in training: fp32; bf16, with weights and sums in float32; auto: bf16 on CUDA, fp32 elsewhere.
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def _mixed(precision: str, device: torch.device) -> torch.autocast:
+    """The arithmetic of convolutions in training."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
 
 @dataclass(frozen=True)
 class VAETraining:
@@ -153,8 +164,9 @@ def train_vae(
     world: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     device: str | torch.device = "cpu",
+    precision: str = "auto",
 ) -> Iterator[Epoch]:
-    """Train a VAE by Adam under a one-cycle schedule; on CUDA in mixed precision.
+    """Train a VAE by Adam under a one-cycle schedule.
 
     Every rank sees the same order and noise and takes its share of each batch, gradients are averaged by ``wrap`` and
     BatchNorm's moments over all ranks, so the result depends on the world's size only by rounding.
@@ -168,6 +180,7 @@ def train_vae(
         world: number of processes.
         wrap: makes the module data-parallel.
         device: to train on.
+        precision: one of PRECISIONS.
 
     Yields:
         An Epoch each, with loss, reconstruction and kl in nats.
@@ -195,7 +208,7 @@ def train_vae(
             batch = order[update * training.batch_size : (update + 1) * training.batch_size]
             noise = torch.randn((len(batch), config.latent_dim), generator=generator)[rank::world]
             x = images[batch[rank::world].to(device)].float().div_(255).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with _mixed(precision, device):
                 parts = elbo(model, x, noise.to(device), config)
             # Ranks' gradients are averaged: this makes the average the mean over the whole batch.
             share = len(x) * world / len(batch)
@@ -337,6 +350,7 @@ def train_image_members(
     *,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     device: str | torch.device = "cpu",
+    precision: str = "auto",
 ) -> Iterator[Epoch]:
     """Train some members of the image ensemble as one stack: cross-entropy of images, plus that after an FGSM step.
 
@@ -349,6 +363,7 @@ def train_image_members(
         members: their numbers.
         states: checkpoints of these members, all of one epoch, to go on from.
         device: to train on.
+        precision: one of PRECISIONS.
     """
     device = torch.device(device)
     images, labels = images.to(device), labels.to(device)
@@ -362,7 +377,18 @@ def train_image_members(
 
     limits = (0.0, 1.0)
     yield from _train_members(
-        build, draw, len(labels), labels, config, training, members, states, device, training.adversarial_eps, limits
+        build,
+        draw,
+        len(labels),
+        labels,
+        config,
+        training,
+        members,
+        states,
+        device,
+        training.adversarial_eps,
+        limits,
+        precision,
     )
 
 
@@ -378,6 +404,7 @@ def _train_members(
     device: torch.device,
     eps: float,
     limits: tuple[float, float] | None,
+    precision: str = "fp32",
 ) -> Iterator[Epoch]:
     stack: Any = stack_members([build(m) for m in members])  # type: ignore[type-var]
     adam = Adam(dict(stack.named_parameters()))
@@ -388,6 +415,8 @@ def _train_members(
         stack.load_state_dict(weights_of(joined))
         done = int(joined["epoch"])
     stack.to(device).train()
+    if isinstance(stack, ImageEnsemble):
+        stack.to(memory_format=torch.channels_last)
     adam.load(joined, device)
     weights = _class_weights(labels.cpu(), config.num_classes, training.balance).to(device)
 
@@ -403,13 +432,16 @@ def _train_members(
                 rows = orders[:, update * training.batch_size : (update + 1) * training.batch_size]
                 x, targets = draw(rows, generators)
                 x.requires_grad_()
-                logits = stack(x)
+                with _mixed(precision, device):
+                    logits = stack(x).float()
                 clean = _cross_entropy(logits, targets, weights)
                 gradients = torch.autograd.grad(clean, [x, *parameters])
                 if eps > 0:
                     moved = x.detach() + gradients[0].sign() * eps
                     moved = moved.clamp_(*limits) if limits else moved
-                    extra = torch.autograd.grad(_cross_entropy(stack(moved), targets, weights), parameters)
+                    with _mixed(precision, device):
+                        attacked = stack(moved).float()
+                    extra = torch.autograd.grad(_cross_entropy(attacked, targets, weights), parameters)
                     gradients = (gradients[0], *(a + b for a, b in zip(gradients[1:], extra)))
                 for parameter, gradient in zip(parameters, gradients[1:]):
                     parameter.grad = gradient
@@ -594,6 +626,7 @@ class Plan:
 
     ``vae`` and ``ensemble`` are the networks, ``..._training`` how they are trained; ``image_members`` and
     ``num_folds`` may be 0. ``data`` describes the images for model.json; its fingerprint tells data sets apart.
+    ``precision``, like the device, may be another when a training is resumed.
     """
 
     out: str
@@ -609,8 +642,10 @@ class Plan:
     dataset: Dataset | None = None
     held_out: Dataset | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
+        _mixed(self.precision, torch.device("cpu"))
         if self.image_members < 0:
             raise ValueError(f"image_members must be at least 0, got {self.image_members}")
         if self.num_folds < 0 or self.num_folds == 1:
@@ -841,6 +876,7 @@ def _vae_stage(plan: Plan, worker: Worker, images: Images) -> None:
         world=worker.world,
         wrap=worker.wrap,
         device=worker.device,
+        precision=plan.precision,
     ):
         if worker.rank == 0:
             if _said(epoch):
@@ -909,7 +945,15 @@ def _image_stage(plan: Plan, worker: Worker, images: Images) -> None:
 
     def loop(members: Sequence[int], states: Any) -> Iterator[Epoch]:
         return train_image_members(
-            pixels, labels, config, plan.vae, plan.image_training, members, states=states, device=worker.device
+            pixels,
+            labels,
+            config,
+            plan.vae,
+            plan.image_training,
+            members,
+            states=states,
+            device=worker.device,
+            precision=plan.precision,
         )
 
     # On a CPU the arithmetic is what costs and a small working set is faster; a GPU wants all it can get at once.
@@ -989,7 +1033,7 @@ def finish(plan: Plan, held_out: Images | None = None, say: Callable[[str], None
     metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
     if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
         metrics["out_of_fold"] = _out_of_fold(plan, folds)
-    card = {"data": plan.data, "plan": plan.describe(), "metrics": metrics}
+    card = {"data": plan.data, "plan": plan.describe(), "precision": plan.precision, "metrics": metrics}
     save_model(model, plan.out, card=card)
     storage.delete_tree(plan.file())
     return model

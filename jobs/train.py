@@ -26,6 +26,7 @@ from clarity.checkpoints import read_card
 from clarity.classifiers import EnsembleConfig
 from clarity.resources import job_path
 from clarity.training import (
+    PRECISIONS,
     EnsembleTraining,
     ImageTraining,
     Plan,
@@ -72,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             if field.name != "seed":
                 flag, value = f"--{prefix}-{field.name.replace('_', '-')}", field.default
                 add(flag, type=type(value), default=value, help=f"see {kind.__name__} ({value})")
+    add("--precision", default="auto", choices=PRECISIONS, help="of convolutions; auto: bf16 on GPUs, else fp32 (auto)")
     add("--workers", type=int, help="training processes (one for each GPU; else one for each CPU, or node for the VAE)")
     return parser.parse_args(argv)
 
@@ -113,6 +115,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         image_size=size,
         image_members=args.image_members,
         num_folds=args.folds,
+        precision=args.precision,
         **trainings,
     )
 

@@ -104,6 +104,17 @@ def test_train_vae_goes_on_where_it_was_cut(architecture: str) -> None:
     assert equal(last(train_vae(images, config, SHORT_VAE, state=first)).state(), whole)
 
 
+def test_train_vae_in_bf16_comes_close_and_keeps_float32_weights() -> None:
+    images, _ = pictures()
+    full = last(train_vae(images, CONFIG, SHORT_VAE, precision="fp32"))
+    short = last(train_vae(images, CONFIG, SHORT_VAE, precision="bf16"))
+    assert short.metrics["loss"] == pytest.approx(full.metrics["loss"], rel=0.02)
+    assert short.metrics["loss"] != full.metrics["loss"]
+    assert {t.dtype for name, t in short.state().items() if name.endswith("weight")} == {torch.float32}
+    with pytest.raises(ValueError, match="precision must be one of auto, fp32, bf16, got 'fp8'"):
+        next(train_vae(images, CONFIG, SHORT_VAE, precision="fp8"))
+
+
 def test_train_vae_depends_on_the_seed() -> None:
     images, _ = pictures()
     states = [
@@ -197,6 +208,14 @@ def test_latent_members_learn() -> None:
 def test_image_members_learn() -> None:
     epochs = list(image_loop([0, 1], training=dataclasses.replace(SHORT_IMAGES, epochs=80)))
     assert epochs[-1].metrics["accuracy"] > 0.9
+
+
+def test_image_members_learn_in_bf16() -> None:
+    images, labels = pictures()
+    training = dataclasses.replace(SHORT_IMAGES, epochs=80)
+    epochs = list(train_image_members(images, labels, ENSEMBLE, CONFIG, training, [0, 1], precision="bf16"))
+    assert epochs[-1].metrics["accuracy"] > 0.9
+    assert {t.dtype for t in epochs[-1].state().values() if t.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("world", [2, 3])
