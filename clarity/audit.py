@@ -75,8 +75,8 @@ class Plan:
     """What an audit holds when it is complete; written once, never changed.
 
     Args:
-        dataset: source, data, split, where, num_images, listing (its sha256), extra (name and type of the columns
-            that the listing adds to codes).
+        dataset: source, data, split, where, num_images, listing (its sha256), extra (name, type and digest of the
+            columns that the listing adds to codes), left_out (reason -> count, informative).
         model: fingerprint, class_names, image_shape, latent_dim, num_folds (classifiers of folds, each for the images
             that it did not see; 0 for the ensemble alone), sums (of what else the method uses).
         method: a key of METHODS.
@@ -132,7 +132,7 @@ class Plan:
 
     def codes_schema(self) -> pa.Schema:
         """Schema of ``codes``, with the file metadata by which a table explains itself."""
-        extra = [pa.field(name, pa.type_for_alias(kind)) for name, kind, *_ in self.dataset.get("extra", [])]
+        extra = [pa.field(name, schema.type_of(kind)) for name, kind, *_ in self.dataset.get("extra", [])]
         table = schema.codes_schema(len(self.class_names), self.model["latent_dim"], extra)
         return table.with_metadata(self._metadata())
 
@@ -713,10 +713,16 @@ def summarise(audit: Audit) -> dict[str, Any]:
         counts["reencoded"] += pc.sum(pc.equal(batch["reencoded_class"], batch["target"])).as_py() or 0
     reasons: Counter[str] = Counter()
     unknown = 0
-    for batch in audit.codes.to_batches(columns=["status", "error", "label", "label_name"]):
+    columns = ["status", "error", "label", "label_name", "source", "prediction"]
+    predicted = "prediction" in audit.codes.schema.names
+    for batch in audit.codes.to_batches(columns=columns if predicted else columns[:4]):
         counts["images"] += len(batch)
         reasons.update(reason for reason in batch["error"].to_pylist() if reason is not None)
         unknown += pc.sum(pc.and_(pc.is_null(batch["label"]), pc.is_valid(batch["label_name"]))).as_py() or 0
+        if predicted:
+            same = pc.equal(batch["prediction"], batch["source"])  # null where either is
+            counts["predicted"] += len(same) - same.null_count
+            counts["as_predicted"] += pc.sum(same).as_py() or 0
     seen = np.flatnonzero(histogram.sum(1))
     slowest = sorted(seen, key=lambda pair: -_mean_steps(histogram[pair]))[:5]
     total = histogram.sum(0)
@@ -725,6 +731,8 @@ def summarise(audit: Audit) -> dict[str, Any]:
         "errors": dict(reasons.most_common(20)),
         "unread": sum(reasons.values()),
         "unknown_labels": unknown,
+        "left_out": audit.plan.dataset.get("left_out", {}),
+        "predictions": {"images": counts["predicted"], "agree": counts["as_predicted"]} if predicted else None,
         "pairs": counts["pairs"],
         "converged": counts["converged"],
         "nonfinite": counts["nonfinite"],
@@ -756,9 +764,15 @@ def describe(summary: Mapping[str, Any]) -> str:
     )
     engines = ", ".join(f"{engine} ({count} shards)" for engine, count in summary["engines"].items())
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds_by_stage"].items())
+    predictions = []
+    if given := summary.get("predictions"):
+        agree = 100 * given["agree"] / max(given["images"], 1)
+        predictions = [f"predicted  {given['images']}; the ensemble sees the same in {given['agree']} ({agree:.2f} %)"]
     lines = [
         f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
         *(f"           {count} x {reason}" for reason, count in summary["errors"].items()),
+        *(f"left out   {count} {reason}" for reason, count in summary.get("left_out", {}).items()),
+        *predictions,
         f"pairs      {summary['pairs']}, {summary['nonfinite']} not finite",
         f"converged  {share(summary['converged'])}",
         f"re-encoded {share(summary['reencoded_as_target'])} as the target",

@@ -545,8 +545,8 @@ def _listing(
     return pa.table([image_ids, locations, rows, sizes, label_names, *attributes], fields)
 
 
-def _without(listing: pa.Table, missed: dict[str, int]) -> pa.Table:
-    """The listing, with a note of what was left out of it."""
+def without(listing: pa.Table, missed: dict[str, int]) -> pa.Table:
+    """The listing, with a note of what was left out of it; the inverse of ``left_out``."""
     said = {reason: count for reason, count in missed.items() if count}
     return listing.replace_schema_metadata({"clarity.left_out": json.dumps(said)})
 
@@ -667,7 +667,7 @@ def _list_folder(dataset: Dataset) -> pa.Table:
         [file.size for file, _ in images],
         [_printable(parts[0]) if len(parts) > 1 else None for _, parts in images],
     )
-    return _without(listing, missed)
+    return without(listing, missed)
 
 
 def _split_folders(images: list[tuple[storage.FileInfo, tuple[str, ...]]]) -> set[str]:
@@ -721,7 +721,7 @@ def _unquote(location: str) -> str:
 #: What reading a broken file raises; Arrow's errors are among them.
 _BROKEN = (OSError, ValueError)
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
-_TAKEN = {*LISTING_COLUMNS, *schema.CODES_DOC, "image", "split"}
+_TAKEN = {*LISTING_COLUMNS, *schema.CODES_DOC, *schema.PREDICTIONS_DOC, "image", "split"}
 
 
 def _list_parquet(dataset: Dataset) -> pa.Table:
@@ -730,7 +730,7 @@ def _list_parquet(dataset: Dataset) -> pa.Table:
         listing, others = _list_parquet_file(dataset, uri, file)
         parts.append(listing)
         missed += others
-    return _without(pa.concat_tables(parts).combine_chunks(), {"rows whose split is neither train nor test": missed})
+    return without(pa.concat_tables(parts).combine_chunks(), {"rows whose split is neither train nor test": missed})
 
 
 def _parquet_files(root: str) -> list[tuple[storage.FileInfo, str]]:
@@ -941,7 +941,7 @@ def _list_celeba(dataset: Dataset) -> pa.Table:
         dataset, ids, locations, [0] * len(ids), [sizes.get(name) for name in ids], label_names, attributes
     )
     reason = "faces without exactly one of black, blond, brown, gray hair"
-    return _without(listing, {} if dataset.unlabelled else {reason: others})
+    return without(listing, {} if dataset.unlabelled else {reason: others})
 
 
 def _celeba_rows(root: str, file: str, skipped: int, values: int, choices: set[str]) -> Iterator[list[str]]:

@@ -8,6 +8,7 @@ Shapes: C, H, W image; D latent; K classes.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -33,6 +34,13 @@ CODES_DOC = {
     "status": "ok, or error when the image could not be read",
     "error": "why the image could not be read; null when status is ok",
     "x": "the preprocessed image as PNG; null with --images none",
+}
+
+#: What the columns of ``codes`` say that --predictions adds; all null for an image without a prediction.
+PREDICTIONS_DOC = {
+    "prediction": "class that one's own model predicts, an index into class_names",
+    "prediction_name": "name of that class",
+    "prediction_probs": "its probabilities, K values; only where the file gives them",
 }
 
 #: What each column of ``counterfactuals`` says. One row for each (image, target), the target never being the source.
@@ -130,8 +138,16 @@ def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = 
     for field in extra:
         if field.name in types:
             raise ValueError(f"extra column {field.name!r} of the listing: the name is taken; rename it in the data")
-        schema = schema.append(field)
+        doc = PREDICTIONS_DOC.get(field.name)
+        schema = schema.append(field.with_metadata({"doc": doc}) if doc else field)
     return schema
+
+
+def type_of(text: str) -> pa.DataType:
+    """The type of which ``str`` gives this text: a plain one, or a list of fixed length."""
+    if match := re.fullmatch(r"fixed_size_list<\w+: (\w+)>\[(\d+)\]", text):
+        return pa.list_(pa.type_for_alias(match[1]), int(match[2]))
+    return pa.type_for_alias(text)
 
 
 def counterfactuals_schema(latent_dim: int) -> pa.Schema:

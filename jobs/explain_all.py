@@ -31,10 +31,12 @@ from clarity import audit, data, storage
 from clarity.checkpoints import Model, load_model
 from clarity.explain import (
     ExplainShard,
+    add_predictions,
     choose,
     make_plan,
     probe,
     raw_bytes_per_image,
+    read_predictions,
     verify,
 )
 from clarity.methods import METHODS
@@ -57,6 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--where", nargs="+", default=[], metavar="COND", help="label=A,B and/or misclassified and/or ids=FILE")
     add("--limit", type=int, help="the first so many images")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="further columns of the data, carried into codes")
+    add(
+        "--predictions", metavar="FILE", help="Parquet: image_id, class or probabilities, of your own model; into codes"
+    )
     add("--model", help="model directory (runs/DATASET/model; for digits it is trained when missing)")
     add("--out", help="audit directory (runs/DATASET/audit)")
     add("--method", default="clarity", choices=list(METHODS), help="how to search (clarity)")
@@ -85,8 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = job_path(args.out, f"runs/{args.dataset}/{name}", "--out")
         model_uri = job_path(args.model, f"runs/{args.dataset}/model", "--model")
         dataset = data.open_dataset(args.dataset, args.data, args.split, attributes=args.attributes)
-        listing, only = choose(data.list_images(dataset), args.where, args.limit)
+        everything = data.list_images(dataset)
+        predictions = read_predictions(args.predictions, everything) if args.predictions else None
+        listing, only = choose(everything, args.where, args.limit)
         model = find_model(args, model_uri)
+        if predictions is not None:
+            listing = add_predictions(listing, predictions, model.class_names)
+            told = f"{len(listing) - listing['prediction'].null_count} of {len(listing)} images have a prediction"
+            print("; ".join([told, *(f"left out: {n} {what}" for what, n in data.left_out(predictions).items())]))
         asked = {"method": args.method, "config": config, "images": args.images, "only": only}
         targets = None if args.targets == ["all"] else args.targets
         rows = args.shard_rows or shard_rows(args, out, model, [model_uri, dataset, listing], asked)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -24,12 +25,14 @@ from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, l
 from clarity.explain import (
     Explainer,
     ExplainShard,
+    add_predictions,
     choose,
     class_indices,
     judge,
     make_plan,
     probe,
     quantise,
+    read_predictions,
     verify,
 )
 from clarity.methods import METHODS
@@ -423,6 +426,107 @@ def test_choose_says_what_is_wrong(where: list[str], limit: int | None, message:
     where = [condition.replace("ids=", f"ids={tmp_path}/") for condition in where]
     with pytest.raises(ValueError, match=message):
         choose(LISTING, where, limit)
+
+
+NAMES = ("ant", "bee", "cow")
+
+
+def predicted(path: Path, **columns: Any) -> pa.Table:
+    """LISTING with what a file of these columns says."""
+    pq.write_table(pa.table(columns), path / "predictions.parquet")
+    return add_predictions(LISTING, read_predictions(str(path / "predictions.parquet"), LISTING), NAMES)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["cow", None, "ant"],
+        [2, None, 0],
+        pa.array([2.0, None, 0.0], pa.float64()),
+        pa.array(["cow", None, "ant"]).dictionary_encode(),
+        pa.array(["cow", None, "ant"], pa.large_string()),
+    ],
+)
+def test_predictions_come_by_name_or_index(classes: Any, tmp_path: Path) -> None:
+    found = predicted(tmp_path, image_id=["c", "b", "a"], **{"class": classes})
+    assert found["prediction"].to_pylist() == [0, None, 2, None]
+    assert found["prediction_name"].to_pylist() == ["ant", None, "cow", None]
+    assert found.column_names == [*LISTING.column_names, "prediction", "prediction_name"]
+    assert data.left_out(found) == {}
+
+
+def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
+    rows = {"image_id": ["d", "stranger", "b"], "probabilities": [[0.1, 0.2, 0.7], [1.0, 0.0, 0.0], None]}
+    found = predicted(tmp_path, **rows)
+    assert found["prediction_name"].to_pylist() == [None, None, None, "cow"]
+    assert found["prediction_probs"].type == pa.list_(pa.float32(), 3)
+    assert found["prediction_probs"][0].as_py() is None
+    assert found["prediction_probs"][3].as_py() == pytest.approx([0.1, 0.2, 0.7])
+    assert data.left_out(found) == {"predictions for images that are not in the data": 1}
+    # A class of its own counts more than the largest probability: a model may have a threshold.
+    both = predicted(tmp_path, **rows, **{"class": ["ant", None, "bee"]})
+    assert both["prediction_name"].to_pylist() == [None, "bee", None, "ant"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"id": ["a"], "class": ["ant"]}, "expected columns image_id and class or probabilities, found id, class"),
+        ({"image_id": ["a"]}, "found image_id: rename"),
+        ({"image_id": [0.5], "class": ["ant"]}, "image_id as text or integers"),
+        ({"image_id": ["a", None], "class": ["ant", "ant"]}, "found null in 1"),
+        ({"image_id": ["a", "b", "a"], "class": ["ant"] * 3}, "1 double, the first a"),
+        ({"image_id": ["x"], "class": ["ant"]}, "none of its 1 ids is an image of the data, such as x; .* like a"),
+        ({"image_id": ["a"], "class": pa.nulls(1, pa.string())}, "none of the 4 images asked for has one"),
+        ({"image_id": ["a", "b"], "class": ["ant", "cat"]}, "found cat for image b and 0 others; choose from ant, bee"),
+        ({"image_id": ["a"], "class": [3]}, "found 3 for image a"),
+        ({"image_id": ["a"], "class": [-1]}, "found -1 for image a"),
+        ({"image_id": ["a"], "class": [0.5]}, "found 0.5"),
+        ({"image_id": ["a"], "class": [float("nan")]}, "found nan"),
+        ({"image_id": ["a"], "class": [True]}, "names or indices, found bool"),
+        ({"image_id": ["a"], "probabilities": [0.5]}, "lists of numbers, found double"),
+        ({"image_id": ["a"], "probabilities": [[0.5, 0.5]]}, "expected 3 probabilities an image, found 2 for image a"),
+        ({"image_id": ["a"], "probabilities": [[0.5, 0.5, float("nan")]]}, "that are numbers, found .*nan"),
+        ({"image_id": ["a"], "probabilities": [[0.5, 0.5, None]]}, "that are numbers"),
+        ({"image_id": ["a"], "probabilities": [[3.0, -1.0, -1.0]]}, "not negative and sum to 1, found a sum of 1"),
+        ({"image_id": ["a"], "probabilities": [[3.0, 2.0, 1.0]]}, "found a sum of 6 for image a"),
+    ],
+)
+def test_predictions_that_are_none_are_refused(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        predicted(tmp_path, **columns)
+
+
+def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tmp_path: Path) -> None:
+    from clarity.checkpoints import load_model
+
+    model, dataset = load_model(tiny_digits_model), data.open_dataset("digits", split="test")
+    everything = data.list_images(dataset)
+    ids = everything["image_id"].to_pylist()
+    probs = np.eye(10, dtype=np.float32)[[3, 5, 8]]
+    plans, file = [], str(tmp_path / "predictions.parquet")
+    for shift in (0, 1):
+        told = pa.table({"image_id": [ids[2], ids[0], "stranger"], "probabilities": np.roll(probs, shift, 1).tolist()})
+        pq.write_table(told, file)
+        listing = add_predictions(everything.slice(0, 4), read_predictions(file, everything), model.class_names)
+        config = SearchConfig(max_steps=3)
+        plans.append(make_plan(model, dataset, listing, method="clarity", config=config, shard_rows=2))
+    assert plans[0].fingerprint != plans[1].fingerprint
+    assert audit.Plan.from_json(json.loads(json.dumps(plans[1].to_json()))).codes_schema() == plans[1].codes_schema()
+    uri = str(tmp_path / "audit")
+    with audit.claim(uri, plans[1], str(tiny_digits_model)) as held:
+        work = Work(uri, held.run, plans[1], dataset, model.preprocessing)
+        for shard in range(2):
+            write_shard(ExplainShard(work, threads=1)(read_shard(item(listing, work, shard), work)), work)
+        found = verify(uri)
+        assert found.ok, found.problems
+        codes = audit.read_audit(uri).codes.to_table()
+        assert codes["prediction"].to_pylist() == [6, None, 4, None]
+        assert codes["prediction_probs"].to_pylist()[2] == np.eye(10)[4].tolist()
+        summary = audit.summarise(audit.read_audit(uri))
+        agree = sum(a == b for a, b in zip(codes["prediction"].to_pylist(), codes["source"].to_pylist()))
+        assert summary["predictions"] == {"images": 2, "agree": agree}
+        assert summary["left_out"] == {"predictions for images that are not in the data": 1}
 
 
 def test_class_indices_prefers_names() -> None:

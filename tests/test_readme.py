@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clarity.schema import CODES_DOC, COUNTERFACTUALS_DOC
+from clarity.schema import CODES_DOC, COUNTERFACTUALS_DOC, PREDICTIONS_DOC
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,7 +45,9 @@ def test_flags_are_found_in_the_jobs_at_all() -> None:
     assert {"--dataset", "--model", "--out"} <= set(flags_of(ROOT / "jobs" / "explain_all.py"))
 
 
-@pytest.mark.parametrize(("table", "docs"), [("codes", CODES_DOC), ("counterfactuals", COUNTERFACTUALS_DOC)])
+@pytest.mark.parametrize(
+    ("table", "docs"), [("codes", CODES_DOC | PREDICTIONS_DOC), ("counterfactuals", COUNTERFACTUALS_DOC)]
+)
 def test_readme_names_every_column(table: str, docs: dict[str, str]) -> None:
     text = section(f"`{table}/*.parquet`")
     assert not [column for column in docs if f"`{column}`" not in text]
