@@ -7,11 +7,15 @@
     model/                                 a copy of the model directory
     summary.json, _SUCCESS                 written last, when every shard is there
     _commits/shard-00000.json              the files of a shard with sums, sizes and rows: a shard exists once this does
-    _attempts/, _failures/, _tmp/, _lock   of a run under way
+    _failures/shard-00000.json             why a shard is missing
+    _tmp/RUN/, _lock                       the workplace of the run under way: its attempts, its temporary files
 
 A data file takes its name only when it is whole, and its shard's commit record follows it, so a reader trusts what the
 commits name. Files are named by their shard and hold the same bytes whoever writes them: doing a shard twice is doing
-it once. Knows files, plans, claims, counts. Does not know how a row is computed.
+it once. Every file of a run comes out of its workplace by a rename, and a run begins by taking away the workplaces of
+those before it, so that a worker that outlives its driver can put nothing there any more. (An object store knows no
+rename: there a worker looks for its workplace before it writes, and what is under way lands with the same bytes.)
+Knows files, plans, claims, counts. Does not know how a row is computed.
 """
 
 from __future__ import annotations
@@ -237,24 +241,35 @@ class Claim:
         """Shards without a commit."""
         return [shard for shard in range(len(self.plan.shards)) if shard not in self.commits]
 
+    @property
+    def scratch(self) -> str:
+        """Where this run writes its temporary files."""
+        return workplace(self.uri, self.run)
+
     def refresh(self) -> None:
         """Read the commits again."""
         self.commits = valid_commits(self.uri, self.plan)
 
     def finish(self, summary: Mapping[str, Any], verified: bool) -> None:
         """Write the summary; of a verified audit, remove the traces of the work and mark it complete."""
-        storage.write_json(storage.join(self.uri, "summary.json"), summary, scratch=storage.join(self.uri, "_tmp"))
+        self.check()
+        storage.write_json(storage.join(self.uri, "summary.json"), summary, scratch=self.scratch)
         if self.pending or not verified:
             return
-        for name in ("_attempts", "_failures"):
-            storage.delete_tree(storage.join(self.uri, name))
+        storage.delete_tree(storage.join(self.uri, "_failures"))
         done = {
             "fingerprint": self.plan.fingerprint,
             "images": self.plan.num_images,
             "commits": [self.commits[shard] for shard in sorted(self.commits)],
         }
-        storage.write_json(storage.join(self.uri, "_SUCCESS"), done, scratch=storage.join(self.uri, "_tmp"))
-        storage.delete_tree(storage.join(self.uri, "_tmp"))
+        storage.write_json(storage.join(self.uri, "_SUCCESS"), done, scratch=self.scratch)
+
+    def record_failure(self, shard: int, stage: str, error: str) -> None:
+        """Say why a shard is missing: ``_failures/shard-00000.json``."""
+        begun = [path.rpartition("/")[2] for path in _list(self.uri, f"_tmp/{self.run}")]
+        tried = Counter(name.rpartition("-")[0] for name in begun if name.startswith(f"{shard_name(shard)}-"))
+        value = {"shard": shard, "stage": stage, "error": error, "attempts": max(tried.values(), default=0)}
+        storage.write_json(storage.join(self.uri, "_failures", f"{shard_name(shard)}.json"), value)
 
     def summary(self) -> dict[str, Any]:
         """What the run that completed the audit had to say."""
@@ -297,7 +312,7 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
     if not storage.is_remote(uri) and os.path.lexists(uri) and not os.path.isdir(uri):
         raise ValueError(f"--out {place}: expected a directory, found a file; choose another --out")
     present = set() if storage.exists(storage.join(uri, "plan.json")) else set(_top(uri))
-    if present and not present & {"_lock", "_tmp"}:
+    if present and not present & {"_lock", "_tmp", "_dead"}:
         raise ValueError(
             f"--out {place}: expected an empty directory or an audit, found {', '.join(sorted(present)[:3])}; "
             "choose another --out"
@@ -306,9 +321,13 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
     lock = _lock(uri)
     try:
         run = lock.owner["run"]
+        scratch = workplace(uri, run)
+        # What runs before this one wrote is settled before the commits are read.
+        _retire(uri, "_tmp")
         # Whether the place can be written is known before anything expensive starts.
-        probe = storage.join(uri, "_tmp", f"probe-{run}")
-        storage.write_bytes(probe, run.encode())
+        for name in (f"_tmp/{run}", "codes", "counterfactuals", *(["traces"] if plan.trace else []), "_commits"):
+            storage.make_dir(storage.join(uri, name))
+        storage.write_bytes(storage.join(scratch, "probe"), run.encode(), scratch=scratch)
         if storage.exists(storage.join(uri, "plan.json")):
             kept = read_plan(uri)
             if differences := kept.differences(plan):
@@ -320,23 +339,43 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
         else:
             storage.delete_tree(storage.join(uri, "model"))
             storage.copy_tree(model_uri, storage.join(uri, "model"))
-            storage.write_json(storage.join(uri, "plan.json"), plan.to_json(), scratch=storage.join(uri, "_tmp"))
+            storage.write_json(storage.join(uri, "plan.json"), plan.to_json(), scratch=scratch)
         held = Claim(uri, plan, run, valid_commits(uri, plan), lock)
         if held.pending:
             storage.delete(storage.join(uri, "_SUCCESS"))
-        _remove_strays(held, keep=probe)
+        _remove_strays(held)
         yield held
-        storage.delete(probe)
     finally:
+        with contextlib.suppress(OSError):  # a place that fails keeps it for the next run to take away
+            if storage.exists(storage.join(uri, "plan.json")):
+                _retire(uri, f"_tmp/{lock.owner['run']}" if lock.lost else "_tmp")
         lock.release()
 
 
-def _remove_strays(held: Claim, keep: str) -> None:
-    """Delete what no commit names: data files of a run that died before its commit, and temporary files."""
+def workplace(uri: str, run: str) -> str:
+    """Where a run keeps its attempts and its temporary files."""
+    return storage.join(uri, "_tmp", run)
+
+
+def _retire(uri: str, name: str) -> None:
+    """Take workplaces away, whoever still writes there: their name goes first, in one step, and every way back with it."""
+    place = storage.join(uri, name)
+    if not storage.is_remote(uri):
+        dead = storage.join(uri, "_dead")
+        storage.delete_tree(dead)
+        if not os.path.exists(place):
+            return
+        storage.attempt("write", uri, lambda: os.rename(place, dead))
+        place = dead
+    storage.delete_tree(place)
+
+
+def _remove_strays(held: Claim) -> None:
+    """Delete what no commit names: data files of a run that died before its commit."""
     named = {path for commit in held.commits.values() for path in commit["files"]}
-    for name in (*TABLES, "_tmp"):
+    for name in TABLES:
         for path in _list(held.uri, name):
-            if path not in named and storage.join(held.uri, path) != keep:
+            if path not in named:
                 storage.delete(storage.join(held.uri, path))
     records = {f"_commits/{shard_name(shard)}.json" for shard in held.commits}
     for path in _list(held.uri, "_commits"):
@@ -408,12 +447,16 @@ def begin_attempt(uri: str, run: str, shard: int, stage: str) -> int:
     Raises:
         GivenUp: it was begun MAX_ATTEMPTS times already.
     """
-    if not storage.is_remote(uri) and sees(uri, run):
-        raise RuntimeError(f"{socket.gethostname()} does not see {uri} of the driver; every node must mount it")
+    if sees(uri, run):
+        raise RuntimeError(
+            f"{socket.gethostname()} does not see the run {run} in {storage.display(uri)}: it has ended, or this node "
+            "does not mount the place"
+        )
+    scratch = workplace(uri, run)
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        record = storage.join(uri, "_attempts", f"{run}-{shard_name(shard)}-{stage}-{attempt}")
+        record = storage.join(scratch, f"{shard_name(shard)}-{stage}-{attempt}")
         if not storage.exists(record):
-            storage.write_bytes(record, socket.gethostname().encode(), scratch=storage.join(uri, "_tmp"))
+            storage.write_bytes(record, socket.gethostname().encode(), scratch=scratch)
             return attempt
     raise GivenUp(f"its process died, or its work was lost, in each of {MAX_ATTEMPTS} attempts at stage {stage}")
 
@@ -424,7 +467,14 @@ def is_committed(uri: str, fingerprint: str, shard: int) -> bool:
     return commit is not None and commit["fingerprint"] == fingerprint
 
 
-def write_shard(uri: str, plan: Plan, shard: int, tables: Mapping[str, pa.Table], about: Mapping[str, Any]) -> None:
+def write_shard(
+    uri: str,
+    plan: Plan,
+    shard: int,
+    tables: Mapping[str, pa.Table],
+    about: Mapping[str, Any],
+    scratch: str | None = None,
+) -> None:
     """Write a shard's data files, each whole or not at all, then the commit record that makes them count.
 
     Args:
@@ -433,8 +483,8 @@ def write_shard(uri: str, plan: Plan, shard: int, tables: Mapping[str, pa.Table]
         shard: which shard.
         tables: by name, of TABLES.
         about: what the commit adds: engine, device, threads, seconds by stage.
+        scratch: the workplace of the run; once that is taken away, nothing of the shard is written any more.
     """
-    scratch = storage.join(uri, "_tmp")
     files = {}
     for name, table in tables.items():
         data = to_parquet(table)
@@ -455,14 +505,8 @@ def to_parquet(table: pa.Table) -> bytes:
 
 def sees(uri: str, run: str, data: str | None = None) -> list[str]:
     """Which of --out and --data this machine does not see; asked on every node before the work."""
-    places = {"--out": storage.join(uri, "_tmp", f"probe-{run}"), "--data": data}
+    places = {"--out": storage.join(workplace(uri, run), "probe"), "--data": data}
     return [flag for flag, place in places.items() if place and not storage.exists(place)]
-
-
-def record_failure(uri: str, shard: int, stage: str, error: str) -> None:
-    """Say why a shard is missing: ``_failures/shard-00000.json``."""
-    value = {"shard": shard, "stage": stage, "error": error, "attempts": MAX_ATTEMPTS}
-    storage.write_json(storage.join(uri, "_failures", f"{shard_name(shard)}.json"), value)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def write_shard(batch: pa.Table, work: Work) -> pa.Table:
             tables["traces"] = unpack(row["traces"])
         with clock("write"):
             about = note | {"seconds": note["seconds"] | clock.seconds}
-            audit.write_shard(work.uri, plan, row["shard"], tables, about)
+            audit.write_shard(work.uri, plan, row["shard"], tables, about, scratch=audit.workplace(work.uri, work.run))
         return {"note": about | {"seconds": about["seconds"] | clock.seconds}}
 
     return attempted(work, row["shard"], "write", write, ())

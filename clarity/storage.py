@@ -194,7 +194,7 @@ def read_bytes(uri: URI) -> bytes:
 
 
 def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
-    """Put a file there whole or not at all, replacing what was there; its directory is made when missing.
+    """Put a file there whole or not at all, replacing what was there.
 
     On a disk: a temporary file, fsync, rename, with the rights that the user's umask gives. On an object store: one
     object, which appears when its upload is complete.
@@ -202,7 +202,8 @@ def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
     Args:
         uri: the file.
         data: its content.
-        scratch: a directory of the same file system for the temporary file; by default the file's own, hidden there.
+        scratch: a directory of the same file system for the temporary file: then both directories must be there. By
+            default the temporary file lies hidden in the file's own directory, which is made when missing.
     """
     if not is_remote(uri):
         attempt("write", uri, lambda: _write_local(_local(uri), data, _local(scratch) if scratch else None))
@@ -399,8 +400,8 @@ def _read_local(path: str) -> bytes:
 
 def _write_local(path: str, data: bytes, scratch: str | None) -> None:
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    os.makedirs(scratch or folder, exist_ok=True)
+    if scratch is None:
+        os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(scratch or folder, f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:

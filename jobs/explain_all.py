@@ -177,7 +177,7 @@ def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work
     for shard in held.pending:
         note = failures.get(shard, {"stage": "run", "error": "it was lost"})
         print(f"shard {shard} failed at stage {note['stage']}: {note['error']}", file=sys.stderr)
-        audit.record_failure(held.uri, shard, note["stage"], note["error"])
+        held.record_failure(shard, note["stage"], note["error"])
     seconds = time.time() - start
     checked = verify(held.uri, workers=os.cpu_count() or 1)
     summary = audit.summarise(audit.read_audit(held.uri))

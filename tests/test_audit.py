@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -321,7 +323,7 @@ def test_write_shard_gives_the_same_bytes_again(plan: audit.Plan, filled: str) -
     before = path.read_bytes()
     audit.write_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "other"})
     assert path.read_bytes() == before
-    assert not list(Path(filled, "_tmp").iterdir())
+    assert sorted(file.name for file in path.parent.iterdir()) == [f"shard-0000{shard}.parquet" for shard in range(3)]
 
 
 def test_files_explain_themselves(plan: audit.Plan, filled: str) -> None:
@@ -420,7 +422,7 @@ def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
 def test_begin_attempt_counts_in_each_run(tmp_path: Path) -> None:
     uri = str(tmp_path)
     for run in ("run", "another"):
-        storage.write_bytes(storage.join(uri, "_tmp", f"probe-{run}"), b"")
+        storage.write_bytes(storage.join(audit.workplace(uri, run), "probe"), b"")
     assert [audit.begin_attempt(uri, "run", 3, "read") for _ in range(3)] == [1, 2, 3]
     with pytest.raises(audit.GivenUp, match="3 attempts at stage read"):
         audit.begin_attempt(uri, "run", 3, "read")
@@ -429,9 +431,85 @@ def test_begin_attempt_counts_in_each_run(tmp_path: Path) -> None:
 
 
 def test_begin_attempt_refuses_a_place_that_is_not_the_drivers(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"does not see .* of the driver; every node must mount it"):
+    with pytest.raises(RuntimeError, match=r"does not see the run .*: it has ended, or this node does not mount"):
         audit.begin_attempt(str(tmp_path / "audit"), "run", 3, "read")
     assert not (tmp_path / "audit").exists()
+
+
+def test_worker_that_outlives_its_driver_can_write_nothing(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "audit")
+    with audit.claim(uri, plan, model_dir) as held:
+        dead = held.run
+        audit.begin_attempt(uri, dead, 0, "write")
+        shutil.copytree(Path(uri, "_tmp"), tmp_path / "left")
+    # A driver that was killed leaves its workplace; the next one takes it away before it reads the commits.
+    shutil.move(tmp_path / "left", Path(uri, "_tmp"))
+    with audit.claim(uri, plan, model_dir) as held:
+        assert [path.name for path in Path(uri, "_tmp").iterdir()] == [held.run]
+        before = {path for path in Path(uri).rglob("*") if path.name != "_lock"}
+        with pytest.raises(RuntimeError, match="it has ended"):
+            audit.begin_attempt(uri, dead, 0, "read")
+        for shard in range(3):
+            with pytest.raises(storage.StorageError, match="No such file"):
+                tables = make_tables(plan, shard)
+                audit.write_shard(uri, plan, shard, tables, {}, scratch=audit.workplace(uri, dead))
+        assert {path for path in Path(uri).rglob("*") if path.name != "_lock"} == before
+        audit.write_shard(uri, plan, 0, make_tables(plan, 0), {}, scratch=held.scratch)
+        held.refresh()
+        assert held.pending == [1, 2]
+    assert not Path(uri, "_tmp").exists()
+
+
+def test_rename_under_way_ends_before_or_not_at_all(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+    """Workers of a dead run write without a pause while a new run begins: what lands, the new run sees."""
+    uri = str(tmp_path / "audit")
+    with audit.claim(uri, plan, model_dir) as held:
+        dead = held.run
+        shutil.copytree(Path(uri, "_tmp"), tmp_path / "left")
+    for _ in range(5):
+        shutil.copytree(tmp_path / "left", Path(uri, "_tmp"))
+        ended: list[str] = []
+
+        def write(shard: int, ended: list[str] = ended) -> None:
+            with contextlib.suppress(storage.StorageError):
+                while True:
+                    tables = make_tables(plan, shard)
+                    audit.write_shard(uri, plan, shard, tables, {}, scratch=audit.workplace(uri, dead))
+            ended.append("refused")
+
+        threads = [threading.Thread(target=write, args=(shard,)) for shard in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        with audit.claim(uri, plan, model_dir) as held:
+            seen = held.commits
+            before = {path: path.stat().st_mtime_ns for path in Path(uri).rglob("*.*") if path.name != "_lock"}
+            for thread in threads:
+                thread.join()
+            assert ended == ["refused"] * 3
+            after = {path: path.stat().st_mtime_ns for path in Path(uri).rglob("*.*") if path.name != "_lock"}
+            assert after == before
+            assert audit.valid_commits(uri, plan) == seen
+        for shard in range(3):
+            Path(uri, f"_commits/shard-0000{shard}.json").unlink(missing_ok=True)
+
+
+def test_claim_that_ended_before_its_plan_is_taken_up(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "audit")
+    with pytest.raises(storage.StorageError), audit.claim(uri, plan, str(tmp_path / "no model")):
+        pass
+    with audit.claim(uri, plan, model_dir) as held:
+        assert held.pending == [0, 1, 2]
+
+
+def test_record_failure_counts_the_attempts(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "audit")
+    with audit.claim(uri, plan, model_dir) as held:
+        for shard, stage in ((1, "read"), (1, "explain"), (1, "explain"), (2, "explain")):
+            audit.begin_attempt(uri, held.run, shard, stage)
+        held.record_failure(1, "explain", "planted")
+    found = storage.read_json(storage.join(uri, "_failures", "shard-00001.json"))
+    assert found == {"shard": 1, "stage": "explain", "error": "planted", "attempts": 2}
 
 
 def test_claim_takes_back_the_shards_of_other_engines(plan: audit.Plan, filled: str, model_dir: str) -> None:

@@ -355,7 +355,10 @@ class Bench:
         assert sorted(found) == sorted(self.expected)
         assert all(found[name] == content for name, content in self.expected.items()), "other bytes"
         assert (self.out / "_SUCCESS").exists()
-        assert not [name for name in ("_attempts", "_failures", "_tmp", "_lock") if (self.out / name).exists()]
+        kept = {"_SUCCESS", "_commits", "codes", "counterfactuals", "model", "plan.json", "summary.json"}
+        left = [str(path.relative_to(self.out)) for path in self.out.rglob("*")]
+        left = [path for path in left if path.partition("/")[0] not in kept]
+        assert not left, f"left behind: {left[:5]}"
 
 
 @contextlib.contextmanager
@@ -845,7 +848,9 @@ def main(argv: list[str]) -> int:
                 verdict = f"skipped: {reason}"
             except Exception as error:
                 failed += 1
-                verdict = f"FAILED: {(str(error).strip() or repr(error)).splitlines()[0][:80]}"
+                verdict = f"FAILED: {(str(error).strip() or repr(error)).splitlines()[0][:80].replace('|', '/')}"
+                with contextlib.suppress(Exception):
+                    found, double = here.count()
                 print(
                     f"--- {name}\n{error}\n{here.log()[-1500:] if (here.root / 'log').exists() else ''}",
                     file=sys.stderr,

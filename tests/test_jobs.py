@@ -282,7 +282,6 @@ def test_job_gives_up_a_shard_that_always_fails_and_finishes_the_others(
     assert "shard 5 failed at stage explain: RuntimeError: planted" in capsys.readouterr().err
     failure = json.loads((out / "_failures/shard-00005.json").read_text())
     assert failure["attempts"] == 3
-    assert len(list((out / "_attempts").glob("*-shard-00005-explain-*"))) == 3
     assert not (out / "_SUCCESS").exists()
     assert len(clarity.read_audit(out).commits) == 5
     assert set(files_of(out)) < set(undisturbed[1])

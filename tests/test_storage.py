@@ -148,9 +148,18 @@ def test_scratch_holds_the_temporary_file(tmp_path: Path, monkeypatch: pytest.Mo
     seen: list[str] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(os.path.dirname(a)), replace(a, b)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "_tmp").mkdir()
     storage.write_bytes(tmp_path / "out" / "file", b"x", scratch=tmp_path / "_tmp")
     assert seen == [str(tmp_path / "_tmp")]
     assert not list((tmp_path / "_tmp").iterdir())
+
+
+def test_a_scratch_that_was_taken_away_is_not_made_again(tmp_path: Path) -> None:
+    for folder in ("out", "none"):
+        with pytest.raises(StorageError, match="No such file"):
+            storage.write_bytes(tmp_path / folder / "file", b"x", scratch=tmp_path / "_tmp")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
