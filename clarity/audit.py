@@ -358,7 +358,7 @@ def workplace(uri: str, run: str) -> str:
 
 
 def _retire(uri: str, name: str) -> None:
-    """Take workplaces away, whoever still writes there: their name goes first, in one step, and every way back with it."""
+    """Take workplaces away, whoever still writes there: their name goes first, in one step, and no worker finds it."""
     place = storage.join(uri, name)
     if not storage.is_remote(uri):
         dead = storage.join(uri, "_dead")
