@@ -229,7 +229,8 @@ def _slots(model: Model, which: str) -> int:
     members = 1 if which == "member" else _require_image_ensemble(model).config.num_members
     if model.device.type != "cpu":
         return max(8, 8192 // members)
-    slots = max(8, 16 // members)
+    # More would be no faster, and a last long search would pay for more of them.
+    slots = max(4, min(16, 80 // members))
     while any(slots * size % 32 for size in (model.latent_dim, math.prod(model.image_shape))):
         slots *= 2
     return slots

@@ -276,7 +276,11 @@ def test_method_computes_images_in_blocks_without_a_remainder(image: tuple[int, 
     for which in ("member", "ensemble"):
         assert methods._slots(model, which) == slots
     model.vae.config = replace(model.vae.config, latent_dim=16)
-    assert methods._slots(model, "ensemble") == (32 if image == (3, 13, 9) else 8)
+    assert methods._slots(model, "ensemble") == (32 if image == (3, 13, 9) else 16)
+    # The blocks of many members are small: their last long searches pay for every slot.
+    assert model.image_ensemble is not None
+    model.image_ensemble.config = replace(model.image_ensemble.config, num_members=50)
+    assert methods._slots(model, "ensemble") == (32 if image == (3, 13, 9) else 4)
 
 
 # ---- what else each promises -----------------------------------------------------------------------------------------
