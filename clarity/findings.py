@@ -125,6 +125,21 @@ ORDER BY probs[label + 1], image_id
 LIMIT $count""",
         {"count": 10},
     ),
+    "predictions": Query(
+        "With --predictions: where your own model and the ensemble differ, what the ensemble is surest of first, and "
+        "how far the image is from your model's class.",
+        """
+SELECT codes.image_id, label_name, prediction_name, codes.source_name,
+       round(probs[codes.source + 1], 4) AS source_prob,
+       round(probs[prediction + 1], 4) AS prediction_prob,
+       round(distance_z_l1, 2) AS distance
+FROM codes LEFT JOIN counterfactuals
+     ON counterfactuals.image_id = codes.image_id AND target = prediction AND converged
+WHERE codes.status = 'ok' AND prediction <> codes.source
+ORDER BY probs[codes.source + 1] DESC, codes.image_id
+LIMIT $count""",
+        {"count": 10},
+    ),
     "failures": Query(
         "What could not be explained, by reason.",
         """
@@ -646,19 +661,33 @@ def _check_predictions(facts: Facts) -> Iterator[Finding]:
     total, same = sum(row[1] for row in rows), sum(row[2] for row in rows)
     if not total:
         return
-    worst = [f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:3]]
     examples = _rows(
         facts.con,
         "SELECT image_id, prediction, source FROM codes WHERE status = 'ok' AND prediction <> source "
         "ORDER BY probs[source + 1] DESC, image_id LIMIT 12",
     )
+    sentence = (
+        f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble sees the class that your model "
+        "predicts; an explanation speaks for your model only there."
+    )
+    if same < total:
+        worst = [f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:3] if row[2] < row[1]]
+        sentence += f" Least agreement where it predicts {_listed(worst)}."
+        labelled, theirs, ours = _rows(
+            facts.con,
+            "SELECT count(*), count(*) FILTER (prediction = label), count(*) FILTER (source = label) FROM codes "
+            "WHERE status = 'ok' AND prediction <> source AND label IS NOT NULL",
+        )[0]
+        if labelled:
+            sentence += (
+                f" Of {labelled:,} labelled images where the two differ, the label is your model's class in "
+                f"{theirs:,}, the ensemble's in {ours:,}, neither in {labelled - theirs - ours:,}."
+            )
     yield Finding(
         "predictions",
         0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
         f"The explained ensemble agrees with your model on {percent(same, total)}",
-        f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble sees the class that your "
-        f"model predicts; an explanation speaks for your model only there. "
-        f"Least agreement where it predicts {_listed(worst)}.",
+        sentence,
         tuple(dict.fromkeys((source, prediction) for _, prediction, source in examples)),
         tuple((image_id, prediction) for image_id, prediction, _ in examples),
         {"agreement": same / total, "images": total},

@@ -47,7 +47,7 @@ class Bounds:
         examples: of each kind (closest, median, hardest, failed) for each class pair.
         path: decoded steps between the two codes of an example.
         sample: pairs behind the mean difference maps.
-        suspicious: rows of the table of suspicious labels.
+        listed: rows of the tables of suspicious labels, and of disagreements with the predictions handed in.
     """
 
     pixels: int = 8_000_000
@@ -57,7 +57,7 @@ class Bounds:
     examples: int = 3
     path: int = 5
     sample: int = 4_500
-    suspicious: int = 40
+    listed: int = 40
 
 
 @dataclass(frozen=True)
@@ -498,6 +498,9 @@ class _Page:
                 for image_id, target in finding.examples[:6]:
                     if target >= 0:
                         frames.setdefault((image_id, target), 0)
+        self.disagreements = self._disagreements()
+        for row in self.disagreements:
+            frames.setdefault((row["image_id"], row["prediction"]), 0)
         classes = range(len(self.first.class_names))
         wanted = dict(frames)
         for image_id in lookup:
@@ -713,8 +716,13 @@ class _Page:
                 + (": those of the findings and some of each class." if len(data["lookup"]) < total["images"] else ".")
             ),
             labels=self._labels(),
+            predictions=self._predictions(data["audits"][0]),
             views_sql=_views_sql(self.first.uri),
-            queries={name: {"doc": query.doc, "sql": query.sql.strip()} for name, query in findings.QUERIES.items()},
+            queries={
+                name: {"doc": query.doc, "sql": query.sql.strip()}
+                for name, query in findings.QUERIES.items()
+                if name != "predictions" or "prediction" in self.first.audit.codes.schema.names
+            },
             terms=TERMS,
             method_note=self._bound_note(names),
             footer=f"Made by clarity {__version__} from {', '.join(storage.display(view.uri) for view in self.views)}. "
@@ -823,7 +831,7 @@ class _Page:
         table = view.facts.suspicion
         rows = []
         if table is not None:
-            for row in table.slice(0, self.bounds.suspicious).to_pylist():
+            for row in table.slice(0, self.bounds.listed).to_pylist():
                 if row["suspicion"] < 0.01:
                     break
                 code = self.codes.get(row["image_id"])
@@ -849,6 +857,86 @@ class _Page:
         elif view.audit.plan.dataset.get("split") == "train":
             note += " These images may have trained the ensemble, which then believes their labels: train with folds."
         return {"rows": rows, "confusion": confusion, "note": note}
+
+    def _disagreements(self) -> list[dict[str, Any]]:
+        """Where the first audit's ensemble differs from the predictions handed in, its surest first."""
+        view = self.first
+        if "prediction" not in view.audit.codes.schema.names:
+            return []
+        theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in view.audit.codes.schema.names else "NULL"
+        return view.table(
+            f"""
+            SELECT c.image_id, c.label_name, prediction, c.source, {theirs} AS their_prob,
+                   probs[c.source + 1] AS source_prob, probs[prediction + 1] AS prediction_prob,
+                   distance_z_l1 AS distance
+            FROM codes AS c LEFT JOIN counterfactuals AS p
+                 ON p.image_id = c.image_id AND target = prediction AND converged
+            WHERE c.status = 'ok' AND prediction <> c.source
+            ORDER BY probs[c.source + 1] DESC, c.image_id LIMIT $count
+            """,
+            {"count": self.bounds.listed},
+        ).to_pylist()
+
+    def _predictions(self, audit: dict[str, Any]) -> dict[str, Any] | None:
+        """How the first audit's ensemble and the predictions handed in agree, by class; where they do not."""
+        view, names = self.first, self.first.class_names
+        if "prediction" not in view.audit.codes.schema.names:
+            return None
+        shares = view.rows(
+            "SELECT prediction, count(*), count(*) FILTER (prediction = source) FROM codes "
+            "WHERE status = 'ok' AND prediction IS NOT NULL GROUP BY 1 "
+            "ORDER BY count(*) FILTER (prediction = source) / count(*), 1"
+        )
+        (without, labelled, theirs, ours) = view.rows(
+            "SELECT count(*) FILTER (prediction IS NULL), "
+            "count(*) FILTER (prediction IS NOT NULL AND label IS NOT NULL), count(*) FILTER (prediction = label), "
+            "count(*) FILTER (prediction IS NOT NULL AND source = label) "
+            "FROM codes WHERE status = 'ok'"
+        )[0]
+        total, same = sum(row[1] for row in shares), sum(row[2] for row in shares)
+        percent, plural = findings.percent, findings.plural
+        note = f"Your model's predictions for {plural(total, 'image')}: the ensemble sees the same class in "
+        note += f"{same:,} ({percent(same, total)}). "
+        note += f"{plural(without, 'image')} came without a prediction. " if without else ""
+        if labelled:
+            note += (
+                f"On the {labelled:,} labelled ones, your model is right in {percent(theirs, labelled)}, the ensemble "
+                f"in {percent(ours, labelled)}. "
+            )
+        note += "What is explained here is the ensemble: where the two differ, it does not speak for your model."
+        crossed = view.rows(
+            "SELECT prediction, source, count(*) FROM codes WHERE status = 'ok' AND prediction <> source "
+            "GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 8"
+        )
+        found = [audit["rows"].get(row["image_id"], {}).get(str(row["prediction"])) for row in self.disagreements]
+        listed = [
+            {
+                "image_id": row["image_id"],
+                "tile": self.codes[row["image_id"]]["x"],
+                "cf": None if pair is None else pair[len(_FIGURES)],
+                "label": row["label_name"],
+                "prediction": names[row["prediction"]],
+                "their_prob": None if row["their_prob"] is None else f"{row['their_prob']:.2g}",
+                "source": names[row["source"]],
+                "source_prob": f"{row['source_prob']:.2g}",
+                "prediction_prob": f"{row['prediction_prob']:.2g}",
+                "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
+            }
+            for row, pair in zip(self.disagreements, found)
+        ]
+        return {
+            "note": note,
+            "shares": [
+                {"name": names[row[0]], "count": row[1], "agree": row[2], "share": percent(row[2], row[1])}
+                for row in shares
+            ],
+            "crossed": [
+                {"prediction": names[row[0]], "source": names[row[1]], "count": row[2], "pair": f"{row[1]}-{row[0]}"}
+                for row in crossed
+            ],
+            "rows": listed,
+            "more": total - same - len(listed),
+        }
 
     def _tile_of(self, image_id: str) -> int:
         rows = self.first.rows("SELECT x FROM codes WHERE image_id = $id", {"id": image_id})

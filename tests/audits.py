@@ -127,6 +127,10 @@ def make_tables(
         prediction = source.copy()
         prediction[: planted.prediction_errors] = (prediction[: planted.prediction_errors] + 1) % num_classes
         codes = codes.append_column("prediction", nulled(prediction.tolist(), pa.int32()))
+        codes = codes.append_column("prediction_name", nulled(names[prediction].tolist(), pa.string()))
+        codes = codes.append_column(
+            "prediction_probs", nulled(np.eye(num_classes)[prediction].tolist(), pa.list_(pa.float32(), num_classes))
+        )
 
     # Pairs: a symmetric table of how hard each class pair is, with facts written over it.
     hardness = rng.uniform(8, 12, (num_classes, num_classes))

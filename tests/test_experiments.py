@@ -1,15 +1,20 @@
-"""The two experiments: what they plant is what they say, and, slowly, what is planted is found."""
+"""The experiments: what they plant is what they say; slowly, what is planted is found and what is documented holds."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from experiments import labels, shortcuts
+from experiments import labels, queries, shortcuts
 
 DIGITS = tuple("0123456789")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("kind", ["random", "natural"])
@@ -45,3 +50,27 @@ def test_report_names_what_was_planted_and_nothing_else(kind: str, tmp_path: Pat
         assert found == []
     else:
         assert [(finding["target"], finding["shape"]) for finding in found] == [(3, kind)]
+
+
+def test_documented_answers_are_of_one_audit() -> None:
+    """The README's first screen and docs/queries.md name the same images in the same order."""
+    shown = re.findall(r"│ (test/\d+) ", (ROOT / "README.md").read_text().split("<!-- query -->")[1].split("\n\n\n")[0])
+    part = (ROOT / "docs" / "queries.md").read_text().split("## `closest_to`")[1].split("\n## ")[0]
+    assert len(shown) == 3 and re.findall(r"│ (test/\d+) ", part)[:3] == shown
+
+
+@pytest.mark.slow
+def test_first_command_prints_what_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same order, and with the same answers but for the last digits, which differ from CPU to CPU."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, str(ROOT / "jobs" / "explain_all.py")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert run.returncode == 0, run.stderr
+    block = (ROOT / "README.md").read_text().split("<!-- main output -->\n```\n")[1].split("```")[0]
+    begins = [line.split()[0] for line in block.splitlines() if line != "..."]
+    printed = iter(line.split()[0] for line in run.stdout.splitlines())
+    assert all(word in printed for word in begins)  # consumes what it passes: the order counts
+    monkeypatch.chdir(tmp_path)
+    documented = re.findall(r"│ (test/\d+) ", (ROOT / "README.md").read_text())
+    found = re.findall(r"│ (test/\d+) ", queries.first_screen((ROOT / "README.md").read_text()))
+    assert len(set(documented) & set(found)) >= 2

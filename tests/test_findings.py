@@ -110,6 +110,11 @@ def test_find_counts_what_was_not_read_or_not_finite() -> None:
 def test_find_compares_with_the_predictions_handed_in() -> None:
     finding = told(make_tables(planted=Planted(prediction_errors=9)))["predictions"]
     assert finding.figures["agreement"] == pytest.approx(111 / 120) and len(finding.examples) == 9
+    assert "Of 9 labelled images where the two differ, the label is your model's class in 0, the ensemble's in 9" in (
+        finding.sentence
+    )
+    whole = told(make_tables(planted=Planted(prediction_errors=0)))["predictions"]
+    assert whole.level == "fact" and "(100 %)" in whole.sentence and "Least agreement" not in whole.sentence
 
 
 def test_find_tells_which_attribute_drifts() -> None:
@@ -247,7 +252,12 @@ def test_query_stands_in_the_documentation_with_its_columns(name: str) -> None:
     query = findings.QUERIES[name]
     part = text[text.index(f"## `{name}`") :].split("\n## ")[0]
     assert query.doc in part and query.sql.strip() in part
-    con = findings.connect(*(getattr(make_tables(40), table) for table in ("codes", "counterfactuals")))
+    con = findings.connect(
+        *(
+            getattr(make_tables(40, planted=Planted(prediction_errors=3)), table)
+            for table in ("codes", "counterfactuals")
+        )
+    )
     con.execute("CREATE VIEW metadata AS SELECT image_id, 'a' AS segment FROM codes")
     columns = con.sql(query.sql, params=query.parameters).columns
     head = next(line for line in part.splitlines() if line.startswith("│"))
@@ -257,7 +267,7 @@ def test_query_stands_in_the_documentation_with_its_columns(name: str) -> None:
 
 @pytest.mark.parametrize("name", findings.QUERIES)
 def test_query_runs_and_is_documented(name: str) -> None:
-    tables = make_tables(planted=Planted(hard=(1, 3), wrong_labels=4, unreadable=2))
+    tables = make_tables(planted=Planted(hard=(1, 3), wrong_labels=4, unreadable=2, prediction_errors=5))
     metadata = pa.table(
         {"image_id": tables.codes["image_id"], "segment": [f"s{i % 3}" for i in range(tables.codes.num_rows)]}
     )

@@ -191,6 +191,30 @@ def test_report_survives_a_model_that_yields_no_numbers(tmp_path: Path, tiny_mod
     assert dict(zip(data["figures"], data["audits"][0]["rows"][image_id]["3"]))["path_prob"] == [None] * 5
 
 
+def test_report_sets_the_predictions_handed_in_beside_the_ensemble(tmp_path: Path) -> None:
+    _, html = write(tmp_path, planted=Planted(prediction_errors=9))
+    part = html[html.index('<section id="predictions"') :].split("</section>")[0]
+    assert "sees the same class in 111 (92.5 %)" in part
+    assert "your model is right in 92.5 %, the ensemble in 100 %" in part
+    data = data_of(html)
+    names = ["ant", "bee", "cow", "dog"]
+    rows = re.findall(
+        r"<tr><td><span.*?data-tile=\"(\d+)\".*?data-tile=\"(\d+)\".*?>(img-\d+)</a></th>\s*<td>(\w+)</td>\s*"
+        r"<td>(\w+) <span class=\"quiet-text\">1</span></td>\s*<td>(\w+) ",
+        part,
+        re.S,
+    )
+    assert sorted(row[2] for row in rows) == [f"img-{i:05d}" for i in range(9)]
+    for tile, cf, image_id, label, prediction, source in rows:
+        assert label == source and names.index(prediction) == (names.index(source) + 1) % 4
+        row = data["audits"][0]["rows"][image_id][str(names.index(prediction))]
+        assert (int(tile), int(cf)) == (data["images"][image_id]["x"], row[data["figures"].index("cf")])
+    shares = re.findall(r"<tr><th scope=\"row\">(\w+)</th><td class=\"num\">(\d+)</td>", part)
+    assert sum(int(count) for _, count in shares) == 120
+    _, html = write(tmp_path / "none")
+    assert 'id="predictions"' not in html and "prediction_name" not in html
+
+
 def test_report_puts_audits_side_by_side(tmp_path: Path) -> None:
     places = [
         write_audit(tmp_path / name, make_tables(planted=planted), method=name)
