@@ -32,8 +32,8 @@ AUDIT = "runs/digits/audit"
 SHOWN = 5
 #: What is said between a question's SQL and its answer, where the answer needs more than the audit.
 ABOUT = {
-    "predictions": """Here one's own model is a simple one: the class whose mean training image is nearest in pixels. With
-count = 5:""",
+    "predictions": """Here one's own model is a simple one: the class whose mean training image is nearest in pixels.
+With count = 5:""",
     "by_metadata": """Here the metadata is how much ink an image has, in three groups of equal size:
 
 ```python
