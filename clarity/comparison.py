@@ -14,6 +14,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ VERSION = 1
 
 #: Images for which controls answer and COUT, the slowest metric, is taken: so many, or all that the methods share.
 CHOSEN_IMAGES = 1000
+
+#: Pairs of a batch in which steps are timed.
+STEP_PAIRS = 128
 
 CONTROLS = {
     "original": "the image itself",
@@ -455,14 +459,15 @@ def write_tables(bench: Bench, rows: list[dict], measured: Mapping[str, Any]) ->
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     storage.write_bytes(bench.place("comparison.parquet"), buffer.getvalue())
-    text = io.StringIO()
-    writer = csv.writer(text)
+    lines = io.StringIO()
+    writer = csv.writer(lines)
     writer.writerow(names)
     writer.writerows([["" if row.get(name) is None else row[name] for name in names] for row in rows])
-    storage.write_bytes(bench.place("comparison.csv"), text.getvalue().encode())
-    storage.write_bytes(
-        bench.place("comparison.md"), (introduction(bench, measured) + markdown(rows, present)).encode()
-    )
+    storage.write_bytes(bench.place("comparison.csv"), lines.getvalue().encode())
+    speed = [f"- {step_line(row)}" for row in measured["steps"]]
+    text = introduction(bench, measured) + markdown(rows, present)
+    text += "\n".join(["\n## Time of a step\n", *speed, ""]) if speed else ""
+    storage.write_bytes(bench.place("comparison.md"), text.encode())
 
 
 def introduction(bench: Bench, measured: Mapping[str, Any]) -> str:
@@ -539,7 +544,7 @@ def cell(value: float | None, low: float | None, high: float | None, name: str) 
     def show(number: float) -> str:
         if is_share(name):
             return f"{100 * number:.1f}"
-        return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+        return short(number)
 
     unit = " %" if is_share(name) else ""
     return f"{show(value)}{unit}" + (f" [{show(low)}, {show(high)}]" if low is not None and high is not None else "")
@@ -564,15 +569,15 @@ def measure(
     depends = [bench.key, bench.speed_pairs, bench.draws, asdict(bench.config), [results[name].key for name in methods]]
     key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
     place = bench.place("measurements.json")
-    if storage.exists(place) and (kept := storage.read_json(place)).get("key") == key:
-        return kept
     images = max((results[name] for name in methods), key=lambda found: len(found.of)).images
+    timed = timings(bench, images, methods)
+    if storage.exists(place) and (kept := storage.read_json(place)).get("key") == key:
+        return kept | timed
     out = {
         "key": key,
         "accuracy": accuracies(bench, x, label),
         "parameters of one member": metrics.parameters_of_one_member(bench.model),
-        "speed": {name: asdict(speed) for name, speed in speeds(bench, images, methods).items()},
-        "steps": step_times(bench, images),
+        **timed,
         "curves": curve_measures(bench, images),
         "gradients": gradient_measures(bench, images),
         "far from the data": far_measures(bench, images),
@@ -582,6 +587,19 @@ def measure(
     }
     storage.write_json(place, out)
     return out
+
+
+def timings(bench: Bench, images: Images, methods: Sequence[str]) -> dict[str, Any]:
+    """How fast methods and steps are; kept in ``timings.json``, so that nothing but its removal times them again."""
+    depends = [bench.key, bench.speed_pairs, asdict(bench.config), methods]
+    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    place = bench.place("timings.json")
+    kept = storage.read_json(place) if storage.exists(place) else {}
+    if kept.get("key") != key:
+        found = {name: asdict(speed) for name, speed in speeds(bench, images, methods).items()}
+        kept = {"key": key, "speed": found, "steps": step_times(bench, images)}
+        storage.write_json(place, kept)
+    return {name: kept[name] for name in ("speed", "steps")}
 
 
 def accuracies(bench: Bench, x: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -638,7 +656,9 @@ def step_times(bench: Bench, images: Images) -> list[dict[str, Any]]:
     """The paper's claim on speed: Eq. 5 beside Eq. 3, and Clarity beside REVISE-E with the same number of members.
 
     ``gradient`` rows time one gradient of the loss with respect to the codes in plain PyTorch, for one image and for
-    256 pairs; ``search`` rows time an update of one pair in searches of 256 pairs, each by its engine.
+    STEP_PAIRS pairs; ``search`` rows time an update of one pair in searches of STEP_PAIRS pairs, each by its engine.
+    Medians over repeats in which all take turns; ``ratio`` is the median of the repeats' own, ``_low`` and ``_high``
+    the least and the largest.
     """
     model, ensemble = bench.model, bench.model.image_ensemble
     if ensemble is None:
@@ -646,37 +666,61 @@ def step_times(bench: Bench, images: Images) -> list[dict[str, Any]]:
     members = min(ensemble.config.num_members, model.ensemble.config.num_members)
     rows: list[dict[str, Any]] = []
 
-    def compared(
-        kind: str, fast: str, slow: str, count: int, pairs: int, engine: str, times: tuple[float, float]
-    ) -> None:
-        names = ("kind", "fast", "slow", "members", "pairs", "engine", "fast_ms", "slow_ms", "ratio")
-        rows.append(dict(zip(names, (kind, fast, slow, count, pairs, engine, *times, times[1] / times[0]))))
+    def compare(kind: str, fast: str, slow: str, count: int, pairs: Pairs, works: dict[str, Callable[[], int]]) -> None:
+        """One row for each work but the last against the last."""
+        seconds = metrics.seconds_in_turns(works)
+        *engines, last = works
+        for engine in engines:
+            ratios = seconds[last] / seconds[engine]
+            row = {"kind": kind, "fast": fast, "slow": slow, "members": count, "pairs": len(pairs), "engine": engine}
+            row |= {"fast_ms": 1000 * np.median(seconds[engine]), "slow_ms": 1000 * np.median(seconds[last])}
+            row |= {"ratio": np.median(ratios), "ratio_low": ratios.min(), "ratio_high": ratios.max()}
+            rows.append(
+                {name: float(value) if isinstance(value, np.floating) else value for name, value in row.items()}
+            )
+            bench.say(step_line(rows[-1]))
 
-    for batch in (1, 256):
+    for batch in (1, STEP_PAIRS):
         of, target = question(images, batch, model.num_classes)
         pairs = pairs_of(model, images, of, target)
         for fast, slow, count in (("latent", "revise", 1), ("clarity", "revise_e", members)):
-            bench.say(f"timing steps of {NAMES[fast]} and {NAMES[slow]}, {len(pairs)} pairs, {count} members")
             latent, image = model.ensemble.select(range(count)), ensemble.select(range(count))
 
             def through_decoder(z: torch.Tensor, image: ImageEnsemble = image) -> torch.Tensor:
                 return image(model.vae.decode(z))
 
-            seconds = [
-                metrics.time_gradient(logits_of, pairs.z, pairs.target) for logits_of in (latent, through_decoder)
-            ]
-            times = (1000 * seconds[0], 1000 * seconds[1])
-            compared("gradient", fast, slow, count, len(pairs), "autograd", times)
+            works = {
+                name: metrics.gradient_work(logits_of, pairs.z, pairs.target)
+                for name, logits_of in (("autograd", latent), (slow, through_decoder))
+            }
+            compare("gradient", fast, slow, count, pairs, works)
             if batch == 1:
                 continue
             same = replace(model, ensemble=latent, image_ensemble=image)
             # So close to certainty that next to no row ends early: what is timed is the step.
-            long = replace(bench.config, min_target_prob=1 - 1e-6, max_steps=20)
-            against = metrics.time_search(same, slow, pairs, long).milliseconds_per_step
-            for engine in ("auto", "plain"):
-                speed = metrics.time_search(same, fast, pairs, long, engine=engine)
-                compared("search", fast, slow, count, len(pairs), speed.engine, (speed.milliseconds_per_step, against))
+            long = replace(bench.config, min_target_prob=1 - 1e-6, max_steps=10)
+
+            def search(method: str, engine: str, same: Model = same, pairs: Pairs = pairs, long: Any = long) -> int:
+                return int(METHODS[method].search(same, pairs, long, engine=engine).steps.sum())
+
+            chosen = METHODS[fast].search(same, pairs, replace(long, max_steps=0)).engine
+            works = {engine: partial(search, fast, engine) for engine in dict.fromkeys((chosen, "plain"))}
+            compare("search", fast, slow, count, pairs, {**works, slow: partial(search, slow, "auto")})
     return rows
+
+
+def step_line(row: Mapping[str, Any]) -> str:
+    """One row of ``step_times`` in words."""
+    what = "a gradient" if row["kind"] == "gradient" else "an update of one pair"
+    pairs, members = (f"{row[name]} {name[:-1] if row[name] == 1 else name}" for name in ("pairs", "members"))
+    fast, slow = (f"{NAMES[row[name]]} {short(row[f'{name}_ms'])} ms" for name in ("fast", "slow"))
+    low, ratio, high = (short(row[name]) for name in ("ratio_low", "ratio", "ratio_high"))
+    return f"{what}, {pairs}, {members}, engine {row['engine']}: {fast}, {slow}, {ratio} times [{low}, {high}]"
+
+
+def short(number: float) -> str:
+    """Three digits, and no exponent for what is large."""
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def curve_measures(bench: Bench, images: Images, segments: int = 100) -> dict[str, dict[str, float]]:

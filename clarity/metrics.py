@@ -494,24 +494,40 @@ def time_search(
     return Speed(total, spent, steps, engine)
 
 
-def time_gradient(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor, *, at_least: float = 0.5) -> float:
-    """Seconds of one gradient of the mean cross-entropy over members with respect to codes z (B, D), in plain PyTorch.
+def gradient_work(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> Callable[[], int]:
+    """One gradient of the mean cross-entropy over members with respect to codes z (B, D) in plain PyTorch, as work.
 
-    ``logits_of`` as in ``member_gradients``. The gradient is taken again and again until ``at_least`` seconds are full.
+    ``logits_of`` as in ``member_gradients``.
     """
-    point, count = z.detach().clone().requires_grad_(), 0
+    point = z.detach().clone().requires_grad_()
 
-    def gradient() -> None:
+    def gradient() -> int:
         logits = logits_of(point)
         loss = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum") / len(logits)
         torch.autograd.grad(loss, point)
+        return 1
 
-    gradient()
-    begin = time.perf_counter()
-    while (spent := time.perf_counter() - begin) < at_least:
-        gradient()
-        count += 1
-    return spent / count
+    return gradient
+
+
+def seconds_in_turns(
+    works: Mapping[str, Callable[[], int]], *, repeats: int = 7, at_least: float = 0.1
+) -> dict[str, Array]:
+    """Seconds of one unit of each work, (``repeats``,).
+
+    A work is a function that returns how many units it has done. In each repeat all works have their turn of at least
+    ``at_least`` seconds, so that what else the machine does meets all of them: compare within a repeat.
+    """
+    for work in works.values():
+        work()  # what the first call alone costs
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            units, begin = 0, time.perf_counter()
+            while (spent := time.perf_counter() - begin) < at_least:
+                units += work()
+            seconds[name].append(spent / units)
+    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def parameters_of_one_member(model: Model) -> dict[str, int]:

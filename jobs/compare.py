@@ -134,7 +134,7 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         if method not in given and count not in samples:
             samples[count] = storage.join(out, f"sample-{count}.parquet")
             comparison.sample(tested, model.preprocessing, count, samples[count])
-        audits[method] = given.get(method) or explain(method, samples[count], model_uri, bench)
+        audits[method] = given.get(method) or explain(method, samples[count], count, model_uri, bench)
 
     results = {method: comparison.results_of_audit(bench, method, uri) for method, uri in audits.items()}
     widest = max(results.values(), key=lambda found: len(found.of))
@@ -182,7 +182,7 @@ def train_model(args: argparse.Namespace, uri: str, say: Callable[[str], None], 
     run("train.py", "--dataset", args.dataset, *place, "--out", uri, *more)
 
 
-def explain(method: str, sample: str, model_uri: str, bench: Bench) -> str:
+def explain(method: str, sample: str, count: int, model_uri: str, bench: Bench) -> str:
     """The audit of a method on the sample, resumed where it was cut; its place."""
     out = bench.place("audits", method)
     bench.say(
@@ -191,6 +191,9 @@ def explain(method: str, sample: str, model_uri: str, bench: Bench) -> str:
     fields = dataclasses.asdict(bench.config).items()
     search = [text for name, value in fields for text in (f"--{name.replace('_', '-')}", str(value))]
     place = ["--dataset", "parquet", "--data", sample, "--split", "test"]
+    if count and METHODS[method].classifier.startswith("image"):
+        # Enough pairs in each that few slots idle beside the longest search, enough shards to see and keep progress.
+        place += ["--shard-rows", str(min(16, -(-count // 8)))]
     run("explain_all.py", *place, "--model", model_uri, "--out", out, "--method", method, "--no-report", *search)
     return out
 
