@@ -33,7 +33,7 @@ from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.shards import Clock, Work, attempted, pack, pack_row, unpack, unpack_row
 from clarity.uncertainty import decompose
-from clarity.vae import decode_rows, encode_rows, in_blocks
+from clarity.vae import decode_rows, encode_rows, in_blocks, one_thread
 
 #: Pairs whose pictures exist as floats at one time; bounds the memory, changes no row.
 CHUNK = 2048
@@ -162,6 +162,11 @@ class Explainer:
 
     def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """``explain_shard`` before its pictures are made: columns ``x`` and ``x_cf`` hold raw pixels."""
+        # What is worth several threads starts its own.
+        with one_thread():
+            return self._search_shard(shard, extra, trace)
+
+    def _search_shard(self, shard: pa.Table, extra: pa.Table | None, trace: int) -> Explained:
         clock = Clock()
         extra = extra if extra is not None else pa.table({})
         traced = set(shard["image_id"][:trace].to_pylist())

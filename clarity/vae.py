@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -224,18 +225,25 @@ def build_vae(config: VAEConfig) -> VAE:
 ROW_BLOCK = {"cpu": 128, "cuda": 1024}
 
 
+#: Torch's number of threads outside of the blocks of ``one_thread``, within one.
+_THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """Compute on one thread inside the block; yields the number of threads that was set before and is set again after.
+    """Compute on one thread inside the block; yields the number that is set outside of all such blocks.
 
-    Libraries cut long sums by the number of threads, so only a fixed number gives the same bits everywhere.
+    Libraries cut long sums by the number of threads, so only a fixed number gives the same bits everywhere. And their
+    threads spin while they wait for the next small operation, on cores that others could use.
     """
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    token = _THREADS.set(_THREADS.get() or before)
     torch.set_num_threads(1)
     try:
-        yield threads
+        yield _THREADS.get() or before
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+        _THREADS.reset(token)
 
 
 def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0, at_once: int | None = None) -> Tensor:

@@ -171,3 +171,17 @@ def test_in_blocks_keeps_rows_on_any_axis() -> None:
 def test_config_says_what_is_wrong(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VAEConfig(**fields)
+
+
+def test_one_thread_tells_the_number_outside_of_all_blocks() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread() as outer, one_thread() as inner:
+            assert (outer, inner, torch.get_num_threads()) == (3, 3, 1)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        with one_thread() as again:
+            assert again == 2
+    finally:
+        torch.set_num_threads(before)
