@@ -51,6 +51,7 @@ MAX_ATTEMPTS = 3
 #: Images of a shard at most, and bytes that it writes at most.
 MAX_SHARD_ROWS = 256
 MAX_SHARD_BYTES = 32 << 20
+GPU_SHARD = 16
 #: Seconds that the search of a shard should take at most.
 SHARD_SECONDS = 20.0
 #: A small data set is cut into this many shards, so that it overlaps and resumes too.
@@ -185,12 +186,18 @@ class Plan:
         }
 
 
-def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: float = 0.0) -> int:
+def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: float = 0.0, gpu: bool = False) -> int:
     """Images of a shard: at most MAX_SHARD_ROWS, MAX_SHARD_BYTES written and SHARD_SECONDS of search; at least 1.
 
-    Small enough to overlap the stages, to resume finely and to show progress.
+    Small enough to overlap the stages, to resume finely and to show progress. A GPU searches thousands of pairs at once
+    and gets GPU_SHARD times as much.
     """
-    limits = [MAX_SHARD_ROWS, MAX_SHARD_BYTES / max(bytes_per_image, 1), max(-(-num_images // MIN_SHARDS), 32)]
+    times = GPU_SHARD if gpu else 1
+    limits = [
+        times * MAX_SHARD_ROWS,
+        times * MAX_SHARD_BYTES / max(bytes_per_image, 1),
+        max(-(-num_images // MIN_SHARDS), 32),
+    ]
     if seconds_per_image > 0:
         # A power of two: two measurements of the same machine then mostly give the same files.
         limits.append(2 ** np.floor(np.log2(SHARD_SECONDS / seconds_per_image)))

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -100,9 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("; ".join([told, *(f"left out: {n} {what}" for what, n in data.left_out(predictions).items())]))
         asked = {"method": args.method, "config": config, "images": args.images, "only": only}
         targets = None if args.targets == ["all"] else args.targets
-        rows = args.shard_rows or shard_rows(args, out, model, [model_uri, dataset, listing], asked)
-        about = {"targets": targets, "trace": args.trace, "where": args.where, "shard_rows": rows}
-        plan = make_plan(model, dataset, listing, **asked, **about)
+        about = {"targets": targets, "trace": args.trace, "where": args.where, "shard_rows": args.shard_rows or 1}
+        plan = make_plan(model, dataset, listing.slice(0, None if args.shard_rows else 1), **asked, **about)
+        if not args.shard_rows:
+            about["shard_rows"] = shard_rows(args, out, model, [model_uri, dataset, listing], asked)
+            plan = make_plan(model, dataset, listing, **asked, **about)
         if args.dry_run:
             start_ray()
             resources = plan_resources(nodes(), len(plan.shards), args.actors, args.gpus_per_actor)
@@ -152,7 +155,11 @@ def shard_rows(args: argparse.Namespace, out: str, model: Model, where: list[Any
     if METHODS[args.method].classifier not in ("ensemble", "member"):
         some = listing.slice(0, max(1, 256 // targets))
         seconds = measure(args, [*place, some], asked)["seconds_per_image"]
-    return audit.rows_per_shard(len(listing), raw_bytes_per_image(model, targets), seconds)
+    gpu = args.gpus_per_actor != 0 and (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ)
+    if gpu:  # only then is Ray worth asking before the rest has been checked
+        start_ray()
+        gpu = any(node.get("GPU", 0) > 0 for node in nodes())
+    return audit.rows_per_shard(len(listing), raw_bytes_per_image(model, targets), seconds, gpu)
 
 
 def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work: Work, listing: pa.Table) -> None:

@@ -172,6 +172,9 @@ def test_plan_does_not_depend_on_date_or_place_of_the_data(plan: audit.Plan) -> 
 def test_rows_per_shard_keeps_every_limit() -> None:
     assert audit.rows_per_shard(60_000, 10_000) == 256
     assert audit.rows_per_shard(60_000, 1 << 20) == 32
+    assert audit.rows_per_shard(60_000, 10_000, gpu=True) == 4096
+    assert audit.rows_per_shard(60_000, 1 << 20, gpu=True) == 512
+    assert audit.rows_per_shard(500, 10_000, gpu=True) == 63
     assert audit.rows_per_shard(60_000, 1 << 30) == 1
     assert audit.rows_per_shard(500, 10_000) == 63
     assert audit.rows_per_shard(60_000, 10_000, seconds_per_image=5.0) == 4
