@@ -351,8 +351,9 @@ def percent(part: float, whole: float = 1.0) -> str:
         return f"{share:.0f} %"
     if 10 <= share <= 90:
         return f"{share:.0f} %"
-    digits = min(6, max(1, 1 - math.floor(math.log10(min(share, 100.0 - share)))))
-    return f"{share:.{min(digits, 2) if share > 0.01 else digits}f} %"
+    rest = min(share, 100.0 - share)
+    digits = min(6, max(1, 1 - math.floor(math.log10(rest))))
+    return f"{share:.{min(digits, 2) if rest > 0.01 else digits}f} %"
 
 
 def plural(number: float, noun: str) -> str:
@@ -422,6 +423,7 @@ def _check_unconverged(facts: Facts) -> Iterator[Finding]:
     wanted = f"a target probability of {gamma:g}" if gamma is not None else "the wanted target probability"
     within = f" within {limit:,} steps" if limit is not None else ""
     parts = [f"{facts.arrow(*cell)} ({failed[cell]:,.0f} of {facts.pairs['pairs'][cell]:,.0f})" for cell in worst[:3]]
+    where = f"most of them {_listed(parts)}" if (failed > 0).sum() > 3 else _listed(parts)
     examples = _rows(
         facts.con,
         "SELECT image_id, target FROM counterfactuals WHERE NOT converged "
@@ -431,8 +433,7 @@ def _check_unconverged(facts: Facts) -> Iterator[Finding]:
         "unconverged",
         min(0.95, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
         f"{plural(total, 'pair')} did not converge",
-        f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}; "
-        f"most of them {_listed(parts)}.",
+        f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}: {where}.",
         tuple(worst),
         tuple((image_id, target) for image_id, target in examples),
         {"pairs": total, "share": share},
@@ -550,16 +551,17 @@ def _check_edge(facts: Facts) -> Iterator[Finding]:
         "WHERE distance < $edge * usual GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 4",
         {"edge": EDGE},
     )
-    between = _listed([f"{facts.name(a)} and {facts.name(b)} ({number:,})" for a, b, number in cells[:3]])
+    between = _listed([f"{facts.name(a)} / {facts.name(b)} ({number:,})" for a, b, number in cells[:3]])
+    between = f"most between {between}" if len(cells) > 3 else f"between {between}"
     share = count / images
     yield Finding(
         "edge",
         0.3 + 0.25 * min(1.0, share / 0.05),
         f"{plural(count, 'image')} on the edge",
         f"{plural(count, 'image')} ({percent(share)}) {'sits' if count == 1 else 'sit'} on the edge: another class is "
-        f"less than {percent(EDGE)} of the usual distance away ({usual:.1f} is the median to the nearest class). Most "
-        f"are between {between}. Closest: "
-        f"{image_id}, seen as {facts.name(source)}, is {facts.name(target)} after {plural(steps, 'step')}.",
+        f"less than {percent(EDGE)} of the usual distance away ({usual:.1f} is the median to the nearest class), "
+        f"{between}. Closest: {image_id}, seen as {facts.name(source)}, is {facts.name(target)} after "
+        f"{plural(steps, 'step')}.",
         tuple((a, b) for a, b, _ in cells),
         tuple((row[0], row[2]) for row in rows),
         {"images": count, "share": share, "usual": usual},

@@ -186,6 +186,9 @@ function describe(s, t, a) {
     `median ${number(maps.median_steps[s][t])} steps over a latent distance of ${number(maps.median_distance[s][t])}, ` +
     `epistemic ${number(maps.epistemic_initial[s][t])} → ${number(maps.epistemic_final[s][t])} nats`;
 }
+// A median of so few pairs says little: such cells are dotted, and no finding is drawn from them.
+const FEW = 5;
+let fewSeen = false;
 function grid(a) {
   const audit = data.audits[a], [low, high] = domain(metric), picturesIn = metric.key === "change";
   const size = K > 28 ? " tiny" : K > 14 ? " dense" : "", totals = !picturesIn && K <= 28;
@@ -204,11 +207,13 @@ function grid(a) {
       else if (picturesIn) { cell.append(audit.change ? meanChange(audit.change[s][t], 40, `mean change ${arrow(s, t)}`) : ""); cell.setAttribute("aria-label", `${arrow(s, t)}: mean change`); }
       else {
         const v = value === null ? 0 : (value - low) / (high - low || 1);
-        cell.className = "value" + (v > (document.documentElement.dataset.theme === "dark" ? 0.58 : 0.7) ? " high" : "");
+        const few = audit.maps.pairs[s][t] < FEW;
+        fewSeen ||= few;
+        cell.className = "value" + (few ? " few" : "") + (v > (document.documentElement.dataset.theme === "dark" ? 0.58 : 0.7) ? " high" : "");
         cell.style.setProperty("--heat", mixed(Math.max(0, Math.min(1, v))));
         // Inside a cell the legend's unit is understood.
         cell.textContent = K > 28 ? "" : format(metric, value).replace(" %", "");
-        cell.setAttribute("aria-label", `${arrow(s, t)}: ${format(metric, value)}`);
+        cell.setAttribute("aria-label", `${arrow(s, t)}: ${format(metric, value)}${few ? `, of ${count(audit.maps.pairs[s][t], "pair")} only` : ""}`);
       }
       row.append(cell);
     }
@@ -225,12 +230,13 @@ function grid(a) {
 }
 const cellAt = (s, t, a = 0) => $("map").querySelector(`td[data-s="${s}"][data-t="${t}"][data-a="${a}"]`);
 function drawMaps() {
+  fewSeen = false;
   $("map").replaceChildren(...data.audits.map((_, a) => grid(a)));
   const [low, high] = domain(metric);
   $("legend").replaceChildren(...(metric.key === "change"
     ? [el("span", {}, "taken away"), el("span", { class: "bar signed", role: "img", "aria-label": "blue to orange" }), el("span", {}, "added")]
     : [el("span", {}, format(metric, low)), el("span", { class: "bar", role: "img", "aria-label": "light to dark" }), el("span", {}, format(metric, high)), el("b", {}, metric.unit)]),
-    el("span", {}, metric.doc));
+    el("span", {}, metric.doc), fewSeen && metric.key !== "pairs" ? el("span", {}, el("i", { class: "dotted" }), `fewer than ${FEW} pairs`) : null);
   mark();
 }
 function mark() {
@@ -415,7 +421,7 @@ function look(id) {
     parts.push(el("ol", { class: "towards", "aria-label": "Counterfactuals, nearest first" }, rows.map(([t, row]) =>
       el("li", {}, el("h4", {}, `→ ${names[t]}`), el("div", { class: "duo" }, picture(row[field.cf], large, `image ${id}, counterfactual ${names[t]}`),
         difference(audit.reconstructions[id] ?? image.x, row[field.cf], large, `image ${id}, what changes towards ${names[t]}`)),
-        strip(row, row[field.source], t, Math.min(small, 28)), rowFacts(row, t, [])))));
+        rowFacts(row, t, []), strip(row, row[field.source], t, Math.min(small, 28))))));
     if (!rows.length) parts.push(el("p", { class: "quiet-text" }, "No counterfactual of this image was asked for."));
   });
   box.replaceChildren(...parts);

@@ -794,7 +794,8 @@ class _Page:
                     "kind": finding.kind,
                     "level": finding.level,
                     "title": finding.title,
-                    "sentence": finding.sentence,
+                    # A class pair stays on one line.
+                    "sentence": finding.sentence.replace(" → ", "\u00a0→\u00a0"),
                     "audit": self.views[i].name,
                     "evidence": evidence,
                     "pairs": [
@@ -842,7 +843,7 @@ class _Page:
                         "label": names[row["label"]],
                         "source": names[row["source"]],
                         "suspicion": row["suspicion"],
-                        "label_prob": f"{row['label_prob']:.2g}",
+                        "label_prob": _probability(row["label_prob"]),
                         "neighbours": "–" if row["neighbours"] is None else findings.percent(row["neighbours"]),
                         "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
                     }
@@ -852,6 +853,8 @@ class _Page:
             "Suspicion asks whether an image is an ordinary member of another class, by the ensemble and by the labels "
             f"of its {findings.NEIGHBOURS} nearest codes; 0.5 and more is told as a finding."
         )
+        if rows and rows[0]["suspicion"] <= 0.5:
+            note += " None is as high here: these are the doubtful ones, not the wrong ones."
         if folds:
             note += f" Each image was explained by the one of {folds} ensembles that did not see it in training."
         elif view.audit.plan.dataset.get("split") == "train":
@@ -916,10 +919,10 @@ class _Page:
                 "cf": None if pair is None else pair[len(_FIGURES)],
                 "label": row["label_name"],
                 "prediction": names[row["prediction"]],
-                "their_prob": None if row["their_prob"] is None else f"{row['their_prob']:.2g}",
+                "their_prob": None if row["their_prob"] is None else _probability(row["their_prob"]),
                 "source": names[row["source"]],
-                "source_prob": f"{row['source_prob']:.2g}",
-                "prediction_prob": f"{row['prediction_prob']:.2g}",
+                "source_prob": _probability(row["source_prob"]),
+                "prediction_prob": _probability(row["prediction_prob"]),
                 "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
             }
             for row, pair in zip(self.disagreements, found)
@@ -946,6 +949,11 @@ class _Page:
 def _signed(change: np.ndarray) -> np.ndarray:
     """A change in [-1, 1] as a picture: grey for none, brighter for added, darker for taken away; channels averaged."""
     return np.repeat(0.5 + 0.5 * np.clip(change.mean(0, keepdims=True), -1, 1), len(change), 0)
+
+
+def _probability(value: float) -> str:
+    """A probability of a table: two digits, and never quite one."""
+    return ">0.99" if value > 0.995 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _short(value: Any) -> Any:
@@ -1053,7 +1061,12 @@ def _confusion(view: _View) -> dict[str, Any] | None:
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     worst = [
-        {"label": view.class_names[i], "source": view.class_names[j], "count": int(wrong[i, j])}
+        {
+            "label": view.class_names[i],
+            "source": view.class_names[j],
+            "count": int(wrong[i, j]),
+            "pair": f"{j}-{i}" if view.facts.pairs["pairs"][j, i] > 0 else None,
+        }
         for i, j in (divmod(int(cell), len(counts)) for cell in np.argsort(-wrong, axis=None, kind="stable")[:8])
         if wrong[i, j]
     ]
