@@ -125,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ray.exceptions.RayError as error:
+        print(f"error: {error}\nthe same command resumes", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 1
@@ -236,11 +239,29 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    listen_for_the_end()
     try:
         ray.init(object_store_memory=OBJECT_STORE_BYTES, **quiet)
     except ValueError:  # one that runs already brings its own store
         ray.init(**quiet)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except Exception as error:  # of no kind of its own: a machine too busy for Ray's patience of 30 seconds
+        raise ray.exceptions.RaySystemError(f"Ray did not start: {error}") from None
+    listen_for_the_end()  # Ray took SIGTERM for itself
+
+
+def listen_for_the_end() -> None:
+    """Let SIGTERM end the run as Ctrl-C does, and a second signal at once."""
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        # What Ray's processes then say of their own end goes to stdout: tasks that lost their actor, a stack trace of
+        # its autoscaler. Errors of this process go to stderr as before.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
 
 
 def nodes() -> list[dict[str, float]]:

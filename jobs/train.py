@@ -273,7 +273,11 @@ def progress() -> Iterator[Any]:
         last = False
         while not last:
             last = done.wait(0.5)
-            for line in ray.get(actor.take.remote()):
+            try:
+                lines = ray.get(actor.take.remote())
+            except ray.exceptions.RayError:  # its end is told by whoever ended it; the training goes on without
+                return
+            for line in lines:
                 say(line)
 
     listener = threading.Thread(target=listen, daemon=True)
