@@ -1,7 +1,7 @@
 """Figures: the grids, curves and maps of notebooks, of the README and of the comparison.
 
-Knows how to draw arrays. Does not know models, methods or audits; nothing global is touched: no pyplot, no backend, no
-style outside the figure being made. Every figure reads in greyscale: what colour tells, a dash, a marker or a shade
+Knows how to draw arrays, and which rows of an audit they come from. Nothing global is touched: no pyplot, no backend,
+no style outside the figure being made. Every figure reads in greyscale: what colour tells, a dash, a marker or a shade
 tells too.
 
 Shapes: R rows and Q columns of a grid, C, H, W image, K classes, M members, T points of a curve, N points.
@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -27,6 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from clarity import schema, storage
+
+if TYPE_CHECKING:
+    from clarity.audit import Audit
 
 Array = np.ndarray
 
@@ -308,13 +311,16 @@ def class_pair_map(
     picture = _picture(side + 0.7, side)
     place = picture.subplots()
     low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0.0, 1.0)
+    if percent:  # up to all; a point or two below it is no dark spot
+        low, high = min(0.95, np.floor(low * 20) / 20), 1.0
     scale = Normalize(low, high if high > low else low + 1)
+    decimals = 0 if high >= 100 else 1 if high >= 10 else 2 if high >= 1 else 3
     cmap = matplotlib.colormaps["gray" if low_is_bad else "gray_r"]
     shown = place.imshow(np.ma.masked_invalid(values), cmap=cmap, norm=scale)
     for i in range(count):
         for j in range(count):
             if np.isfinite(values[i, j]):
-                text = f"{100 * values[i, j]:.0f}" if percent else f"{values[i, j]:.3g}"
+                text = f"{100 * values[i, j]:.0f}" if percent else f"{values[i, j]:.{decimals}f}"
                 dark = cmap(scale(values[i, j]))[0] < 0.5
                 place.text(j, i, text, color="white" if dark else "black", fontsize=6, **TEXT)
     place.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 3 else 0)
@@ -550,3 +556,150 @@ def score_bars(scores: Mapping[str, tuple[float, float, float]], *, label: str) 
     place.set_xlabel(label)
     place.grid(axis="x", lw=0.3, color="0.8")
     return picture
+
+
+# --- of an audit ------------------------------------------------------------------------------------------------------
+
+#: What ``class_pairs`` can show: title, label with its unit, whether it is a share, whether low values are bad.
+PAIR_FIGURES = {
+    "strict_validity": ("Strict validity", "share of pairs that converged", True, True),
+    "reencoded_agreement": ("Re-encoded agreement", "share of pairs still seen as the target", True, True),
+    "median_steps": ("Steps", "updates, median of converged pairs", False, False),
+    "median_distance": ("Latent distance", "L1, median of converged pairs", False, False),
+    "epistemic_final": ("Epistemic uncertainty after", "nats, median", False, False),
+}
+
+
+def class_pairs(audit: Audit, what: str = "median_distance") -> Picture:
+    """How every class becomes every other in an audit: one of PAIR_FIGURES as a K x K map."""
+    if what not in PAIR_FIGURES:
+        raise ValueError(f"unknown figure {what!r}; choose from {', '.join(PAIR_FIGURES)}")
+    column = {"median_steps": "steps", "median_distance": "distance_z_l1", "epistemic_final": "epistemic_final"}
+    names = ["source", "target", "converged", "reencoded_class", *([column[what]] if what in column else [])]
+    table = audit.counterfactuals.to_table(columns=names)
+    source, target, converged, again = (table[name].to_numpy() for name in names[:4])
+    if what in column:
+        values = table[column[what]].to_numpy()
+        kept = converged if what.startswith("median") else np.isfinite(values)
+        source, target, values = source[kept], target[kept], values[kept]
+    else:
+        values = converged if what == "strict_validity" else again == target
+    count = len(audit.class_names)
+    cell = source * count + target
+    order = np.argsort(cell, kind="stable")
+    cells, starts = np.unique(cell[order], return_index=True)
+    middle = np.median if what in column else np.mean
+    shown = np.full(count * count, np.nan)
+    for place, part in zip(cells, np.split(values[order], starts[1:])):
+        shown[place] = middle(part)
+    title, label, percent, low_is_bad = PAIR_FIGURES[what]
+    square = shown.reshape(count, count)
+    return class_pair_map(square, audit.class_names, title=title, label=label, percent=percent, low_is_bad=low_is_bad)
+
+
+class Counterfactual:
+    """One counterfactual of an audit, which shows itself as the last line of a notebook cell.
+
+    Args:
+        audit: of ``clarity.read_audit``.
+        image_id: which image.
+        target: name of the wanted class.
+
+    Raises:
+        ValueError: the audit holds no such pair.
+    """
+
+    def __init__(self, audit: Audit, image_id: str, target: str) -> None:
+        import pyarrow.compute as pc
+
+        mine = pc.field("image_id") == image_id
+        rows = audit.counterfactuals.to_table(filter=mine & (pc.field("target_name") == target))
+        if not len(rows):
+            seen = audit.codes.to_table(columns=["source_name", "status"], filter=mine).to_pylist()
+            why = f"it is seen as {seen[0]['source_name'] or seen[0]['status']}" if seen else "there is no such image"
+            raise ValueError(f"no counterfactual of image {image_id!r} towards {target!r}: {why}")
+        self.audit = audit
+        #: The pair's row of ``counterfactuals``, and the image's of ``codes``.
+        self.row: dict[str, Any] = rows.to_pylist()[0]
+        self.code: dict[str, Any] = audit.codes.to_table(filter=mine).to_pylist()[0]
+        self._tables = {"z_cf": rows, "z": audit.codes.to_table(filter=mine)}
+
+    def _decoded(self, column: str) -> Array:
+        from clarity.explain import decode
+
+        return decode(self.audit, self._tables[column], column=column)[0]
+
+    def _stored(self, value: bytes | None, column: str) -> Array:
+        return self._decoded(column) if value is None else schema.from_png([value], self.audit.plan.image_shape)[0]
+
+    def picture(self) -> Picture:
+        """Original, reconstruction, counterfactual and difference; without stored pictures from the codes alone."""
+        row, reconstruction = self.row, self._decoded("z")
+        p = f"p({row['target_name']}) = {row['target_prob_final']:.3f}, {row['steps']} steps"
+        x = self._stored(self.code["x"], "z")
+        return counterfactual(
+            x,
+            self._stored(row["x_cf"], "z_cf"),
+            source=row["source_name"],
+            target=row["target_name"],
+            reconstruction=reconstruction,
+            note=p if row["converged"] else f"{p}, not converged",
+        )
+
+    def _repr_png_(self) -> bytes:
+        return self.picture().render("png")
+
+    @functools.cached_property
+    def trace(self) -> pa.Table:
+        """The search, one row a step: as the audit recorded it, else searched once more by the plain engine."""
+        import pyarrow.compute as pc
+
+        row, audit = self.row, self.audit
+        if audit.traces is not None:
+            here = (pc.field("image_id") == row["image_id"]) & (pc.field("target") == row["target"])
+            if len(table := audit.traces.to_table(filter=here)):
+                return table.sort_by("step")
+        from clarity.checkpoints import load_model
+        from clarity.explain import Explainer
+        from clarity.search import SearchConfig
+
+        if self.code["x"] is None:
+            raise ValueError("an audit with --images none lacks the image to search from: make it with --trace")
+        plan = audit.plan
+        explainer = Explainer(
+            load_model(storage.join(audit.uri, "model")),
+            plan.method,
+            SearchConfig(**plan.config),
+            targets=[row["target"]],
+            by_fold=bool(plan.model.get("num_folds")),
+            engine="plain",
+        )
+        pixels = schema.from_png([self.code["x"]], plan.image_shape)
+        columns = [[row["image_id"]], [None], schema.fixed_size_list(pixels.reshape(1, -1)), [None]]
+        shard = pa.table(columns, schema=schema.shard_schema(plan.image_shape))
+        traces = explainer.explain_shard(shard, trace=1).traces
+        assert traces is not None
+        return traces.sort_by("step")
+
+    def path(self, frames: int = 8) -> Picture:
+        """The search as a strip of pictures, with the step and the target's probability under each."""
+        from clarity.explain import decode
+
+        steps = self.trace["step"].to_numpy()
+        chosen = np.unique(np.round(np.linspace(0, len(steps) - 1, frames)).astype(int))
+        some = self.trace.take(pa.array(chosen))
+        images = list(decode(self.audit, some, column="z"))
+        return path_strip(
+            images, steps[chosen].tolist(), some["target_prob"].to_pylist(), target=self.row["target_name"]
+        )
+
+    def uncertainty(self) -> Picture:
+        """Target probability, aleatoric and epistemic uncertainty at each step of the search."""
+        if self.trace["epistemic"].null_count:
+            raise ValueError(f"the method {self.row['method']} has a single classifier: no epistemic uncertainty")
+        probs, aleatoric, epistemic = (self.trace[n].to_numpy() for n in ("target_prob", "aleatoric", "epistemic"))
+        ends = (self._decoded("z"), self._stored(self.row["x_cf"], "z_cf"))
+        names = {"source": self.row["source_name"], "target": self.row["target_name"]}
+        return uncertainty_curve(
+            Trace(probs, aleatoric, epistemic, ends), **names, name=f"image {self.row['image_id']}"
+        )

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pyarrow as pa
 import pytest
+from audits import Planted, make_tables, write_audit
 from PIL import Image
 
-from clarity import plots, schema
+from clarity import audit, plots, schema
 
 C, H, W, K = 3, 8, 12, 4
 
@@ -145,3 +147,58 @@ def test_wrong_shapes_are_refused() -> None:
         plots.counterfactual(np.zeros((2, H, W)), np.zeros((2, H, W)), source="a", target="b")
     with pytest.raises(ValueError, match="strip"):
         plots.path_strip([image(0)], [0, 1], [0.5], target="a")
+
+
+# ---- of an audit -----------------------------------------------------------------------------------------------------
+
+
+def test_class_pairs_are_those_of_a_loop(tmp_path: Path) -> None:
+    tables = make_tables(planted=Planted(hard=(1, 3), lost=2))
+    opened = audit.read_audit(write_audit(tmp_path / "audit", tables))
+    rows = tables.counterfactuals.to_pylist()
+    for what in plots.PAIR_FIGURES:
+        shown = plots.class_pairs(opened, what).axes[0].images[0].get_array()
+        for source in range(4):
+            for target in range(4):
+                mine = [row for row in rows if (row["source"], row["target"]) == (source, target)]
+                good = [row for row in mine if row["converged"]]
+                expected = {
+                    "strict_validity": lambda mine=mine, good=good: len(good) / len(mine),
+                    "reencoded_agreement": lambda mine=mine: np.mean(
+                        [row["reencoded_class"] == row["target"] for row in mine]
+                    ),
+                    "median_steps": lambda good=good: np.median([row["steps"] for row in good]),
+                    "median_distance": lambda good=good: np.median([row["distance_z_l1"] for row in good]),
+                    "epistemic_final": lambda mine=mine: np.median([row["epistemic_final"] for row in mine]),
+                }[what]
+                if source == target:
+                    assert np.ma.is_masked(shown[source, target])
+                else:
+                    assert shown[source, target] == pytest.approx(expected(), rel=1e-5)
+    with pytest.raises(ValueError, match="choose from strict_validity"):
+        plots.class_pairs(opened, "steps")
+
+
+def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any) -> None:
+    tables = make_tables()
+    opened = audit.read_audit(write_audit(tmp_path / "audit", tables, tiny_model))
+    row = tables.counterfactuals.filter(tables.counterfactuals["target_name"].to_numpy() == "dog").to_pylist()[0]
+    found = plots.Counterfactual(opened, row["image_id"], "dog")
+    assert found.row["steps"] == row["steps"] and found.code["image_id"] == row["image_id"]
+    picture = found.picture()
+    assert [place.get_title() for place in picture.axes] == [
+        "original", "reconstruction", f"{row['source_name']} → dog", "difference",
+    ]  # fmt: skip
+    stored = schema.from_png([row["x_cf"]], tables.image_shape)[0, 0] / 255
+    assert np.allclose(picture.axes[2].images[0].get_array(), stored)
+    assert found._repr_png_().startswith(b"\x89PNG")
+    # The search again, by the audit's own model and configuration.
+    steps = found.trace["step"].to_pylist()
+    assert steps == list(range(len(steps))) and set(found.trace["target"].to_pylist()) == {3}
+    strip = found.path(frames=4)
+    assert len([place for place in strip.axes if place.images]) == min(4, len(steps))
+    assert found.uncertainty().axes[0].get_xlabel() == "step"
+    with pytest.raises(ValueError, match="it is seen as"):
+        plots.Counterfactual(opened, row["image_id"], row["source_name"])
+    with pytest.raises(ValueError, match="no such image"):
+        plots.Counterfactual(opened, "nobody", "dog")
