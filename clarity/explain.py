@@ -471,7 +471,7 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
             known = listing["label_name"].unique().drop_null().to_pylist()
             if unknown := sorted(set(names) - set(known)):
                 raise ValueError(
-                    f"--where {condition}: no image has the label {unknown[0]!r}; there are {', '.join(known)}"
+                    f"--where {condition}: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}"
                 )
             listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
         elif kind == "ids" and value:

@@ -1,4 +1,4 @@
-"""Bad input, and what each kind of it gets. ``python tests/test_bad_input.py`` prints the table as Markdown.
+"""Bad input, and what each kind of it gets. ``python tests/test_bad_input.py`` prints the tables as Markdown.
 
 Three outcomes: *refused* at the door, by a ValueError or, where a place cannot be listed, a StorageError; an *error
 row* in ``codes``, its neighbours unharmed; *read*, as it can be made good use of. Each reason says what was expected,
@@ -7,7 +7,10 @@ what was found, and what to do.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
+import importlib.util
 import io
 import os
 import re
@@ -477,6 +480,116 @@ def test_bad_input_gets_what_the_table_says(kind: str, build: Builder, outcome: 
         assert "secret" not in message
 
 
+# Requests that jobs/explain_all.py refuses on the driver, exit code 2, before it starts Ray and before it writes
+
+
+def filled_with(name: str) -> Callable[[Path], list[str]]:
+    """--out is a directory that holds something."""
+
+    def argv(root: Path) -> list[str]:
+        (root / "taken").mkdir()
+        (root / "taken" / name).write_bytes(b"{}")
+        return ["--out", str(root / "taken")]
+
+    return argv
+
+
+def a_file(flag: str, *below: str) -> Callable[[Path], list[str]]:
+    """The place of ``flag`` is a file, or below one."""
+
+    def argv(root: Path) -> list[str]:
+        (root / "file").write_bytes(b"mine")
+        return [flag, str(root.joinpath("file", *below))]
+
+    return argv
+
+
+def ids_file(content: str) -> Callable[[Path], list[str]]:
+    def argv(root: Path) -> list[str]:
+        (root / "ids.txt").write_text(content)
+        return ["--where", f"ids={root / 'ids.txt'}"]
+
+    return argv
+
+
+def closed(root: Path) -> list[str]:
+    """--out where this user may not write; the test itself may run as a user who may write everywhere."""
+    return ["--out", "/proc/nowhere/audit"]
+
+
+#: name, flags beside a good command's (or what makes them), what the message must say.
+BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
+    ("unknown method", ["--method", "gradcam"], "invalid choice: 'gradcam' (choose from"),
+    ("method that the model lacks classifiers for", ["--method", "fgsm"], "train it with --image-members"),
+    ("unknown target", ["--targets", "11"], "unknown class '11'; choose from 0, 1, 2"),
+    ("unknown target among known ones", ["--targets", "3", "three"], "unknown class 'three'"),
+    ("unknown engine", ["--engine", "warp"], "invalid choice: 'warp'"),
+    ("unknown form of pictures", ["--images", "jpeg"], "invalid choice: 'jpeg'"),
+    ("unknown flag", ["--treshold", "1"], "unrecognized arguments: --treshold"),
+    ("probability of 1", ["--min-target-prob", "1"], "SearchConfig.min_target_prob: expected"),
+    ("probability that is not a number", ["--min-target-prob", "nan"], "SearchConfig.min_target_prob: expected"),
+    ("negative number of steps", ["--max-steps", "-1"], "SearchConfig.max_steps: expected"),
+    ("number of steps in words", ["--max-steps", "ten"], "invalid int value: 'ten'"),
+    ("learning rate of zero", ["--learning-rate", "0"], "SearchConfig.learning_rate: expected"),
+    ("infinite learning rate", ["--learning-rate", "inf"], "SearchConfig.learning_rate: expected"),
+    ("negative weight of the distance", ["--distance-weight", "-1"], "SearchConfig.distance_weight: expected"),
+    ("step size of zero", ["--step-size", "0"], "SearchConfig.step_size: expected"),
+    ("no images asked for", ["--limit", "0"], "--limit: expected at least 1, got 0"),
+    ("shards of no images", ["--shard-rows", "-1"], "--shard-rows: expected at least 1, got -1"),
+    ("condition that is none", ["--where", "size=8"], "expected label=NAME[,NAME...], ids=FILE or misclassified"),
+    ("label that no image has", ["--where", "label=x"], "no image has the label 'x'; there are 0, 1"),
+    ("ids that are not in the data", ids_file("test/0001\ntest/9999\n"), "1 ids are not in the data, the first"),
+    ("file of ids that is missing", ["--where", "ids=/nowhere/ids.txt"], "cannot read /nowhere/ids.txt"),
+    ("file of ids that is empty", ids_file(""), "no image is left after --where"),
+    ("attributes of data that has none", ["--attributes", "Hat"], "Hat"),
+    ("model that is missing", ["--model", "/nowhere"], "no model in /nowhere; train one first: python"),
+    ("model that is a file", a_file("--model"), "train one first: python"),
+    ("model on an unknown kind of store", ["--model", "gs://bucket/model"], "found the scheme 'gs'"),
+    ("output path that is a file", a_file("--out"), "expected a directory, found a file; choose another --out"),
+    ("output path below a file", a_file("--out", "audit"), "a file stands where a directory is expected"),
+    ("output directory that holds other files", filled_with("cat.png"), "found cat.png; choose another --out"),
+    ("output directory that holds another model", filled_with("model.json"), "found model.json; choose another --out"),
+    ("output directory whose plan is none", filled_with("plan.json"), "plan.json is damaged"),
+    ("output where nobody may write", closed, "cannot make /proc/nowhere"),
+    ("output on an unknown kind of store", ["--out", "https://host/audit"], "found the scheme 'https'"),
+    ("password in the output's place", ["--out", "s3://me:secret@bucket/audit"], "found some in s3://***@bucket/audit"),
+]
+
+
+def refusal(model: Path, argv: list[str] | Callable[[Path], list[str]], root: Path) -> tuple[int, str]:
+    """Exit code and last line of the job on a bad request; nothing is left of it where --out was free."""
+    import ray
+
+    spec = importlib.util.spec_from_file_location("explain_all_refusing", ROOT / "jobs/explain_all.py")
+    assert spec and spec.loader
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    job.start_ray = lambda: pytest.fail("Ray was started")
+    assert ray is job.ray
+    free = root / "free"
+    more = argv(root) if callable(argv) else argv
+    said, printed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+        try:
+            code = job.main(["--model", str(model), "--out", str(free), "--limit", "4", *more])
+        except SystemExit as error:  # argparse
+            code = error.code
+    assert not free.exists() and not printed.getvalue(), "something was begun"
+    return code, said.getvalue().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("argv", "said"), [kind[1:] for kind in BAD_REQUESTS], ids=[kind[0] for kind in BAD_REQUESTS])
+def test_bad_requests_are_refused_before_anything_starts(
+    argv: list[str] | Callable[[Path], list[str]], said: str, tiny_digits_model: Path, tmp_path: Path
+) -> None:
+    code, message = refusal(tiny_digits_model, argv, tmp_path)
+    assert code == 2 and said in message, message
+    assert "secret" not in message
+    # What lay at --out lies there still.
+    for path in tmp_path.rglob("*"):
+        assert path.name in ("taken", "file", "ids.txt", "cat.png", "model.json", "plan.json"), path
+
+
 # Kinds without end
 
 
@@ -552,16 +665,53 @@ def _ids(dataset: data.Dataset) -> list[str]:
         return []
 
 
+def cell(message: str, root: str) -> str:
+    message = re.sub(r"/tmp/tmp\w+", "DIR", message.replace(root, "DIR").replace(f"{ROOT}/", ""))
+    return message.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
 def markdown() -> str:
-    """The table, from what really happens."""
+    """The tables, from what really happens: images and data sets, models, requests."""
+    import conftest
+    import test_checkpoints
+
+    from clarity.checkpoints import load_model, save_model
+
     lines = ["| input | outcome | what is said |", "|---|---|---|"]
     for kind, build, _, note in BAD_INPUT:
         with tempfile.TemporaryDirectory() as root:
             outcome, message = build(Path(root))
-        message = re.sub(r"/tmp/tmp\w+", "DIR", message.replace(root, "DIR")) or note
-        message = message.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-        lines.append(f"| {kind} | {outcome} | {message} |")
+        lines.append(f"| {kind} | {outcome} | {cell(message or note, root)} |")
+    lines += ["", "| model directory with | outcome | what is said |", "|---|---|---|"]
+    before = os.getcwd()
+    for kind, change, _ in test_checkpoints.BAD_MODELS:
+        with tempfile.TemporaryDirectory() as root:
+            os.chdir(root)
+            path = Path(root, "model")
+            save_model(test_checkpoints.full_model.__wrapped__(conftest.tiny_model.__wrapped__()), path)
+            change(path)
+            outcome, message = outcome_of(functools.partial(load_model, path))
+            assert "exploded" not in os.listdir(root)
+            os.chdir(before)
+        lines.append(f"| {kind} | {outcome} | {cell(message, root)} |")
+    lines += ["", "| request | exit code | what is said |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as made:
+        conftest.tiny_digits_model.__wrapped__(_Directory(made))
+        for kind, argv, _ in BAD_REQUESTS:
+            with tempfile.TemporaryDirectory() as root:
+                code, message = refusal(Path(made, "digits"), argv, Path(root))
+            lines.append(f"| {kind} | {code} | {cell(message.partition('error: ')[2], root)} |")
     return "\n".join(lines)
+
+
+class _Directory:
+    """In the place of pytest's maker of directories."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def mktemp(self, _: str) -> Path:
+        return Path(self.place)
 
 
 if __name__ == "__main__":
