@@ -423,7 +423,7 @@ def _check_unconverged(facts: Facts) -> Iterator[Finding]:
     wanted = f"a target probability of {gamma:g}" if gamma is not None else "the wanted target probability"
     within = f" within {limit:,} steps" if limit is not None else ""
     parts = [f"{facts.arrow(*cell)} ({failed[cell]:,.0f} of {facts.pairs['pairs'][cell]:,.0f})" for cell in worst[:3]]
-    where = f"most of them {_listed(parts)}" if (failed > 0).sum() > 3 else _listed(parts)
+    where = f"most often {_listed(parts)}" if (failed > 0).sum() > 3 else _listed(parts)
     examples = _rows(
         facts.con,
         "SELECT image_id, target FROM counterfactuals WHERE NOT converged "
@@ -610,12 +610,13 @@ def _check_reencoding(facts: Facts) -> Iterator[Finding]:
     share = float(np.nansum(lost) / max(1, facts.num_pairs))
     if share < 0.01:
         return
-    cells = _ranked(np.where((pairs >= 5) & (lost >= 1), 1 - agreement, np.nan))[:6]
+    enough = pairs >= min(5, np.nanmax(pairs))  # a small audit has no class pair of five
+    cells = _ranked(np.where(enough & (lost >= 1), 1 - agreement, np.nan))[:6]
     parts = [f"{facts.arrow(*cell)} ({percent(1 - agreement[cell])})" for cell in cells[:3]]
     yield Finding(
         "reencoding",
         min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
-        f"{percent(share)} of the counterfactuals do not survive being looked at",
+        f"{percent(share)} of the counterfactuals do not survive re-encoding",
         f"Decoded, rounded to 8 bits and encoded again, {percent(share)} of the counterfactuals are no longer seen "
         "as their target" + (f"; most often {_listed(parts)}." if parts else "."),
         tuple(cells),

@@ -183,22 +183,24 @@ function describe(s, t, a) {
   const maps = data.audits[a].maps;
   if (maps.pairs[s][t] === null) return "no pairs";
   return `${count(maps.pairs[s][t], "pair")}, strict validity ${share(maps.strict_validity[s][t])}, re-encoded agreement ${share(maps.reencoded_agreement[s][t])}, ` +
-    `median ${number(maps.median_steps[s][t])} steps over a latent distance of ${number(maps.median_distance[s][t])}, ` +
-    `epistemic ${number(maps.epistemic_initial[s][t])} → ${number(maps.epistemic_final[s][t])} nats`;
+    (maps.median_steps[s][t] === null ? "nothing converged" : `median ${number(maps.median_steps[s][t])} steps over a latent distance of ${number(maps.median_distance[s][t])}`) +
+    (maps.epistemic_final[s][t] === null ? "" : `, epistemic ${number(maps.epistemic_initial[s][t])} → ${number(maps.epistemic_final[s][t])} nats`);
 }
-// A median of so few pairs says little: such cells are dotted, and no finding is drawn from them.
+// A median of so few pairs says little: such cells have a corner cut off.
 const FEW = 5;
 let fewSeen = false;
 function grid(a) {
   const audit = data.audits[a], [low, high] = domain(metric), picturesIn = metric.key === "change";
   const size = K > 28 ? " tiny" : K > 14 ? " dense" : "", totals = !picturesIn && K <= 28;
-  const table = el("table", { class: "grid" + size, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
+  // Many classes: the whole map in sight, with as many of the names as have room.
+  const side = Math.max(5, Math.min(9, Math.floor(($("map").clientWidth - 96) / K))), every = K > 28 ? Math.ceil(9 / side) : 1;
+  const table = el("table", { class: "grid" + size, style: `--side: ${side}px`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
   const head = el("tr", {}, el("td", { class: "corner mean" }, K > 28 ? "" : "seen ↓ wanted →"),
-    names.map((name) => el("th", { scope: "col", title: name }, name)), totals ? el("th", { scope: "col", title: "mean", "aria-label": "mean" }, "ø") : null);
+    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : name)), totals ? el("th", { scope: "col", title: "mean", "aria-label": "mean" }, "ø") : null);
   const body = el("tbody");
   const meanCell = (values, weights) => el("td", { class: "mean" }, format(metric, mean(values, weights)));
   for (let s = 0; s < K; s++) {
-    const row = el("tr", {}, el("th", { scope: "row", title: names[s] }, names[s]));
+    const row = el("tr", {}, el("th", { scope: "row", title: names[s], "aria-label": names[s] }, s % every ? [] : names[s]));
     for (let t = 0; t < K; t++) {
       const value = picturesIn ? null : audit.maps[metric.key][s][t], asked = audit.maps.pairs[s][t] !== null;
       const cell = el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a });
@@ -236,7 +238,7 @@ function drawMaps() {
   $("legend").replaceChildren(...(metric.key === "change"
     ? [el("span", {}, "taken away"), el("span", { class: "bar signed", role: "img", "aria-label": "blue to orange" }), el("span", {}, "added")]
     : [el("span", {}, format(metric, low)), el("span", { class: "bar", role: "img", "aria-label": "light to dark" }), el("span", {}, format(metric, high)), el("b", {}, metric.unit)]),
-    el("span", {}, metric.doc), fewSeen && metric.key !== "pairs" ? el("span", {}, el("i", { class: "dotted" }), `fewer than ${FEW} pairs`) : null);
+    el("span", {}, metric.doc), ...(fewSeen && metric.key !== "pairs" ? [el("span", {}, el("i", { class: "few" }), `fewer than ${FEW} pairs`)] : []));
   mark();
 }
 function mark() {
@@ -346,8 +348,7 @@ function gallery(s, t) {
     el("div", { class: "step" },
       el("button", { class: "small-button", type: "button", title: "the other way", on: { click: () => go(t, s) } }, `⇄ ${arrow(t, s)}`),
       el("button", { class: "small-button", type: "button", on: { click: () => { const cell = cellAt(s, t); cell.scrollIntoView({ block: "nearest" }); cell.focus(); } } }, "To the map")));
-  const about = el("p", { class: "note" });
-  data.audits.forEach((audit, a) => about.append((data.audits.length > 1 ? audit.name + ": " : "") + describe(s, t, a) + ". "));
+  const about = el("div", {}, data.audits.map((audit, a) => el("p", { class: "note" }, data.audits.length > 1 ? el("b", {}, audit.name + ": ") : null, describe(s, t, a) + ".")));
   const notes = el("div", { class: "pair-note" });
   box.replaceChildren(head, notes);
   const changes = data.audits.filter((audit) => audit.change && audit.change[s][t] >= 0);

@@ -1,4 +1,4 @@
-"""The README against the code: it names every flag, column, source and method, and its commands and queries run."""
+"""README and reference against the code: every flag, column, source and method is named, commands and queries run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from clarity.schema import CODES_DOC, COUNTERFACTUALS_DOC, PREDICTIONS_DOC
+from clarity.schema import CODES_DOC, COUNTERFACTUALS_DOC, PREDICTIONS_DOC, TRACES_DOC
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 
 
@@ -26,10 +27,11 @@ def flags_of(job: Path) -> list[str]:
 
 
 def section(title: str) -> str:
-    """The text under a heading, up to the next heading of the same or a higher rank."""
-    match = re.search(rf"^(#+) {re.escape(title)}$", README, re.MULTILINE)
-    assert match, f"README.md has no section {title!r}"
-    rest = README[match.end() :]
+    """The text under a heading of either file, up to the next heading of the same or a higher rank."""
+    text = README + "\n# \n" + REFERENCE
+    match = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+    assert match, f"neither README.md nor docs/reference.md has a section {title!r}"
+    rest = text[match.end() :]
     end = re.search(rf"^#{{1,{len(match[1])}}} ", rest, re.MULTILINE)
     return rest[: end.start()] if end else rest
 
@@ -46,7 +48,8 @@ def test_flags_are_found_in_the_jobs_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "docs"), [("codes", CODES_DOC | PREDICTIONS_DOC), ("counterfactuals", COUNTERFACTUALS_DOC)]
+    ("table", "docs"),
+    [("codes", CODES_DOC | PREDICTIONS_DOC), ("counterfactuals", COUNTERFACTUALS_DOC), ("traces", TRACES_DOC)],
 )
 def test_readme_names_every_column(table: str, docs: dict[str, str]) -> None:
     text = section(f"`{table}/*.parquet`")
@@ -78,9 +81,11 @@ def test_readme_says_the_defaults_of_the_configurations() -> None:
 
 
 def test_readme_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!http|#)([^)#]+)", README) + re.findall(r'src="(?!http)([^"]+)"', README)
-    assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    assert "docs/reference.md" in README
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = path.read_text()
+        links = re.findall(r"\]\((?!http|#)([^)#]+)", text) + re.findall(r'src="(?!http)([^"]+)"', text)
+        assert not [f"{path.name}: {link}" for link in links if not (path.parent / link).exists()]
 
 
 def test_first_screen_has_the_two_commands() -> None:
