@@ -241,7 +241,8 @@ class Claim:
     @property
     def complete(self) -> bool:
         """Whether the audit was finished and nothing of it is missing."""
-        return not self.pending and storage.exists(storage.join(self.uri, "_SUCCESS"))
+        last = (storage.join(self.uri, name) for name in ("_SUCCESS", "summary.json"))
+        return not self.pending and all(storage.exists(path) for path in last)
 
     @property
     def pending(self) -> list[int]:
@@ -345,7 +346,10 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
             plan = kept
         else:
             storage.delete_tree(storage.join(uri, "model"))
-            storage.copy_tree(model_uri, storage.join(uri, "model"))
+            for file in storage.list_files(model_uri):
+                if "/" not in file.path:  # an audit may lie below its model
+                    content = storage.read_bytes(storage.join(model_uri, file.path))
+                    storage.write_bytes(storage.join(uri, "model", file.path), content)
             storage.write_json(storage.join(uri, "plan.json"), plan.to_json(), scratch=scratch)
         held = Claim(uri, plan, run, valid_commits(uri, plan), lock)
         if held.pending:
@@ -405,6 +409,7 @@ def valid_commits(uri: str, plan: Plan) -> dict[int, dict[str, Any]]:
                 commit is not None
                 and commit.get("fingerprint") == plan.fingerprint
                 and commit.get("shard") == expected[path]
+                and {f"{name}/{shard_name(expected[path])}.parquet" for name in TABLES[:2]} <= set(commit["files"])
                 and all(sizes.get(name) == about["size"] for name, about in commit["files"].items())
             ):
                 found[expected[path]] = commit
@@ -744,7 +749,10 @@ def _verify_shard(
 
 
 def drop_commits(uri: str, shards: Iterable[int]) -> None:
-    """Take shards back, so that the next run does them again."""
+    """Take shards back, so that the next run does them again; the audit is no longer marked complete."""
+    shards = list(shards)
+    if shards:
+        storage.delete(storage.join(uri, "_SUCCESS"))
     for shard in shards:
         storage.delete(storage.join(uri, "_commits", f"{shard_name(shard)}.json"))
 

@@ -751,8 +751,14 @@ class ExplainShard:
         # Made under the first attempt rather than with the worker: a model that cannot be loaded, or that kills the
         # process, then counts as this shard's failure instead of being tried for ever.
         plan = self.work.plan
+        model = load_model(storage.join(self.work.uri, "model"))
+        sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items()}
+        if model.fingerprint != plan.model["fingerprint"] or not plan.model["sums"].items() <= sums.items():
+            raise ValueError(
+                f"expected the model of the plan in {storage.display(self.work.uri)}/model, found another: restore it"
+            )
         return Explainer(
-            storage.join(self.work.uri, "model"),
+            model,
             plan.method,
             SearchConfig(**plan.config),
             targets=plan.targets,

@@ -103,6 +103,14 @@ def join(uri: URI, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *filter(None, parts)]) + query
 
 
+def lies_in(uri: URI, place: URI) -> bool:
+    """Whether a URI names ``place`` or something below it."""
+    if is_remote(uri) != is_remote(place):
+        return False
+    paths = [_split(each)[0].rstrip("/") if is_remote(each) else os.path.realpath(each) for each in (uri, place)]
+    return f"{paths[0]}/".startswith(f"{paths[1].rstrip('/')}/")
+
+
 def name(uri: URI) -> str:
     """The last part of the path."""
     return os.path.basename(_split(uri)[0].rstrip("/"))

@@ -91,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = job_path(args.out, f"runs/{args.dataset}/{name}", "--out")
         model_uri = job_path(args.model, f"runs/{args.dataset}/model", "--model")
         dataset = data.open_dataset(args.dataset, args.data, args.split, attributes=args.attributes)
+        if args.dataset in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
+            raise ValueError(
+                f"--out {storage.display(out)} lies in --data, where it would be read; choose another --out"
+            )
         everything = data.list_images(dataset)
         predictions = read_predictions(args.predictions, everything) if args.predictions else None
         listing, only = choose(everything, args.where, args.limit)
@@ -195,6 +199,9 @@ def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work
     summary |= {"pairs_per_second": round(pairs / seconds, 1), "resources": dataclasses.asdict(resources)}
     held.finish(summary, checked.ok)
     print(audit.describe(summary))
+    if checked.shards:
+        audit.drop_commits(held.uri, checked.shards)
+        print(f"{len(checked.shards)} unsound shards are taken back; the same command does them again", file=sys.stderr)
     if checked.ok and not args.no_report:
         print(f"report     {storage.display(write_report([held.uri]).uri)}")
 

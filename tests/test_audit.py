@@ -526,6 +526,27 @@ def test_claim_takes_back_the_shards_of_other_engines(plan: audit.Plan, filled: 
             held.same_engine(1, "native")
 
 
+def test_audit_without_its_summary_is_not_complete(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    Path(filled, "summary.json").unlink()
+    with audit.claim(filled, plan, model_dir) as held:
+        assert not held.complete and not held.pending
+
+
+def test_claim_copies_the_model_alone(plan: audit.Plan, model_dir: str) -> None:
+    Path(model_dir, "older").mkdir()
+    Path(model_dir, "older", "plan.json").write_text("{}")
+    with audit.claim(storage.join(model_dir, "audit"), plan, model_dir):
+        assert [path.name for path in Path(model_dir, "audit", "model").iterdir()] == ["model.json"]
+
+
+def test_drop_commits_unmarks_the_audit(filled: str) -> None:
+    audit.drop_commits(filled, [])
+    assert Path(filled, "_SUCCESS").exists()
+    audit.drop_commits(filled, [1])
+    assert not Path(filled, "_SUCCESS").exists()
+    assert sorted(audit.read_audit(filled).commits) == [0, 2]
+
+
 def test_finish_marks_only_what_is_verified(plan: audit.Plan, filled: str, model_dir: str) -> None:
     success = Path(filled, "_SUCCESS")
     assert json.loads(success.read_text())["images"] == len(IDS)

@@ -517,6 +517,11 @@ def closed(root: Path) -> list[str]:
     return ["--out", "/proc/nowhere/audit"]
 
 
+def below_the_data(root: Path) -> list[str]:
+    (root / "photos").mkdir()
+    return ["--dataset", "folder", "--data", str(root / "photos"), "--out", str(root / "photos" / "audit")]
+
+
 #: name, flags beside a good command's (or what makes them), what the message must say.
 BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("unknown method", ["--method", "gradcam"], "invalid choice: 'gradcam' (choose from"),
@@ -550,6 +555,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("output directory that holds other files", filled_with("cat.png"), "found cat.png; choose another --out"),
     ("output directory that holds another model", filled_with("model.json"), "found model.json; choose another --out"),
     ("output directory whose plan is none", filled_with("plan.json"), "plan.json is damaged"),
+    ("output below the data", below_the_data, "lies in --data, where it would be read; choose another --out"),
     ("output where nobody may write", closed, "cannot make /proc/nowhere"),
     ("output on an unknown kind of store", ["--out", "https://host/audit"], "found the scheme 'https'"),
     ("password in the output's place", ["--out", "s3://me:secret@bucket/audit"], "found some in s3://***@bucket/audit"),
@@ -587,7 +593,7 @@ def test_bad_requests_are_refused_before_anything_starts(
     assert "secret" not in message
     # What lay at --out lies there still.
     for path in tmp_path.rglob("*"):
-        assert path.name in ("taken", "file", "ids.txt", "cat.png", "model.json", "plan.json"), path
+        assert path.name in ("taken", "photos", "file", "ids.txt", "cat.png", "model.json", "plan.json"), path
 
 
 # Kinds without end

@@ -630,6 +630,14 @@ def test_workers_say_what_a_broken_model_lacks(work: Any) -> None:
     assert "vae.safetensors" in note["error"]
 
 
+def test_workers_refuse_another_model_than_the_plans(work: Any, model: Model) -> None:
+    work, listing = work
+    save_model(model, Path(work.uri, "model"), card={})  # whole, and with sums of its own
+    note = note_of(ExplainShard(work, threads=1)(read_shard(item(listing, work, 0), work)))
+    assert note["stage"] == "explain"
+    assert "expected the model of the plan" in note["error"]
+
+
 def test_decode_gives_the_pictures_back(work: Any, tiny_digits_model: Path) -> None:
     work, listing = work
     write_shard(ExplainShard(work, threads=1)(read_shard(item(listing, work, 0), work)), work)

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -197,17 +199,15 @@ def plant(job: Any, fault: str, marker: str) -> None:
         )
     elif fault == "driver-dies-between-commit-and-success":
         job.verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-    elif fault == "driver-dies-between-summary-and-success":
+    elif fault in ("driver-dies-between-summary-and-success", "driver-dies-before-the-plan"):
         real = job.audit.storage.write_json
 
         def write_json(uri: Any, value: Any, **options: Any) -> None:
-            if str(uri).endswith("_SUCCESS"):
+            if str(uri).endswith("_SUCCESS" if fault.endswith("success") else "plan.json"):
                 os.kill(os.getpid(), signal.SIGKILL)
             real(uri, value, **options)
 
         job.audit.storage.write_json = write_json
-    elif fault == "driver-dies-before-the-plan":
-        job.audit.storage.copy_tree = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "clock-set-back":
         real_time = time.time
         start = real_time()
@@ -289,6 +289,7 @@ class Bench:
     root: Path
     expected: dict[str, bytes] = field(default_factory=dict)
     exits: list[int] = field(default_factory=list)
+    damaged: bool = False  # by the test's own hand: a reader may stumble
 
     @property
     def out(self) -> Path:
@@ -298,13 +299,16 @@ class Bench:
         """A bench with an empty place."""
         return Bench(self.address, self.model, Path(tempfile.mkdtemp(dir=self.root.parent)), self.expected)
 
-    def start(self, *more: str, fault: str = "", marker: str = "", out: str | None = None, **env: str) -> Any:
+    def start(
+        self, *more: str, fault: str = "", marker: str = "", out: str | None = None, umask: int = -1, **env: str
+    ) -> Any:
         """The job as a process, with a fault planted in it."""
         argv = [sys.executable, "-W", "ignore", __file__, "--job", fault, marker or str(self.root / "marker"), "--"]
         argv += ["--model", self.model, "--out", out or str(self.out), *FLAGS, *more]
         environ = os.environ | {"RAY_ADDRESS": self.address, "PYTHONPATH": str(ROOT)} | env
         log = open(self.root / "log", "a")  # noqa: SIM115
-        return subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=log, stderr=log)
+        options: dict[str, Any] = {"umask": umask, "start_new_session": True}
+        return subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=log, stderr=log, **options)
 
     def run(self, *more: str, exit_code: int = 0, **options: Any) -> None:
         """Run the job to its end, which must be ``exit_code``."""
@@ -319,12 +323,14 @@ class Bench:
     def log(self) -> str:
         return (self.root / "log").read_text()
 
-    def kill_when(self, process: Any, ready: Callable[[], bool], how: signal.Signals = signal.SIGKILL) -> None:
+    def kill_when(
+        self, process: Any, ready: Callable[[], bool], how: signal.Signals = signal.SIGKILL, group: bool = False
+    ) -> None:
         end = time.monotonic() + PATIENCE_S
         while not ready() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(how)
+            os.killpg(process.pid, how) if group else process.send_signal(how)
         self.exits.append(process.wait(PATIENCE_S))
 
     def commits(self) -> int:
@@ -368,6 +374,7 @@ def watched(bench: Bench) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(0.05):
+            damaged = bench.damaged
             try:
                 rows, double = bench.count()
                 if double or rows > LIMIT * 9:
@@ -375,7 +382,8 @@ def watched(bench: Bench) -> Iterator[None]:
             except FileNotFoundError:
                 pass
             except Exception as error:
-                wrong.append(repr(error))
+                if not (damaged or bench.damaged):
+                    wrong.append(repr(error))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -388,6 +396,7 @@ def watched(bench: Bench) -> Iterator[None]:
 #: Each breaks the job and lets it end; returns None, or rows expected, found and double where no audit is made.
 FAULTS: dict[str, Callable[[Bench], Any]] = {}
 FAST = (
+    "data, model and audit on an object store, driver SIGKILLed and resumed",
     "actor exits in the middle of a search",
     "writer exits between data and commit",
     "two drivers at once",
@@ -456,6 +465,20 @@ def driver_killed(bench: Bench, how: signal.Signals = signal.SIGKILL) -> None:
 @fault("driver SIGTERMed at ten random moments")
 def driver_terminated(bench: Bench) -> None:
     driver_killed(bench, signal.SIGTERM)
+    assert "Traceback" not in bench.log(), "a fright"
+
+
+@fault("driver and all of its Ray SIGTERMed, then SIGINTed, as one group")
+def group_terminated(bench: Bench) -> None:
+    with ray_directory() as directory:
+        options: dict[str, Any] = {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+        for count, how in enumerate((signal.SIGTERM, signal.SIGINT), 1):
+            process = bench.start(fault="slow-writers", **options)
+            bench.kill_when(process, lambda count=count: bench.commits() >= count, how, group=True)  # type: ignore[misc]
+            assert bench.exits[-1] == 1
+            assert bench.log().count("interrupted; the same command resumes") == count
+        assert "Traceback" not in bench.log(), "a fright"
+        bench.run(**options)
 
 
 @fault("driver SIGKILLed after each commit in turn")
@@ -468,9 +491,11 @@ def driver_killed_after_commits(bench: Bench) -> None:
 @fault("driver and its own Ray SIGKILLed")
 def driver_killed_with_its_ray(bench: Bench) -> None:
     with ray_directory() as directory:
-        options = {"fault": "slow-writers", "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
-        bench.kill_when(bench.start(**options), lambda: bench.commits() > 1)
-        bench.run()
+        options: dict[str, Any] = {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local", "umask": 0o027}
+        bench.kill_when(bench.start(fault="slow-writers", **options), lambda: bench.commits() > 1)
+        bench.run(**options)
+    for path in (bench.out, *bench.out.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), f"umask: {path}"
 
 
 @fault("driver SIGKILLed between data and commit")
@@ -528,8 +553,10 @@ def broken_afterwards(name: str, damage: Callable[[Bench], set[int]]) -> None:
     def run(bench: Bench) -> None:
         bench.run()
         before = {path.name: path.stat().st_mtime_ns for path in (bench.out / "codes").iterdir()}
+        bench.damaged = True
         shards = damage(bench)
         bench.run()
+        bench.damaged = False
         after = {path.name: path.stat().st_mtime_ns for path in (bench.out / "codes").iterdir()}
         redone = {name for name in after if after[name] != before[name]}
         assert redone == {f"shard-0000{shard}.parquet" for shard in shards}
@@ -592,6 +619,32 @@ broken_afterwards("a commit record of another plan", other_plan)
 broken_afterwards("data files cut short and deleted", cut_short)
 broken_afterwards("a byte changed in a data file (verify --repair)", changed_byte)
 broken_afterwards("stray and torn files", strays)
+
+
+@fault("a byte changed in a file of an unfinished audit")
+def changed_meanwhile(bench: Bench) -> None:
+    """The run that meets it takes the shard back and says so; the next one does it again."""
+    bench.run()
+    commit(bench, 5).unlink()
+    (bench.out / "_SUCCESS").unlink()
+    bench.damaged = True
+    path = bench.out / "codes/shard-00002.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    bench.run(exit_code=1)
+    assert "1 unsound shards are taken back" in bench.log()
+    bench.run()
+
+
+@fault("files deleted from a finished audit: its summary, its mark, a table")
+def files_deleted(bench: Bench) -> None:
+    bench.run()
+    for name in ("summary.json", "_SUCCESS", "codes"):
+        path = bench.out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        bench.run()
+        bench.check()
 
 
 @fault("resumed with more actors, then with fewer")
@@ -706,11 +759,47 @@ def ray_directory() -> Iterator[str]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+@fault("data, model and audit on an object store, driver SIGKILLed and resumed")
+def all_on_object_store(bench: Bench) -> None:
+    """The tables are those of the same images on a disk, and no key of the store stands in a file or a log."""
+    from object_store import ObjectStore, leaks
+
+    from clarity import data, schema, storage
+
+    digits = data.open_dataset("digits", split="test")
+    listing = data.list_images(digits).slice(0, LIMIT)
+    images = data.read_shard(digits, listing, data.Preprocessing("L", 28, 28))
+    files = list(schema.to_png(schema.matrix(images["image"]).reshape(-1, 1, 28, 28)))
+    names = [listing["image_id"].to_pylist(), listing["label_name"].to_pylist(), ["test"] * LIMIT]
+    table = pa.table([*names, files], names=["image_id", "label", "split", "image"])
+    (bench.root / "data").mkdir()
+    pq.write_table(table, bench.root / "data/images.parquet")
+    bench.run("--dataset", "parquet", "--data", str(bench.root / "data"))
+    bench.expected = bench.files()
+    shutil.rmtree(bench.out)
+    with ObjectStore() as store, ray_directory() as directory:
+        storage.copy_tree(str(bench.root / "data"), store.uri("data"))
+        storage.copy_tree(bench.model, store.uri("model"))
+        flags = ["--dataset", "parquet", "--data", store.uri("data"), "--model", store.uri("model")]
+        options = {"out": store.uri("audit"), "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+
+        def committed() -> int:
+            return sum(method == "PUT" and "/_commits/" in path for method, path in list(store.requests))
+
+        bench.kill_when(bench.start(*flags, fault="slow-writers", **options), lambda: committed() > 1)
+        assert bench.exits[-1] == -signal.SIGKILL and not storage.exists(store.uri("audit/_SUCCESS"))
+        done = committed()
+        bench.run(*flags, **options)
+        assert SHARDS <= committed() < done + SHARDS, "what was committed is not done again"
+        storage.copy_tree(store.uri("audit"), bench.out)
+        assert not leaks(bench.root, Path(directory))
+
+
 def on_object_store(name: str, plan_faults: Callable[[Any], list[Any]], exits: tuple[int, ...] = (0,)) -> None:
     """The audit on an object store (moto's server, behind a proxy that breaks requests), then fetched and compared."""
 
     def run(bench: Bench) -> None:
-        from object_store import Fault, ObjectStore
+        from object_store import Fault, ObjectStore, leaks
 
         from clarity import storage
 
@@ -724,6 +813,7 @@ def on_object_store(name: str, plan_faults: Callable[[Any], list[Any]], exits: t
                 bench.run(out=uri, **env)
             assert store.requests
             storage.copy_tree(uri, bench.out)
+            assert not leaks(bench.root, Path(directory))
 
     FAULTS[name] = run
 

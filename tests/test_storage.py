@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore
+from object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore, leaks
 
 from clarity import storage
 from clarity.storage import FileInfo, StorageError
@@ -73,6 +74,17 @@ def test_join_keeps_the_options_of_an_object_store_at_the_end() -> None:
     assert storage.join("s3://b/k/", "x") == "s3://b/k/x"
     assert storage.join("/a/b", "c", "d") == storage.join(Path("/a/b"), "c/d") == "/a/b/c/d"
     assert storage.join("/a/b.parquet", "") == "/a/b.parquet"
+
+
+def test_lies_in_compares_places_not_texts(tmp_path: Path) -> None:
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for below in ("data", "data/", "data/a", "data/new/audit", "link/a", "data/a/../b"):
+        assert storage.lies_in(str(tmp_path / below), str(tmp_path / "data")), below
+    for beside in ("database", "", "data/../audit", "audit/data"):
+        assert not storage.lies_in(str(tmp_path / beside), str(tmp_path / "data")), beside
+    assert storage.lies_in("s3://b/data/audit?region=x", "s3://b/data/")
+    assert not storage.lies_in("s3://b/database", "s3://b/data") and not storage.lies_in("s3://b/data", "/data")
 
 
 def test_question_marks_in_names_stay_in_the_path() -> None:
@@ -436,6 +448,19 @@ def test_a_slow_store_is_waited_for(store: ObjectStore) -> None:
     storage.write_bytes(store.uri("slow"), b"x")
     store.faults += [Fault("slow", "GET", seconds=1.5)]
     assert storage.read_bytes(store.uri("slow")) == b"x"
+
+
+def test_leaks_finds_what_is_planted(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("nothing here")
+    pq.write_table(pa.table({"a": ["b"]}), tmp_path / "clean.parquet")
+    assert leaks(tmp_path) == []
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "plan.json").write_text(f'{{"data": "s3://{ACCESS_KEY}@bucket"}}')
+    (tmp_path / "log").write_text(urllib.parse.quote(SECRET_KEY, safe=""))
+    pq.write_table(pa.table({"a": [SECRET_KEY]}), tmp_path / "cell.parquet", compression="zstd")
+    pq.write_table(pa.table({"a": ["b"]}).replace_schema_metadata({"k": SECRET_KEY}), tmp_path / "metadata.parquet")
+    names = ["below/plan.json", "cell.parquet", "log", "metadata.parquet"]
+    assert leaks(tmp_path) == [str(tmp_path / name) for name in names]
 
 
 @pytest.mark.parametrize("size", [100_000, 25_000_000])
