@@ -487,7 +487,11 @@ def _check_asymmetries(facts: Facts) -> Iterator[Finding]:
         ratio = distance / distance.T
         apart = distance - distance.T > notch + notch.T
         far = (ratio >= 1.4) & apart & (np.minimum(count, count.T) >= 8)
-        fails = (validity.T - validity >= 0.2) & (np.minimum(facts.pairs["pairs"], facts.pairs["pairs"].T) >= 8)
+        # Shares with one success and one failure added (Agresti and Caffo): their interval holds for few pairs too.
+        pairs = facts.pairs["pairs"]
+        shrunk = (count + 1) / (pairs + 2)
+        noise = shrunk * (1 - shrunk) / (pairs + 2)
+        fails = (validity.T - validity >= 0.2) & (shrunk.T - shrunk > 1.96 * np.sqrt(noise + noise.T))
         strength = np.where(fails, 10 + validity.T - validity, np.where(far, ratio, np.nan))
     cells = _ranked(strength)
     if not cells:

@@ -1151,7 +1151,10 @@ def _lead(view: _View, total: dict[str, Any]) -> str:
         text += f", until the mean target probability exceeded {gamma:g}"
     if (limit := plan.config.get("max_steps")) is not None:
         text += f" or {limit:,} steps were spent"
-    return text + "."
+    text += "."
+    if left_out := plan.dataset.get("left_out"):
+        text += f" Left out: {', '.join(f'{count:,} {what}' for what, count in left_out.items())}."
+    return text
 
 
 def _problems(view: _View, named: bool) -> list[dict[str, Any]]:

@@ -218,6 +218,7 @@ def write_audit(
     num_shards: int = 3,
     leave_out: tuple[int, ...] = (),
     traces: pa.Table | None = None,
+    left_out: dict[str, int] | None = None,
     **plan_fields: Any,
 ) -> str:
     """An audit directory of such tables, as explain_all writes it; shards in ``leave_out`` stay uncommitted."""
@@ -230,8 +231,9 @@ def write_audit(
     known = schema.codes_schema(2, 2).names
     extra = [(name, str(tables.codes[name].type)) for name in tables.codes.column_names if name not in known]
     latent_dim = tables.codes["z"].type.list_size
+    dataset = {"source": "synthetic", "data": None, "split": "test", "num_images": len(ids), "extra": extra}
     plan = audit.Plan(
-        dataset={"source": "synthetic", "data": None, "split": "test", "num_images": len(ids), "extra": extra},
+        dataset=dataset | {"left_out": left_out or {}},
         model={
             "fingerprint": "none",
             "class_names": list(tables.class_names),

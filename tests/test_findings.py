@@ -73,6 +73,18 @@ def test_find_tells_that_one_way_fails() -> None:
     assert finding.pairs[0] == (0, 3) and "dog → ant converges in 100 % of its pairs" in finding.sentence
 
 
+def test_find_calls_no_way_harder_that_may_be_so_by_chance() -> None:
+    tables = make_tables(60)
+    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
+    pair = np.flatnonzero((source == 0) & (target == 3))
+    assert len(pair) == 15
+    converged = np.ones(len(source), bool)
+    converged[pair[:3]] = False
+    place = tables.counterfactuals.column_names.index("converged")
+    tables.counterfactuals = tables.counterfactuals.set_column(place, "converged", pa.array(converged))
+    assert "asymmetry" not in told(tables)
+
+
 def test_find_lists_the_images_on_the_edge() -> None:
     tables = make_tables(planted=Planted(edge=5))
     finding = told(tables)["edge"]

@@ -237,6 +237,13 @@ def test_report_lets_no_name_break_out_of_the_page(tmp_path: Path) -> None:
     assert data_of(html)["names"] == list(names)
 
 
+def test_report_says_what_the_data_left_out(tmp_path: Path) -> None:
+    place = write_audit(tmp_path / "a", make_tables(30), left_out={"hidden files": 1234})
+    assert "Left out: 1,234 hidden files." in Path(report.write_report([place]).uri).read_text()
+    place = write_audit(tmp_path / "b", make_tables(30))
+    assert "Left out" not in Path(report.write_report([place]).uri).read_text()
+
+
 @pytest.mark.parametrize(
     ("source", "place", "split", "name"),
     [
