@@ -816,7 +816,9 @@ def describe(summary: Mapping[str, Any]) -> str:
     """A summary, for people."""
 
     def share(count: int) -> str:
-        return f"{count} ({100 * count / max(summary['pairs'], 1):.2f} %)"
+        total = max(summary["pairs"], 1)
+        percent = 100 * count / total
+        return f"{count} ({percent if count == total else min(percent, 99.99):.2f} %)"  # all only where it is all
 
     slow = ", ".join(
         f"{pair['source']}->{pair['target']} {pair['mean_steps']:.0f}" for pair in summary["slowest_class_pairs"]
