@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -46,8 +47,8 @@ Stacked = LatentEnsemble | ImageEnsemble
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def _mixed(precision: str, device: torch.device) -> torch.autocast:
-    """The arithmetic of convolutions in training."""
+def mixed_precision(precision: str, device: torch.device) -> torch.autocast:
+    """The arithmetic of convolutions in training, for one of PRECISIONS."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
@@ -208,7 +209,7 @@ def train_vae(
             batch = order[update * training.batch_size : (update + 1) * training.batch_size]
             noise = torch.randn((len(batch), config.latent_dim), generator=generator)[rank::world]
             x = images[batch[rank::world].to(device)].float().div_(255).contiguous(memory_format=torch.channels_last)
-            with _mixed(precision, device):
+            with mixed_precision(precision, device):
                 parts = elbo(model, x, noise.to(device), config)
             # Ranks' gradients are averaged: this makes the average the mean over the whole batch.
             share = len(x) * world / len(batch)
@@ -432,14 +433,14 @@ def _train_members(
                 rows = orders[:, update * training.batch_size : (update + 1) * training.batch_size]
                 x, targets = draw(rows, generators)
                 x.requires_grad_()
-                with _mixed(precision, device):
+                with mixed_precision(precision, device):
                     logits = stack(x).float()
                 clean = _cross_entropy(logits, targets, weights)
                 gradients = torch.autograd.grad(clean, [x, *parameters])
                 if eps > 0:
                     moved = x.detach() + gradients[0].sign() * eps
                     moved = moved.clamp_(*limits) if limits else moved
-                    with _mixed(precision, device):
+                    with mixed_precision(precision, device):
                         attacked = stack(moved).float()
                     extra = torch.autograd.grad(_cross_entropy(attacked, targets, weights), parameters)
                     gradients = (gradients[0], *(a + b for a, b in zip(gradients[1:], extra)))
@@ -645,7 +646,7 @@ class Plan:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        _mixed(self.precision, torch.device("cpu"))
+        mixed_precision(self.precision, torch.device("cpu"))
         if self.image_members < 0:
             raise ValueError(f"image_members must be at least 0, got {self.image_members}")
         if self.num_folds < 0 or self.num_folds == 1:
@@ -711,6 +712,8 @@ def plan_training(
     num_members: int = 50,
     hidden: Sequence[int] = (16, 16),
     image_size: int | tuple[int, int] | None = None,
+    mode: str | None = None,
+    center_crop: int | None = None,
     **fields: Any,
 ) -> Plan:
     """Look at the data and fix what depends on it: classes, preprocessing, shapes.
@@ -724,11 +727,13 @@ def plan_training(
         num_members: M of the latent ensemble.
         hidden: widths of the classifiers' hidden layers.
         image_size: side of the images in the model, or (height, width); None looks at the data.
+        mode: of the images in the model, "L" or "RGB"; None looks at the data.
+        center_crop: side of the centred square that is taken of larger images; None takes the source's own, or all.
         fields: of Plan.
     """
     listing = list_images(dataset)
     class_names = class_names_of(listing)
-    preprocessing = infer_preprocessing(dataset, listing, image_size=image_size)
+    preprocessing = infer_preprocessing(dataset, listing, image_size=image_size, mode=mode, center_crop=center_crop)
     vae = vae_config(architecture, preprocessing.image_shape, **(vae_fields or {}))
     data = {
         "source": dataset.source,
@@ -737,6 +742,7 @@ def plan_training(
         "fingerprint": listing_fingerprint(listing),
         "images": len(listing),
         "labelled": len(listing) - listing["label_name"].null_count,
+        "per_class": {name: pc.sum(pc.equal(listing["label_name"], name)).as_py() for name in class_names},
         "held_out": None if held_out is None else held_out.split,
     }
     return Plan(
@@ -866,7 +872,8 @@ def _save_finished(file: str, weights: Mapping[str, Tensor]) -> None:
 def _vae_stage(plan: Plan, worker: Worker, images: Images) -> None:
     file = plan.file("vae.safetensors")
     state = load_tensors(file) if storage.exists(file) else None
-    saved, epoch = time.monotonic(), None
+    started = saved = time.monotonic()
+    epoch = None
     for epoch in train_vae(
         images.pixels,
         plan.vae,
@@ -880,7 +887,7 @@ def _vae_stage(plan: Plan, worker: Worker, images: Images) -> None:
     ):
         if worker.rank == 0:
             if _said(epoch):
-                worker.say(_line("vae", epoch))
+                worker.say(_line("vae", epoch, started))
             if epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_tensors(file, epoch.state())
                 saved = time.monotonic()
@@ -981,11 +988,12 @@ def _members_stage(
     by_epoch.pop(FINISHED, None)
     stacks = [group[i : i + at_once] for group in by_epoch.values() for i in range(0, len(group), at_once)]
     for members in stacks:
-        saved, epoch = time.monotonic(), None
+        started = saved = time.monotonic()
+        epoch = None
         for epoch in loop(members, {m: states[m] for m in members} if states[members[0]] else None):
             if _said(epoch) and (worker.rank == 0 or at_once < count):
                 some = f"{len(members)} of {count} members" if len(members) > 1 else f"member {members[0]} of {count}"
-                worker.say(_line(f"{kind} classifiers ({some})", epoch))
+                worker.say(_line(f"{kind} classifiers ({some})", epoch, started))
             if epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 for m, state in zip(members, member_states(epoch.state(), len(members))):
                     save_tensors(plan.member_file(kind, m), state)
@@ -1001,9 +1009,11 @@ def _said(epoch: Epoch) -> bool:
     return epoch.number in (1, epoch.total) or epoch.number % math.ceil(epoch.total / 12) == 0
 
 
-def _line(what: str, epoch: Epoch) -> str:
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in epoch.metrics.items())
-    return f"{what}: epoch {epoch.number}/{epoch.total}  {numbers}"
+def _line(what: str, epoch: Epoch, started: float) -> str:
+    """What is said of an epoch, ending in the minutes and seconds since this process took the loop up."""
+    numbers = "  ".join(f"{name} {value:#.4g}" for name, value in epoch.metrics.items())
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    return f"{what}: epoch {epoch.number}/{epoch.total}  {numbers}  {minutes}:{seconds:02d}"
 
 
 def finish(plan: Plan, held_out: Images | None = None, say: Callable[[str], None] = lambda line: None) -> Model:

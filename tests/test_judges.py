@@ -43,8 +43,9 @@ def trained() -> judges.Judges:
     torch.manual_seed(0)
     images, labels, attributes = bars(160)
     built = build_judges((C, H, W), ("a", "b", "c", "d"), ("red", "green", "unknown"))
-    held_out = bars(40, seed=1)[:2]
-    reports = list(train_judges(built, images, labels, SHORT, attributes=attributes, held_out=held_out))
+    *held_out, held_out_attributes = bars(40, seed=1)
+    given = {"attributes": attributes, "held_out": tuple(held_out), "held_out_attributes": held_out_attributes}
+    reports = list(train_judges(built, images, labels, SHORT, **given))
     assert {report["net"] for report in reports} == {
         "oracle", "attributes", "autoencoder all", *(f"autoencoder {name}" for name in "abcd"),
     }  # fmt: skip
@@ -67,6 +68,31 @@ def test_attribute_net_learns_what_is_known(trained: judges.Judges) -> None:
     probs = judges.predict_probs(trained.attribute_net, images, sigmoid=True)
     assert probs.shape == (60, 3)
     assert ((probs[:, :2] > 0.5) == attributes[:, :2]).mean() > 0.9
+    on_card = trained.card["attribute_accuracy"]
+    assert list(on_card) == ["red", "green"]  # the third is known of no image
+    assert on_card["red"]["accuracy"] > 0.9 and on_card["red"]["balanced_accuracy"] > 0.9
+    assert on_card["red"]["share"] + on_card["green"]["share"] == 1
+
+
+def test_attribute_accuracies_count_the_known_and_weigh_both_answers_alike() -> None:
+    probs = np.array([[0.9, 0.9], [0.2, 0.9], [0.1, 0.9], [0.9, 0.1]])
+    truth = np.array([[1, -1], [0, -1], [0, -1], [0, -1]])
+    found = judges.attribute_accuracies(("a", "b"), probs, truth)
+    assert found == {"a": {"accuracy": 0.75, "balanced_accuracy": pytest.approx((1 + 2 / 3) / 2), "share": 0.25}}
+
+
+def test_judges_train_in_a_shorter_type() -> None:
+    images, labels, attributes = bars(60)
+    made = []
+    for precision in ("fp32", "bf16"):
+        built = build_judges((C, H, W), ("a", "b", "c", "d"), ("red", "green", "unknown"))
+        config = JudgeTraining(updates=3, autoencoder_updates=2, batch_size=16, precision=precision)
+        reports = list(train_judges(built, images, labels, config, attributes=attributes))
+        assert all(np.isfinite(report["loss"]) for report in reports)
+        made.append(built.oracle.head.weight.detach())
+    assert made[1].dtype == torch.float32 and 0 < (made[0] - made[1]).abs().max() < 0.1
+    with pytest.raises(ValueError, match="precision must be one of"):
+        JudgeTraining(precision="fp8")
 
 
 def test_autoencoder_of_a_class_draws_it_better_than_others(trained: judges.Judges) -> None:
