@@ -62,6 +62,8 @@ STALE_S = 30.0
 SETTLE_S = 2.0
 
 TABLES = ("codes", "counterfactuals", "traces")
+#: What an attribute net sees in each pair; jobs/compare.py writes it beside the tables of an audit that it judges.
+ATTRIBUTES_FILE = "attributes.parquet"
 
 
 class AuditBusy(ValueError):
@@ -359,7 +361,7 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
     finally:
         with contextlib.suppress(OSError):  # a place that fails keeps it for the next run to take away
             if storage.exists(storage.join(uri, "plan.json")):
-                _retire(uri, f"_tmp/{lock.owner['run']}" if lock.lost else "_tmp")
+                _retire(uri, f"_tmp/{lock.owner['run']}")
         lock.release()
 
 
@@ -371,14 +373,16 @@ def workplace(uri: str, run: str) -> str:
 def _retire(uri: str, name: str) -> None:
     """Take workplaces away, whoever still writes there: their name goes first, in one step, and no worker finds it."""
     place = storage.join(uri, name)
-    if not storage.is_remote(uri):
-        dead = storage.join(uri, "_dead")
-        storage.delete_tree(dead)
-        if not os.path.exists(place):
-            return
+    if storage.is_remote(uri):
+        storage.delete_tree(place)
+        return
+    dead = storage.join(uri, "_dead")
+    storage.delete_tree(dead)
+    if os.path.exists(place):
         storage.attempt("write", uri, lambda: os.rename(place, dead))
-        place = dead
-    storage.delete_tree(place)
+    storage.delete_tree(dead)
+    with contextlib.suppress(OSError):  # another run's workplace is in it
+        os.rmdir(storage.join(uri, "_tmp"))
 
 
 def _remove_strays(held: Claim) -> None:
@@ -927,8 +931,6 @@ def _busy(uri: str, owner: Mapping[str, Any]) -> AuditBusy:
 class _FileLock:
     """A lock that the kernel drops when its holder dies, however it dies."""
 
-    lost = False
-
     def __init__(self, uri: str) -> None:
         self.path = os.path.join(uri, "_lock")
         while True:
@@ -954,9 +956,18 @@ class _FileLock:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.pwrite(self.file, json.dumps(self.owner).encode(), 0)
 
+    @property
+    def lost(self) -> bool:
+        """Whether another run holds the path, because somebody removed the file under this one."""
+        try:
+            return not os.path.samestat(os.fstat(self.file), os.stat(self.path))
+        except OSError:
+            return False
+
     def release(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        if not self.lost:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
         os.close(self.file)
 
 
@@ -978,8 +989,7 @@ class _BeatLock:
                 raise _busy(uri, now)
             seen = now
         self._write()
-        if seen:
-            time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)  # another that began at the same moment has written by then: the last one holds it
         if (now := self._read()) and now["run"] != self.owner["run"]:
             raise _busy(uri, now)
         self.stopped = threading.Event()

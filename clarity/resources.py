@@ -1,4 +1,4 @@
-"""What a job asks of the machines: how many actors, their CPUs, GPUs and threads; and where its outputs may lie.
+"""What a job asks of the machines: how many actors, their CPUs, GPUs and threads; where its outputs may lie; its end.
 
 Knows numbers of CPUs and GPUs. Does not know Ray, models or data.
 """
@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-#: CPUs that one actor without a GPU can use well; a larger node gets more actors.
-CPUS_PER_ACTOR = 4
+#: CPUs of one actor without a GPU. Two actors of one thread do more than one of two, which wait for each other between
+#: the large operations; but each has its own torch and model in memory, so that only small nodes get one for each CPU.
+CPUS_PER_ACTOR = 2
+SMALL_NODE_CPUS = 4
 #: Memory that one actor takes at the most: torch, the model, the shards in flight.
 ACTOR_BYTES = 1_000_000_000
 
@@ -135,7 +141,8 @@ def _with_gpus(nodes: Sequence[Mapping[str, float]], num_shards: int, actors: in
 
 def _useful_actors(node: Mapping[str, float]) -> int:
     by_memory = node["memory"] // ACTOR_BYTES if node.get("memory") else math.inf
-    return int(max(1, min(round(_free(node["CPU"]) / CPUS_PER_ACTOR), by_memory)))
+    cpus = node["CPU"]
+    return int(max(1, min(cpus if cpus <= SMALL_NODE_CPUS else cpus // CPUS_PER_ACTOR, by_memory)))
 
 
 def _free(cpus: float) -> float:
@@ -145,7 +152,8 @@ def _free(cpus: float) -> float:
 def _reserve(cpus: float, strict: bool) -> float:
     if cpus < 2:
         return cpus / 2
-    return 1.0 if strict or cpus > 2 else 0.75
+    # Making pictures and writing tables is about an eighth of the work.
+    return max(cpus / 8, 1.0 if strict or cpus > 2 else 0.75)
 
 
 def _down(value: float) -> float:
@@ -163,6 +171,10 @@ def job_path(given: str | None, default: str, flag: str) -> str:
     home on the head, and a relative path raises ValueError.
     """
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    try:
+        (given or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{flag} {given!r}: expected a path in UTF-8; choose another {flag}") from None
     if given is None:
         return str((Path.home() if submitted else Path.cwd()) / default)
     if "://" in given:
@@ -174,3 +186,23 @@ def job_path(given: str | None, default: str, flag: str) -> str:
             "with it; give an absolute path that every node sees, or an s3:// URI"
         )
     return os.path.abspath(path)
+
+
+def interruptible() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, by KeyboardInterrupt, and a second signal at once.
+
+    Only the main thread can hear a signal; called in another, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def interrupt(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        # What other processes then say of their own end, stack traces among it, comes by stdout: it tells a user
+        # nothing. Errors of this process go to stderr as before.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)

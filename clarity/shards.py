@@ -103,7 +103,9 @@ def attempted(
         return pack_row(shard, result["note"], {name: result[name] for name in names})
     except audit.GivenUp as error:
         return pack_row(shard, {"stage": stage, "error": str(error), "given_up": True}, nothing)
-    except Exception as error:  # whatever it is, the other shards go on
+    except (KeyboardInterrupt, SystemExit):  # of the process, which Ray makes anew
+        raise
+    except BaseException as error:  # whatever it is, a panic of a library in Rust among it, the other shards go on
         return pack_row(shard, {"stage": stage, "error": f"{type(error).__name__}: {error}"}, nothing)
 
 

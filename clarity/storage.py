@@ -240,7 +240,8 @@ def read_json(uri: URI) -> Any:
 def write_json(uri: URI, value: Any, *, scratch: URI | None = None) -> None:
     """Write a value as JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(uri, (text + "\n").encode(), scratch=scratch)
+    # Half a character, as in a file's name that is no UTF-8, becomes its escape, which JSON reads back.
+    write_bytes(uri, (text + "\n").encode(errors="backslashreplace"), scratch=scratch)
 
 
 def delete(uri: URI) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -42,7 +41,7 @@ from clarity.explain import (
 )
 from clarity.methods import METHODS
 from clarity.report import write_report
-from clarity.resources import Resources, job_path, plan_resources
+from clarity.resources import Resources, interruptible, job_path, plan_resources
 from clarity.search import ENGINES, SearchConfig
 from clarity.shards import Work, read_shard, shard_item, write_shard
 
@@ -59,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--split", default="test", help="part of the data: train, test, all, or one of its own (test)")
     add("--where", nargs="+", default=[], metavar="COND", help="label=A,B and/or misclassified and/or ids=FILE")
     add("--limit", type=int, help="the first so many images")
-    add("--attributes", nargs="+", default=[], metavar="NAME", help="further columns of the data, carried into codes")
+    add("--attributes", nargs="+", default=[], metavar="NAME", help="columns of the data carried into codes, or all")
     add(
         "--predictions", metavar="FILE", help="Parquet: image_id, class or probabilities, of your own model; into codes"
     )
@@ -246,29 +245,14 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    listen_for_the_end()
+    interruptible()
     try:
         ray.init(object_store_memory=OBJECT_STORE_BYTES, **quiet)
     except ValueError:  # one that runs already brings its own store
         ray.init(**quiet)
     except Exception as error:  # of no kind of its own: a machine too busy for Ray's patience of 30 seconds
         raise ray.exceptions.RaySystemError(f"Ray did not start: {error}") from None
-    listen_for_the_end()  # Ray took SIGTERM for itself
-
-
-def listen_for_the_end() -> None:
-    """Let SIGTERM end the run as Ctrl-C does, and a second signal at once."""
-
-    def interrupt(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        # What Ray's processes then say of their own end goes to stdout: tasks that lost their actor, a stack trace of
-        # its autoscaler. Errors of this process go to stderr as before.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, interrupt)
+    interruptible()  # Ray took SIGTERM for itself
 
 
 def nodes() -> list[dict[str, float]]:

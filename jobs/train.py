@@ -24,7 +24,7 @@ import ray.train.torch
 from clarity import data, storage
 from clarity.checkpoints import read_card
 from clarity.classifiers import EnsembleConfig
-from clarity.resources import job_path
+from clarity.resources import interruptible, job_path
 from clarity.training import (
     PRECISIONS,
     EnsembleTraining,
@@ -266,6 +266,7 @@ class Lines:
 @contextmanager
 def progress() -> Iterator[Any]:
     """An actor for the workers to speak to; what they say is printed while the block runs."""
+    interruptible()
     actor = ray.remote(num_cpus=0)(Lines).remote()
     done = threading.Event()
 
@@ -284,9 +285,11 @@ def progress() -> Iterator[Any]:
     listener.start()
     try:
         yield actor
+    except SystemExit:  # Ray Train's answer to Ctrl-C; it would give exit code 0
+        raise KeyboardInterrupt from None
     finally:
         done.set()
-        listener.join()
+        listener.join(10)
 
 
 if __name__ == "__main__":

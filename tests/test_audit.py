@@ -297,6 +297,32 @@ def test_beat_lock_notices_that_it_was_taken_over(quick_beats: None, tmp_path: P
     assert json.loads((tmp_path / "_lock").read_text())["run"] == "other"
 
 
+def test_beat_lock_of_those_that_begin_at_once_is_held_by_one(
+    quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "SETTLE_S", 0.5)
+    monkeypatch.setattr(audit, "STALE_S", 10.0)
+    got: list[str] = []
+    locks: list[Any] = []
+    start = threading.Barrier(4)
+
+    def take() -> None:
+        start.wait()
+        try:
+            locks.append(audit._BeatLock(str(tmp_path)))
+            got.append("held")
+        except audit.AuditBusy:
+            got.append("busy")
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == ["busy", "busy", "busy", "held"]
+    locks[0].release()
+
+
 def test_file_lock_of_two_threads_is_held_by_one(tmp_path: Path) -> None:
     got: list[str] = []
 
@@ -316,6 +342,22 @@ def test_file_lock_of_two_threads_is_held_by_one(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(got) == ["busy", "busy", "busy", "held"]
+
+
+def test_claim_notices_that_its_lock_was_removed(plan: audit.Plan, filled: str, model_dir: str) -> None:
+    with contextlib.ExitStack() as later:
+        with audit.claim(filled, plan, model_dir) as first:
+            Path(filled, "_lock").unlink()
+            first.check()
+            second = later.enter_context(audit.claim(filled, plan, model_dir))
+            with pytest.raises(audit.AuditBusy, match="taken over"):
+                first.check()
+            with pytest.raises(audit.AuditBusy):
+                first.finish({}, verified=True)
+        # The end of the first leaves the second what is its own.
+        second.check()
+        assert Path(filled, "_lock").exists()
+        assert audit.begin_attempt(filled, second.run, 0, "read") == 1
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------

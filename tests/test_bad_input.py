@@ -555,6 +555,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("output directory that holds other files", filled_with("cat.png"), "found cat.png; choose another --out"),
     ("output directory that holds another model", filled_with("model.json"), "found model.json; choose another --out"),
     ("output directory whose plan is none", filled_with("plan.json"), "plan.json is damaged"),
+    ("output path that is no UTF-8", ["--out", "/tmp/\udcff"], "expected a path in UTF-8; choose another --out"),
     ("output below the data", below_the_data, "lies in --data, where it would be read; choose another --out"),
     ("output where nobody may write", closed, "cannot make /proc/nowhere"),
     ("output on an unknown kind of store", ["--out", "https://host/audit"], "found the scheme 'https'"),

@@ -603,6 +603,18 @@ def test_workers_turn_exceptions_into_notes(work: Any, monkeypatch: pytest.Monke
     assert [note_of(read_shard(first, work)).get("given_up") for _ in range(3)] == [None, None, True]
 
 
+def test_workers_survive_a_panic(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3 has it, beside Exception."""
+
+    def panic(*_: Any) -> None:
+        raise PanicException("planted")
+
+    work, listing = work
+    monkeypatch.setattr(data, "read_shard", panic)
+    assert note_of(read_shard(item(listing, work, 0), work)) == {"stage": "read", "error": "PanicException: planted"}
+
+
 def test_workers_count_a_death_as_an_attempt(work: Any) -> None:
     work, listing = work
     images = read_shard(item(listing, work, 1), work)

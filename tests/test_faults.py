@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -280,6 +281,13 @@ def run_planted(fault: str, marker: str, argv: list[str]) -> int:
 # ---- around the job: the bench -------------------------------------------------------------------------------------
 
 
+def as_from_a_terminal(group: bool) -> None:
+    """In a new process: it hears Ctrl-C, though this one may run where nobody types; on request as its own group."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if group:
+        os.setpgrp()
+
+
 @dataclass
 class Bench:
     """Where faults are tried: a Ray that is up, a model, and the files of an undisturbed run."""
@@ -300,14 +308,21 @@ class Bench:
         return Bench(self.address, self.model, Path(tempfile.mkdtemp(dir=self.root.parent)), self.expected)
 
     def start(
-        self, *more: str, fault: str = "", marker: str = "", out: str | None = None, umask: int = -1, **env: str
+        self,
+        *more: str,
+        fault: str = "",
+        marker: str = "",
+        out: str | None = None,
+        umask: int = -1,
+        group: bool = False,
+        **env: str,
     ) -> Any:
         """The job as a process, with a fault planted in it."""
         argv = [sys.executable, "-W", "ignore", __file__, "--job", fault, marker or str(self.root / "marker"), "--"]
         argv += ["--model", self.model, "--out", out or str(self.out), *FLAGS, *more]
         environ = os.environ | {"RAY_ADDRESS": self.address, "PYTHONPATH": str(ROOT)} | env
         log = open(self.root / "log", "a")  # noqa: SIM115
-        options: dict[str, Any] = {"umask": umask, "start_new_session": True}
+        options: dict[str, Any] = {"umask": umask, "preexec_fn": lambda: as_from_a_terminal(group)}
         return subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=log, stderr=log, **options)
 
     def run(self, *more: str, exit_code: int = 0, **options: Any) -> None:
@@ -473,7 +488,7 @@ def group_terminated(bench: Bench) -> None:
     with ray_directory() as directory:
         options: dict[str, Any] = {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
         for count, how in enumerate((signal.SIGTERM, signal.SIGINT), 1):
-            process = bench.start(fault="slow-writers", **options)
+            process = bench.start(fault="slow-writers", group=True, **options)
             bench.kill_when(process, lambda count=count: bench.commits() >= count, how, group=True)  # type: ignore[misc]
             assert bench.exits[-1] == 1
             assert bench.log().count("interrupted; the same command resumes") == count
@@ -545,6 +560,17 @@ def left_lock(bench: Bench) -> None:
     bench.out.mkdir(parents=True)
     (bench.out / "_lock").write_text('{"run": "dead", "host": "elsewhere", "pid": 1}')
     bench.run()
+
+
+@fault("the lock removed by hand under a driver, another started")
+def stolen_lock(bench: Bench) -> None:
+    first = bench.start(fault="slow-writers")
+    while bench.commits() < 1 and first.poll() is None:
+        time.sleep(0.01)
+    (bench.out / "_lock").unlink()
+    bench.run(fault="slow-writers")
+    bench.end(first, 2)
+    assert "was taken over by another run" in bench.log()
 
 
 def broken_afterwards(name: str, damage: Callable[[Bench], set[int]]) -> None:
@@ -753,6 +779,53 @@ def blind_node(bench: Bench) -> None:
 
 
 @contextlib.contextmanager
+def scaling_head(directory: str) -> Iterator[str]:
+    """The address of a head without CPUs, whose autoscaler brings a worker of two CPUs once one is asked for."""
+
+    def free_port() -> int:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            return int(server.getsockname()[1])
+
+    address = f"127.0.0.1:{free_port()}"
+    kinds = {"ray.head.default": {"CPU": 0}, "worker": {"CPU": 2, "object_store_memory": 100_000_000}}
+    config = {
+        "cluster_name": "clarity",
+        "max_workers": 1,
+        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "available_node_types": {
+            name: {"resources": kind, "node_config": {}, "min_workers": 0, "max_workers": int(name == "worker")}
+            for name, kind in kinds.items()
+        },
+        "head_node_type": "ray.head.default",
+    }
+    Path(directory, "cluster.yaml").write_text(json.dumps(config))
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=0"]
+    command += [f"--port={address.partition(':')[2]}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+    command += [f"--autoscaling-config={directory}/cluster.yaml", f"--temp-dir={directory}"]
+    command += [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "ray-client-server-port")]
+    env = os.environ | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "token"}
+    with open(f"{directory}/head.log", "w") as log:
+        head = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=os.setpgrp)
+    try:
+        end = time.monotonic() + PATIENCE_S
+        while "Ray runtime started" not in Path(directory, "head.log").read_text() and head.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(60)
+
+
+@fault("a cluster without workers, which its autoscaler brings")
+def from_nothing(bench: Bench) -> None:
+    with ray_directory() as directory, scaling_head(directory) as address:
+        bench.run(RAY_ADDRESS=address, RAY_AUTH_MODE="token")
+    assert "1 actor on" in bench.log()
+
+
+@contextlib.contextmanager
 def ray_directory() -> Iterator[str]:
     directory = tempfile.mkdtemp(prefix="r-", dir="/tmp")
     yield directory
@@ -795,6 +868,21 @@ def all_on_object_store(bench: Bench) -> None:
         assert not leaks(bench.root, Path(directory))
 
 
+@fault("two drivers at once on an object store")
+def two_drivers_on_object_store(bench: Bench) -> None:
+    from object_store import ObjectStore
+
+    from clarity import storage
+
+    with ObjectStore() as store, ray_directory() as directory:
+        options = {"out": store.uri("audit"), "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+        processes = [bench.start(fault="slow-writers", **options) for _ in range(2)]
+        bench.exits += sorted(process.wait(PATIENCE_S) for process in processes)
+        assert bench.exits == [0, 2], bench.log()[-2000:]
+        assert "is at work there" in bench.log()
+        storage.copy_tree(store.uri("audit"), bench.out)
+
+
 def on_object_store(name: str, plan_faults: Callable[[Any], list[Any]], exits: tuple[int, ...] = (0,)) -> None:
     """The audit on an object store (moto's server, behind a proxy that breaks requests), then fetched and compared."""
 
@@ -822,14 +910,16 @@ TRAIN = ["--channels", "4", "5", "6", "--latent-dim", "5", "--hidden", "6", "7",
 TRAIN += ["--vae-epochs", "4", "--ensemble-epochs", "12"]
 
 
-def training_killed(name: str, words: str, same_vae: bool) -> None:
-    """Kill a training once its log holds ``words``, resume it with two workers instead of one."""
+def training_killed(name: str, words: str, same_vae: bool, how: signal.Signals = signal.SIGKILL) -> None:
+    """End a training once its log holds ``words``, resume it with two workers instead of one."""
 
     def start(bench: Bench, out: Path, workers: int) -> Any:
         argv = [sys.executable, "-W", "ignore", str(ROOT / "jobs/train.py"), "--out", str(out), *TRAIN]
         env = os.environ | {"RAY_ADDRESS": bench.address, "PYTHONPATH": str(ROOT)}
         log = open(bench.root / "log", "a")  # noqa: SIM115
-        return subprocess.Popen([*argv, "--workers", str(workers)], env=env, cwd=ROOT, stdout=log, stderr=log)
+        argv += ["--workers", str(workers)]
+        options: dict[str, Any] = {"preexec_fn": lambda: as_from_a_terminal(group=False)}
+        return subprocess.Popen(argv, env=env, cwd=ROOT, stdout=log, stderr=log, **options)
 
     def run(bench: Bench) -> tuple[int, int, int]:
         undisturbed = bench.root.parent / "trained"
@@ -837,8 +927,12 @@ def training_killed(name: str, words: str, same_vae: bool) -> None:
             bench.end(start(bench, undisturbed, 1))
             (bench.root / "log").write_text("")
         killed = start(bench, bench.root / "model", 1)
-        bench.kill_when(killed, lambda: words in bench.log())
-        assert bench.exits[-1] == -signal.SIGKILL
+        bench.kill_when(killed, lambda: words in bench.log(), how)
+        if how == signal.SIGKILL:
+            assert bench.exits[-1] == -signal.SIGKILL
+        else:
+            assert bench.exits[-1] == 1
+            assert "interrupted; the same command resumes" in bench.log() and "Traceback" not in bench.log()
         assert not (bench.root / "model/model.json").exists()
         bench.end(start(bench, bench.root / "model", 2))
         found, expected = (json.loads((out / "model.json").read_text()) for out in (bench.root / "model", undisturbed))
@@ -852,6 +946,8 @@ def training_killed(name: str, words: str, same_vae: bool) -> None:
 training_killed("training SIGKILLed in the VAE, resumed by 2 workers", "vae: epoch 2", same_vae=False)
 training_killed("training SIGKILLed between the stages, resumed by 2 workers", "encoded", same_vae=True)
 training_killed("training SIGKILLed in the ensemble, resumed by 2 workers", "members): epoch 5", same_vae=True)
+training_killed("training SIGINTed in the VAE, resumed by 2 workers", "vae: epoch 2", False, signal.SIGINT)
+training_killed("training SIGTERMed in the ensemble, resumed by 2 workers", "members): epoch 5", True, signal.SIGTERM)
 
 on_object_store("object store, no fault", lambda fault: [])
 on_object_store(

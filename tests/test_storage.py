@@ -319,6 +319,11 @@ def test_json_comes_back_and_says_when_it_is_none(tmp_path: Path) -> None:
         storage.read_json(tmp_path / "torn.json")
 
 
+def test_json_keeps_a_name_that_is_no_text(tmp_path: Path) -> None:
+    storage.write_json(tmp_path / "a.json", {"name": "\udcff.png", "other": "\u00e9"})
+    assert storage.read_json(tmp_path / "a.json") == {"name": "\udcff.png", "other": "\u00e9"}
+
+
 def test_storage_errors_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(StorageError("cannot read x: why: do", "why", errno.EIO, True)))
     assert (str(error), error.reason, error.errno, error.transient) == (

@@ -33,6 +33,8 @@ from clarity.data import Preprocessing
 
 ROOT = Path(__file__).parent.parent.parent
 CHUNK = 4096
+#: Of the shards, at which the table looks.
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -125,14 +127,14 @@ def table(samples: list[dict[str, Any]], shards: int) -> list[str]:
         "| of the shards done | second | driver | largest actor | largest reader or writer | largest of Ray's own |"
     ]
     lines += ["|---|---|---|---|---|---|"]
-    for share in (0.1, 0.25, 0.5, 0.75, 1.0):
+    for share in SHARES:
         at = next(s for s in samples if s["done"] >= share * shards)
         shown = [f"{at['memory'].get(kind, 0):.0f} MB" for kind in ("driver", "actors", "readers and writers", "Ray")]
         lines.append(f"| {share:.0%} | {at['second']:.0f} | {' | '.join(shown)} |")
-    first, last = (next(s for s in samples if s["done"] >= share * shards) for share in (0.1, 1.0))
+    first, last = (next(s for s in samples if s["done"] >= share * shards) for share in (SHARES[0], SHARES[-1]))
     spent = (last["cpu"] - first["cpu"]) / (last["done"] - first["done"])
     most = {kind: max(s["memory"].get(kind, 0) for s in samples) for kind in ("driver", "actors")}
-    lines += ["", f"driver: {spent:.3f} CPU seconds for each shard between the first tenth and the last"]
+    lines += ["", f"driver: {spent:.3f} CPU seconds for each shard between {SHARES[0]:.0%} and {SHARES[-1]:.0%}"]
     lines += [f"driver: {samples[-1]['cpu']:.0f} CPU seconds in all, listing and verification with it"]
     lines += [f"most at any time: driver {most['driver']:.0f} MB, an actor {most['actors']:.0f} MB"]
     return lines
