@@ -159,8 +159,9 @@ function domain(map) {
   }
   if (low === Infinity) return [0, 1];
   if (map.share) return [Math.min(0.95, Math.floor(low * 20) / 20), 1];
-  // Of the numbers that are there, not from nothing: differences between pairs are what the map is for.
-  return high > low ? [low, high] : [0, high || 1];
+  // Of the numbers that are there, not from nothing: differences between pairs are what the map is for. But a fifth of the
+  // highest at least, so that what hardly differs looks alike.
+  return high > 0 ? [Math.min(low, 0.8 * high), high] : [0, 1];
 }
 // All cells of a map carry the same number of decimals, so that they can be compared at a glance.
 function format(map, value) {

@@ -1191,12 +1191,13 @@ def _problems(view: _View, named: bool) -> list[dict[str, Any]]:
 def _keys(total: dict[str, Any]) -> list[dict[str, str]]:
     """The key figures, each with a line that says what is behind it."""
     percent = findings.percent
-    pairs = total["pairs"]
-    failed = total["failed"]
+    pairs, failed, others = total["pairs"], total["failed"], total["labelled"] - total["agree"]
+    failures = f"{pairs - total['converged']:,} did not converge" if total["converged"] < pairs else "all converged"
+    failures = failures if pairs else "no pairs yet"
     keys = [
         ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
         ("Counterfactuals", f"{pairs:,}", f"{total['nonfinite']:,} not finite" if total["nonfinite"] else "all finite"),
-        ("Strict validity", percent(total["converged"], pairs), f"{pairs - total['converged']:,} did not converge"),
+        ("Strict validity", percent(total["converged"], pairs), failures),
         ("Re-encoded agreement", percent(total["survived"], pairs), "still the target once decoded and encoded"),
     ]
     converged = total["steps"] is not None
@@ -1212,7 +1213,7 @@ def _keys(total: dict[str, Any]) -> list[dict[str, str]]:
             (
                 "Seen as labelled",
                 percent(total["agree"], total["labelled"]),
-                f"{total['labelled'] - total['agree']:,} are not",
+                f"{others:,} {'is' if others == 1 else 'are'} not" if others else "all of them",
             )
         ]
     return [{"name": name, "value": value, "sub": sub} for name, value, sub in keys]

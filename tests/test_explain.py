@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from object_store import ObjectStore
 
 import clarity
-from clarity import audit, data, schema
+from clarity import audit, data, schema, storage
 from clarity.checkpoints import Model, fold_of, save_model
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
 from clarity.explain import (
@@ -495,6 +496,14 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
 def test_predictions_that_are_none_are_refused(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         predicted(tmp_path, **columns)
+
+
+def test_predictions_may_lie_on_an_object_store(tmp_path: Path) -> None:
+    file = tmp_path / "predictions.parquet"
+    pq.write_table(pa.table({"image_id": ["a", "b"], "class": ["cow", "ant"]}), file)
+    with ObjectStore() as store:
+        storage.write_bytes(store.uri("told/p.parquet"), file.read_bytes())
+        assert read_predictions(store.uri("told/p.parquet"), LISTING).equals(read_predictions(str(file), LISTING))
 
 
 def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tmp_path: Path) -> None:

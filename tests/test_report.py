@@ -336,8 +336,17 @@ def open_page(driver: Any, url: str) -> None:
     wait(driver, "performance.getEntriesByName('clarity-interactive').length > 0")
 
 
+def slips(driver: Any) -> list[str]:
+    """Words of the script that a reader should never see."""
+    return re.findall(
+        r"\b(?:null|undefined|NaN(?! or infinity)|\[object \w+\])\b",
+        driver.execute_script("return document.body.innerText"),
+    )
+
+
 def test_page_loads_without_complaint_or_request(chromium: Any, page: str) -> None:
     open_page(chromium, page)
+    assert slips(chromium) == []
     assert complaints(chromium) == [] and requests(chromium, page) == []
     assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
@@ -426,6 +435,7 @@ def test_page_shows_audits_side_by_side(chromium: Any, tmp_path: Path, tiny_mode
     ]
     open_page(chromium, Path(report.write_report(places).uri).as_uri())
     assert complaints(chromium) == [] and len(chromium.find_elements("css selector", "#map table")) == 2
+    assert slips(chromium) == []
     click(chromium, chromium.find_element("css selector", '#map td[data-s="1"][data-t="3"][data-a="1"]'))
     tags = [e.text for e in chromium.find_elements("css selector", "#gallery article:first-of-type .audit-tag")]
     assert tags[:2] == ["clarity", "schut"]
@@ -433,6 +443,15 @@ def test_page_shows_audits_side_by_side(chromium: Any, tmp_path: Path, tiny_mode
     rows = chromium.find_elements("css selector", ".masthead tbody tr")
     assert len({len(row.find_elements("css selector", "td")) for row in rows}) == 1
     assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_page_marks_the_cells_of_few_pairs(chromium: Any, tmp_path: Path) -> None:
+    for number, marked in ((12, 12), (40, 0)):  # three pairs a cell, and ten
+        made = report.write_report([write_audit(tmp_path / f"{number}", make_tables(number))])
+        open_page(chromium, Path(made.uri).as_uri())
+        assert len(chromium.find_elements("css selector", "#map td.few")) == marked
+        assert ("fewer than 5 pairs" in chromium.find_element("id", "legend").text) == bool(marked)
+        assert slips(chromium) == []
 
 
 @pytest.mark.parametrize("width", [360, 820, 2200])
@@ -462,7 +481,7 @@ def test_page_names_everything_for_a_screen_reader(chromium: Any, page: str) -> 
 
 
 def test_page_of_a_hundred_classes_is_quickly_there(chromium: Any, tmp_path: Path) -> None:
-    tables = make_tables(150, tuple(f"class number {i}" for i in range(100)), (3, 16, 12))
+    tables = make_tables(150, tuple(f"class number {i}" for i in range(100)), (3, 16, 12))  # two pairs a cell
     made = report.write_report([write_audit(tmp_path / "a", tables)])
     open_page(chromium, Path(made.uri).as_uri())
     assert complaints(chromium) == []
