@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,34 +86,36 @@ def _without_gpus(nodes: Sequence[Mapping[str, float]], num_shards: int, actors:
     large = [c for c in cpus if c >= 2] or cpus
     useful = sum(_useful_actors(node) for node in nodes if node["CPU"] >= large[-1])
     count = actors if actors is not None else max(1, min(useful, num_shards))
-    while count > 0:
-        size = _actor_size(cpus, large, count)
-        if size is not None:
-            hosts = [c for c in large if c >= size]
-            threads = int(max(1, min(sum(hosts) // count, hosts[-1])))
-            return Resources(count, size, 0.0, threads, 0.5 if large[0] >= 2 else 0.25, len(nodes))
-        if actors == count:
-            fewer = next(n for n in range(count - 1, -1, -1) if not n or _actor_size(cpus, large, n) is not None)
-            raise ValueError(
-                f"--actors {actors} cannot be scheduled on {len(cpus)} node(s) with {sum(cpus):g} CPUs in all, one CPU "
-                f"of each being kept for reading and writing; ask for --actors {fewer} or fewer, or add nodes"
-            )
-        count -= 1
-    raise ValueError(f"no actor can be scheduled on nodes of {cpus} CPUs; start a node with --num-cpus of 2 or more")
+    fitting, size = _fitting(cpus, large, count)
+    if not fitting:
+        raise ValueError(
+            f"no actor can be scheduled on nodes of {cpus} CPUs; start a node with --num-cpus of 2 or more"
+        )
+    if actors is not None and fitting < actors:
+        raise ValueError(
+            f"--actors {actors} cannot be scheduled on {len(cpus)} node(s) with {sum(cpus):g} CPUs in all, one CPU of "
+            f"each being kept for reading and writing; ask for --actors {fitting} or fewer, or add nodes"
+        )
+    hosts = [c for c in large if c >= size]
+    threads = int(max(1, min(sum(hosts) // fitting, hosts[-1])))
+    return Resources(fitting, size, 0.0, threads, 0.5 if large[0] >= 2 else 0.25, len(nodes))
 
 
-def _actor_size(cpus: Sequence[float], large: Sequence[float], count: int) -> float | None:
-    """The most CPUs that ``count`` actors may take each under the rule of plan_resources; None if there is no way."""
+def _fitting(cpus: Sequence[float], large: Sequence[float], count: int) -> tuple[int, float]:
+    """The most actors, up to ``count``, under the rule of plan_resources, and the most CPUs that each may then take."""
     # The second largest node bounds the size: an actor must find a place when the largest is lost.
     bound = large[min(1, len(large) - 1)]
     sizes = {_down(_free(c) / n) for c in set(large) for n in range(1, 2 * math.ceil(c) + 1)} | {1.25, 1.0, 0.5, 0.25}
+    alike = Counter(cpus)
+    best = (0, False, 0.0)
     for strict in (True, False):
-        for size in sorted((s for s in sizes if 0.1 <= s <= bound - _reserve(bound, strict)), reverse=True):
-            left = [c - min(count, _down_int(c / size)) * size for c in cpus]
-            places = sum(_down_int((c - _reserve(c, strict)) / size) for c in large)
-            if places >= count and all(rest >= _reserve(c, strict) - 1e-9 for rest, c in zip(left, cpus)):
-                return size
-    return None
+        for size in (s for s in sizes if 0.1 <= s <= bound - _reserve(bound, strict)):
+            # Of each kind of node: how many fit beside the reserve, and whether Ray could put more there.
+            kept = {c: max(0, _down_int((c - _reserve(c, strict)) / size)) for c in alike}
+            places = sum(kept[c] * alike[c] for c in alike if c >= large[-1])
+            fits = min([count, places, *(n for c, n in kept.items() if _down_int(c / size) > n)])
+            best = max(best, (fits, strict, size))
+    return best[0], best[2]
 
 
 def _with_gpus(nodes: Sequence[Mapping[str, float]], num_shards: int, actors: int | None, gpus: float) -> Resources:

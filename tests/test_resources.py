@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
     ("nodes", "expected"),
     [
         # cores, GPUs -> actors, CPUs and threads of each
-        ([node(2)], (1, 1.0, 0.0, 2)),
+        ([node(2)], (2, 0.5, 0.0, 1)),
         ([node(1)], (1, 0.5, 0.0, 1)),
-        ([node(4)], (1, 3.0, 0.0, 4)),
-        ([node(16)], (4, 3.75, 0.0, 4)),
-        ([node(2), node(2)], (2, 0.5, 0.0, 2)),
-        ([node(0), node(2), node(2)], (2, 0.5, 0.0, 2)),
+        ([node(4)], (4, 0.75, 0.0, 1)),
+        ([node(16)], (8, 1.75, 0.0, 2)),
+        ([node(2), node(2)], (4, 0.25, 0.0, 1)),
+        ([node(0), node(2), node(2)], (4, 0.25, 0.0, 1)),
         ([node(8, 1)], (1, 1.0, 1.0, 8)),
         ([node(4), node(32, 8)], (8, 1.0, 1.0, 4)),
         ([node(4, 8)], (8, 0.37, 1.0, 1)),
@@ -39,9 +40,17 @@ def test_plan_resources_knows_common_machines(
 
 def test_plan_resources_uses_a_cluster_of_hundreds() -> None:
     found = plan_resources([node(0)] + [node(16)] * 300, num_shards=20_000)
-    assert (found.num_actors, found.cpus_per_actor) == (1200, 3.75)
+    assert (found.num_actors, found.cpus_per_actor) == (1800, 2.33)
     found = plan_resources([node(4)] + [node(64, 8)] * 200, num_shards=20_000)
     assert (found.num_actors, found.gpus_per_actor) == (1600, 1)
+
+
+def test_plan_resources_is_at_once_done_with_a_mixed_cluster() -> None:
+    """Trying one number of actors after another took minutes here."""
+    start = time.process_time()
+    found = plan_resources([node(16)] * 300 + [node(32)] * 100 + [node(96)] * 50, num_shards=20_000)
+    assert (found.num_actors, found.cpus_per_actor) == (800, 14.0)
+    assert time.process_time() - start < 5
 
 
 def test_plan_resources_gives_no_more_actors_than_shards_or_memory() -> None:
