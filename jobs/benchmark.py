@@ -387,15 +387,16 @@ def run_job(args: argparse.Namespace, name: str, *more: str, watch: bool = False
 
 
 def measure_job(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole job over Ray, with one and with two actors; a run of a few images tells the start-up."""
+    """The whole job over Ray as planned, with one and with two actors; a run of a few images tells the start-up."""
     few = run_job(args, "few", "--limit", "16")
+    planned = run_job(args, "planned", "--limit", str(args.limit))
     one = run_job(args, "one", "--limit", str(args.limit), "--actors", "1")
-    result: dict[str, Any] = {"few": few, "one_actor": one}
+    result: dict[str, Any] = {"few": few, "as_planned": planned, "one_actor": one}
     try:
         result["two_actors"] = run_job(args, "two", "--limit", str(args.limit), "--actors", "2")
     except ValueError as error:
         result["two_actors_refused"] = str(error)[-400:]
-    return result | {"startup_seconds": few["seconds"], "seconds_after_startup": one["seconds"] - few["seconds"]}
+    return result | {"startup_seconds": few["seconds"], "seconds_after_startup": planned["seconds"] - few["seconds"]}
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -485,7 +486,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append("")
     if "job" in found:
         lines += ["| job | pairs | seconds | of it start-up |", "|---|---|---|---|"]
-        for name in ("one_actor", "two_actors"):
+        for name in ("as_planned", "one_actor", "two_actors"):
             if run := found["job"].get(name):
                 startup = found["job"]["startup_seconds"]
                 lines.append(f"| {name.replace('_', ' ')} | {run['pairs']} | {run['seconds']:.1f} | {startup:.1f} |")
@@ -524,7 +525,7 @@ def goals_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
         if number == 0 and "triton" in runs:
             yield "triton, search-steps/s", "2.0e8", f"{rate['triton']:.1e}", rate["triton"] >= 2e8
     if "job" in found:
-        spent, allowed = found["job"]["seconds_after_startup"], found["job"]["one_actor"]["pairs"] / 1500
+        spent, allowed = found["job"]["seconds_after_startup"], found["job"]["as_planned"]["pairs"] / 1500
         yield "whole job after start-up, 1,500 pairs a second", f"{allowed:.0f} s", f"{spent:.1f} s", spent <= allowed
         if "stages" in found:
             ratio = spent / found["stages"]["seconds"]
