@@ -297,7 +297,8 @@ def open_dataset(
         data: where it lies; a local path is made absolute, for workers in other directories. None for digits.
         split: "train", "test" or "all"; celeba_hair also has "valid".
         download: mnist: fetch what is missing into ``data``.
-        attributes: columns carried along as int8: celeba_hair's 40 (1 or 0), integer columns of parquet.
+        attributes: columns carried along as int8: celeba_hair's 40 (1 or 0), integer columns of parquet; ("all",) is
+            every one that there is.
         unlabelled: celeba_hair: list the faces without exactly one hair colour too, with a null label. Other sources
             list what has no label in any case.
 
@@ -321,6 +322,8 @@ def open_dataset(
         data = _checked_place(source, str(data), download)
     if attributes:
         choices = [name for name in kind.attributes(str(data)) if name not in _TAKEN] if kind.attributes else []
+        if tuple(attributes) == ("all",):
+            attributes = choices
         if unknown := [name for name in attributes if name not in choices]:
             raise ValueError(
                 f"unknown attributes {', '.join(map(repr, unknown))} of {source}: expected some of "

@@ -698,6 +698,8 @@ def test_celeba_lists_every_face_when_asked(celeba: Path) -> None:
 
 
 def test_celeba_reads_both_sizes_and_carries_attributes(celeba: Path) -> None:
+    every = data.open_dataset("celeba_hair", celeba, "all", attributes=["all"]).attributes
+    assert set(every) == set(data.SOURCES["celeba_hair"].attributes(str(celeba))) >= {"Male", "Bald", "Gray_Hair"}
     dataset = data.open_dataset("celeba_hair", celeba, "all", attributes=["Male", "Bald"], unlabelled=True)
     listing = data.list_images(dataset)
     preprocessing = data.infer_preprocessing(dataset, listing)
