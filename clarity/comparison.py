@@ -360,9 +360,7 @@ def judged(bench: Bench, results: Results, chosen: set[str] | None = None) -> pa
     images, names = results.images, np.array(results.images.ids)[results.of]
     source = images.source[results.of]
     swapped = np.ones(len(names), bool) if chosen is None else np.isin(names, list(chosen))
-    classes = [name.lower() for name in bench.model.class_names]
-    # What the classes themselves are made of may change: Black_Hair where a class is black.
-    others = np.array([not any(name in attribute.lower() for name in classes) for attribute in bench.judges.attributes])
+    others = other_attributes(bench)
     pieces = []
     for number, part in enumerate(parts(len(names))):
         depends = [results.name, results.key, bench.key, names[part].tolist(), np.flatnonzero(~swapped[part]).tolist()]
@@ -390,6 +388,38 @@ def judged(bench: Bench, results: Results, chosen: set[str] | None = None) -> pa
         storage.write_bytes(place, audit.to_parquet(pieces[-1].replace_schema_metadata({"clarity.key": key})))
         bench.say(f"judging {NAMES.get(results.name, results.name)}: {min(part.stop, len(names))} of {len(names)}")
     return pa.concat_tables(pieces)
+
+
+def other_attributes(bench: Bench) -> np.ndarray:
+    """Attributes (A,) of the judges that should stay: not what a class is made of, as Black_Hair where one is black."""
+    classes = [name.lower() for name in bench.model.class_names]
+    return np.array([not any(name in attribute.lower() for name in classes) for attribute in bench.judges.attributes])
+
+
+def attribute_table(bench: Bench, results: Results) -> pa.Table:
+    """What the attribute net sees in each pair, for an audit: of the attributes that should stay, one row each.
+
+    ``prob_image`` in the image, ``prob_initial`` in its reconstruction, where a search in the latent space starts, and
+    ``prob_final`` in the counterfactual.
+    """
+    net = bench.judges.attribute_net
+    assert net is not None
+    stay = np.flatnonzero(other_attributes(bench))
+
+    def seen(images: np.ndarray) -> np.ndarray:
+        return judges.predict_probs(net, images, sigmoid=True)[:, stay]
+
+    before = {"prob_image": seen(results.images.x), "prob_initial": seen(results.images.reconstruction)}
+    probs = {name: found[results.of] for name, found in before.items()} | {"prob_final": seen(results.x_cf)}
+    names = np.array(bench.judges.attributes)[stay]
+    return pa.table(
+        {
+            "image_id": pa.array(np.repeat(np.array(results.images.ids)[results.of], len(stay))),
+            "target": pa.array(np.repeat(results.target.astype(np.int32), len(stay))),
+            "attribute": pa.array(np.tile(names, len(results.of))),
+            **{name: pa.array(found.astype(np.float32).ravel()) for name, found in probs.items()},
+        }
+    )
 
 
 def parts(count: int, size: int = 4096) -> list[slice]:

@@ -25,10 +25,11 @@ import jinja2
 import markupsafe
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image, features
 
 from clarity import __version__, findings, storage
-from clarity.audit import Audit, read_audit
+from clarity.audit import ATTRIBUTES_FILE, Audit, read_audit
 from clarity.schema import from_png
 
 if TYPE_CHECKING:
@@ -178,7 +179,9 @@ class _View:
 
 def _open(uri: str, bounds: Bounds) -> _View:
     audit = read_audit(uri)
-    con = findings.connect(*(_scannable(table) for table in (audit.codes, audit.counterfactuals)))
+    judged = storage.join(uri, ATTRIBUTES_FILE)
+    others = {"attributes": pq.read_table(io.BytesIO(storage.read_bytes(judged)))} if storage.exists(judged) else {}
+    con = findings.connect(*(_scannable(table) for table in (audit.codes, audit.counterfactuals)), **others)
     model = _load(uri)
     view = _View(
         uri=uri,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clarity import checkpoints, comparison, data, judges, metrics, storage
+from clarity import audit, checkpoints, comparison, data, judges, metrics, storage
 from clarity.comparison import CONTROLS, NAMES, Bench
 from clarity.methods import METHODS
 from clarity.resources import job_path
@@ -106,13 +106,9 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         raise ValueError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
     config = SearchConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SearchConfig)})
     out = job_path(args.out, f"runs/{args.dataset}/compare", "--out")
-    attributes = args.attributes
-    if attributes == ["all"]:
-        offered = data.SOURCES[args.dataset].attributes
-        attributes = offered(str(args.data)) if offered else []
     tested = data.open_dataset(args.dataset, args.data, args.split)
-    unlabelled = bool(attributes) and args.dataset == "celeba_hair"
-    trained = data.open_dataset(args.dataset, args.data, "train", attributes=attributes, unlabelled=unlabelled)
+    unlabelled = bool(args.attributes) and args.dataset == "celeba_hair"
+    trained = data.open_dataset(args.dataset, args.data, "train", attributes=args.attributes, unlabelled=unlabelled)
 
     model_uri = job_path(args.model, storage.join(out, "model"), "--model")
     train_model(args, model_uri, say, "--image-members", str(args.image_members), given=args.model is not None)
@@ -124,7 +120,7 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             f"methods {', '.join(lacking)} need image classifiers, which {storage.display(model_uri)} lacks: train it "
             f"with --image-members, or choose --methods {' '.join(name for name in methods if name not in lacking)}"
         )
-    bench = make_bench(args, model, config, out, trained, say)
+    bench = make_bench(args, model, config, out, trained, tested, say)
 
     audits, given = {}, dict(args.audit)
     samples: dict[int, str] = {}
@@ -147,6 +143,10 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             raise ValueError(f"--external {name}: the name is taken; choose another")
         results[name] = comparison.external(bench, name, uri, widest)
     tables = {name: comparison.judged(bench, found, chosen) for name, found in results.items()}
+
+    for method, uri in (audits if bench.judges.attributes else {}).items():
+        table = comparison.attribute_table(bench, results[method])
+        storage.write_bytes(storage.join(uri, audit.ATTRIBUTES_FILE), audit.to_parquet(table))
 
     found = comparison.measure(bench, results, tables, *labelled(tested, model, say))
     kinds = {name: result.kind for name, result in results.items()}
@@ -199,13 +199,18 @@ def explain(method: str, sample: str, count: int, model_uri: str, bench: Bench) 
 
 
 def make_bench(
-    args: argparse.Namespace, model: checkpoints.Model, config: SearchConfig, out: str, trained: data.Dataset, say: Any
+    args: argparse.Namespace,
+    model: checkpoints.Model,
+    config: SearchConfig,
+    out: str,
+    trained: data.Dataset,
+    tested: data.Dataset,
+    say: Any,
 ) -> Bench:
     """Read the training images, train the judges on their half unless they are there, and look at real images."""
     listing = data.list_images(trained)
     say(f"reading {len(listing)} training images")
-    pixels, ids, names, _ = data.read_all(trained, listing, model.preprocessing)
-    labels = data.label_indices(pa.array(names, pa.string()), model.class_names).fill_null(-1).to_numpy()
+    pixels, ids, labels, truth = read(trained, listing, model)
     uri = job_path(args.judges, storage.join(out, "judges"), "--judges")
     if storage.exists(storage.join(uri, judges.JUDGES_JSON)):
         found = judges.load_judges(uri)
@@ -214,13 +219,13 @@ def make_bench(
     else:
         half = judges.in_judges_half(ids)
         found = judges.build_judges(model.image_shape, model.class_names, trained.attributes)
-        truth = None
-        if trained.attributes:
-            row = {name: place for place, name in enumerate(listing["image_id"].to_pylist())}
-            taken = listing.take(pa.array([row[name] for name in ids]))
-            columns = [taken[name].fill_null(-1).to_numpy() for name in trained.attributes]
-            truth = np.stack(columns, axis=1)[half]
-        for report in judges.train_judges(found, pixels[half], labels[half], attributes=truth):
+        judged = dataclasses.replace(tested, attributes=trained.attributes)
+        images, _, kinds, answers = read(judged, data.list_images(judged), model)
+        known = kinds >= 0
+        for report in judges.train_judges(
+            found, pixels[half], labels[half], attributes=truth[half] if trained.attributes else None,
+            held_out=(images[known], kinds[known]), held_out_attributes=answers[known] if trained.attributes else None,
+        ):  # fmt: skip
             say("judges: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in report.items()))
         judges.save_judges(found, uri)
     if found.image_shape != model.image_shape or found.class_names != model.class_names:
@@ -235,14 +240,26 @@ def make_bench(
     )  # fmt: skip
 
 
+def read(
+    dataset: data.Dataset, listing: pa.Table, model: checkpoints.Model
+) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+    """Images that can be read, their ids, classes (B,) and attributes (B, A); -1 where one is unknown."""
+    pixels, ids, names, _ = data.read_all(dataset, listing, model.preprocessing)
+    labels = data.label_indices(pa.array(names, pa.string()), model.class_names).fill_null(-1).to_numpy()
+    row = {name: place for place, name in enumerate(listing["image_id"].to_pylist())}
+    taken = listing.take(pa.array([row[name] for name in ids], pa.int64()))
+    columns = [taken[name].fill_null(-1).to_numpy() for name in dataset.attributes]
+    return pixels, ids, labels, np.stack(columns, axis=1) if columns else np.empty((len(ids), 0))
+
+
 def labelled(
     tested: data.Dataset, model: checkpoints.Model, say: Callable[[str], None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """All images of the tested split, and their labels."""
     listing = data.list_images(tested)
     say(f"reading {len(listing)} images of split {tested.split}")
-    pixels, _, names, _ = data.read_all(tested, listing, model.preprocessing)
-    return pixels, data.label_indices(pa.array(names, pa.string()), model.class_names).fill_null(-1).to_numpy()
+    pixels, _, labels, _ = read(tested, listing, model)
+    return pixels, labels
 
 
 def flat_model(

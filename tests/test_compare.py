@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from audits import make_tables, write_audit
 
 from clarity import audit, checkpoints, comparison, data, judges, metrics, schema
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
 from clarity.comparison import Bench
 from clarity.explain import ExplainShard, make_plan
 from clarity.methods import METHODS
+from clarity.report import write_report
 from clarity.search import SearchConfig
 from clarity.shards import Work, read_shard, shard_item, write_shard
 from clarity.vae import decode_rows
@@ -145,6 +147,38 @@ def test_audit_of_another_model_or_method_is_refused(bench: Bench, place: Path) 
     bench.model.fingerprint = "another"
     with pytest.raises(ValueError, match="another"):
         comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+
+
+def test_attributes_of_an_audit_are_what_the_net_sees(bench: Bench, place: Path) -> None:
+    attributes = ("smiling", "hat_9", "young")  # the second speaks of a class
+    bench.judges = judges.build_judges(bench.model.image_shape, bench.model.class_names, attributes)
+    net = bench.judges.attribute_net
+    assert net is not None
+    found = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    table = comparison.attribute_table(bench, found)
+    assert table.num_rows == 2 * len(found.of) and set(table["attribute"].to_pylist()) == {"smiling", "young"}
+    row = {name: values[5] for name, values in table.to_pydict().items()}  # of the third pair
+    place_of = found.images.ids.index(row["image_id"])
+    assert row["attribute"] == "young" and found.of[2] == place_of and row["target"] == found.target[2]
+    for name, image in (
+        ("prob_image", found.images.x[place_of]),
+        ("prob_initial", found.images.reconstruction[place_of]),
+        ("prob_final", found.x_cf[2]),
+    ):
+        assert row[name] == pytest.approx(judges.predict_probs(net, image[None], sigmoid=True)[0, 2], abs=1e-5)
+
+
+def test_report_says_which_attributes_of_an_audit_drift(tmp_path: Path) -> None:
+    tables = make_tables()
+    uri = write_audit(tmp_path / "audit", tables)
+    assert "attributes" not in {finding.kind for finding in write_report([uri]).findings}
+    pairs = tables.counterfactuals.select(["image_id", "target"])
+    smiling = pairs.append_column("attribute", pa.array(["smiling"] * len(pairs)))
+    for name, value in (("prob_initial", 0.2), ("prob_final", 0.9)):
+        smiling = smiling.append_column(name, pa.array(np.full(len(pairs), value, np.float32)))
+    (tmp_path / "audit" / audit.ATTRIBUTES_FILE).write_bytes(audit.to_parquet(smiling))
+    (found,) = (finding for finding in write_report([uri]).findings if finding.kind == "attributes")
+    assert "“smiling”" in found.title
 
 
 def test_controls_answer_the_same_questions(bench: Bench, place: Path) -> None:
