@@ -42,6 +42,8 @@ from clarity.vae import VAES, VAEConfig
 
 #: Each training's dataclass and the prefix of its flags; the seed is one for all.
 TRAININGS = {"vae": VAETraining, "ensemble": EnsembleTraining, "image": ImageTraining}
+#: Classes that are listed one by one.
+SHOWN_CLASSES = 12
 #: Of a Ray that this job starts itself: nothing large goes through it.
 OBJECT_STORE_BYTES = 200_000_000
 
@@ -63,6 +65,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--beta", type=float, help=f"weight of the KL term ({of_vaes('beta')})")
     add("--loss", help=f"of the reconstruction ({of_vaes('loss')})")
     add("--image-size", type=int, nargs="+", help="side, or height and width, of the model's images (from the data)")
+    add("--mode", choices=["L", "RGB"], help="grey or colour (from the data)")
+    add("--center-crop", type=int, help="side of the centred square taken of larger images (from the data)")
     add("--num-members", type=int, default=defaults["num_members"], help=f"M ({defaults['num_members']})")
     add("--hidden", type=int, nargs="*", default=defaults["hidden"], help="widths of the classifiers' layers (16 16)")
     add("--image-members", type=int, default=0, help="members of an image ensemble, which image-space methods need (0)")
@@ -113,6 +117,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         num_members=args.num_members,
         hidden=args.hidden,
         image_size=size,
+        mode=args.mode,
+        center_crop=args.center_crop,
         image_members=args.image_members,
         num_folds=args.folds,
         precision=args.precision,
@@ -130,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if begin(plan):
             print(f"finished already\n{describe(plan)}\nmodel      {place}")
             return 0
-        print(f"training {place} on {plan.data['images']} images of {args.dataset}", flush=True)
+        print(f"training {place} on {about_images(plan)}", flush=True)
         start_ray()
         fit(plan, ("vae", "encode"), args.workers, 0)
         fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
@@ -153,6 +159,19 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def about_images(plan: Plan) -> str:
+    """How many images there are, with and without a label, and of the rarest and the commonest class."""
+    images, labelled, counts = plan.data["images"], plan.data["labelled"], plan.data["per_class"]
+    shown = sorted(counts, key=counts.__getitem__)
+    if len(counts) > SHOWN_CLASSES:
+        shown = [shown[0], shown[-1]]
+    classes = ", ".join(f"{counts[name]} {name}" for name in counts if name in shown)
+    text = f"{images} images of {plan.data['source']}"
+    if labelled < images:
+        text += f", {labelled} of them with a label"
+    return f"{text} ({classes}{', others between' if len(counts) > SHOWN_CLASSES else ''})"
+
+
 def describe(plan: Plan) -> str:
     """How good the model is, by its card."""
     metrics = (read_card(plan.out) or {}).get("metrics", {})
@@ -167,6 +186,11 @@ def describe(plan: Plan) -> str:
                 f"{name:<10} accuracy {found['accuracy']:.2%} held out, members {found['member_accuracy_mean']:.2%}, "
                 f"balanced {found['balanced_accuracy']:.2%}, calibration error {found['calibration_error']:.3f}"
             )
+            classes = [f"{label} {accuracy:.2%}" for label, accuracy in found["per_class"].items()]
+            # Of hundreds of classes the worst are what one has to know.
+            worst = sorted(found["per_class"], key=found["per_class"].__getitem__)[:SHOWN_CLASSES]
+            shown = [text for text, label in zip(classes, found["per_class"]) if label in worst]
+            lines.append(f"{'':<10} {'worst: ' if len(classes) > len(shown) else ''}{', '.join(shown)}")
     return "\n".join(lines) or "nothing was held out to measure on"
 
 

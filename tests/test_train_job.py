@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,9 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert "vae: epoch" not in resumed.stdout
     assert "latent classifiers (2 of 3 members): epoch 2/2  loss" in resumed.stdout
     assert "image classifiers (member 1 of 2): epoch 1/1  loss" in resumed.stdout
+    assert re.search(r"member 1 of 2\): epoch 1/1  loss \S+  accuracy \S+  \d+:\d\d\n", resumed.stdout)
+    assert re.search(r"images of folder \(\d+ bar0, \d+ bar1, \d+ bar2\)\n", resumed.stdout)
+    assert re.search(r"\n +bar0 \S+%, bar1 \S+%, bar2 \S+%\n", resumed.stdout)
     assert "ensemble   accuracy" in resumed.stdout and f"model      {out}" in resumed.stdout
     model = clarity.load(out)
     assert model.image_ensemble is not None and len(model.folds) == 2
@@ -110,6 +114,33 @@ def test_job_trains_resumes_with_other_workers_and_reports(
 
     again = run(folder, out, *extras, env=environment)
     assert again.returncode == 0 and again.stdout.startswith("finished already")
+
+
+def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(tmp_path: Path, environment: dict[str, str]) -> None:
+    from experiments.shapes import make_folder
+
+    make_folder(tmp_path / "shapes", 120, ("cross", "disc", "ring"), (20, 28))
+    data = ["--dataset", "folder", "--data", str(tmp_path / "shapes")]
+    out, audit = tmp_path / "model", tmp_path / "audit"
+    more = ["--vae", "beta_vae", "--latent-dim", "9", "--channels", "8", "10", "12"]
+    trained = run(tmp_path / "shapes", out, *more, env=environment)
+    assert trained.returncode == 0, trained.stderr
+    model = clarity.load(out)
+    assert model.image_shape == (3, 20, 28) and model.vae.config.latent_dim == 9
+    assert model.class_names == ("cross", "disc", "ring")
+    explain = ["explain_all.py", *data, "--model", str(out), "--out", str(audit), "--max-steps", "5"]
+    for job in (explain, ["verify.py", str(audit)]):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "jobs" / job[0]), *job[1:]],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    found = clarity.read_audit(audit)
+    assert found.counterfactuals.count_rows() == 2 * found.codes.count_rows() > 0
+    assert (audit / "report.html").exists()
 
 
 def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
@@ -165,4 +196,6 @@ def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     assert plan.vae == clarity.vae.VAEConfig() and plan.image_members == plan.num_folds == 0
     other = job.make_plan(job.parse(["--out", "/nowhere", "--vae", "beta_vae", "--seed", "3", "--image-size", "32"]))
     assert other.vae.channels == (32, 64, 128, 256, 512) and other.vae.image_shape == (1, 32, 32)
+    colour = job.make_plan(job.parse(["--out", "/nowhere", "--mode", "RGB", "--center-crop", "20"]))
+    assert colour.vae.image_shape == (3, 28, 28) and colour.preprocessing.center_crop == 20
     assert other.vae_training.seed == other.ensemble_training.seed == other.image_training.seed == 3
