@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from clarity.checkpoints import Model
-from clarity.classifiers import logits_rows
+from clarity.classifiers import ImageEnsemble, logits_rows
 from clarity.search import Counterfactuals, LatentObjective, Rows, SearchConfig, descend, ensemble_terms, l1
 from clarity.vae import decode_rows, folded, require_eval
 
 PIXELS = (0.0, 1.0)
+
+#: Bytes of one member's weights above which a CPU computes image classifiers one after another: about what its core's
+#: second-level cache holds, so that nothing is gained by computing them together.
+APART_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,22 @@ def _image_classifier(model: Model, which: str) -> Callable[[Tensor], Tensor]:
     """Logits (M, B, K) of images by the whole image ensemble or by its member 0, lightened as the decoder is."""
     ensemble = _require_image_ensemble(model)
     require_eval(ensemble)
-    ensemble = ensemble.member(0) if which == "member" else copy.deepcopy(ensemble)
+    if which == "ensemble" and _apart(model):
+        members = [_lightened(ensemble.member(m)) for m in range(ensemble.config.num_members)]
+        return lambda x: torch.cat([member(x) for member in members])
+    return _lightened(ensemble.member(0) if which == "member" else copy.deepcopy(ensemble))
+
+
+def _lightened(ensemble: ImageEnsemble) -> ImageEnsemble:
     ensemble.encoder_layers = folded(ensemble.encoder_layers)
     return ensemble.requires_grad_(False)
+
+
+def _apart(model: Model) -> bool:
+    """Whether the members of the image ensemble are computed one after another; a constant of the model."""
+    ensemble = _require_image_ensemble(model)
+    weights = sum(parameter.nbytes for parameter in ensemble.parameters())
+    return model.device.type == "cpu" and weights > APART_BYTES * ensemble.config.num_members
 
 
 def _require_image_ensemble(model: Model) -> Any:
@@ -229,8 +246,8 @@ def _slots(model: Model, which: str) -> int:
     members = 1 if which == "member" else _require_image_ensemble(model).config.num_members
     if model.device.type != "cpu":
         return max(8, 8192 // members)
-    # More would be no faster, and a last long search would pay for more of them.
-    slots = max(4, min(16, 80 // members))
+    # More would be no faster, and a last long search would pay for more of them. Large weights are read once a block.
+    slots = 16 if _apart(model) else max(4, min(16, 80 // members))
     while any(slots * size % 32 for size in (model.latent_dim, math.prod(model.image_shape))):
         slots *= 2
     return slots

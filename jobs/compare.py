@@ -27,6 +27,8 @@ from clarity.resources import job_path
 from clarity.search import SearchConfig
 
 JOBS = Path(__file__).resolve().parent
+#: Pairs of a shard of a method with image classifiers.
+SHARD_PAIRS = 144
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -193,7 +195,8 @@ def explain(method: str, sample: str, count: int, model_uri: str, bench: Bench) 
     place = ["--dataset", "parquet", "--data", sample, "--split", "test"]
     if count and METHODS[method].classifier.startswith("image"):
         # Enough pairs in each that few slots idle beside the longest search, enough shards to see and keep progress.
-        place += ["--shard-rows", str(min(16, -(-count // 8)))]
+        enough = -(-SHARD_PAIRS // (bench.model.num_classes - 1))
+        place += ["--shard-rows", str(min(enough, -(-count // 8)))]
     run("explain_all.py", *place, "--model", model_uri, "--out", out, "--method", method, "--no-report", *search)
     return out
 

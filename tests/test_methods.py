@@ -283,6 +283,28 @@ def test_method_computes_images_in_blocks_without_a_remainder(image: tuple[int, 
     assert methods._slots(model, "ensemble") == (32 if image == (3, 13, 9) else 4)
 
 
+def test_large_image_classifiers_are_computed_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    x = questions(model, 9).x
+    together = methods._image_classifier(model, "ensemble")
+    assert isinstance(together, ImageEnsemble) and methods._slots(model, "ensemble") == 32
+    monkeypatch.setattr(methods, "APART_BYTES", 1)
+    apart = methods._image_classifier(model, "ensemble")
+    assert not isinstance(apart, ImageEnsemble)
+    torch.testing.assert_close(apart(x), together(x), atol=1e-5, rtol=1e-5)
+    # More rows share each reading of the weights than the number of members would allow.
+    assert model.image_ensemble is not None
+    model.vae.config = replace(model.vae.config, latent_dim=16, image_shape=(1, 28, 28))
+    model.image_ensemble.config = replace(model.image_ensemble.config, num_members=50)
+    assert methods._slots(model, "ensemble") == 16
+
+
+@pytest.mark.parametrize("method", ["revise_e", "revise_e_latent", "schut"])
+def test_members_one_after_another_give_a_row_the_same_bits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "APART_BYTES", 100)
+    test_method_gives_a_row_the_same_bits_in_any_company(method, (3, 13, 9))
+
+
 # ---- what else each promises -----------------------------------------------------------------------------------------
 
 
