@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 #: CPUs of one actor without a GPU. Two actors of one thread do more than one of two, which wait for each other between
 #: the large operations; but each has its own torch and model in memory, so that only small nodes get one for each CPU.
 CPUS_PER_ACTOR = 2
 SMALL_NODE_CPUS = 4
+#: Where `ray up` leaves the description of an autoscaling cluster on its head, on which a submitted job's driver runs.
+AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 #: Memory that one actor takes at the most: torch, the model, the shards in flight.
 ACTOR_BYTES = 1_000_000_000
 
@@ -73,12 +77,56 @@ def plan_resources(
         raise ValueError(f"--gpus-per-actor: expected 0, a fraction below 1 or a whole number, got {gpus_per_actor:g}")
     usable = [node for node in nodes if node.get("CPU", 0) > 0]
     if not usable:
-        raise ValueError("no node offers a CPU, which reading and writing need; start one with --num-cpus of 2 or more")
+        raise ValueError(
+            "no node offers a CPU, which reading and writing need; start one with --num-cpus of 2 or more, or give "
+            "--max-nodes where an autoscaler brings nodes that this job cannot foresee, as on Kubernetes"
+        )
     if gpus_per_actor is None:
         gpus_per_actor = 1.0 if any(node.get("GPU", 0) >= 1 for node in usable) else 0.0
     if gpus_per_actor:
         return _with_gpus(usable, num_shards, actors, gpus_per_actor)
     return _without_gpus(usable, num_shards, actors)
+
+
+def nodes_to_come(
+    alive: Sequence[Mapping[str, float]], description: Mapping[str, Any] | None, max_nodes: int | None = None
+) -> list[dict[str, float]]:
+    """The nodes that run, and those that an autoscaler may still bring.
+
+    Args:
+        alive: the nodes that run.
+        description: of an autoscaling cluster, as in cluster.yaml; None where there is none.
+        max_nodes: instead of a description: so many nodes that offer CPUs, like the largest of those that run.
+    """
+    found = [dict(node) for node in alive]
+    working = [node for node in found if node.get("CPU", 0) > 0]
+    if max_nodes is not None and max_nodes < 1:
+        raise ValueError(f"--max-nodes: expected at least 1, got {max_nodes}")
+    if max_nodes is not None:
+        largest = max(working, key=lambda node: (node.get("GPU", 0), node["CPU"]), default=None)
+        return found + [largest] * max(0, max_nodes - len(working)) if largest else found
+    if not description:
+        return found
+    left = int(description.get("max_workers", 2)) - len(found) + 1
+    for name, kind in description.get("available_node_types", {}).items():
+        offered = {
+            key: float(value) for key, value in kind.get("resources", {}).items() if key in ("CPU", "GPU", "memory")
+        }
+        if name == description.get("head_node_type") or not offered.get("CPU"):
+            continue
+        there = sum(all(node.get(key, 0) == offered.get(key, 0) for key in ("CPU", "GPU")) for node in working)
+        count = max(0, min(left, int(kind.get("max_workers", left)) - there))
+        found, left = found + [offered] * count, left - count
+    return found
+
+
+def autoscaler_description(path: str | os.PathLike[str] = AUTOSCALER_FILE) -> dict[str, Any] | None:
+    """What `ray up` was asked for, where this machine is the head of such a cluster; else None."""
+    try:
+        found = yaml.safe_load(Path(path).expanduser().read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _without_gpus(nodes: Sequence[Mapping[str, float]], num_shards: int, actors: int | None) -> Resources:

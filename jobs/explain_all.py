@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.autoscaler.sdk
 import ray.data
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,12 +43,21 @@ from clarity.explain import (
 )
 from clarity.methods import METHODS
 from clarity.report import write_report
-from clarity.resources import Resources, interruptible, job_path, plan_resources
+from clarity.resources import (
+    Resources,
+    autoscaler_description,
+    interruptible,
+    job_path,
+    nodes_to_come,
+    plan_resources,
+)
 from clarity.search import ENGINES, SearchConfig
 from clarity.shards import Work, read_shard, shard_item, write_shard
 
 #: Of a Ray that this job starts itself: fixed, so that memory does not grow with the data.
 OBJECT_STORE_BYTES = 1_000_000_000
+#: Patience with an autoscaler that was asked for its first node.
+FIRST_NODE_S = 900
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mixed-engines", action="store_true", help="accept shards that were searched by different engines")
     add("--actors", type=int, help="processes that search (as many as are useful)")
     add("--gpus-per-actor", type=float, help="1 where there are GPUs, else 0; a fraction shares one")
+    add("--max-nodes", type=int, help="plan for so many nodes, where an autoscaler's reach cannot be seen (Kubernetes)")
     add("--shard-rows", type=int, help="images of a shard (from their size and the method's speed)")
     add("--dry-run", action="store_true", help="say what would be done, from a measured probe, and write nothing")
     add("--no-report", action="store_true", help="write no HTML report at the end")
@@ -111,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan = make_plan(model, dataset, listing, **asked, **about)
         if args.dry_run:
             start_ray()
-            resources = plan_resources(nodes(), len(plan.shards), args.actors, args.gpus_per_actor)
+            resources = plan_resources(nodes(args), len(plan.shards), args.actors, args.gpus_per_actor)
             measured = measure(args, [model_uri, dataset, listing.slice(0, 32)], asked | {"targets": plan.targets})
             print(audit.describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
             return 0
@@ -120,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"complete already\n{audit.describe(held.summary())}")
             else:
                 start_ray()
-                resources = plan_resources(nodes(), len(held.pending), args.actors, args.gpus_per_actor)
+                resources = plan_resources(nodes(args), len(held.pending), args.actors, args.gpus_per_actor)
                 check_visible(held, dataset)
                 fill(args, held, resources, Work(out, held.run, held.plan, dataset, model.preprocessing), listing)
             print(f"model      {model_uri}\naudit      {out}")
@@ -164,7 +176,7 @@ def shard_rows(args: argparse.Namespace, out: str, model: Model, where: list[Any
     gpu = args.gpus_per_actor != 0 and (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ)
     if gpu:  # only then is Ray worth asking before the rest has been checked
         start_ray()
-        gpu = any(node.get("GPU", 0) > 0 for node in nodes())
+        gpu = any(node.get("GPU", 0) > 0 for node in nodes(args))
     return audit.rows_per_shard(len(listing), raw_bytes_per_image(model, targets), seconds, gpu)
 
 
@@ -255,22 +267,32 @@ def start_ray() -> None:
     interruptible()  # Ray took SIGTERM for itself
 
 
-def nodes() -> list[dict[str, float]]:
+def nodes(args: argparse.Namespace) -> list[dict[str, float]]:
     """What each node offers, and each that the autoscaler may still bring: a cluster may start without workers."""
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    config = ray._private.state.state.get_cluster_config()
-    for group in config.node_group_configs if config else ():
-        kind = dict(group.resources)
-        there = sum(all(node.get(name, 0) == kind.get(name, 0) for name in ("CPU", "GPU")) for node in found)
-        most = group.max_count if group.max_count >= 0 else 100  # -1: as many as are asked for
-        found += [kind] * max(0, most - there)
-    return found
+    joined = any(name in os.environ for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if args.max_nodes and not any(node.get("CPU") for node in alive):
+        alive = first_node(args.gpus_per_actor)
+    return nodes_to_come(alive, autoscaler_description() if joined else None, args.max_nodes)
+
+
+def first_node(gpus: float | None) -> list[dict[str, float]]:
+    """Ask the autoscaler for a node with a CPU, and the GPUs asked for, and wait; what each node then offers."""
+    print("no node offers a CPU yet; the autoscaler is asked for one", flush=True)
+    ray.autoscaler.sdk.request_resources(bundles=[{"CPU": 1} | ({"GPU": math.ceil(gpus)} if gpus else {})])
+    for _ in range(FIRST_NODE_S):
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(node.get("CPU") for node in alive):
+            break
+        time.sleep(1)
+    ray.autoscaler.sdk.request_resources(bundles=[])
+    return alive
 
 
 def measure(args: argparse.Namespace, place: Sequence[Any], asked: dict[str, Any]) -> dict[str, Any]:
     """``probe`` where an actor would run, with its threads; slow methods are measured by one step."""
     start_ray()
-    one = plan_resources(nodes(), 1, 1, args.gpus_per_actor)
+    one = plan_resources(nodes(args), 1, 1, args.gpus_per_actor)
     steps = None if METHODS[args.method].classifier in ("ensemble", "member") else 1
     remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(probe)
     found = remote.remote(*place, steps=steps, threads=one.threads_per_actor, engine=args.engine, **asked)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ import ray.train.torch
 from clarity import data, storage
 from clarity.checkpoints import read_card
 from clarity.classifiers import EnsembleConfig
-from clarity.resources import interruptible, job_path
+from clarity.resources import autoscaler_description, interruptible, job_path, nodes_to_come
 from clarity.training import (
     PRECISIONS,
     EnsembleTraining,
@@ -220,7 +221,9 @@ def fit(plan: Plan, stages: Sequence[str], workers: int | None, useful: int) -> 
     """
     if all(stage_done(plan, stage) for stage in stages):
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    joined = any(name in os.environ for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_to_come(alive, autoscaler_description() if joined else None)
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     most = gpus or (sum(cpus) if useful or workers else min(len(cpus), 4))

@@ -20,7 +20,6 @@ import pytest
 import clarity
 from clarity import audit
 from clarity.explain import verify
-from clarity.resources import plan_resources
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 40
@@ -187,19 +186,6 @@ def test_job_measures_a_slow_method_before_it_cuts_shards(
     # The same command takes the shards as they are, whatever it would measure now.
     assert job.main([*argv, "--method", "revise_e", "--targets", "1", "2", "--no-report"]) == 0
     assert "complete already" in capsys.readouterr().out
-
-
-def test_job_plans_for_nodes_that_the_autoscaler_may_bring(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.core.generated.autoscaler_pb2 import ClusterConfig
-
-    config = ClusterConfig()
-    for cpus, gpus, most in ((0, 0, 1), (8, 1, 16)):
-        group = config.node_group_configs.add(max_count=most)
-        group.resources.update({"CPU": cpus, "GPU": gpus})
-    monkeypatch.setattr(job.ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1e10}}])
-    monkeypatch.setattr(job.ray._private.state.state, "get_cluster_config", lambda: config)
-    planned = plan_resources(job.nodes(), 1000)
-    assert (planned.num_actors, planned.gpus_per_actor) == (16, 1)
 
 
 def test_job_keeps_codes_alone_and_traces(job: Any, tiny_digits_model: Path, tmp_path: Path) -> None:

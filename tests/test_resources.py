@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clarity.resources import Resources, job_path, plan_resources
+from clarity.resources import Resources, autoscaler_description, job_path, nodes_to_come, plan_resources
 
 
 def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
@@ -51,6 +51,38 @@ def test_plan_resources_is_at_once_done_with_a_mixed_cluster() -> None:
     found = plan_resources([node(16)] * 300 + [node(32)] * 100 + [node(96)] * 50, num_shards=20_000)
     assert (found.num_actors, found.cpus_per_actor) == (800, 14.0)
     assert time.process_time() - start < 5
+
+
+def test_nodes_to_come_are_those_of_the_clusters_description() -> None:
+    description = autoscaler_description(Path(__file__).parent.parent / "cluster.yaml")
+    assert description is not None
+    most, head = description["max_workers"], node(0)
+    assert nodes_to_come([head], description) == [head] + [{"CPU": 8.0, "GPU": 1.0}] * most
+    planned = plan_resources(nodes_to_come([head], description), 1000)
+    assert (planned.num_actors, planned.gpus_per_actor) == (most, 1)
+    # Those that are there already are not counted twice, and others leave less room.
+    assert len(nodes_to_come([head, node(8, 1), node(8, 1)], description)) == 1 + most
+    assert len(nodes_to_come([head, node(16), node(8, 1)], description)) == 1 + most
+    assert nodes_to_come([head], {"max_workers": 3, "available_node_types": {"gpu": {"resources": {"GPU": 1}}}}) == [
+        head
+    ]
+
+
+def test_nodes_to_come_follow_the_largest_where_only_their_number_is_known() -> None:
+    assert nodes_to_come([node(0), node(8), node(4, 1)], None, 3) == [node(0), node(8), node(4, 1), node(4, 1)]
+    assert nodes_to_come([node(0), node(8), node(8)], None, 1) == [node(0), node(8), node(8)]
+    assert nodes_to_come([node(0)], None, 4) == [node(0)]
+    assert nodes_to_come([node(2)], None) == [node(2)]
+    with pytest.raises(ValueError, match="--max-nodes: expected at least 1, got 0"):
+        nodes_to_come([node(2)], None, 0)
+
+
+@pytest.mark.parametrize("text", [None, "", "[1, 2]", "a: [", "\x00"])
+def test_autoscaler_description_is_none_where_there_is_none(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert autoscaler_description(file) is None
 
 
 def test_plan_resources_gives_no_more_actors_than_shards_or_memory() -> None:
