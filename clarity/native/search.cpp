@@ -167,20 +167,26 @@ INLINE Vec power(Vec x) {
 // Softmax of the logits in place, which are in units of log 2; leaves the gradient of the cross-entropy by the logits in
 // natural units, adds the target's probability to prob.
 INLINE void softmax(Vec *logits, const Vec *onehot, int classes, Vec *prob) {
-    UNROLL for (int g = 0; g < GROUPS; g++) {
-        Vec top = logits[g];
-        for (int k = 1; k < classes; k++) top = larger(top, logits[k * GROUPS + g]);
-        Vec sum = {}, chosen = {};
-        for (int k = 0; k < classes; k++) {
-            const Vec e = power(logits[k * GROUPS + g] - top);
-            logits[k * GROUPS + g] = e;
-            sum += e;
-            chosen += e * onehot[k * GROUPS + g];
+    Vec top[GROUPS], sum[GROUPS], chosen[GROUPS];
+    UNROLL for (int g = 0; g < GROUPS; g++) top[g] = logits[g], sum[g] = chosen[g] = (Vec){};
+    const Vec *const end = logits + classes * GROUPS;
+    for (const Vec *p = logits + GROUPS; p < end; p += GROUPS)
+        UNROLL for (int g = 0; g < GROUPS; g++) top[g] = larger(top[g], p[g]);
+    const Vec *o = onehot;
+    for (Vec *p = logits; p < end; p += GROUPS, o += GROUPS)
+        UNROLL for (int g = 0; g < GROUPS; g++) {
+            const Vec e = power(p[g] - top[g]);
+            p[g] = e;
+            sum[g] += e;
+            chosen[g] += e * o[g];
         }
-        const Vec scale = 1.f / sum;
-        prob[g] += chosen * scale;
-        for (int k = 0; k < classes; k++) logits[k * GROUPS + g] = logits[k * GROUPS + g] * scale - onehot[k * GROUPS + g];
+    UNROLL for (int g = 0; g < GROUPS; g++) {
+        sum[g] = 1.f / sum[g];
+        prob[g] += chosen[g] * sum[g];
     }
+    o = onehot;
+    for (Vec *p = logits; p < end; p += GROUPS, o += GROUPS)
+        UNROLL for (int g = 0; g < GROUPS; g++) p[g] = p[g] * sum[g] - o[g];
 }
 
 INLINE Vec root_of(Vec x) {
