@@ -175,7 +175,8 @@ def about_images(plan: Plan) -> str:
 
 def describe(plan: Plan) -> str:
     """How good the model is, by its card."""
-    metrics = (read_card(plan.out) or {}).get("metrics", {})
+    card = read_card(plan.out) or {}
+    metrics = card.get("metrics", {})
     lines = []
     if "vae" in metrics:
         parts = metrics["vae"]
@@ -192,7 +193,17 @@ def describe(plan: Plan) -> str:
             worst = sorted(found["per_class"], key=found["per_class"].__getitem__)[:SHOWN_CLASSES]
             shown = [text for text, label in zip(classes, found["per_class"]) if label in worst]
             lines.append(f"{'':<10} {'worst: ' if len(classes) > len(shown) else ''}{', '.join(shown)}")
+    unseen = [
+        name for name in card.get("class_names", []) if name not in metrics.get("ensemble", {}).get("per_class", {})
+    ]
+    if lines and unseen:
+        lines.append(f"{'':<10} not measured, no held-out image: {_some(unseen)}")
     return "\n".join(lines) or "nothing was held out to measure on"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN_CLASSES
+    return ", ".join(names[:SHOWN_CLASSES]) + (f" and {more} more" if more > 0 else "")
 
 
 # ---- on Ray --------------------------------------------------------------------------------------------------------

@@ -199,3 +199,13 @@ def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     colour = job.make_plan(job.parse(["--out", "/nowhere", "--mode", "RGB", "--center-crop", "20"]))
     assert colour.vae.image_shape == (3, 28, 28) and colour.preprocessing.center_crop == 20
     assert other.vae_training.seed == other.ensemble_training.seed == other.image_training.seed == 3
+
+
+def test_job_says_which_classes_were_not_measured(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = {"accuracy": 0.5, "member_accuracy_mean": 0.5, "balanced_accuracy": 0.5, "calibration_error": 0.1}
+    card = {"class_names": ["a", "b", "c"], "metrics": {"ensemble": quality | {"per_class": {"b": 0.5}}}}
+    monkeypatch.setattr(job, "read_card", lambda _: card)
+    plan = job.make_plan(job.parse(["--out", "/nowhere"]))
+    assert job.describe(plan).splitlines()[-1].lstrip() == "not measured, no held-out image: a, c"
+    card["metrics"] = {}
+    assert job.describe(plan) == "nothing was held out to measure on"
