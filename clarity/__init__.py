@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clarity.explain import explain as explain
     from clarity.methods import METHODS as METHODS
     from clarity.search import SearchConfig as SearchConfig
-    from clarity.training import train as train
+    from clarity.stages import train as train
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _NAMES = {
     "explain": ("clarity.explain", "explain"),
     "load": ("clarity.checkpoints", "load_model"),
     "read_audit": ("clarity.audit", "read_audit"),
-    "train": ("clarity.training", "train"),
+    "train": ("clarity.stages", "train"),
 }
 __all__ = sorted(_NAMES)
 

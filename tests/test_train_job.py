@@ -103,7 +103,7 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert model.card["metrics"]["images"] > 0
 
     # Given the same VAE, one process without Ray makes the same members.
-    from clarity.training import STAGES, Worker, begin, finish, run_stages
+    from clarity.stages import STAGES, Worker, begin, finish, run_stages
 
     plan = job.make_plan(job.parse(command(folder, tmp_path / "alone", *extras)[2:]))
     begin(plan)

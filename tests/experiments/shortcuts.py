@@ -24,7 +24,7 @@ from clarity import audit, data, schema, storage
 from clarity.explain import Explainer, make_plan
 from clarity.report import write_report
 from clarity.search import SearchConfig
-from clarity.training import train
+from clarity.stages import train
 
 KINDS = ("grey", "patch", "colour", "tint")
 
