@@ -41,6 +41,9 @@ CHOSEN_IMAGES = 1000
 #: Pairs of a batch in which steps are timed.
 STEP_PAIRS = 128
 
+#: Test images of each class in Figure 10.
+CLOUD_IMAGES = 300
+
 CONTROLS = {
     "original": "the image itself",
     "reconstruction": "decode(z) of the image",
@@ -851,8 +854,24 @@ def paired(tables: Mapping[str, pa.Table], better: str, than: str, draws: int) -
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def draw(bench: Bench, results: Mapping[str, Results], rows: list[dict], full: Images, flat: Model | None) -> dict:
-    """Every figure of the paper that models and methods allow; returns what was measured on the way."""
+def draw(
+    bench: Bench,
+    results: Mapping[str, Results],
+    rows: list[dict],
+    full: Images,
+    flat: Model | None,
+    tested: tuple[np.ndarray, np.ndarray, list[str]],
+) -> dict:
+    """Every figure of the paper that models and methods allow; returns what was measured on the way.
+
+    Args:
+        bench: see there.
+        results: of every method, and others.
+        rows: of the summary.
+        full: images of the method that has most of them.
+        flat: the model with a 2-D latent space, where there is one.
+        tested: pixels, labels and ids of all test images.
+    """
     names = bench.model.class_names
 
     def write(name: str, picture: plots.Picture) -> None:
@@ -906,7 +925,7 @@ def draw(bench: Bench, results: Mapping[str, Results], rows: list[dict], full: I
         return {}
     curves(bench, full, segments, write)
     traces(bench, full, segments[0], write)
-    return {} if flat is None else latent_map(bench, flat, full, segments[-1], write)
+    return {} if flat is None else latent_map(bench, flat, tested, segments[-1], write)
 
 
 def example(
@@ -986,12 +1005,24 @@ def traces(bench: Bench, images: Images, pair: tuple[str, str], write: Callable[
 
 
 def latent_map(
-    bench: Bench, flat: Model, images: Images, pair: tuple[str, str], write: Callable[..., None]
+    bench: Bench,
+    flat: Model,
+    tested: tuple[np.ndarray, np.ndarray, list[str]],
+    pair: tuple[str, str],
+    write: Callable[..., None],
+    paths: int = 10,
 ) -> dict[str, Any]:
-    """Figure 10: the methods' paths in a 2-D latent space over the epistemic uncertainty of their classifiers."""
+    """Figure 10: the methods' paths in a 2-D latent space over the epistemic uncertainty of their classifiers.
+
+    Draws the first of ``paths`` starts, test images of the source class, and measures all of them: how many end among
+    the target's test images, that is no farther from their 5 nearest than 95 % of those are from each other.
+    """
     names = bench.model.class_names
     source, target = (names.index(name) for name in pair)
-    here = see(flat, images.ids, images.x, images.label)
+    shown = np.concatenate([np.flatnonzero(tested[1] == k)[:CLOUD_IMAGES] for k in (source, target)])
+    x, label, ids = tested[0][shown], tested[1][shown], [tested[2][place] for place in shown]
+    here = see(flat, ids, x, label)
+    points = [here.z[label == k] for k in (source, target)]
     wide = 1.6 * np.abs(here.z).max(axis=0)
     extent = (-float(wide[0]), float(wide[0]), -float(wide[1]), float(wide[1]))
     z1, z2 = np.meshgrid(np.linspace(*extent[:2], 61), np.linspace(*extent[2:], 61))
@@ -1005,19 +1036,33 @@ def latent_map(
         ),
     }
     maps = {name: decompose(values).epistemic.numpy().reshape(z1.shape) for name, values in logits.items()}
-    start = np.array([first_of(images, source, here.source)])
+    first = first_of(here, source)
+    seen = np.flatnonzero((label == source) & (here.source == source))
+    starts = np.array([first, *(place for place in seen if place != first)][:paths])
+    cloud = torch.from_numpy(points[1])
+    # Each point's nearest is itself.
+    among = torch.cdist(cloud, cloud).topk(min(6, len(cloud)), largest=False).values[:, 1:].mean(1).quantile(0.95)
     panels: dict[str, plots.LatentMap] = {}
+    ends: dict[str, dict[str, float]] = {}
     for method in ("fgsm", "schut", "revise_e", "clarity"):
-        pairs = pairs_of(flat, here, start, np.array([target]))
-        steps = metrics.own_steps(flat, method, pairs, bench.config)[0]
-        path, last = steps["point"], torch.from_numpy(steps["point"][-1:])
+        pairs = pairs_of(flat, here, starts, np.full(len(starts), target))
+        steps = metrics.own_steps(flat, method, pairs, bench.config)
+        walks, last = [found["point"] for found in steps], torch.from_numpy(steps[0]["point"][-1:])
         if METHODS[method].space == "image":
-            path = encode_rows(flat.vae, torch.from_numpy(path))[0].numpy()
+            walks = [encode_rows(flat.vae, torch.from_numpy(walk[[0, -1]] if i else walk))[0].numpy()
+                     for i, walk in enumerate(walks)]  # fmt: skip
         else:
             last = decode_rows(flat.vae, last)
         group = "latent ensemble" if method == "clarity" else "image ensemble"
-        panels[NAMES[method]] = plots.LatentMap(maps[group], path, last[0].numpy(), group)
-    points = [here.z[images.label == k][:300] for k in (source, target)]
+        panels[NAMES[method]] = plots.LatentMap(maps[group], walks[0], last[0].numpy(), group)
+        away = torch.cdist(torch.from_numpy(np.stack([walk[-1] for walk in walks])), cloud)
+        away = away.topk(min(5, len(cloud)), largest=False).values.mean(1)
+        ends[NAMES[method]] = {
+            "paths": float(len(walks)),
+            "reached": float(np.mean([found["target_prob"][-1] > bench.config.min_target_prob for found in steps])),
+            "end_in_cloud": float((away <= among).float().mean()),
+            "moved": float(np.mean([np.linalg.norm(walk[-1] - walk[0]) for walk in walks])),
+        }
     write("figure10", plots.latent_paths(panels, extent, points[0], points[1], source=pair[0], target=pair[1]))
     nearest = torch.cdist(grid, torch.from_numpy(here.z)).min(dim=1).values.numpy()
     far = nearest > here.z.std()
@@ -1028,12 +1073,4 @@ def latent_map(
             "epistemic_near": float(epistemic[~far].mean()), "epistemic_far": float(epistemic[far].mean()),
             "certainty_near": float(certainty[~far].mean()), "certainty_far": float(certainty[far].mean()),
         }  # fmt: skip
-    end = {name: panel.path[-1] for name, panel in panels.items()}
-    cloud = torch.from_numpy(points[1])
-    out["share_of_target_cloud_farther_from_its_middle_than_the_end"] = {
-        name: float(
-            (torch.linalg.norm(cloud - cloud.mean(0), dim=1) > np.linalg.norm(place - points[1].mean(0))).float().mean()
-        )
-        for name, place in end.items()
-    }
-    return out
+    return out | {"paths": ends}

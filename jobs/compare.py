@@ -150,12 +150,13 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         table = comparison.attribute_table(bench, results[method])
         storage.write_bytes(storage.join(uri, audit.ATTRIBUTES_FILE), audit.to_parquet(table))
 
-    found = comparison.measure(bench, results, tables, *labelled(tested, model, say))
+    test_images = labelled(tested, model, say)
+    found = comparison.measure(bench, results, tables, *test_images[:2])
     kinds = {name: result.kind for name, result in results.items()}
     rows = comparison.summary(bench, tables, kinds, found["speed"])
     flat = None if args.no_figures else flat_model(args, model, out, say)
     if not args.no_figures:
-        found["figure 10"] = comparison.draw(bench, results, rows, widest.images, flat)
+        found["figure 10"] = comparison.draw(bench, results, rows, widest.images, flat, test_images)
         storage.write_json(bench.place("measurements.json"), found)
     comparison.write_tables(bench, rows, found)
     say(f"written: {storage.display(storage.join(out, 'comparison.md'))}, .csv, .parquet, measurements.json, figures/")
@@ -257,12 +258,12 @@ def read(
 
 def labelled(
     tested: data.Dataset, model: checkpoints.Model, say: Callable[[str], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """All images of the tested split, and their labels."""
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """All images of the tested split, their labels and their ids."""
     listing = data.list_images(tested)
     say(f"reading {len(listing)} images of split {tested.split}")
-    pixels, _, labels, _ = read(tested, listing, model)
-    return pixels, labels
+    pixels, ids, labels, _ = read(tested, listing, model)
+    return pixels, labels, ids
 
 
 def flat_model(
@@ -273,7 +274,13 @@ def flat_model(
         return None
     uri = job_path(args.flat_model, storage.join(out, "flat-model"), "--flat-model")
     train_model(args, uri, say, "--latent-dim", "2", given=False)
-    return dataclasses.replace(checkpoints.load_model(uri), image_ensemble=model.image_ensemble)
+    flat = checkpoints.load_model(uri)
+    if flat.latent_dim != 2 or flat.image_shape != model.image_shape or flat.class_names != model.class_names:
+        raise ValueError(
+            f"{storage.display(uri)} has {flat.latent_dim} latent dimensions, images {flat.image_shape} and classes "
+            f"{flat.class_names}: Figure 10 needs 2, {model.image_shape} and {model.class_names}"
+        )
+    return dataclasses.replace(flat, image_ensemble=model.image_ensemble)
 
 
 if __name__ == "__main__":

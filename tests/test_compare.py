@@ -429,6 +429,10 @@ def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: 
     # Which grids there are depends on what the random classifiers see; these need no agreement with a label.
     drawn = {path.name for path in (out / "figures").glob("*.png")}
     assert {"oracle_agreement.png", *(f"pairs_{method}.png" for method in METHODS)} <= drawn
+    if "figure10.png" in drawn:
+        paths = measured["figure 10"]["paths"]
+        assert list(paths) == ["FGSM", "Schut", "REVISE-E", "Clarity"]
+        assert all(0 <= row["end_in_cloud"] <= 1 <= row["paths"] for row in paths.values())
     timed = json.loads((out / "timings.json").read_text())
     assert timed["steps"] == measured["steps"] and timed["speed"] == measured["speed"]
     first = (out / "comparison.parquet").read_bytes()
@@ -454,6 +458,37 @@ def comparison_vae(config: Any) -> Any:
 def test_job_refuses_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
     assert job().main(["--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_flat_model_must_be_flat_and_of_the_same_data(place: Path) -> None:
+    model, module = checkpoints.load_model(place / "model"), job()
+    args = module.parse(["--flat-model", str(place / "model")])
+    with pytest.raises(ValueError, match="Figure 10 needs 2"):
+        module.flat_model(args, model, "unused", print)
+
+
+def test_paths_end_inside_the_cloud_or_not(place: Path, bench: Bench) -> None:
+    """Starts are test images of the source; a search that makes no step ends where it started, outside."""
+    config = dataclasses.replace(bench.model.vae.config, latent_dim=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        ensemble = type(bench.model.ensemble)(dataclasses.replace(bench.model.ensemble.config, latent_dim=2)).eval()
+        flat = dataclasses.replace(bench.model, vae=comparison_vae(config), ensemble=ensemble)
+    rng = np.random.default_rng(0)
+    label = np.array([5] * 12 + [1] * 40)
+    x = (rng.random((52, 1, 28, 28)) * np.where(label == 5, 250, 20)[:, None, None, None]).astype(np.uint8)
+    still = dataclasses.replace(bench, config=dataclasses.replace(bench.config, max_steps=0))
+    ids, drawn = [f"image-{place}" for place in range(52)], []
+    found = comparison.latent_map(still, flat, (x, label, ids), ("5", "1"), lambda name, _: drawn.append(name), paths=3)
+    assert drawn == ["figure10"]
+    # REVISE-E starts from a draw around the code, which the untrained encoder makes wide.
+    assert all(found["paths"][name]["end_in_cloud"] == 0 for name in ("FGSM", "Schut", "Clarity")), found["paths"]
+    assert all(1 <= row["paths"] <= 3 for row in found["paths"].values())
+    assert found["paths"]["Clarity"]["moved"] == 0
+    same = np.array([5] + [1] * 51)
+    x[0] = x[1] = x[20]
+    found = comparison.latent_map(still, flat, (x, same, ids), ("5", "1"), lambda name, _: None)
+    assert found["paths"]["Clarity"]["end_in_cloud"] == 1
 
 
 def test_job_asks_for_image_classifiers_where_they_lack(tiny_digits_model: Path, tmp_path: Path, capsys: Any) -> None:

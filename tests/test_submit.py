@@ -69,7 +69,7 @@ def head_of(*offers: str, autoscaler: dict[str, Any] | None = None) -> Iterator[
 
 def describe_autoscaler(kinds: dict[str, Any], port: int) -> dict[str, Any]:
     """As cluster.yaml, for the provider with which Ray tests its autoscaler; a head without CPUs and no workers yet."""
-    from ray._private.services import get_node_ip_address
+    from ray._private.services import node_ip_address_from_perspective
     from ray.autoscaler._private.fake_multi_node import node_provider
 
     provider = {
@@ -78,7 +78,7 @@ def describe_autoscaler(kinds: dict[str, Any], port: int) -> dict[str, Any]:
         "module": f"{node_provider.__name__}.{node_provider.FakeMultiNodeProvider.__name__}",
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
-        "gcs_address": f"{get_node_ip_address()}:{port}",
+        "gcs_address": f"{node_ip_address_from_perspective()}:{port}",
         "head_node_id": node_provider.FAKE_HEAD_NODE_ID,
         "launch_multiple": True,
     }
