@@ -27,6 +27,7 @@ from clarity import audit, data, judges, metrics, plots, schema, storage
 from clarity.checkpoints import Model
 from clarity.classifiers import ImageEnsemble, logits_rows
 from clarity.explain import judge, quantise
+from clarity.images import Preprocessing
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
@@ -127,7 +128,7 @@ class Bench:
 # --- what is compared -------------------------------------------------------------------------------------------------
 
 
-def sample(dataset: data.Dataset, preprocessing: data.Preprocessing, count: int, uri: str) -> None:
+def sample(dataset: data.Dataset, preprocessing: Preprocessing, count: int, uri: str) -> None:
     """Write the Parquet file of the images to compare on, unless it is there.
 
     ``count`` images (0: all) with as many of each class as there are, the first of each class in the listing's order,
@@ -906,7 +907,9 @@ def draw(
             title = f"{NAMES.get(method, method)}: the oracle sees the target"
             write(
                 f"pairs_{method}",
-                plots.class_pair_map(values, names, title=title, label="share of pairs", percent=True),
+                plots.class_pair_map(
+                    values, names, title=title, label="share of pairs", percent=True, bounds=(0.0, 1.0)
+                ),
             )
     overall = {row["method"]: row for row in rows if row["images"] == "common" and row["source"] is None}
     shares = {

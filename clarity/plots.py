@@ -292,9 +292,16 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
 
 @_styled
 def class_pair_map(
-    values: Array, class_names: Sequence[str], *, title: str, label: str, percent: bool = False, low_is_bad: bool = True
+    values: Array,
+    class_names: Sequence[str],
+    *,
+    title: str,
+    label: str,
+    percent: bool = False,
+    low_is_bad: bool = True,
+    bounds: tuple[float, float] | None = None,
 ) -> Picture:
-    """A number for each (source, target) as a K x K map with the numbers written in; NaN stays empty.
+    """A number for each (source, target) as a K x K map with the numbers written in; NaN is a dash.
 
     Args:
         values: (K, K), sources in rows, targets in columns.
@@ -303,6 +310,7 @@ def class_pair_map(
         label: of the shade, with its unit.
         percent: write shares as percentages.
         low_is_bad: the worst value gets the darkest shade.
+        bounds: of the shades, for maps to be compared; None takes them from the values.
     """
     values, count = np.asarray(values, dtype=np.float64), len(class_names)
     if values.shape != (count, count):
@@ -313,6 +321,7 @@ def class_pair_map(
     low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0.0, 1.0)
     if percent:  # up to all; a point or two below it is no dark spot
         low, high = min(0.95, np.floor(low * 20) / 20), 1.0
+    low, high = bounds or (low, high)
     scale = Normalize(low, high if high > low else low + 1)
     decimals = 0 if high >= 100 else 1 if high >= 10 else 2 if high >= 1 else 3
     cmap = matplotlib.colormaps["gray" if low_is_bad else "gray_r"]
@@ -323,6 +332,8 @@ def class_pair_map(
                 text = f"{100 * values[i, j]:.0f}" if percent else f"{values[i, j]:.{decimals}f}"
                 dark = cmap(scale(values[i, j]))[0] < 0.5
                 place.text(j, i, text, color="white" if dark else "black", fontsize=6, **TEXT)
+            else:
+                place.text(j, i, "–", color="0.5", fontsize=6, **TEXT)
     place.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 3 else 0)
     place.set_yticks(range(count), class_names)
     place.set_xlabel("target")

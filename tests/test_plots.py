@@ -202,3 +202,12 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
         plots.Counterfactual(opened, row["image_id"], row["source_name"])
     with pytest.raises(ValueError, match="no such image"):
         plots.Counterfactual(opened, "nobody", "dog")
+
+
+def test_class_pair_maps_to_be_compared_share_their_shades() -> None:
+    values = np.where(np.eye(K, dtype=bool), np.nan, 0.9)
+    for bounds, darkest in ((None, 0.9), ((0.0, 1.0), 0.0)):
+        picture = plots.class_pair_map(values, "abcd", title="t", label="share", percent=True, bounds=bounds)
+        assert picture.axes[0].images[0].norm.vmin == pytest.approx(darkest)
+        texts = [text.get_text() for text in picture.axes[0].texts]
+        assert texts.count("–") == K and texts.count("90") == K * (K - 1)
