@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import clarity
 from clarity import storage
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
-from clarity.data import Preprocessing
+from clarity.images import Preprocessing
 from clarity.vae import VAE, VAEConfig
 
 MODEL_FILE = "model.json"

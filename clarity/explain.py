@@ -29,6 +29,7 @@ import clarity
 from clarity import audit, data, schema, shards, storage
 from clarity.checkpoints import Model, fold_of, load_model
 from clarity.classifiers import logits_rows
+from clarity.images import UnreadableImage
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.shards import Clock, Work, attempted, pack, pack_row, unpack, unpack_row
@@ -830,7 +831,7 @@ def explain(
         content = storage.read_bytes(image) if isinstance(image, str | Path) else image
         try:
             pixels[place] = model.preprocessing.apply(_array(content))
-        except data.UnreadableImage as error:
+        except UnreadableImage as error:
             raise ValueError(f"image {image_ids[place]}: {error}") from None
     count = len(images)
     shard = pa.table(

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from clarity import audit, data, schema
+from clarity.images import Preprocessing
 
 
 class Clock:
@@ -42,7 +43,7 @@ class Work:
     run: str
     plan: audit.Plan
     dataset: data.Dataset
-    preprocessing: data.Preprocessing
+    preprocessing: Preprocessing
 
 
 def shard_item(shard: int, listing: pa.Table) -> dict[str, Any]:

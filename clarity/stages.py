@@ -28,7 +28,6 @@ from clarity.checkpoints import Model, fold_of, load_model, load_tensors, read_c
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
 from clarity.data import (
     Dataset,
-    Preprocessing,
     class_names_of,
     infer_preprocessing,
     label_indices,
@@ -38,6 +37,7 @@ from clarity.data import (
     read_all,
     split_of,
 )
+from clarity.images import Preprocessing
 from clarity.training import (
     Codes,
     EnsembleTraining,

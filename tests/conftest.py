@@ -24,7 +24,7 @@ def tiny_model() -> Any:
 
     from clarity.checkpoints import Model
     from clarity.classifiers import EnsembleConfig, LatentEnsemble
-    from clarity.data import Preprocessing
+    from clarity.images import Preprocessing
     from clarity.vae import VAEConfig, build_vae
 
     with torch.random.fork_rng():
@@ -49,7 +49,7 @@ def tiny_digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from clarity.checkpoints import Model, save_model
     from clarity.classifiers import EnsembleConfig, LatentEnsemble
-    from clarity.data import Preprocessing
+    from clarity.images import Preprocessing
     from clarity.vae import VAEConfig, build_vae
 
     with torch.random.fork_rng():

@@ -14,7 +14,7 @@ ROOMS = sorted(path.stem for path in (ROOT / "clarity").glob("*.py") if path.ste
 
 # A room imports only from levels above its own line; rooms of one line may not import each other.
 LEVELS = [
-    {"storage", "vae", "uncertainty", "schema", "resources"},
+    {"images", "storage", "vae", "uncertainty", "schema", "resources"},
     {"data", "classifiers", "audit", "kernels"},
     {"training", "checkpoints", "search", "shards"},
     {"stages", "methods", "judges"},

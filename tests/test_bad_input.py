@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from clarity import data, storage  # noqa: E402
-from clarity.data import Preprocessing, UnreadableImage  # noqa: E402
+from clarity.images import Preprocessing, UnreadableImage  # noqa: E402
 
 H, W = 8, 12
 GREY, COLOUR = Preprocessing("L", H, W), Preprocessing("RGB", H, W)
@@ -174,9 +174,10 @@ def as_nobody(locked: str) -> Builder:
     code = """
 import os, sys
 from clarity import data
+from clarity.images import Preprocessing
 def errors():
     dataset = data.open_dataset("folder", sys.argv[1], "all")
-    return data.read_shard(dataset, data.list_images(dataset), data.Preprocessing("L", 8, 12))["error"]
+    return data.read_shard(dataset, data.list_images(dataset), Preprocessing("L", 8, 12))["error"]
 if os.getuid() == 0:
     errors()  # loads what is loaded at need: it may lie where others may not read
     os.setgroups([]); os.setgid(65534); os.setuid(65534)

@@ -24,6 +24,7 @@ from clarity import audit, checkpoints, comparison, data, judges, metrics, schem
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
 from clarity.comparison import Bench
 from clarity.explain import ExplainShard, make_plan
+from clarity.images import Preprocessing
 from clarity.methods import METHODS
 from clarity.report import write_report
 from clarity.search import SearchConfig
@@ -110,12 +111,12 @@ def test_sample_takes_as_many_of_each_class(place: Path) -> None:
     tested = data.open_dataset("digits", None, "test")
     listing = data.list_images(tested)
     rows = [listing["image_id"].to_pylist().index(name) for name in ids]
-    truth = data.read_all(tested, listing.take(rows), data.Preprocessing("L", 28, 28))
+    truth = data.read_all(tested, listing.take(rows), Preprocessing("L", 28, 28))
     assert np.array_equal(pixels, truth[0]) and labels == truth[2] and not errors
 
 
 def test_sample_of_something_else_is_not_taken(place: Path) -> None:
-    uri, preprocessing = str(place / "sample.parquet"), data.Preprocessing("L", 28, 28)
+    uri, preprocessing = str(place / "sample.parquet"), Preprocessing("L", 28, 28)
     before = Path(uri).read_bytes()
     comparison.sample(data.open_dataset("digits", None, "test"), preprocessing, COUNT, uri)
     assert Path(uri).read_bytes() == before

@@ -28,7 +28,7 @@ from object_store import Fault, ObjectStore
 from PIL import Image
 
 from clarity import data, schema, storage
-from clarity.data import Preprocessing, UnreadableImage
+from clarity.images import Preprocessing, UnreadableImage
 
 ROOT = Path(__file__).parent.parent
 HEIGHT, WIDTH = 8, 12
@@ -634,11 +634,11 @@ def test_parquet_of_large_images_is_read_in_small_pieces(tmp_path: Path) -> None
     pq.write_table(table, tmp_path / "x.parquet", use_dictionary=False, compression="none", write_batch_size=2)
     del table
     code = (
-        "import re, sys; from clarity import data\n"
+        "import re, sys; from clarity import data; from clarity.images import Preprocessing\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
         "dataset = data.open_dataset('parquet', sys.argv[1], 'all'); listing = data.list_images(dataset)\n"
         "before = peak()\n"
-        "shard = data.read_shard(dataset, listing.slice(20), data.Preprocessing('RGB', 8, 12))\n"
+        "shard = data.read_shard(dataset, listing.slice(20), Preprocessing('RGB', 8, 12))\n"
         "assert shard['error'].null_count == 20\n"
         "print(peak() - before)"
     )

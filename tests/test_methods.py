@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clarity import methods
 from clarity.checkpoints import Model
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
-from clarity.data import Preprocessing
+from clarity.images import Preprocessing
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.vae import VAEConfig, build_vae, encode_rows, one_thread

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clarity import data, schema
-from clarity.data import Preprocessing
+from clarity.images import Preprocessing
 
 ROOT = Path(__file__).parent.parent.parent
 CHUNK = 4096

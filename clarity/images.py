@@ -1,0 +1,217 @@
+"""From bytes to pixels: what is decoded, how it is turned, cropped and resized, and what is refused.
+
+Knows Pillow and the limits of what is safe to decode. Does not know where bytes come from.
+
+Shapes: C, H, W image.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+#: What is decoded, and nothing else: some of Pillow's other formats start programs.
+FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
+MAX_PIXELS = 64 << 20
+MAX_BYTES = 1 << 30
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(ValueError):
+    """Why one image cannot be used: what was expected, what was found, what to do. Becomes the row's ``error``."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's pixels, the same in training and explaining; stored in model.json.
+
+    In this order: first frame; orientation by EXIF; 16-bit and float pixels scaled to 8 bits; transparency laid on
+    white; mode (grey: ITU-R 601-2 luma); centre crop; resize (bilinear, antialiased, the aspect is not kept).
+
+    Args:
+        mode: "L" (grey, C=1) or "RGB" (C=3).
+        height: H in pixels.
+        width: W in pixels.
+        center_crop: side of the centred square taken first, from images that are not (height, width) already.
+    """
+
+    mode: str
+    height: int
+    width: int
+    center_crop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("L", "RGB"):
+            raise ValueError(f"expected mode 'L' (grey) or 'RGB' (colour), found {self.mode!r}: choose one of them")
+        for name, value in (("height", self.height), ("width", self.width), ("center_crop", self.center_crop or 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 8192:
+                raise ValueError(f"expected {name} in pixels, 1 to 8192, found {value!r}: choose one in that range")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (1 if self.mode == "L" else 3, self.height, self.width)
+
+    def apply(self, image: bytes | np.ndarray | Image.Image) -> np.ndarray:
+        """The pixels of one image, uint8 (C, H, W).
+
+        Args:
+            image: a file's bytes or a PIL image, of any size; or an array of exactly the model's size, (C, H, W),
+                (H, W, C) or, for one channel, (H, W): uint8, integers in [0, 255], uint16, or floats in [0, 1].
+
+        Raises:
+            UnreadableImage: it is none, or cannot be used; says why.
+        """
+        if isinstance(image, np.ndarray):
+            return self._from_array(image)
+        picture = image if isinstance(image, Image.Image) else open_image(image)
+        pixels = np.asarray(_decode(lambda: self._fit(_convert(_upright(picture), self.mode))))
+        return pixels.reshape(self.image_shape) if self.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, for model.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Any) -> Preprocessing:
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: another set of fields, or a value out of its range.
+        """
+        names = cls.__dataclass_fields__
+        if not isinstance(fields, dict) or not {"mode", "height", "width"} <= fields.keys() <= names.keys():
+            raise ValueError(f"expected preprocessing with {', '.join(names)}, found {fields!r}: restore the file")
+        return cls(**fields)
+
+    def _fit(self, picture: Image.Image) -> Image.Image:
+        width, height = picture.size
+        if (width, height) == (self.width, self.height):
+            return picture
+        if side := self.center_crop:
+            if side > min(width, height):
+                raise UnreadableImage(
+                    f"expected at least {side} x {side} pixels for the centre crop, found {width} x {height}: "
+                    "leave it out, or train with a smaller centre crop"
+                )
+            left, top = round((width - side) / 2), round((height - side) / 2)
+            picture = picture.crop((left, top, left + side, top + side))
+        return picture.resize((self.width, self.height), Image.Resampling.BILINEAR)
+
+    def _from_array(self, array: np.ndarray) -> np.ndarray:
+        channels, height, width = self.image_shape
+        if array.shape != self.image_shape and array.shape == (height, width, channels):
+            array = array.transpose(2, 0, 1)
+        elif channels == 1 and array.shape == (height, width):
+            array = array[None]
+        if array.shape != self.image_shape:
+            raise UnreadableImage(
+                f"expected an array of shape {self.image_shape}, found {array.shape}: resize it, or give a PIL image, "
+                "which is cropped and resized as in training"
+            )
+        return np.ascontiguousarray(_to_uint8(array, whole=255))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image of which the header alone has been read."""
+    if not data:
+        raise UnreadableImage("expected an image, found an empty file: copy it again")
+    try:
+        return _decode(lambda: Image.open(io.BytesIO(data), formats=list(FORMATS)))
+    except UnidentifiedImageError:
+        start = data[:12]
+        what = "text" if all(9 <= byte <= 13 or 32 <= byte < 127 for byte in start) else "bytes"
+        raise UnreadableImage(
+            f"expected an image ({', '.join(FORMATS)}), found {what} beginning with {start!r}: "
+            "convert it or leave it out"
+        ) from None
+
+
+def _decode(action: Callable[[], Image.Image]) -> Image.Image:
+    """Do something with Pillow, whose decoders raise what they like on broken bytes, and warn of what they mend."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return action()
+    except (UnreadableImage, UnidentifiedImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large("more") from None
+    except Exception as error:
+        # Neither an address in memory nor a whole file in the message: a row's reason is the same in each run.
+        reason = re.sub(r"\s*<[^>]*>", "", str(error) or type(error).__name__)[:120]
+        raise UnreadableImage(f"expected a whole image, found a broken one ({reason}): copy it again") from None
+
+
+def _too_large(found: str) -> UnreadableImage:
+    return UnreadableImage(f"expected at most {MAX_PIXELS} pixels, found {found}: make the image smaller")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The first frame, decoded, turned as its EXIF orientation says."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(f"{width} x {height}")
+    picture.load()
+    turn = _TURNS.get(orientation(picture))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def orientation(picture: Image.Image) -> int:
+    """What EXIF says of how the camera was held: 1 to 8, of which 5 to 8 swap height and width."""
+    try:
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF does not make the pixels unreadable
+        return 1
+
+
+def _convert(picture: Image.Image, mode: str) -> Image.Image:
+    """The picture in mode "L" or "RGB", 8 bits."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = Image.fromarray(_to_uint8(np.asarray(picture), whole=65535))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _to_uint8(values: np.ndarray, whole: int) -> np.ndarray:
+    """Pixels as 8 bits, rounded: floats of [0, 1], 16-bit integers of [0, 65535], others of [0, whole]."""
+    kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
+    if values.dtype == np.uint8:
+        return values
+    if kind not in "biuf":
+        raise UnreadableImage(f"expected pixels of type uint8 or float32, found {values.dtype}: convert them")
+    if bad := int(np.size(values) - np.isfinite(values).sum()):
+        raise UnreadableImage(f"expected finite pixels, found {bad} of {values.size} NaN or infinite: mend or drop it")
+    top = 1 if kind in "bf" else 65535 if (kind, bits) == ("u", 16) else whole
+    low, high = values.min(), values.max()
+    if low < 0 or high > top:
+        raise UnreadableImage(f"expected {values.dtype} pixels in [0, {top}], found {low} to {high}: scale them")
+    return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
