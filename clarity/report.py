@@ -960,14 +960,14 @@ def _probability(value: float) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A number as short as the page shows it; null for what is not a finite number."""
+    """A number with two digits more than the page shows, so that it is rounded once; null for what is not finite."""
     if isinstance(value, float):
         return (
             None
             if not math.isfinite(value)
             else int(value)
             if value == int(value) and abs(value) < 1e9
-            else float(f"{value:.4g}")
+            else float(f"{value:.6g}")
         )
     return value
 
