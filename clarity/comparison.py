@@ -36,7 +36,7 @@ from clarity.vae import decode_rows, encode_rows
 #: Part of what judged rows depend on: raise it when a metric changes.
 VERSION = 1
 
-#: Images for which controls answer and COUT, the slowest metric, is taken: so many, or all that the methods share.
+#: Images for which controls answer and COUT, the slowest metric, is taken: at most so many.
 CHOSEN_IMAGES = 1000
 
 #: Pairs of a batch in which steps are timed.
@@ -257,11 +257,11 @@ def members_of(model: Model, method: str) -> int:
 
 
 def chosen_images(results: Sequence[Results]) -> set[str]:
-    """Ids of the images that all results answer for, and of others up to CHOSEN_IMAGES, drawn from their ids."""
+    """Ids of CHOSEN_IMAGES images, drawn from their ids: of those that all results answer for, then of others."""
     ids = [{found.images.ids[b] for b in np.unique(found.of)} for found in results]
     common = set.intersection(*ids)
-    others = sorted(set.union(*ids) - common, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return common | set(others[: max(0, CHOSEN_IMAGES - len(common))])
+    drawn = sorted(set.union(*ids), key=lambda name: (name not in common, hashlib.sha256(name.encode()).digest()))
+    return set(drawn[:CHOSEN_IMAGES])
 
 
 def only(results: Results, ids: set[str]) -> Results:

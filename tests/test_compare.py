@@ -206,7 +206,9 @@ def test_common_images_are_chosen_first(bench: Bench, place: Path, monkeypatch: 
     chosen = comparison.chosen_images([narrow, wide])
     assert len(chosen) == 4 and {ids[2], ids[5]} <= chosen
     assert chosen == comparison.chosen_images([wide, narrow])
-    assert comparison.chosen_images([wide, wide]) == set(ids) and comparison.only(wide, set(ids)) is wide
+    # However many images the methods share, the slowest metric has a limit.
+    some = comparison.chosen_images([wide, wide])
+    assert len(some) == 4 and some < set(ids) and comparison.only(wide, set(ids)) is wide
     swap = comparison.judged(bench, wide, chosen)["cout"].to_numpy()
     assert np.array_equal(np.isnan(swap), ~np.isin(np.array(ids)[wide.of], list(chosen)))
     assert np.allclose(comparison.judged(bench, narrow)["cout"].to_numpy(), swap[np.isin(wide.of, [2, 5])], atol=1e-5)
