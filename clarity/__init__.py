@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clarity.audit import read_audit as read_audit
-    from clarity.checkpoints import Model as Model
-    from clarity.checkpoints import load_model as load
     from clarity.data import SOURCES as SOURCES
-    from clarity.explain import Explainer as Explainer
-    from clarity.explain import decode as decode
-    from clarity.explain import explain as explain
+    from clarity.explainer import Explainer as Explainer
+    from clarity.explainer import decode as decode
+    from clarity.explainer import explain as explain
     from clarity.methods import METHODS as METHODS
+    from clarity.model import Model as Model
+    from clarity.model import load_model as load
     from clarity.search import SearchConfig as SearchConfig
-    from clarity.stages import train as train
+    from clarity.training.stages import train as train
 
 __version__ = "0.1.0"
 
@@ -33,14 +33,14 @@ __version__ = "0.1.0"
 _NAMES = {
     "METHODS": ("clarity.methods", "METHODS"),
     "SOURCES": ("clarity.data", "SOURCES"),
-    "Explainer": ("clarity.explain", "Explainer"),
-    "Model": ("clarity.checkpoints", "Model"),
+    "Explainer": ("clarity.explainer", "Explainer"),
+    "Model": ("clarity.model", "Model"),
     "SearchConfig": ("clarity.search", "SearchConfig"),
-    "decode": ("clarity.explain", "decode"),
-    "explain": ("clarity.explain", "explain"),
-    "load": ("clarity.checkpoints", "load_model"),
+    "decode": ("clarity.explainer", "decode"),
+    "explain": ("clarity.explainer", "explain"),
+    "load": ("clarity.model", "load_model"),
     "read_audit": ("clarity.audit", "read_audit"),
-    "train": ("clarity.stages", "train"),
+    "train": ("clarity.training.stages", "train"),
 }
 __all__ = sorted(_NAMES)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clarity import storage
-from clarity.training import mixed_precision
+from clarity.training.loops import mixed_precision
 
 FORMAT = 1
 JUDGES_JSON = "judges.json"

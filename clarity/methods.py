@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clarity.checkpoints import Model
 from clarity.classifiers import ImageEnsemble, logits_rows
+from clarity.model import Model
 from clarity.search import Counterfactuals, LatentObjective, Rows, SearchConfig, descend, ensemble_terms, l1
 from clarity.vae import decode_rows, folded, require_eval
 

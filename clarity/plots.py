@@ -636,7 +636,7 @@ class Counterfactual:
         self._tables = {"z_cf": rows, "z": audit.codes.to_table(filter=mine)}
 
     def _decoded(self, column: str) -> Array:
-        from clarity.explain import decode
+        from clarity.explainer import decode
 
         return decode(self.audit, self._tables[column], column=column)[0]
 
@@ -670,8 +670,8 @@ class Counterfactual:
             here = (pc.field("image_id") == row["image_id"]) & (pc.field("target") == row["target"])
             if len(table := audit.traces.to_table(filter=here)):
                 return table.sort_by("step")
-        from clarity.checkpoints import load_model
-        from clarity.explain import Explainer
+        from clarity.explainer import Explainer
+        from clarity.model import load_model
         from clarity.search import SearchConfig
 
         if self.code["x"] is None:
@@ -694,7 +694,7 @@ class Counterfactual:
 
     def path(self, frames: int = 8) -> Picture:
         """The search as a strip of pictures, with the step and the target's probability under each."""
-        from clarity.explain import decode
+        from clarity.explainer import decode
 
         steps = self.trace["step"].to_numpy()
         chosen = np.unique(np.round(np.linspace(0, len(steps) - 1, frames)).astype(int))

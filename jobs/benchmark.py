@@ -26,14 +26,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from clarity import audit, checkpoints, data, kernels
+from clarity import audit, data, kernels
+from clarity import model as checkpoints
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
-from clarity.explain import ExplainShard, choose, make_plan, raw_bytes_per_image
+from clarity.explainer import ExplainShard, choose, make_plan, raw_bytes_per_image
 from clarity.resources import job_path
 from clarity.search import LatentObjective, SearchConfig, descend
-from clarity.shards import Work, read_shard, shard_item, unpack_row, write_shard
-from clarity.training import Codes, EnsembleTraining, train_latent_members, weights_of
+from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
 from clarity.vae import encode_rows
+from clarity.worker import Work, read_shard, shard_item, unpack_row, write_shard
 
 JOBS = Path(__file__).resolve().parent
 PARTS = ("machine", "search", "training", "stages", "job", "memory")

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clarity import audit, checkpoints, comparison, data, judges, metrics, storage
-from clarity.comparison import CONTROLS, NAMES, Bench
+from clarity import audit, data, judges, storage
+from clarity import model as checkpoints
 from clarity.methods import METHODS
+from clarity.paper import comparison, metrics
+from clarity.paper.comparison import CONTROLS, NAMES, Bench
 from clarity.resources import job_path
 from clarity.search import SearchConfig
 

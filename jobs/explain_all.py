@@ -30,8 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clarity import audit, data, storage
-from clarity.checkpoints import Model, load_model
-from clarity.explain import (
+from clarity.explainer import (
     ExplainShard,
     add_predictions,
     choose,
@@ -42,6 +41,7 @@ from clarity.explain import (
     verify,
 )
 from clarity.methods import METHODS
+from clarity.model import Model, load_model
 from clarity.report import write_report
 from clarity.resources import (
     Resources,
@@ -52,7 +52,7 @@ from clarity.resources import (
     plan_resources,
 )
 from clarity.search import ENGINES, SearchConfig
-from clarity.shards import Work, read_shard, shard_item, write_shard
+from clarity.worker import Work, read_shard, shard_item, write_shard
 
 #: Of a Ray that this job starts itself: fixed, so that memory does not grow with the data.
 OBJECT_STORE_BYTES = 1_000_000_000

@@ -23,11 +23,11 @@ import ray.train
 import ray.train.torch
 
 from clarity import data, storage
-from clarity.checkpoints import read_card
 from clarity.classifiers import EnsembleConfig
+from clarity.model import read_card
 from clarity.resources import autoscaler_description, interruptible, job_path, nodes_to_come
-from clarity.stages import Plan, Worker, begin, finish, plan_training, run_stages, stage_done
-from clarity.training import PRECISIONS, EnsembleTraining, ImageTraining, VAETraining
+from clarity.training.loops import PRECISIONS, EnsembleTraining, ImageTraining, VAETraining
+from clarity.training.stages import Plan, Worker, begin, finish, plan_training, run_stages, stage_done
 from clarity.vae import VAES, VAEConfig
 
 #: Each training's dataclass and the prefix of its flags; the seed is one for all.

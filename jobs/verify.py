@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from clarity import audit, storage
-from clarity.explain import verify
+from clarity.explainer import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:

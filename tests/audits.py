@@ -248,7 +248,7 @@ def write_audit(
     Path(uri).mkdir(parents=True, exist_ok=True)
     storage.write_json(storage.join(uri, "plan.json"), plan.to_json())
     if model is not None:
-        from clarity.checkpoints import save_model
+        from clarity.model import save_model
 
         save_model(model, storage.join(uri, "model"), card={})
     codes = tables.codes.select([field.name for field in plan.codes_schema()]).cast(plan.codes_schema())

@@ -22,9 +22,9 @@ def tiny_model() -> Any:
     """A random but fixed Model: M=2 members, K=4 classes, D=5 latent, C=1, H=8, W=12."""
     import torch
 
-    from clarity.checkpoints import Model
     from clarity.classifiers import EnsembleConfig, LatentEnsemble
     from clarity.images import Preprocessing
+    from clarity.model import Model
     from clarity.vae import VAEConfig, build_vae
 
     with torch.random.fork_rng():
@@ -47,9 +47,9 @@ def tiny_digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a model for the shipped digits: random but fixed weights, M=3 members, D=5 latent."""
     import torch
 
-    from clarity.checkpoints import Model, save_model
     from clarity.classifiers import EnsembleConfig, LatentEnsemble
     from clarity.images import Preprocessing
+    from clarity.model import Model, save_model
     from clarity.vae import VAEConfig, build_vae
 
     with torch.random.fork_rng():

@@ -683,7 +683,7 @@ def markdown() -> str:
     import conftest
     import test_checkpoints
 
-    from clarity.checkpoints import load_model, save_model
+    from clarity.model import load_model, save_model
 
     lines = ["| input | outcome | what is said |", "|---|---|---|"]
     for kind, build, _, note in BAD_INPUT:

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 import clarity
-from clarity.checkpoints import (
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
+from clarity.model import (
     ENSEMBLE_FILE,
     IMAGE_ENSEMBLE_FILE,
     MODEL_FILE,
@@ -31,7 +32,6 @@ from clarity.checkpoints import (
     save_model,
     save_tensors,
 )
-from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
 from clarity.vae import decode_rows, encode_rows
 
 

@@ -20,16 +20,18 @@ import pytest
 import torch
 from audits import make_tables, write_audit
 
-from clarity import audit, checkpoints, comparison, data, judges, metrics, schema
+from clarity import audit, data, judges, schema
+from clarity import model as checkpoints
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
-from clarity.comparison import Bench
-from clarity.explain import ExplainShard, make_plan
+from clarity.explainer import ExplainShard, make_plan
 from clarity.images import Preprocessing
 from clarity.methods import METHODS
+from clarity.paper import comparison, metrics
+from clarity.paper.comparison import Bench
 from clarity.report import write_report
 from clarity.search import SearchConfig
-from clarity.shards import Work, read_shard, shard_item, write_shard
 from clarity.vae import decode_rows
+from clarity.worker import Work, read_shard, shard_item, write_shard
 
 ROOT = Path(__file__).parent.parent
 COUNT, METHODS_TRIED = 10, ("clarity", "revise_e", "fgsm", "schut", "latent", "revise", "revise_e_latent")

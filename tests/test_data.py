@@ -280,14 +280,14 @@ def test_digits_are_read_in_any_order() -> None:
     assert shard.schema.equals(schema.shard_schema((1, 28, 28)), check_metadata=True)
     assert shard["image_id"].to_pylist() == rows["image_id"].to_pylist()
     assert shard["error"].null_count == 6
-    with storage.open_parquet(ROOT / "clarity" / "digits.parquet") as parquet:
+    with storage.open_parquet(ROOT / "clarity" / "data" / "digits.parquet") as parquet:
         images = parquet.read()["image"].to_pylist()
     for row, pixels in zip(rows["row"].to_pylist(), pixels_of(shard, (1, 28, 28)), strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(images[row]["bytes"]))), pixels[0])
 
 
 def test_digits_are_still_those_of_the_notice() -> None:
-    content = storage.read_bytes(ROOT / "clarity" / "digits.parquet")
+    content = storage.read_bytes(ROOT / "clarity" / "data" / "digits.parquet")
     assert hashlib.sha256(content).hexdigest() == DIGITS_SHA256
 
 

@@ -21,9 +21,8 @@ from object_store import ObjectStore
 
 import clarity
 from clarity import audit, data, schema, storage
-from clarity.checkpoints import Model, fold_of, save_model
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
-from clarity.explain import (
+from clarity.explainer import (
     Explainer,
     ExplainShard,
     add_predictions,
@@ -37,10 +36,11 @@ from clarity.explain import (
     verify,
 )
 from clarity.methods import METHODS
+from clarity.model import Model, fold_of, save_model
 from clarity.search import SearchConfig
-from clarity.shards import Work, read_shard, shard_item, write_shard
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows
+from clarity.worker import Work, read_shard, shard_item, write_shard
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
 ROWS = 9
@@ -383,7 +383,7 @@ def test_explain_says_what_is_wrong(model: Model, images: Any, options: dict[str
 
 
 def test_explain_is_a_function_after_its_module_is_imported(model: Model) -> None:
-    import clarity.explain
+    import clarity.explainer
 
     assert len(clarity.explain(model, np.zeros((1, 8, 12), np.uint8), targets="bee", config=CONFIG)) <= 1
 
@@ -507,7 +507,7 @@ def test_predictions_may_lie_on_an_object_store(tmp_path: Path) -> None:
 
 
 def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tmp_path: Path) -> None:
-    from clarity.checkpoints import load_model
+    from clarity.model import load_model
 
     model, dataset = load_model(tiny_digits_model), data.open_dataset("digits", split="test")
     everything = data.list_images(dataset)
@@ -550,7 +550,7 @@ def test_class_indices_prefers_names() -> None:
 @pytest.fixture
 def work(tiny_digits_model: Path, tmp_path: Path) -> Any:
     """The work on 12 digits, claimed, in shards of 5."""
-    from clarity.checkpoints import load_model
+    from clarity.model import load_model
 
     model = load_model(tiny_digits_model)
     dataset = data.open_dataset("digits", split="test")
@@ -591,7 +591,7 @@ def test_workers_fill_an_audit(work: Any) -> None:
 
 
 def test_readers_and_writers_do_not_load_torch() -> None:
-    code = "import sys, clarity.shards; print([name for name in ('torch', 'ray') if name in sys.modules])"
+    code = "import sys, clarity.worker; print([name for name in ('torch', 'ray') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert run.stdout.strip() == "[]", run.stderr
 

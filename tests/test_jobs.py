@@ -19,7 +19,7 @@ import pytest
 
 import clarity
 from clarity import audit
-from clarity.explain import verify
+from clarity.explainer import verify
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 40
@@ -172,8 +172,8 @@ def test_job_says_what_it_would_do(
 def test_job_measures_a_slow_method_before_it_cuts_shards(
     job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from clarity.checkpoints import load_model, save_model
     from clarity.classifiers import ImageEnsemble
+    from clarity.model import load_model, save_model
 
     model = load_model(tiny_digits_model)
     model.image_ensemble = ImageEnsemble(model.ensemble.config, model.vae.config).eval()

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clarity import methods
-from clarity.checkpoints import Model
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.model import Model
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.vae import VAEConfig, build_vae, encode_rows, one_thread
 

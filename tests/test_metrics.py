@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clarity import metrics
 from clarity.judges import build_judges, predict_probs
+from clarity.paper import metrics
 
 B, C, H, W, K, F = 3, 2, 8, 12, 4, 5
 

@@ -68,7 +68,7 @@ def test_readme_names_every_source_method_and_vae() -> None:
 
 def test_readme_says_the_defaults_of_the_configurations() -> None:
     from clarity.search import SearchConfig
-    from clarity.training import EnsembleTraining, ImageTraining, VAETraining
+    from clarity.training.loops import EnsembleTraining, ImageTraining, VAETraining
 
     text = section("`jobs/train.py`")
     for training, flags in ((VAETraining(), "vae"), (EnsembleTraining(), "ensemble"), (ImageTraining(), "image")):

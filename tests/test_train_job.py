@@ -103,7 +103,7 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert model.card["metrics"]["images"] > 0
 
     # Given the same VAE, one process without Ray makes the same members.
-    from clarity.stages import STAGES, Worker, begin, finish, run_stages
+    from clarity.training.stages import STAGES, Worker, begin, finish, run_stages
 
     plan = job.make_plan(job.parse(command(folder, tmp_path / "alone", *extras)[2:]))
     begin(plan)
@@ -188,7 +188,7 @@ def test_job_refuses_more_workers_than_there_are(folder: Path, tmp_path: Path, e
 
 
 def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
-    from clarity.training import EnsembleTraining, ImageTraining, VAETraining
+    from clarity.training.loops import EnsembleTraining, ImageTraining, VAETraining
 
     plan = job.make_plan(job.parse(["--out", "/nowhere"]))
     assert plan.vae_training == VAETraining() and plan.ensemble_training == EnsembleTraining()

@@ -18,21 +18,9 @@ from torch import Tensor
 
 import clarity
 from clarity import storage
-from clarity.checkpoints import load_tensors, read_card
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
-from clarity.stages import (
-    FINISHED,
-    STAGES,
-    Plan,
-    Worker,
-    begin,
-    classification_metrics,
-    finish,
-    plan_training,
-    run_stages,
-    stage_done,
-)
-from clarity.training import (
+from clarity.model import load_tensors, read_card
+from clarity.training.loops import (
     Adam,
     Codes,
     EnsembleTraining,
@@ -49,6 +37,18 @@ from clarity.training import (
     train_latent_members,
     train_vae,
     weights_of,
+)
+from clarity.training.stages import (
+    FINISHED,
+    STAGES,
+    Plan,
+    Worker,
+    begin,
+    classification_metrics,
+    finish,
+    plan_training,
+    run_stages,
+    stage_done,
 )
 from clarity.vae import VAEConfig, build_vae, encode_rows, vae_config
 
@@ -367,7 +367,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(folder: Path, out: Path, **changes: Any) -> Plan:
-    dataset = clarity.stages.open_dataset("folder", folder, "train", unlabelled=True)
+    dataset = clarity.training.stages.open_dataset("folder", folder, "train", unlabelled=True)
     return plan_training(str(out), dataset, dataclasses.replace(dataset, split="test"), **arguments(**changes))
 
 
@@ -444,7 +444,7 @@ class Cut(Exception):
 def test_training_cut_anywhere_ends_the_same(
     where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncut: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr("clarity.stages.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("clarity.training.stages.CHECKPOINT_SECONDS", 0.0)
     plan = plan_of(folder, tmp_path, image_members=3, num_folds=2)
     cuts: list[str] = []
 

@@ -22,10 +22,10 @@ import pyarrow as pa
 import torch
 
 from clarity import data, findings
-from clarity.checkpoints import Model, fold_of, load_model
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
-from clarity.explain import Explainer
-from clarity.training import Codes, EnsembleTraining, train_latent_members, weights_of
+from clarity.explainer import Explainer
+from clarity.model import Model, fold_of, load_model
+from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
 from clarity.vae import encode_rows
 
 SWAPS = {"4": "9", "9": "4", "3": "5", "5": "3", "7": "1", "1": "7"}

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clarity import audit, data, schema, storage
-from clarity.explain import Explainer, make_plan
+from clarity.explainer import Explainer, make_plan
 from clarity.report import write_report
 from clarity.search import SearchConfig
-from clarity.stages import train
+from clarity.training.stages import train
 
 KINDS = ("grey", "patch", "colour", "tint")
 
@@ -111,7 +111,7 @@ def main() -> None:
 
 def settings(members: int, updates: int) -> dict[str, Any]:
     """How the models of this experiment are trained."""
-    from clarity.training import EnsembleTraining, VAETraining
+    from clarity.training.loops import EnsembleTraining, VAETraining
 
     return {
         "num_members": members,

@@ -33,7 +33,7 @@ from clarity.audit import ATTRIBUTES_FILE, Audit, read_audit
 from clarity.schema import from_png
 
 if TYPE_CHECKING:
-    from clarity.checkpoints import Model
+    from clarity.model import Model
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class _View:
         """Mean class probabilities (B, K) at codes (B, D), by the ensemble that explained each of the images."""
         import torch
 
-        from clarity.checkpoints import fold_of
         from clarity.classifiers import logits_rows
+        from clarity.model import fold_of
 
         assert self.model is not None
         probs = np.zeros((len(z), len(self.class_names)), np.float32)
@@ -216,7 +216,7 @@ def _load(uri: str) -> Model | None:
     place = storage.join(uri, "model")
     if not storage.exists(storage.join(place, "model.json")):
         return None
-    from clarity.checkpoints import load_model
+    from clarity.model import load_model
 
     return load_model(place)
 
@@ -685,7 +685,7 @@ class _Page:
         names = self.first.class_names
         overviews = [_overview(view) for view in self.views]
         told = self._told(data)
-        folder = resources.files("clarity")
+        folder = resources.files("clarity.report")
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
         template = environment.from_string((folder / "report.html.j2").read_text("utf-8"))
         plan, total = self.first.audit.plan, overviews[0]

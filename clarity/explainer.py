@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 import time
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -26,15 +24,16 @@ import torch
 from torch import Tensor
 
 import clarity
-from clarity import audit, data, schema, shards, storage
-from clarity.checkpoints import Model, fold_of, load_model
+from clarity import audit, data, schema, storage
+from clarity import worker as shards
 from clarity.classifiers import logits_rows
 from clarity.images import UnreadableImage
 from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.model import Model, fold_of, load_model
 from clarity.search import Counterfactuals, SearchConfig
-from clarity.shards import Clock, Work, attempted, pack, pack_row, unpack, unpack_row
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows, in_blocks, one_thread
+from clarity.worker import Clock, Work, attempted, pack, pack_row, unpack, unpack_row
 
 #: Pairs whose pictures exist as floats at one time; bounds the memory, changes no row.
 CHUNK = 2048
@@ -904,13 +903,3 @@ def verify(uri: str | Path, *, workers: int = 4) -> audit.Verification:
         return quantise(decode_rows(model.vae, torch.tensor(codes)))
 
     return audit.verify(uri, redecode=redecode, workers=workers)
-
-
-class _Door(types.ModuleType):
-    """Makes ``clarity.explain(...)`` the function even once the module of the same name is imported."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> pa.Table:
-        return explain(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Door

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from clarity import storage
-from clarity.checkpoints import Model, fold_of, load_model, load_tensors, read_card, save_model, save_tensors
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
 from clarity.data import (
     Dataset,
@@ -38,7 +37,8 @@ from clarity.data import (
     split_of,
 )
 from clarity.images import Preprocessing
-from clarity.training import (
+from clarity.model import Model, fold_of, load_model, load_tensors, read_card, save_model, save_tensors
+from clarity.training.loops import (
     Codes,
     EnsembleTraining,
     Epoch,

@@ -23,12 +23,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from clarity import audit, data, judges, metrics, plots, schema, storage
-from clarity.checkpoints import Model
+from clarity import audit, data, judges, plots, schema, storage
 from clarity.classifiers import ImageEnsemble, logits_rows
-from clarity.explain import judge, quantise
+from clarity.explainer import judge, quantise
 from clarity.images import Preprocessing
 from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.model import Model
+from clarity.paper import metrics
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows

@@ -1,0 +1,1 @@
+"""The reproduction of the paper: metrics, comparison and figures. Nothing outside imports it."""
