@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clarity.audit import read_audit as read_audit
+    from clarity.audit.read import read_audit as read_audit
     from clarity.data import SOURCES as SOURCES
     from clarity.explainer import Explainer as Explainer
     from clarity.explainer import decode as decode
@@ -39,7 +39,7 @@ _NAMES = {
     "decode": ("clarity.explainer", "decode"),
     "explain": ("clarity.explainer", "explain"),
     "load": ("clarity.model", "load_model"),
-    "read_audit": ("clarity.audit", "read_audit"),
+    "read_audit": ("clarity.audit.read", "read_audit"),
     "train": ("clarity.training.stages", "train"),
 }
 __all__ = sorted(_NAMES)

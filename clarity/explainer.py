@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 
 import clarity
-from clarity import audit, data, schema, storage
+from clarity import data, schema, storage
 from clarity import worker as shards
+from clarity.audit.commits import to_parquet
+from clarity.audit.plan import Plan, read_plan, shard_table
+from clarity.audit.read import Audit
 from clarity.classifiers import logits_rows
 from clarity.images import UnreadableImage
 from clarity.methods import METHODS, Pairs, classifier_logits
@@ -637,7 +640,7 @@ def make_plan(
     trace: int = 0,
     shard_rows: int,
     where: Sequence[str] = (),
-) -> audit.Plan:
+) -> Plan:
     """The plan of an audit over the images of a listing.
 
     Images of the training split are explained by the classifiers of the fold that did not see them, where the model has
@@ -652,7 +655,7 @@ def make_plan(
     }
     sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items() if needed.get(name)}
     extra = [field for field in listing.schema if field.name not in data.LISTING_COLUMNS]
-    return audit.Plan(
+    return Plan(
         dataset={
             "source": dataset.source,
             "data": storage.display(dataset.data or ""),
@@ -676,7 +679,7 @@ def make_plan(
         config=dataclasses.asdict(config),
         targets=None if indices is None else list(indices),
         images=images,
-        shards=audit.shard_table(listing["image_id"].to_pylist(), shard_rows),
+        shards=shard_table(listing["image_id"].to_pylist(), shard_rows),
         only=only,
         trace=trace,
         versions={
@@ -713,7 +716,7 @@ def probe(
     if steps is not None:
         search = explained.stats["seconds"].get("search", 0.0)
         seconds += search / (steps + 1) * 100 - search
-    size = sum(len(audit.to_parquet(table)) for table in (explained.codes, explained.counterfactuals))
+    size = sum(len(to_parquet(table)) for table in (explained.codes, explained.counterfactuals))
     return {
         "seconds_per_image": seconds / len(listing),
         "bytes_per_image": size / len(listing),
@@ -872,9 +875,7 @@ def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | N
     return tuple(sorted(set(found)))
 
 
-def decode(
-    source: audit.Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu"
-) -> np.ndarray:
+def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu") -> np.ndarray:
     """Pictures (B, C, H, W) uint8 of codes in an audit's tables, by the model that the audit keeps.
 
     Gives the pictures of a run with ``--images none``, and those of the tables again within one grey level. For
@@ -886,20 +887,19 @@ def decode(
         column: the codes' column.
         device: where to decode.
     """
-    uri = source.uri if isinstance(source, audit.Audit) else str(source)
+    uri = source.uri if isinstance(source, Audit) else str(source)
     model = load_model(storage.join(uri, "model"), device)
     codes = torch.tensor(schema.matrix(rows[column]), device=device)
     return quantise(decode_rows(model.vae, codes))
 
 
-def verify(uri: str | Path, *, workers: int = 4) -> audit.Verification:
-    """``audit.verify`` with a sample of the codes decoded again by the audit's own model."""
-    plan = audit.read_plan(str(uri))
-    if METHODS[plan.method].space != "latent":
-        return audit.verify(uri, workers=workers)
+def redecoder(uri: str | Path) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The audit's own decoder for ``verify``: codes (B, D) to uint8 images; None where codes are not latent."""
+    if METHODS[read_plan(str(uri)).method].space != "latent":
+        return None
     model = load_model(storage.join(str(uri), "model"))
 
     def redecode(codes: np.ndarray) -> np.ndarray:
         return quantise(decode_rows(model.vae, torch.tensor(codes)))
 
-    return audit.verify(uri, redecode=redecode, workers=workers)
+    return redecode

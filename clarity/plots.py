@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from clarity import schema, storage
 
 if TYPE_CHECKING:
-    from clarity.audit import Audit
+    from clarity.audit.read import Audit
 
 Array = np.ndarray
 

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clarity import audit, data, schema
+from clarity import data, schema
+from clarity.audit.commits import GivenUp, begin_attempt, commit_shard, is_committed, scratch_directory
+from clarity.audit.plan import Plan
 from clarity.images import Preprocessing
 
 
@@ -41,7 +43,7 @@ class Work:
 
     uri: str
     run: str
-    plan: audit.Plan
+    plan: Plan
     dataset: data.Dataset
     preprocessing: Preprocessing
 
@@ -84,7 +86,7 @@ def write_shard(batch: pa.Table, work: Work) -> pa.Table:
             tables["traces"] = unpack(row["traces"])
         with clock("write"):
             about = note | {"seconds": note["seconds"] | clock.seconds}
-            audit.write_shard(work.uri, plan, row["shard"], tables, about, scratch=audit.workplace(work.uri, work.run))
+            commit_shard(work.uri, plan, row["shard"], tables, about, scratch=scratch_directory(work.uri, work.run))
         return {"note": about | {"seconds": about["seconds"] | clock.seconds}}
 
     return attempted(work, row["shard"], "write", write, ())
@@ -96,13 +98,13 @@ def attempted(
     """Do a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
     nothing = dict.fromkeys(names)
     try:
-        again = audit.begin_attempt(work.uri, work.run, shard, stage) > 1
+        again = begin_attempt(work.uri, work.run, shard, stage) > 1
         # A lost machine makes Ray do things again that may have ended well.
-        if again and audit.is_committed(work.uri, work.plan.fingerprint, shard):
+        if again and is_committed(work.uri, work.plan.fingerprint, shard):
             return pack_row(shard, {"committed": True}, nothing)
         result = action()
         return pack_row(shard, result["note"], {name: result[name] for name in names})
-    except audit.GivenUp as error:
+    except GivenUp as error:
         return pack_row(shard, {"stage": stage, "error": str(error), "given_up": True}, nothing)
     except (KeyboardInterrupt, SystemExit):  # of the process, which Ray makes anew
         raise

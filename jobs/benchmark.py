@@ -26,8 +26,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from clarity import audit, data, kernels
+from clarity import data, kernels
 from clarity import model as checkpoints
+from clarity.audit.commits import claim
+from clarity.audit.plan import rows_per_shard
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.explainer import ExplainShard, choose, make_plan, raw_bytes_per_image
 from clarity.resources import job_path
@@ -328,11 +330,11 @@ def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
     """The stages of a job one after another in this process, without Ray, on all threads."""
     dataset, listing = images(args)
     model = checkpoints.load_model(args.model)
-    rows = audit.rows_per_shard(len(listing), raw_bytes_per_image(model, model.num_classes - 1))
+    rows = rows_per_shard(len(listing), raw_bytes_per_image(model, model.num_classes - 1))
     out = scratch(args, "stages")
     plan = make_plan(model, dataset, listing, method="clarity", config=CONFIG, shard_rows=rows)
     seconds: dict[str, float] = {}
-    with audit.claim(out, plan, args.model) as held:
+    with claim(out, plan, args.model) as held:
         work = Work(out, held.run, held.plan, dataset, model.preprocessing)
         explain = ExplainShard(work, threads=args.threads, device="cuda" if torch.cuda.is_available() else "cpu")
         _ = explain.explainer  # loading the model is start-up

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clarity import audit, data, judges, storage
+from clarity import data, judges, storage
 from clarity import model as checkpoints
+from clarity.audit.commits import to_parquet
+from clarity.audit.read import ATTRIBUTES_FILE
 from clarity.methods import METHODS
 from clarity.paper import comparison, metrics
 from clarity.paper.comparison import CONTROLS, NAMES, Bench
@@ -150,7 +152,7 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
     for method, uri in (audits if bench.judges.attributes else {}).items():
         table = comparison.attribute_table(bench, results[method])
-        storage.write_bytes(storage.join(uri, audit.ATTRIBUTES_FILE), audit.to_parquet(table))
+        storage.write_bytes(storage.join(uri, ATTRIBUTES_FILE), to_parquet(table))
 
     test_images = labelled(tested, model, say)
     found = comparison.measure(bench, results, tables, *test_images[:2])

@@ -29,7 +29,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clarity import audit, data, storage
+from clarity import data, storage
+from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim, drop_commits, unreachable_paths
+from clarity.audit.plan import read_plan, rows_per_shard
+from clarity.audit.read import read_audit
+from clarity.audit.summary import describe, describe_plan, summarise
+from clarity.audit.verify import verify
 from clarity.explainer import (
     ExplainShard,
     add_predictions,
@@ -38,7 +43,7 @@ from clarity.explainer import (
     probe,
     raw_bytes_per_image,
     read_predictions,
-    verify,
+    redecoder,
 )
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
@@ -125,11 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             start_ray()
             resources = plan_resources(nodes(args), len(plan.shards), args.actors, args.gpus_per_actor)
             measured = measure(args, [model_uri, dataset, listing.slice(0, 32)], asked | {"targets": plan.targets})
-            print(audit.describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
+            print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
             return 0
-        with audit.claim(out, plan, model_uri) as held:
+        with claim(out, plan, model_uri) as held:
             if held.complete:
-                print(f"complete already\n{audit.describe(held.summary())}")
+                print(f"complete already\n{describe(held.summary())}")
             else:
                 start_ray()
                 resources = plan_resources(nodes(args), len(held.pending), args.actors, args.gpus_per_actor)
@@ -166,7 +171,7 @@ def find_model(args: argparse.Namespace, uri: str) -> Model:
 def shard_rows(args: argparse.Namespace, out: str, model: Model, where: list[Any], asked: dict[str, Any]) -> int:
     """Images of a shard: as an audit there has it, else from their size and the measured speed of a slow method."""
     if storage.exists(storage.join(out, "plan.json")):
-        first = audit.read_plan(out).shards[0]
+        first = read_plan(out).shards[0]
         return int(first["stop"] - first["start"])
     *place, listing = where
     seconds, targets = 0.0, model.num_classes - 1
@@ -177,17 +182,17 @@ def shard_rows(args: argparse.Namespace, out: str, model: Model, where: list[Any
     if gpu:  # only then is Ray worth asking before the rest has been checked
         start_ray()
         gpu = any(node.get("GPU", 0) > 0 for node in nodes(args))
-    return audit.rows_per_shard(len(listing), raw_bytes_per_image(model, targets), seconds, gpu)
+    return rows_per_shard(len(listing), raw_bytes_per_image(model, targets), seconds, gpu)
 
 
-def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
+def fill(args: argparse.Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Do what is pending, try again what failed, verify, and say how it went."""
     plan, start, pairs = held.plan, time.time(), 0
     if not args.mixed_engines:
         held.one_engine()
     print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
     failures: dict[int, dict[str, Any]] = {}
-    for _ in range(audit.MAX_ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         todo = [shard for shard in held.pending if "given_up" not in failures.get(shard, {})]
         try:
             for shard, note in progress(pipeline(args, resources, work, listing, todo), len(todo)) if todo else ():
@@ -204,14 +209,14 @@ def fill(args: argparse.Namespace, held: audit.Claim, resources: Resources, work
         print(f"shard {shard} failed at stage {note['stage']}: {note['error']}", file=sys.stderr)
         held.record_failure(shard, note["stage"], note["error"])
     seconds = time.time() - start
-    checked = verify(held.uri, workers=os.cpu_count() or 1)
-    summary = audit.summarise(audit.read_audit(held.uri))
+    checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
+    summary = summarise(read_audit(held.uri))
     summary |= {"problems": checked.problems[:20], "redecoded": checked.redecoded, "seconds": round(seconds, 2)}
     summary |= {"pairs_per_second": round(pairs / seconds, 1), "resources": dataclasses.asdict(resources)}
     held.finish(summary, checked.ok)
-    print(audit.describe(summary))
+    print(describe(summary))
     if checked.shards:
-        audit.drop_commits(held.uri, checked.shards)
+        drop_commits(held.uri, checked.shards)
         print(f"{len(checked.shards)} unsound shards are taken back; the same command does them again", file=sys.stderr)
     if checked.ok and not args.no_report:
         print(f"report     {storage.display(write_report([held.uri]).uri)}")
@@ -299,17 +304,17 @@ def measure(args: argparse.Namespace, place: Sequence[Any], asked: dict[str, Any
     return dict(ray.get(found))
 
 
-def check_visible(held: audit.Claim, dataset: data.Dataset) -> None:
+def check_visible(held: Claim, dataset: data.Dataset) -> None:
     """Raise ValueError unless every node sees the audit directory and the data."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    sees = ray.remote(num_cpus=0)(audit.sees)
-    places = {"--out": held.uri, "--data": dataset.data or ""}
+    unreachable = ray.remote(num_cpus=0)(unreachable_paths)
+    paths = {"out": held.uri, "data": dataset.data or ""}
     for node in alive if len(alive) > 1 else []:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        for flag in ray.get(sees.options(scheduling_strategy=there).remote(held.uri, held.run, dataset.data)):
+        for name in ray.get(unreachable.options(scheduling_strategy=there).remote(held.uri, held.run, dataset.data)):
             raise ValueError(
-                f"{flag} {storage.display(places[flag])}: node {node['NodeManagerAddress']} does not see what this one "
-                "sees there; use an s3:// URI, or a directory that every node mounts"
+                f"--{name} {storage.display(paths[name])}: node {node['NodeManagerAddress']} does not see what this "
+                "one sees; use an s3:// URI, or a directory that every node mounts"
             )
 
 

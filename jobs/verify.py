@@ -11,8 +11,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clarity import audit, storage
-from clarity.explainer import verify
+from clarity import storage
+from clarity.audit.commits import drop_commits
+from clarity.audit.verify import verify
+from clarity.explainer import redecoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        found = verify(args.audit, workers=os.cpu_count() or 1)
+        found = verify(args.audit, redecode=redecoder(args.audit), workers=os.cpu_count() or 1)
         marked = storage.exists(storage.join(args.audit, "_SUCCESS"))
         if args.repair and found.shards:
-            audit.drop_commits(args.audit, found.shards)
+            drop_commits(args.audit, found.shards)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

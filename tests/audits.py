@@ -224,7 +224,9 @@ def write_audit(
     """An audit directory of such tables, as explain_all writes it; shards in ``leave_out`` stay uncommitted."""
     from pathlib import Path
 
-    from clarity import audit, storage
+    from clarity import storage
+    from clarity.audit.commits import commit_shard
+    from clarity.audit.plan import Plan, shard_table
 
     uri = str(uri)
     ids = tables.codes["image_id"].to_pylist()
@@ -232,7 +234,7 @@ def write_audit(
     extra = [(name, str(tables.codes[name].type)) for name in tables.codes.column_names if name not in known]
     latent_dim = tables.codes["z"].type.list_size
     dataset = {"source": "synthetic", "data": None, "split": "test", "num_images": len(ids), "extra": extra}
-    plan = audit.Plan(
+    plan = Plan(
         dataset=dataset | {"left_out": left_out or {}},
         model={
             "fingerprint": "none",
@@ -242,7 +244,7 @@ def write_audit(
             "num_folds": 0,
         },
         config=tables.config(),
-        shards=audit.shard_table(ids, -(-len(ids) // num_shards)),
+        shards=shard_table(ids, -(-len(ids) // num_shards)),
         **{"method": "clarity", "targets": None, "images": "png", **plan_fields},
     )
     Path(uri).mkdir(parents=True, exist_ok=True)
@@ -261,5 +263,5 @@ def write_audit(
         parts = {"codes": mine, "counterfactuals": pairs.filter(inside)}
         if traces is not None:
             parts["traces"] = traces.filter(pa.compute.is_in(traces["image_id"], mine["image_id"]))
-        audit.write_shard(uri, plan, shard, parts, {})
+        commit_shard(uri, plan, shard, parts, {})
     return uri

@@ -21,13 +21,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from clarity import audit, schema, storage
+from clarity import schema, storage
+from clarity.audit import lock
+from clarity.audit.commits import (
+    GivenUp,
+    begin_attempt,
+    claim,
+    commit_shard,
+    drop_commits,
+    scratch_directory,
+    to_parquet,
+    unreachable_paths,
+    valid_commits,
+)
+from clarity.audit.lock import AuditBusy, BeatLock, FileLock, _started, new_owner
+from clarity.audit.plan import Plan, ids_digest, rows_per_shard, shard_table
+from clarity.audit.read import read_audit
+from clarity.audit.summary import summarise
+from clarity.audit.verify import verify
 
 ROOT = Path(__file__).parent.parent
 IDS = ["b", "a", "d e", "ü\n", "c"]
 
 
-def make_tables(plan: audit.Plan, shard: int) -> dict[str, pa.Table]:
+def make_tables(plan: Plan, shard: int) -> dict[str, pa.Table]:
     """A shard's tables as a model might fill them; the image "c" could not be read."""
     span, classes, latent = plan.shards[shard], len(plan.class_names), plan.model["latent_dim"]
     ids = sorted(IDS[span["start"] : span["stop"]])
@@ -86,8 +103,8 @@ def make_tables(plan: audit.Plan, shard: int) -> dict[str, pa.Table]:
 
 
 @pytest.fixture
-def plan() -> audit.Plan:
-    return audit.Plan(
+def plan() -> Plan:
+    return Plan(
         dataset={"source": "digits", "data": "", "num_images": len(IDS), "listing": "f00", "extra": []},
         model={
             "fingerprint": "abc",
@@ -101,7 +118,7 @@ def plan() -> audit.Plan:
         config={"min_target_prob": 0.99, "max_steps": 20},
         targets=None,
         images="png",
-        shards=audit.shard_table(IDS, 2),
+        shards=shard_table(IDS, 2),
         versions={"clarity": "0.1.0"},
         created="2026-01-01T00:00:00+00:00",
     )
@@ -115,28 +132,26 @@ def model_dir(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def filled(plan: audit.Plan, model_dir: str, tmp_path: Path) -> str:
+def filled(plan: Plan, model_dir: str, tmp_path: Path) -> str:
     """A complete audit."""
     uri = str(tmp_path / "audit")
-    with audit.claim(uri, plan, model_dir) as held:
+    with claim(uri, plan, model_dir) as held:
         for shard in held.pending:
-            audit.write_shard(
-                uri, plan, shard, make_tables(plan, shard), {"engine": "plain", "seconds": {"search": 0.5}}
-            )
+            commit_shard(uri, plan, shard, make_tables(plan, shard), {"engine": "plain", "seconds": {"search": 0.5}})
         held.refresh()
-        held.finish(audit.summarise(audit.read_audit(uri)), audit.verify(uri).ok)
+        held.finish(summarise(read_audit(uri)), verify(uri).ok)
     return uri
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
 
 
-def test_plan_survives_json_and_notices_changes(plan: audit.Plan) -> None:
+def test_plan_survives_json_and_notices_changes(plan: Plan) -> None:
     value = json.loads(json.dumps(plan.to_json()))
-    assert audit.Plan.from_json(value) == plan
+    assert Plan.from_json(value) == plan
     value["config"]["max_steps"] = 21
     with pytest.raises(ValueError, match="fingerprint"):
-        audit.Plan.from_json(value)
+        Plan.from_json(value)
 
 
 @pytest.mark.parametrize(
@@ -148,128 +163,128 @@ def test_plan_survives_json_and_notices_changes(plan: audit.Plan) -> None:
         ({"targets": [1, 2]}, "targets"),
         ({"only": "misclassified"}, "only"),
         ({"trace": 3}, "trace"),
-        ({"shards": audit.shard_table(IDS, 3)}, "shards.count: 3 here, 2 in the run"),
+        ({"shards": shard_table(IDS, 3)}, "shards.count: 3 here, 2 in the run"),
         ({"versions": {"clarity": "9"}}, "versions.clarity"),
     ],
 )
-def test_plan_names_what_differs(plan: audit.Plan, change: dict[str, Any], named: str) -> None:
+def test_plan_names_what_differs(plan: Plan, change: dict[str, Any], named: str) -> None:
     other = replace(plan, **change)
     assert other.fingerprint != plan.fingerprint
     assert any(line.startswith(named) for line in plan.differences(other)), plan.differences(other)
 
 
-def test_plan_names_other_data_and_another_model(plan: audit.Plan) -> None:
+def test_plan_names_other_data_and_another_model(plan: Plan) -> None:
     assert plan.differences(replace(plan, dataset=plan.dataset | {"listing": "f01"}))[0].startswith("data.listing")
     assert plan.differences(replace(plan, model=plan.model | {"fingerprint": "d"}))[0].startswith("model.fingerprint")
 
 
-def test_plan_does_not_depend_on_date_or_place_of_the_data(plan: audit.Plan) -> None:
+def test_plan_does_not_depend_on_date_or_place_of_the_data(plan: Plan) -> None:
     other = replace(plan, created="2027", dataset=plan.dataset | {"data": "/elsewhere"})
     assert other.fingerprint == plan.fingerprint
     assert not plan.differences(other)
 
 
 def test_rows_per_shard_keeps_every_limit() -> None:
-    assert audit.rows_per_shard(60_000, 10_000) == 256
-    assert audit.rows_per_shard(60_000, 1 << 20) == 32
-    assert audit.rows_per_shard(60_000, 10_000, gpu=True) == 4096
-    assert audit.rows_per_shard(60_000, 1 << 20, gpu=True) == 512
-    assert audit.rows_per_shard(500, 10_000, gpu=True) == 63
-    assert audit.rows_per_shard(60_000, 1 << 30) == 1
-    assert audit.rows_per_shard(500, 10_000) == 63
-    assert audit.rows_per_shard(60_000, 10_000, seconds_per_image=5.0) == 4
-    assert audit.rows_per_shard(60_000, 10_000, seconds_per_image=500.0) == 1
+    assert rows_per_shard(60_000, 10_000) == 256
+    assert rows_per_shard(60_000, 1 << 20) == 32
+    assert rows_per_shard(60_000, 10_000, gpu=True) == 4096
+    assert rows_per_shard(60_000, 1 << 20, gpu=True) == 512
+    assert rows_per_shard(500, 10_000, gpu=True) == 63
+    assert rows_per_shard(60_000, 1 << 30) == 1
+    assert rows_per_shard(500, 10_000) == 63
+    assert rows_per_shard(60_000, 10_000, seconds_per_image=5.0) == 4
+    assert rows_per_shard(60_000, 10_000, seconds_per_image=500.0) == 1
 
 
 def test_shard_table_covers_every_image_once() -> None:
-    table = audit.shard_table(IDS, 2)
+    table = shard_table(IDS, 2)
     assert [(span["start"], span["stop"]) for span in table] == [(0, 2), (2, 4), (4, 5)]
-    assert table[0]["ids"] == audit.ids_digest(["a", "b"]) != audit.ids_digest(["ab"])
+    assert table[0]["ids"] == ids_digest(["a", "b"]) != ids_digest(["ab"])
     with pytest.raises(ValueError, match="at least 1"):
-        audit.shard_table(IDS, 0)
+        shard_table(IDS, 0)
 
 
 # ---- claims --------------------------------------------------------------------------------------------------------
 
 
-def test_claim_makes_and_resumes(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+def test_claim_makes_and_resumes(plan: Plan, model_dir: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "audit")
-    with audit.claim(uri, plan, model_dir) as held:
+    with claim(uri, plan, model_dir) as held:
         assert held.pending == [0, 1, 2]
-        assert audit.sees(uri, held.run) == []
-        assert audit.sees(uri, "another") == ["--out"]
-        audit.write_shard(uri, plan, 1, make_tables(plan, 1), {})
+        assert unreachable_paths(uri, held.run) == []
+        assert unreachable_paths(uri, "another") == ["out"]
+        commit_shard(uri, plan, 1, make_tables(plan, 1), {})
     assert (tmp_path / "audit" / "model" / "model.json").exists()
-    with audit.claim(uri, replace(plan, created="later"), model_dir) as held:
+    with claim(uri, replace(plan, created="later"), model_dir) as held:
         assert held.pending == [0, 2]
         assert held.plan.created == plan.created
     assert not (tmp_path / "audit" / "_lock").exists()
 
 
-def test_claim_refuses_another_plan(plan: audit.Plan, filled: str, model_dir: str) -> None:
+def test_claim_refuses_another_plan(plan: Plan, filled: str, model_dir: str) -> None:
     with (
         pytest.raises(ValueError, match=r"another plan: config\.max_steps: 20 here, 30 in the run"),
-        audit.claim(filled, replace(plan, config=plan.config | {"max_steps": 30}), model_dir),
+        claim(filled, replace(plan, config=plan.config | {"max_steps": 30}), model_dir),
     ):
         pass
 
 
-def test_claim_refuses_what_is_no_audit(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+def test_claim_refuses_what_is_no_audit(plan: Plan, model_dir: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("x")
     for name, reason in (("file", "found a file"), ("photos", "found cat.png")):
-        with pytest.raises(ValueError, match=reason), audit.claim(str(tmp_path / name), plan, model_dir):
+        with pytest.raises(ValueError, match=reason), claim(str(tmp_path / name), plan, model_dir):
             pass
     assert (tmp_path / "photos" / "cat.png").exists()
 
 
-def test_claim_refuses_a_damaged_plan(plan: audit.Plan, filled: str, model_dir: str) -> None:
+def test_claim_refuses_a_damaged_plan(plan: Plan, filled: str, model_dir: str) -> None:
     path = Path(filled, "plan.json")
     path.write_text(path.read_text()[:50])
-    with pytest.raises(ValueError, match=r"plan\.json is damaged"), audit.claim(filled, plan, model_dir):
+    with pytest.raises(ValueError, match=r"plan\.json is damaged"), claim(filled, plan, model_dir):
         pass
 
 
 HOLD = """
 import sys, time
-from clarity import audit
-lock = audit._FileLock(sys.argv[1])
+from clarity.audit.lock import FileLock
+lock = FileLock(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
 """
 
 
-def test_claim_is_refused_while_another_process_holds_it(plan: audit.Plan, filled: str, model_dir: str) -> None:
+def test_claim_is_refused_while_another_process_holds_it(plan: Plan, filled: str, model_dir: str) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, filled], stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
-        with pytest.raises(audit.AuditBusy, match=f"process {holder.pid}"), audit.claim(filled, plan, model_dir):
+        with pytest.raises(AuditBusy, match=f"process {holder.pid}"), claim(filled, plan, model_dir):
             pass
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-    with audit.claim(filled, plan, model_dir) as held:
+    with claim(filled, plan, model_dir) as held:
         assert held.complete
 
 
 @pytest.fixture
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "BEAT_S", 0.05)
-    monkeypatch.setattr(audit, "STALE_S", 0.4)
-    monkeypatch.setattr(audit, "SETTLE_S", 0.05)
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(lock, "STALE_S", 0.4)
+    monkeypatch.setattr(lock, "SETTLE_S", 0.05)
 
 
 def write_owner(uri: str, **owner: Any) -> None:
-    storage.write_bytes(storage.join(uri, "_lock"), json.dumps(audit._owner() | owner).encode())
+    storage.write_bytes(storage.join(uri, "_lock"), json.dumps(new_owner() | owner).encode())
 
 
 def test_beat_lock_is_refused_while_its_holder_renews_it(quick_beats: None, tmp_path: Path) -> None:
-    first = audit._BeatLock(str(tmp_path))
-    with pytest.raises(audit.AuditBusy):
-        audit._BeatLock(str(tmp_path))
+    first = BeatLock(str(tmp_path))
+    with pytest.raises(AuditBusy):
+        BeatLock(str(tmp_path))
     first.release()
-    second = audit._BeatLock(str(tmp_path))
+    second = BeatLock(str(tmp_path))
     second.release()
     assert not (tmp_path / "_lock").exists()
 
@@ -277,31 +292,31 @@ def test_beat_lock_is_refused_while_its_holder_renews_it(quick_beats: None, tmp_
 def test_beat_lock_takes_over_from_the_silent_and_from_the_dead(quick_beats: None, tmp_path: Path) -> None:
     write_owner(str(tmp_path), run="other", host="elsewhere")
     start = time.monotonic()
-    audit._BeatLock(str(tmp_path)).release()
+    BeatLock(str(tmp_path)).release()
     assert time.monotonic() - start > 0.4
     child = subprocess.Popen([sys.executable, "-c", "pass"])
-    started = audit._started(child.pid)
+    started = _started(child.pid)
     child.wait()
     write_owner(str(tmp_path), run="other", pid=child.pid, started=started)
     start = time.monotonic()
-    audit._BeatLock(str(tmp_path)).release()
+    BeatLock(str(tmp_path)).release()
     assert time.monotonic() - start < 0.4
 
 
 def test_beat_lock_notices_that_it_was_taken_over(quick_beats: None, tmp_path: Path) -> None:
-    lock = audit._BeatLock(str(tmp_path))
+    held = BeatLock(str(tmp_path))
     write_owner(str(tmp_path), run="other")
-    lock.thread.join(5)
-    assert lock.lost
-    lock.release()
+    held.thread.join(5)
+    assert held.lost
+    held.release()
     assert json.loads((tmp_path / "_lock").read_text())["run"] == "other"
 
 
 def test_beat_lock_of_those_that_begin_at_once_is_held_by_one(
     quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "SETTLE_S", 0.5)
-    monkeypatch.setattr(audit, "STALE_S", 10.0)
+    monkeypatch.setattr(lock, "SETTLE_S", 0.5)
+    monkeypatch.setattr(lock, "STALE_S", 10.0)
     got: list[str] = []
     locks: list[Any] = []
     start = threading.Barrier(4)
@@ -309,9 +324,9 @@ def test_beat_lock_of_those_that_begin_at_once_is_held_by_one(
     def take() -> None:
         start.wait()
         try:
-            locks.append(audit._BeatLock(str(tmp_path)))
+            locks.append(BeatLock(str(tmp_path)))
             got.append("held")
-        except audit.AuditBusy:
+        except AuditBusy:
             got.append("busy")
 
     threads = [threading.Thread(target=take) for _ in range(4)]
@@ -328,13 +343,13 @@ def test_file_lock_of_two_threads_is_held_by_one(tmp_path: Path) -> None:
 
     def take() -> None:
         try:
-            lock = audit._FileLock(str(tmp_path))
-        except audit.AuditBusy:
+            held = FileLock(str(tmp_path))
+        except AuditBusy:
             got.append("busy")
             return
         got.append("held")
         time.sleep(0.3)
-        lock.release()
+        held.release()
 
     threads = [threading.Thread(target=take) for _ in range(4)]
     for thread in threads:
@@ -344,34 +359,34 @@ def test_file_lock_of_two_threads_is_held_by_one(tmp_path: Path) -> None:
     assert sorted(got) == ["busy", "busy", "busy", "held"]
 
 
-def test_claim_notices_that_its_lock_was_removed(plan: audit.Plan, filled: str, model_dir: str) -> None:
+def test_claim_notices_that_its_lock_was_removed(plan: Plan, filled: str, model_dir: str) -> None:
     with contextlib.ExitStack() as later:
-        with audit.claim(filled, plan, model_dir) as first:
+        with claim(filled, plan, model_dir) as first:
             Path(filled, "_lock").unlink()
             first.check()
-            second = later.enter_context(audit.claim(filled, plan, model_dir))
-            with pytest.raises(audit.AuditBusy, match="taken over"):
+            second = later.enter_context(claim(filled, plan, model_dir))
+            with pytest.raises(AuditBusy, match="taken over"):
                 first.check()
-            with pytest.raises(audit.AuditBusy):
+            with pytest.raises(AuditBusy):
                 first.finish({}, verified=True)
         # The end of the first leaves the second what is its own.
         second.check()
         assert Path(filled, "_lock").exists()
-        assert audit.begin_attempt(filled, second.run, 0, "read") == 1
+        assert begin_attempt(filled, second.run, 0, "read") == 1
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------
 
 
-def test_write_shard_gives_the_same_bytes_again(plan: audit.Plan, filled: str) -> None:
+def test_write_shard_gives_the_same_bytes_again(plan: Plan, filled: str) -> None:
     path = Path(filled, "counterfactuals/shard-00001.parquet")
     before = path.read_bytes()
-    audit.write_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "other"})
+    commit_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "other"})
     assert path.read_bytes() == before
     assert sorted(file.name for file in path.parent.iterdir()) == [f"shard-0000{shard}.parquet" for shard in range(3)]
 
 
-def test_files_explain_themselves(plan: audit.Plan, filled: str) -> None:
+def test_files_explain_themselves(plan: Plan, filled: str) -> None:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(Path(filled, "counterfactuals/shard-00000.parquet"))
@@ -419,9 +434,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_commit_that_is_broken_makes_its_shard_pending(plan: audit.Plan, filled: str, model_dir: str, how: str) -> None:
+def test_commit_that_is_broken_makes_its_shard_pending(plan: Plan, filled: str, model_dir: str, how: str) -> None:
     break_commit(filled, how)
-    with audit.claim(filled, plan, model_dir) as held:
+    with claim(filled, plan, model_dir) as held:
         assert held.pending == [1]
         assert not held.complete
         assert not Path(filled, "_SUCCESS").exists()
@@ -430,85 +445,85 @@ def test_commit_that_is_broken_makes_its_shard_pending(plan: audit.Plan, filled:
         assert not Path(filled, "counterfactuals/shard-00001.parquet").exists()
 
 
-def test_claim_removes_strays(plan: audit.Plan, filled: str, model_dir: str) -> None:
+def test_claim_removes_strays(plan: Plan, filled: str, model_dir: str) -> None:
     for name in ("codes/shard-00009.parquet", "counterfactuals/x.tmp", "_tmp/left", "_commits/shard-00077.json"):
         storage.write_bytes(storage.join(filled, name), b"torn")
-    assert any("no commit names" in problem for problem in audit.verify(filled).problems)
-    with audit.claim(filled, plan, model_dir) as held:
+    assert any("no commit names" in problem for problem in verify(filled).problems)
+    with claim(filled, plan, model_dir) as held:
         assert held.complete
-    assert audit.verify(filled).ok
+    assert verify(filled).ok
     assert not Path(filled, "_tmp/left").exists()
 
 
-def test_read_audit_sees_committed_shards_only(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+def test_read_audit_sees_committed_shards_only(plan: Plan, model_dir: str, tmp_path: Path) -> None:
     uri = tmp_path / "audit"
-    with audit.claim(str(uri), plan, model_dir):
-        assert audit.read_audit(uri).codes.count_rows() == 0
+    with claim(str(uri), plan, model_dir):
+        assert read_audit(uri).codes.count_rows() == 0
         for shard in (0, 2):
-            audit.write_shard(str(uri), plan, shard, make_tables(plan, shard), {})
-        storage.write_bytes(str(uri / "codes/shard-00001.parquet"), audit.to_parquet(make_tables(plan, 1)["codes"]))
-        found = audit.read_audit(uri)
+            commit_shard(str(uri), plan, shard, make_tables(plan, shard), {})
+        storage.write_bytes(str(uri / "codes/shard-00001.parquet"), to_parquet(make_tables(plan, 1)["codes"]))
+        found = read_audit(uri)
         assert sorted(found.codes.to_table()["image_id"].to_pylist()) == ["a", "b", "c"]
         assert not found.complete
         assert found.traces is None
 
 
 def test_read_audit_of_a_finished_one_follows_its_commits(filled: str) -> None:
-    assert audit.read_audit(filled).complete
+    assert read_audit(filled).complete
     Path(filled, "_commits/shard-00001.json").unlink()
-    assert sorted(audit.read_audit(filled).commits) == [0, 2]
+    assert sorted(read_audit(filled).commits) == [0, 2]
 
 
 def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no plan.json in .*: check the path"):
-        audit.read_audit(tmp_path)
+        read_audit(tmp_path)
 
 
 def test_begin_attempt_counts_in_each_run(tmp_path: Path) -> None:
     uri = str(tmp_path)
     for run in ("run", "another"):
-        storage.write_bytes(storage.join(audit.workplace(uri, run), "probe"), b"")
-    assert [audit.begin_attempt(uri, "run", 3, "read") for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(audit.GivenUp, match="3 attempts at stage read"):
-        audit.begin_attempt(uri, "run", 3, "read")
-    assert audit.begin_attempt(uri, "run", 3, "write") == 1
-    assert audit.begin_attempt(uri, "another", 3, "read") == 1
+        storage.write_bytes(storage.join(scratch_directory(uri, run), "probe"), b"")
+    assert [begin_attempt(uri, "run", 3, "read") for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(GivenUp, match="3 attempts at stage read"):
+        begin_attempt(uri, "run", 3, "read")
+    assert begin_attempt(uri, "run", 3, "write") == 1
+    assert begin_attempt(uri, "another", 3, "read") == 1
 
 
 def test_begin_attempt_refuses_a_place_that_is_not_the_drivers(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"does not see the run .*: it has ended, or this node does not mount"):
-        audit.begin_attempt(str(tmp_path / "audit"), "run", 3, "read")
+        begin_attempt(str(tmp_path / "audit"), "run", 3, "read")
     assert not (tmp_path / "audit").exists()
 
 
-def test_worker_that_outlives_its_driver_can_write_nothing(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+def test_worker_that_outlives_its_driver_can_write_nothing(plan: Plan, model_dir: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "audit")
-    with audit.claim(uri, plan, model_dir) as held:
+    with claim(uri, plan, model_dir) as held:
         dead = held.run
-        audit.begin_attempt(uri, dead, 0, "write")
+        begin_attempt(uri, dead, 0, "write")
         shutil.copytree(Path(uri, "_tmp"), tmp_path / "left")
     # A driver that was killed leaves its workplace; the next one takes it away before it reads the commits.
     shutil.move(tmp_path / "left", Path(uri, "_tmp"))
-    with audit.claim(uri, plan, model_dir) as held:
+    with claim(uri, plan, model_dir) as held:
         assert [path.name for path in Path(uri, "_tmp").iterdir()] == [held.run]
         before = {path for path in Path(uri).rglob("*") if path.name != "_lock"}
         with pytest.raises(RuntimeError, match="it has ended"):
-            audit.begin_attempt(uri, dead, 0, "read")
+            begin_attempt(uri, dead, 0, "read")
         for shard in range(3):
             with pytest.raises(storage.StorageError, match="No such file"):
                 tables = make_tables(plan, shard)
-                audit.write_shard(uri, plan, shard, tables, {}, scratch=audit.workplace(uri, dead))
+                commit_shard(uri, plan, shard, tables, {}, scratch=scratch_directory(uri, dead))
         assert {path for path in Path(uri).rglob("*") if path.name != "_lock"} == before
-        audit.write_shard(uri, plan, 0, make_tables(plan, 0), {}, scratch=held.scratch)
+        commit_shard(uri, plan, 0, make_tables(plan, 0), {}, scratch=held.scratch)
         held.refresh()
         assert held.pending == [1, 2]
     assert not Path(uri, "_tmp").exists()
 
 
-def test_rename_under_way_ends_before_or_not_at_all(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+def test_rename_under_way_ends_before_or_not_at_all(plan: Plan, model_dir: str, tmp_path: Path) -> None:
     """Workers of a dead run write without a pause while a new run begins: what lands, the new run sees."""
     uri = str(tmp_path / "audit")
-    with audit.claim(uri, plan, model_dir) as held:
+    with claim(uri, plan, model_dir) as held:
         dead = held.run
         shutil.copytree(Path(uri, "_tmp"), tmp_path / "left")
     for _ in range(5):
@@ -519,14 +534,14 @@ def test_rename_under_way_ends_before_or_not_at_all(plan: audit.Plan, model_dir:
             with contextlib.suppress(storage.StorageError):
                 while True:
                     tables = make_tables(plan, shard)
-                    audit.write_shard(uri, plan, shard, tables, {}, scratch=audit.workplace(uri, dead))
+                    commit_shard(uri, plan, shard, tables, {}, scratch=scratch_directory(uri, dead))
             ended.append("refused")
 
         threads = [threading.Thread(target=write, args=(shard,)) for shard in range(3)]
         for thread in threads:
             thread.start()
         time.sleep(0.05)
-        with audit.claim(uri, plan, model_dir) as held:
+        with claim(uri, plan, model_dir) as held:
             seen = held.commits
             before = {path: path.stat().st_mtime_ns for path in Path(uri).rglob("*.*") if path.name != "_lock"}
             for thread in threads:
@@ -534,32 +549,32 @@ def test_rename_under_way_ends_before_or_not_at_all(plan: audit.Plan, model_dir:
             assert ended == ["refused"] * 3
             after = {path: path.stat().st_mtime_ns for path in Path(uri).rglob("*.*") if path.name != "_lock"}
             assert after == before
-            assert audit.valid_commits(uri, plan) == seen
+            assert valid_commits(uri, plan) == seen
         for shard in range(3):
             Path(uri, f"_commits/shard-0000{shard}.json").unlink(missing_ok=True)
 
 
-def test_claim_that_ended_before_its_plan_is_taken_up(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+def test_claim_that_ended_before_its_plan_is_taken_up(plan: Plan, model_dir: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "audit")
-    with pytest.raises(storage.StorageError), audit.claim(uri, plan, str(tmp_path / "no model")):
+    with pytest.raises(storage.StorageError), claim(uri, plan, str(tmp_path / "no model")):
         pass
-    with audit.claim(uri, plan, model_dir) as held:
+    with claim(uri, plan, model_dir) as held:
         assert held.pending == [0, 1, 2]
 
 
-def test_record_failure_counts_the_attempts(plan: audit.Plan, model_dir: str, tmp_path: Path) -> None:
+def test_record_failure_counts_the_attempts(plan: Plan, model_dir: str, tmp_path: Path) -> None:
     uri = str(tmp_path / "audit")
-    with audit.claim(uri, plan, model_dir) as held:
+    with claim(uri, plan, model_dir) as held:
         for shard, stage in ((1, "read"), (1, "explain"), (1, "explain"), (2, "explain")):
-            audit.begin_attempt(uri, held.run, shard, stage)
+            begin_attempt(uri, held.run, shard, stage)
         held.record_failure(1, "explain", "planted")
     found = storage.read_json(storage.join(uri, "_failures", "shard-00001.json"))
     assert found == {"shard": 1, "stage": "explain", "error": "planted", "attempts": 2}
 
 
-def test_claim_takes_back_the_shards_of_other_engines(plan: audit.Plan, filled: str, model_dir: str) -> None:
-    audit.write_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "native"})
-    with audit.claim(filled, plan, model_dir) as held:
+def test_claim_takes_back_the_shards_of_other_engines(plan: Plan, filled: str, model_dir: str) -> None:
+    commit_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "native"})
+    with claim(filled, plan, model_dir) as held:
         held.one_engine()
         assert (held.engine, held.pending) == ("plain", [1])
         held.same_engine(1, "plain")
@@ -568,32 +583,32 @@ def test_claim_takes_back_the_shards_of_other_engines(plan: audit.Plan, filled: 
             held.same_engine(1, "native")
 
 
-def test_audit_without_its_summary_is_not_complete(plan: audit.Plan, filled: str, model_dir: str) -> None:
+def test_audit_without_its_summary_is_not_complete(plan: Plan, filled: str, model_dir: str) -> None:
     Path(filled, "summary.json").unlink()
-    with audit.claim(filled, plan, model_dir) as held:
+    with claim(filled, plan, model_dir) as held:
         assert not held.complete and not held.pending
 
 
-def test_claim_copies_the_model_alone(plan: audit.Plan, model_dir: str) -> None:
+def test_claim_copies_the_model_alone(plan: Plan, model_dir: str) -> None:
     Path(model_dir, "older").mkdir()
     Path(model_dir, "older", "plan.json").write_text("{}")
-    with audit.claim(storage.join(model_dir, "audit"), plan, model_dir):
+    with claim(storage.join(model_dir, "audit"), plan, model_dir):
         assert [path.name for path in Path(model_dir, "audit", "model").iterdir()] == ["model.json"]
 
 
 def test_drop_commits_unmarks_the_audit(filled: str) -> None:
-    audit.drop_commits(filled, [])
+    drop_commits(filled, [])
     assert Path(filled, "_SUCCESS").exists()
-    audit.drop_commits(filled, [1])
+    drop_commits(filled, [1])
     assert not Path(filled, "_SUCCESS").exists()
-    assert sorted(audit.read_audit(filled).commits) == [0, 2]
+    assert sorted(read_audit(filled).commits) == [0, 2]
 
 
-def test_finish_marks_only_what_is_verified(plan: audit.Plan, filled: str, model_dir: str) -> None:
+def test_finish_marks_only_what_is_verified(plan: Plan, filled: str, model_dir: str) -> None:
     success = Path(filled, "_SUCCESS")
     assert json.loads(success.read_text())["images"] == len(IDS)
     success.unlink()
-    with audit.claim(filled, plan, model_dir) as held:
+    with claim(filled, plan, model_dir) as held:
         assert not held.complete
         held.finish({}, verified=False)
         assert not success.exists()
@@ -607,8 +622,8 @@ def test_finish_marks_only_what_is_verified(plan: audit.Plan, filled: str, model
 # ---- verification --------------------------------------------------------------------------------------------------
 
 
-def test_verify_counts(plan: audit.Plan, filled: str) -> None:
-    found = audit.verify(filled)
+def test_verify_counts(plan: Plan, filled: str) -> None:
+    found = verify(filled)
     assert found.ok, found.problems
     assert (found.images, found.errors, found.pairs) == (5, 1, 12)
 
@@ -653,46 +668,46 @@ DAMAGE: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_verify_finds(plan: audit.Plan, filled: str, kind: str) -> None:
+def test_verify_finds(plan: Plan, filled: str, kind: str) -> None:
     name, damage, problem = DAMAGE[kind]
     tables = make_tables(plan, 0)
     tables[name] = damage(tables[name])
-    audit.write_shard(filled, plan, 0, tables, {})  # sums and sizes agree: only the content is wrong
-    found = audit.verify(filled)
+    commit_shard(filled, plan, 0, tables, {})  # sums and sizes agree: only the content is wrong
+    found = verify(filled)
     assert not found.ok
     assert any(problem in line and line.startswith("shard-00000") for line in found.problems), found.problems
 
 
-def test_verify_finds_a_changed_byte(plan: audit.Plan, filled: str) -> None:
+def test_verify_finds_a_changed_byte(plan: Plan, filled: str) -> None:
     path = Path(filled, "codes/shard-00001.parquet")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
-    found = audit.verify(filled)
+    found = verify(filled)
     assert "another checksum" in found.problems[0]
     assert found.shards == [1]
-    audit.drop_commits(filled, found.shards)
-    assert "shard-00001: no valid commit record" in audit.verify(filled).problems
+    drop_commits(filled, found.shards)
+    assert "shard-00001: no valid commit record" in verify(filled).problems
 
 
-def test_verify_decodes_a_sample_again(plan: audit.Plan, filled: str) -> None:
-    pictures = audit.read_audit(filled).counterfactuals.to_table(columns=["z_cf", "x_cf"])
+def test_verify_decodes_a_sample_again(plan: Plan, filled: str) -> None:
+    pictures = read_audit(filled).counterfactuals.to_table(columns=["z_cf", "x_cf"])
     codes, shown = schema.matrix(pictures["z_cf"]), schema.from_png(pictures["x_cf"], plan.image_shape)
 
     def redecode(z: np.ndarray, off: int = 0) -> np.ndarray:
         rows = [int(np.flatnonzero((codes == row).all(1))[0]) for row in z]
         return np.clip(shown[rows].astype(int) + off, 0, 255).astype(np.uint8)
 
-    found = audit.verify(filled, redecode=redecode)
+    found = verify(filled, redecode=redecode)
     assert found.ok
     assert found.redecoded == 12
-    assert audit.verify(filled, redecode=lambda z: redecode(z, 1)).ok
-    assert "differ by 2 grey levels" in audit.verify(filled, redecode=lambda z: redecode(z, 2)).problems[0]
+    assert verify(filled, redecode=lambda z: redecode(z, 1)).ok
+    assert "differ by 2 grey levels" in verify(filled, redecode=lambda z: redecode(z, 2)).problems[0]
 
 
-def test_summarise_counts(plan: audit.Plan, filled: str) -> None:
-    found = audit.summarise(audit.read_audit(filled))
-    pairs = audit.read_audit(filled).counterfactuals.to_table()
+def test_summarise_counts(plan: Plan, filled: str) -> None:
+    found = summarise(read_audit(filled))
+    pairs = read_audit(filled).counterfactuals.to_table()
     assert found["images"] == 5
     assert found["errors"] == {"broken": 1}
     assert found["pairs"] == len(pairs) == 12
@@ -724,5 +739,5 @@ def test_tables_are_read_by(reader: str, filled: str) -> None:
     code = f"p = {filled!r}; {READERS[reader]}; import sys; assert 'ray' not in sys.modules; print(n, len(z), s)"
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    steps = pc.sum(audit.read_audit(filled).counterfactuals.to_table()["steps"]).as_py()
+    steps = pc.sum(read_audit(filled).counterfactuals.to_table()["steps"]).as_py()
     assert run.stdout.split() == ["12", "5", str(steps)]

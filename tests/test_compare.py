@@ -20,8 +20,10 @@ import pytest
 import torch
 from audits import make_tables, write_audit
 
-from clarity import audit, data, judges, schema
+from clarity import data, judges, schema
 from clarity import model as checkpoints
+from clarity.audit.commits import claim, to_parquet
+from clarity.audit.read import ATTRIBUTES_FILE, read_audit
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
 from clarity.explainer import ExplainShard, make_plan
 from clarity.images import Preprocessing
@@ -81,7 +83,7 @@ def explained(root: Path, method: str) -> None:
     listing = data.list_images(dataset)
     plan = make_plan(model, dataset, listing, method=method, config=CONFIG, shard_rows=4)
     uri = str(root / "audits" / method)
-    with audit.claim(uri, plan, str(root / "model")) as held:
+    with claim(uri, plan, str(root / "model")) as held:
         work = Work(uri, held.run, plan, dataset, model.preprocessing)
         explain = ExplainShard(work, threads=1)
         for shard in held.pending:
@@ -129,7 +131,7 @@ def test_sample_of_something_else_is_not_taken(place: Path) -> None:
 def test_results_of_an_audit_are_what_it_holds(bench: Bench, place: Path) -> None:
     for method in ("clarity", "fgsm", "revise"):
         found = comparison.results_of_audit(bench, method, str(place / "audits" / method))
-        table = audit.read_audit(place / "audits" / method).counterfactuals.to_table()
+        table = read_audit(place / "audits" / method).counterfactuals.to_table()
         assert len(found.of) == len(table) == COUNT * 9
         assert [found.images.ids[b] for b in found.of] == table["image_id"].to_pylist()
         assert np.array_equal(found.images.source[found.of], table["source"].to_numpy())
@@ -179,7 +181,7 @@ def test_report_says_which_attributes_of_an_audit_drift(tmp_path: Path) -> None:
     smiling = pairs.append_column("attribute", pa.array(["smiling"] * len(pairs)))
     for name, value in (("prob_initial", 0.2), ("prob_final", 0.9)):
         smiling = smiling.append_column(name, pa.array(np.full(len(pairs), value, np.float32)))
-    (tmp_path / "audit" / audit.ATTRIBUTES_FILE).write_bytes(audit.to_parquet(smiling))
+    (tmp_path / "audit" / ATTRIBUTES_FILE).write_bytes(to_parquet(smiling))
     (found,) = (finding for finding in write_report([uri]).findings if finding.kind == "attributes")
     assert "“smiling”" in found.title
 
@@ -395,7 +397,7 @@ def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: 
     audits = [f"{method}={place / 'audits' / method}" for method in METHODS_TRIED]
     out = tmp_path / "out"
     theirs = tmp_path / "theirs.npz"
-    asked = audit.read_audit(place / "audits" / "clarity").counterfactuals.to_table().slice(0, 12)
+    asked = read_audit(place / "audits" / "clarity").counterfactuals.to_table().slice(0, 12)
     np.savez(
         theirs, image_id=np.array(asked["image_id"].to_pylist()), target=asked["target"].to_numpy(),
         image=np.zeros((12, 28, 28), np.uint8),

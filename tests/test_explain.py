@@ -20,7 +20,12 @@ import torch
 from object_store import ObjectStore
 
 import clarity
-from clarity import audit, data, schema, storage
+from clarity import data, schema, storage
+from clarity.audit.commits import MAX_ATTEMPTS, begin_attempt, claim
+from clarity.audit.plan import Plan
+from clarity.audit.read import read_audit
+from clarity.audit.summary import summarise
+from clarity.audit.verify import verify
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
 from clarity.explainer import (
     Explainer,
@@ -33,7 +38,7 @@ from clarity.explainer import (
     probe,
     quantise,
     read_predictions,
-    verify,
+    redecoder,
 )
 from clarity.methods import METHODS
 from clarity.model import Model, fold_of, save_model
@@ -521,18 +526,18 @@ def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tm
         config = SearchConfig(max_steps=3)
         plans.append(make_plan(model, dataset, listing, method="clarity", config=config, shard_rows=2))
     assert plans[0].fingerprint != plans[1].fingerprint
-    assert audit.Plan.from_json(json.loads(json.dumps(plans[1].to_json()))).codes_schema() == plans[1].codes_schema()
+    assert Plan.from_json(json.loads(json.dumps(plans[1].to_json()))).codes_schema() == plans[1].codes_schema()
     uri = str(tmp_path / "audit")
-    with audit.claim(uri, plans[1], str(tiny_digits_model)) as held:
+    with claim(uri, plans[1], str(tiny_digits_model)) as held:
         work = Work(uri, held.run, plans[1], dataset, model.preprocessing)
         for shard in range(2):
             write_shard(ExplainShard(work, threads=1)(read_shard(item(listing, work, shard), work)), work)
-        found = verify(uri)
+        found = verify(uri, redecode=redecoder(uri))
         assert found.ok, found.problems
-        codes = audit.read_audit(uri).codes.to_table()
+        codes = read_audit(uri).codes.to_table()
         assert codes["prediction"].to_pylist() == [6, None, 4, None]
         assert codes["prediction_probs"].to_pylist()[2] == np.eye(10)[4].tolist()
-        summary = audit.summarise(audit.read_audit(uri))
+        summary = summarise(read_audit(uri))
         agree = sum(a == b for a, b in zip(codes["prediction"].to_pylist(), codes["source"].to_pylist()))
         assert summary["predictions"] == {"images": 2, "agree": agree}
         assert summary["left_out"] == {"predictions for images that are not in the data": 1}
@@ -557,7 +562,7 @@ def work(tiny_digits_model: Path, tmp_path: Path) -> Any:
     listing = data.list_images(dataset).slice(0, 12)
     plan = make_plan(model, dataset, listing, method="clarity", config=SearchConfig(max_steps=8), shard_rows=5, trace=6)
     uri = str(tmp_path / "audit")
-    with audit.claim(uri, plan, str(tiny_digits_model)) as held:
+    with claim(uri, plan, str(tiny_digits_model)) as held:
         yield Work(uri, held.run, plan, dataset, model.preprocessing), listing
 
 
@@ -581,11 +586,11 @@ def test_workers_fill_an_audit(work: Any) -> None:
         note = note_of(ended)
         assert "error" not in note
         assert {"read", "encode", "search", "decode", "reencode", "pictures", "write"} <= set(note["seconds"])
-    found = verify(work.uri)
+    found = verify(work.uri, redecode=redecoder(work.uri))
     assert found.ok, found.problems
     assert (found.images, found.pairs) == (12, 12 * 9)
     assert found.redecoded > 100
-    traces = audit.read_audit(work.uri).traces
+    traces = read_audit(work.uri).traces
     assert traces is not None
     assert len(set(traces.to_table()["image_id"].to_pylist())) == 6
 
@@ -627,8 +632,8 @@ def test_workers_survive_a_panic(work: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_workers_count_a_death_as_an_attempt(work: Any) -> None:
     work, listing = work
     images = read_shard(item(listing, work, 1), work)
-    for _ in range(audit.MAX_ATTEMPTS):
-        audit.begin_attempt(work.uri, work.run, 1, "explain")  # and no end to it
+    for _ in range(MAX_ATTEMPTS):
+        begin_attempt(work.uri, work.run, 1, "explain")  # and no end to it
     note = note_of(ExplainShard(work, threads=1)(images))
     assert note["given_up"]
     assert "died" in note["error"]

@@ -200,14 +200,14 @@ def plant(job: Any, fault: str, marker: str) -> None:
     elif fault == "driver-dies-between-commit-and-success":
         job.verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
     elif fault in ("driver-dies-between-summary-and-success", "driver-dies-before-the-plan"):
-        real = job.audit.storage.write_json
+        real = job.storage.write_json
 
         def write_json(uri: Any, value: Any, **options: Any) -> None:
             if str(uri).endswith("_SUCCESS" if fault.endswith("success") else "plan.json"):
                 os.kill(os.getpid(), signal.SIGKILL)
             real(uri, value, **options)
 
-        job.audit.storage.write_json = write_json
+        job.storage.write_json = write_json
     elif fault == "clock-set-back":
         real_time = time.time
         start = real_time()
@@ -260,12 +260,12 @@ def node_sees_nothing(job: Any) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100_000_000})
     blind = cluster.add_node(num_cpus=2, object_store_memory=100_000_000).node_id
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    real = job.audit.sees
+    real = job.unreachable_paths
 
-    def sees(*args: Any) -> list[str]:
-        return ["--out"] if ray.get_runtime_context().get_node_id() == blind else real(*args)
+    def unreachable_paths(*args: Any) -> list[str]:
+        return ["out"] if ray.get_runtime_context().get_node_id() == blind else real(*args)
 
-    job.audit.sees = sees
+    job.unreachable_paths = unreachable_paths
 
 
 def run_planted(fault: str, marker: str, argv: list[str]) -> int:
@@ -748,8 +748,8 @@ def read_only(bench: Bench) -> None:
 def forbidden(bench: Bench) -> None:
     bench.out.mkdir(parents=True, mode=0o755)
     # What it needs is loaded before it drops its rights: the environment may be closed to it.
-    code = "import os, sys; from clarity import audit; os.setgid(65534); os.setuid(65534); "
-    code += f"print(audit._lock({str(bench.out)!r}))"
+    code = "import os, sys; from clarity.audit.lock import take_lock; os.setgid(65534); os.setuid(65534); "
+    code += f"print(take_lock({str(bench.out)!r}))"
     if os.geteuid():
         pytest.skip("needs a privileged user to become an unprivileged one")
     run = subprocess.run(

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 import clarity
-from clarity import audit
-from clarity.explainer import verify
+from clarity.audit.verify import verify
+from clarity.explainer import redecoder
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 40
@@ -64,7 +64,7 @@ def flags(model: Path, out: Path, *more: str) -> list[str]:
 
 def test_job_fills_an_audit(undisturbed: tuple[Path, dict[str, bytes]]) -> None:
     out, _ = undisturbed
-    found = verify(out)
+    found = verify(out, redecode=redecoder(out))
     assert found.ok, found.problems
     assert (found.images, found.pairs) == (LIMIT, LIMIT * 9)
     opened = clarity.read_audit(out)
@@ -197,7 +197,7 @@ def test_job_keeps_codes_alone_and_traces(job: Any, tiny_digits_model: Path, tmp
     assert clarity.decode(opened, rows).shape == (len(rows), 1, 28, 28)
     assert opened.traces is not None
     assert len(opened.traces.to_table()["image_id"].unique()) <= 9
-    assert verify(out).ok
+    assert verify(out, redecode=redecoder(out)).ok
 
 
 def test_job_refuses_a_mixture_of_engines_unless_asked(
@@ -212,7 +212,7 @@ def test_job_refuses_a_mixture_of_engines_unless_asked(
     assert len(clarity.read_audit(out).commits) <= 5
     assert job.main(flags(tiny_digits_model, out, "--engine", "batched", "--mixed-engines")) == 0
     assert set(json.loads((out / "summary.json").read_text())["engines"]) == {"plain", "batched"}
-    assert verify(out).ok
+    assert verify(out, redecode=redecoder(out)).ok
 
 
 # ---- deaths of workers ---------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_job_resumes_after_the_death_of_its_driver(
     printed = resumed.communicate(timeout=120)[0]
     assert resumed.returncode == 0, printed
     assert files_of(out) == undisturbed[1]
-    assert audit.verify(out).ok
+    assert verify(out, redecode=redecoder(out)).ok
 
 
 def test_verify_job_tells_sound_from_unsound(undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from audits import Planted, make_tables, write_audit
 from PIL import Image
 
-from clarity import audit, plots, schema
+from clarity import plots, schema
+from clarity.audit.read import read_audit
 
 C, H, W, K = 3, 8, 12, 4
 
@@ -154,7 +155,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 def test_class_pairs_are_those_of_a_loop(tmp_path: Path) -> None:
     tables = make_tables(planted=Planted(hard=(1, 3), lost=2))
-    opened = audit.read_audit(write_audit(tmp_path / "audit", tables))
+    opened = read_audit(write_audit(tmp_path / "audit", tables))
     rows = tables.counterfactuals.to_pylist()
     for what in plots.PAIR_FIGURES:
         shown = plots.class_pairs(opened, what).axes[0].images[0].get_array()
@@ -181,7 +182,7 @@ def test_class_pairs_are_those_of_a_loop(tmp_path: Path) -> None:
 
 def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any) -> None:
     tables = make_tables()
-    opened = audit.read_audit(write_audit(tmp_path / "audit", tables, tiny_model))
+    opened = read_audit(write_audit(tmp_path / "audit", tables, tiny_model))
     row = tables.counterfactuals.filter(tables.counterfactuals["target_name"].to_numpy() == "dog").to_pylist()[0]
     found = plots.Counterfactual(opened, row["image_id"], "dog")
     assert found.row["steps"] == row["steps"] and found.code["image_id"] == row["image_id"]

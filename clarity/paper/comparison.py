@@ -23,7 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from clarity import audit, data, judges, plots, schema, storage
+from clarity import data, judges, plots, schema, storage
+from clarity.audit.commits import to_parquet
+from clarity.audit.read import read_audit
 from clarity.classifiers import ImageEnsemble, logits_rows
 from clarity.explainer import judge, quantise
 from clarity.images import Preprocessing
@@ -160,7 +162,7 @@ def sample(dataset: data.Dataset, preprocessing: Preprocessing, count: int, uri:
     table = pa.table(columns | {"split": ["test"] * len(ids)})
     turn = {name: place for place, name in enumerate(listing["image_id"].take(chosen).to_pylist())}
     table = table.take(np.argsort([turn[name] for name in ids]))
-    storage.write_bytes(uri, audit.to_parquet(table.replace_schema_metadata({b"clarity.key": key})))
+    storage.write_bytes(uri, to_parquet(table.replace_schema_metadata({b"clarity.key": key})))
 
 
 def see(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Images:
@@ -202,7 +204,7 @@ def results_of_audit(bench: Bench, method: str, uri: str) -> Results:
         ValueError: the audit is of another method or model, or holds no images.
     """
     model = bench.model
-    found = audit.read_audit(uri)
+    found = read_audit(uri)
     made_by = str(found.plan.model["fingerprint"])
     if found.plan.method != method or made_by != model.fingerprint:
         raise ValueError(
@@ -390,7 +392,7 @@ def judged(bench: Bench, results: Results, chosen: set[str] | None = None) -> pa
         }  # fmt: skip
         columns["features"] = schema.fixed_size_list(columns["features"].astype(np.float32))
         pieces.append(pa.table(columns))
-        storage.write_bytes(place, audit.to_parquet(pieces[-1].replace_schema_metadata({"clarity.key": key})))
+        storage.write_bytes(place, to_parquet(pieces[-1].replace_schema_metadata({"clarity.key": key})))
         bench.say(f"judging {NAMES.get(results.name, results.name)}: {min(part.stop, len(names))} of {len(names)}")
     return pa.concat_tables(pieces)
 

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image, features
 
 from clarity import __version__, findings, storage
-from clarity.audit import ATTRIBUTES_FILE, Audit, read_audit
+from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
 from clarity.schema import from_png
 
 if TYPE_CHECKING:

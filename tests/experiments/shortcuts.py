@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clarity import audit, data, schema, storage
+from clarity import data, schema, storage
+from clarity.audit.commits import commit_shard
 from clarity.explainer import Explainer, make_plan
 from clarity.report import write_report
 from clarity.search import SearchConfig
@@ -82,7 +83,7 @@ def run(directory: Path, path: Path, **training: Any) -> Any:
         shard = data.read_shard(test, listing.slice(part["start"], part["stop"] - part["start"]), model.preprocessing)
         explained = explainer.explain_shard(shard)
         tables = {"codes": explained.codes, "counterfactuals": explained.counterfactuals}
-        audit.write_shard(place, plan, number, tables, explained.stats)
+        commit_shard(place, plan, number, tables, explained.stats)
     return write_report([place])
 
 

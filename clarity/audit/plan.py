@@ -1,0 +1,204 @@
+"""What an audit holds when it is complete: its plan and the table of its shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clarity import schema, storage
+
+#: Images of a shard at most, and bytes that it writes at most.
+MAX_SHARD_ROWS = 256
+MAX_SHARD_BYTES = 32 << 20
+GPU_SHARD = 16
+#: Seconds that the search of a shard should take at most.
+SHARD_SECONDS = 20.0
+#: A small data set is cut into this many shards, so that it overlaps and resumes too.
+MIN_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an audit holds when it is complete; written once, never changed.
+
+    Args:
+        dataset: source, data, split, where, num_images, listing (its sha256), extra (name, type and digest of the
+            columns that the listing adds to codes), left_out (reason -> count, informative).
+        model: fingerprint, class_names, image_shape, latent_dim, num_folds (classifiers of folds, each for the images
+            that it did not see; 0 for the ensemble alone), sums (of what else the method uses).
+        method: a key of METHODS.
+        config: of the search.
+        targets: class indices, or None for all.
+        images: png or none.
+        shards: {start, stop, ids} of each: rows of the listing, and a digest of their ids.
+        only: all, or misclassified: the images that get pairs.
+        trace: how many of the listing's first images are traced.
+        versions: of what decides the bytes.
+        created: date, informative.
+        schema_version: of the tables.
+    """
+
+    dataset: dict[str, Any]
+    model: dict[str, Any]
+    method: str
+    config: dict[str, Any]
+    targets: list[int] | None
+    images: str
+    shards: list[dict[str, Any]]
+    only: str = "all"
+    trace: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    schema_version: int = schema.SCHEMA_VERSION
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides what the data files hold; neither the data's place nor the date."""
+        return _digest(self._decisive())
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by index."""
+        return list(self.model["class_names"])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.model["image_shape"]
+        return channels, height, width
+
+    @property
+    def num_images(self) -> int:
+        """Images of the listing."""
+        return int(self.dataset["num_images"])
+
+    @property
+    def pairs_per_image(self) -> int:
+        """Pairs of an image at most; one less where a listed target is its source."""
+        return len(self.class_names) - 1 if self.targets is None else len(self.targets)
+
+    def codes_schema(self) -> pa.Schema:
+        """Schema of ``codes``, with the file metadata by which a table explains itself."""
+        extra = [pa.field(name, schema.type_of(kind)) for name, kind, *_ in self.dataset.get("extra", [])]
+        table = schema.codes_schema(len(self.class_names), self.model["latent_dim"], extra)
+        return table.with_metadata(self._metadata())
+
+    def counterfactuals_schema(self) -> pa.Schema:
+        """Schema of ``counterfactuals``, with the file metadata."""
+        return schema.counterfactuals_schema(self.model["latent_dim"]).with_metadata(self._metadata())
+
+    def differences(self, other: Plan) -> list[str]:
+        """What another plan decides differently, one line each: empty when both fill the same files."""
+        mine, theirs = _flat(self._decisive()), _flat(other._decisive())
+        return [
+            f"{name}: {_short(mine.get(name))} here, {_short(theirs.get(name))} in the run"
+            for name in sorted({*mine, *theirs})
+            if mine.get(name) != theirs.get(name)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        return {"fingerprint": self.fingerprint, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Plan:
+        """The inverse of ``to_json``; ValueError when it was altered."""
+        names = {f.name for f in fields(cls)}
+        if not isinstance(value, dict) or not names <= set(value):
+            raise ValueError(f"expected a plan with {', '.join(sorted(names))}")
+        plan = cls(**{name: value[name] for name in names})
+        if plan.fingerprint != value.get("fingerprint"):
+            raise ValueError("its fingerprint does not belong to its content")
+        return plan
+
+    def _decisive(self) -> dict[str, Any]:
+        content = {k: v for k, v in asdict(self).items() if k not in ("created", "dataset", "shards")}
+        content["data"] = {k: self.dataset.get(k) for k in ("listing", "num_images", "extra")}
+        content["shards"] = {"count": len(self.shards), "table": _digest(self.shards)}
+        return content
+
+    def _metadata(self) -> dict[str, str]:
+        return {
+            "clarity.schema_version": str(self.schema_version),
+            "clarity.fingerprint": self.fingerprint,
+            "clarity.class_names": json.dumps(self.class_names),
+            "clarity.config": json.dumps(self.config, sort_keys=True),
+            "clarity.method": self.method,
+            "clarity.image_shape": ",".join(map(str, self.image_shape)),
+        }
+
+
+def read_plan(uri: str) -> Plan:
+    """The plan of an audit directory.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    place = storage.display(uri)
+    path = storage.join(uri, "plan.json")
+    if not storage.exists(path):
+        raise ValueError(f"expected an audit directory, found no plan.json in {place}: check the path")
+    try:
+        return Plan.from_json(storage.read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{place}/plan.json is damaged ({error}): restore it, or choose another --out") from None
+
+
+def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: float = 0.0, gpu: bool = False) -> int:
+    """Images of a shard: at most MAX_SHARD_ROWS, MAX_SHARD_BYTES written and SHARD_SECONDS of search; at least 1.
+
+    Small enough to overlap the stages, to resume finely and to show progress. A GPU searches thousands of pairs at once
+    and gets GPU_SHARD times as much.
+    """
+    times = GPU_SHARD if gpu else 1
+    limits = [
+        times * MAX_SHARD_ROWS,
+        times * MAX_SHARD_BYTES / max(bytes_per_image, 1),
+        max(-(-num_images // MIN_SHARDS), 32),
+    ]
+    if seconds_per_image > 0:
+        # A power of two: two measurements of the same machine then mostly give the same files.
+        limits.append(2 ** np.floor(np.log2(SHARD_SECONDS / seconds_per_image)))
+    return int(max(1, min(limits)))
+
+
+def shard_table(image_ids: Sequence[str], rows: int) -> list[dict[str, Any]]:
+    """Consecutive shards of ``rows`` images: {start, stop, ids}."""
+    if rows < 1:
+        raise ValueError(f"--shard-rows: expected at least 1, got {rows}")
+    return [
+        {"start": start, "stop": min(start + rows, len(image_ids)), "ids": ids_digest(image_ids[start : start + rows])}
+        for start in range(0, len(image_ids), rows)
+    ]
+
+
+def ids_digest(image_ids: Iterable[str]) -> str:
+    """Digest of a set of image ids, whatever their order."""
+    return _digest(sorted(image_ids))[:16]
+
+
+def shard_name(shard: int) -> str:
+    """Name of a shard's files, without their ending."""
+    return f"shard-{shard:05d}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}" if name else key).items()}
+    return {name: value}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
