@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import pyarrow as pa
 import pytest
 from audits import Planted, make_tables, write_audit
 from PIL import Image
@@ -30,10 +29,6 @@ def trace(steps: int) -> plots.Trace:
     return plots.Trace(t, 0.5 * t * (1 - t), 0.1 * t * (1 - t), (image(0.1), image(0.9)))
 
 
-def latent_map(group: str) -> plots.LatentMap:
-    return plots.LatentMap(np.random.default_rng(0).random((6, 6)), np.array([[0.0, 0], [1, 1]]), image(0.5), group)
-
-
 PICTURES = {
     "image_grid": lambda: plots.image_grid(
         [[image(0), image(1), None], [image(0.5), None, image(0.2)]], ["original", "a", "b"], ["1 → 2", "3 → 0"]
@@ -46,15 +41,7 @@ PICTURES = {
     "class_pair_map": lambda: plots.class_pair_map(
         np.where(np.eye(K, dtype=bool), np.nan, 0.5), "abcd", title="t", label="share", percent=True
     ),
-    "probability_curves": lambda: plots.probability_curves({"a": (np.random.rand(2, 9), np.random.rand(3, 9))}),
-    "segment_curves": lambda: plots.segment_curves({"a": (np.random.rand(9), np.random.rand(9))}),
     "search_traces": lambda: plots.search_traces({"R": trace(9), "C": trace(4)}, source="3", target="8"),
-    "uncertainty_curve": lambda: plots.uncertainty_curve(trace(5), source="3", target="8"),
-    "latent_paths": lambda: plots.latent_paths(
-        {"FGSM": latent_map("image"), "R": latent_map("image"), "Clarity": latent_map("latent")},
-        (-3, 3, -2, 2), np.zeros((5, 2)), np.ones((7, 2)), source="5", target="1",
-    ),
-    "score_bars": lambda: plots.score_bars({"a": (0.5, 0.4, 0.6), "b": (0.9, 0.8, 0.95)}, label="share"),
 }  # fmt: skip
 
 
@@ -73,13 +60,13 @@ def test_picture_is_the_same_bytes_each_time() -> None:
         first, second = (PICTURES["search_traces"]().render(suffix) for _ in range(2))
         assert first == second
     with pytest.raises(ValueError, match="gif"):
-        PICTURES["score_bars"]().render("gif")
+        PICTURES["path_strip"]().render("gif")
 
 
 def test_importing_touches_nothing_global() -> None:
     code = (
         "import matplotlib, sys; before = dict(matplotlib.rcParams); import clarity.plots as p; "
-        "p.score_bars({'a': (0, 0, 1)}, label='x')._repr_png_(); "
+        "p.class_pair_map([[0, 1], [1, 0]], 'ab', title='', label='')._repr_png_(); "
         "assert 'matplotlib.pyplot' not in sys.modules; "
         "assert {k: v for k, v in matplotlib.rcParams.items() if k != 'backend'} "
         "== {k: v for k, v in before.items() if k != 'backend'}"
@@ -88,9 +75,9 @@ def test_importing_touches_nothing_global() -> None:
 
 
 def test_style_of_the_session_does_not_reach_a_picture() -> None:
-    plain = PICTURES["score_bars"]().render("png")
+    plain = PICTURES["path_strip"]().render("png")
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
-        assert PICTURES["score_bars"]().render("png") == plain
+        assert PICTURES["path_strip"]().render("png") == plain
 
 
 def test_difference_is_grey_where_nothing_changed() -> None:
@@ -110,29 +97,10 @@ def test_grid_keeps_rows_and_columns_apart() -> None:
     assert [axis.get_title() for axis in picture.axes[:3]] == ["original", "a", "b"]
 
 
-def test_counterfactual_grid_puts_targets_in_columns() -> None:
-    originals = {name: np.full((C, H, W), value, np.uint8) for name, value in (("b", 10), ("a", 20))}
-    rows = [("a", 2, 70), ("b", 0, 40), ("a", 0, 50), ("b", 1, 60), ("other", 3, 90)]
-    table = pa.table(
-        {
-            "image_id": [name for name, _, _ in rows],
-            "target": [target for _, target, _ in rows],
-            "target_name": ["abcd"[target] for _, target, _ in rows],
-            "x_cf": schema.to_png(np.stack([np.full((C, H, W), value, np.uint8) for *_, value in rows])),
-        }
-    )
-    picture = plots.counterfactual_grid(originals, table)
-    shown = [round(float(axis.images[0].get_array().mean()) * 255) if axis.images else None for axis in picture.axes]
-    assert shown == [10, 40, 60, None, 20, 50, None, 70]
-    assert [axis.get_title() for axis in picture.axes[:4]] == ["original", "→ a", "→ b", "→ c"]
-    with pytest.raises(ValueError, match="pictures"):
-        plots.counterfactual_grid({"nobody": originals["a"]}, table)
-
-
 def test_bytes_and_floats_are_drawn_alike() -> None:
     byte = np.full((1, H, W), 51, dtype=np.uint8)
-    assert np.allclose(plots._displayed(byte), 0.2) and plots._displayed(byte).shape == (H, W)
-    assert plots._displayed(image(2.0)).max() == 1 and plots._displayed(image(0.3)).shape == (H, W, 3)
+    assert np.allclose(plots.displayed(byte), 0.2) and plots.displayed(byte).shape == (H, W)
+    assert plots.displayed(image(2.0)).max() == 1 and plots.displayed(image(0.3)).shape == (H, W, 3)
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -187,7 +155,7 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
     found = plots.Counterfactual(opened, row["image_id"], "dog")
     assert found.row["steps"] == row["steps"] and found.code["image_id"] == row["image_id"]
     picture = found.picture()
-    assert [place.get_title() for place in picture.axes] == [
+    assert [ax.get_title() for ax in picture.axes] == [
         "original", "reconstruction", f"{row['source_name']} → dog", "difference",
     ]  # fmt: skip
     stored = schema.from_png([row["x_cf"]], tables.image_shape)[0, 0] / 255
@@ -197,7 +165,7 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
     steps = found.trace["step"].to_pylist()
     assert steps == list(range(len(steps))) and set(found.trace["target"].to_pylist()) == {3}
     strip = found.path(frames=4)
-    assert len([place for place in strip.axes if place.images]) == min(4, len(steps))
+    assert len([ax for ax in strip.axes if ax.images]) == min(4, len(steps))
     assert found.uncertainty().axes[0].get_xlabel() == "step"
     with pytest.raises(ValueError, match="it is seen as"):
         plots.Counterfactual(opened, row["image_id"], row["source_name"])

@@ -31,7 +31,7 @@ from clarity.explainer import judge, quantise
 from clarity.images import Preprocessing
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
-from clarity.paper import metrics
+from clarity.paper import metrics, panels
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
 from clarity.vae import decode_rows, encode_rows
@@ -919,7 +919,7 @@ def draw(
         NAMES.get(name, name): tuple(row[f"oracle_agreement{end}"] for end in ("", "_low", "_high"))
         for name, row in sorted(overall.items(), key=lambda item: -item[1]["oracle_agreement"])
     }
-    write("oracle_agreement", plots.score_bars(shares, label="share on which the oracle sees the target"))
+    write("oracle_agreement", panels.score_bars(shares, label="share on which the oracle sees the target"))
 
     if bench.model.image_ensemble is None:
         bench.say("figures 5, 7, 8 and 10 need image classifiers: left out")
@@ -984,8 +984,8 @@ def curves(bench: Bench, images: Images, segments: Sequence[tuple[str, str]], wr
         title = f"({letter}) {source} → {target}"
         five[title] = (image, metrics.target_curves(model.ensemble, z, k))
         seven[title] = (metrics.target_curves(model.image_ensemble, walk, k).mean(0), image.mean(0))
-    write("figure5", plots.probability_curves(five))
-    write("figure7", plots.segment_curves(seven))
+    write("figure5", panels.probability_curves(five))
+    write("figure7", panels.segment_curves(seven))
 
 
 def traces(bench: Bench, images: Images, pair: tuple[str, str], write: Callable[..., None]) -> None:
@@ -1048,7 +1048,7 @@ def latent_map(
     cloud = torch.from_numpy(points[1])
     # Each point's nearest is itself.
     among = torch.cdist(cloud, cloud).topk(min(6, len(cloud)), largest=False).values[:, 1:].mean(1).quantile(0.95)
-    panels: dict[str, plots.LatentMap] = {}
+    maps_of: dict[str, panels.LatentMap] = {}
     ends: dict[str, dict[str, float]] = {}
     for method in ("fgsm", "schut", "revise_e", "clarity"):
         pairs = pairs_of(flat, here, starts, np.full(len(starts), target))
@@ -1060,7 +1060,7 @@ def latent_map(
         else:
             last = decode_rows(flat.vae, last)
         group = "latent ensemble" if method == "clarity" else "image ensemble"
-        panels[NAMES[method]] = plots.LatentMap(maps[group], walks[0], last[0].numpy(), group)
+        maps_of[NAMES[method]] = panels.LatentMap(maps[group], walks[0], last[0].numpy(), group)
         away = torch.cdist(torch.from_numpy(np.stack([walk[-1] for walk in walks])), cloud)
         away = away.topk(min(5, len(cloud)), largest=False).values.mean(1)
         ends[NAMES[method]] = {
@@ -1069,7 +1069,7 @@ def latent_map(
             "end_in_cloud": float((away <= among).float().mean()),
             "moved": float(np.mean([np.linalg.norm(walk[-1] - walk[0]) for walk in walks])),
         }
-    write("figure10", plots.latent_paths(panels, extent, points[0], points[1], source=pair[0], target=pair[1]))
+    write("figure10", panels.latent_paths(maps_of, extent, points[0], points[1], source=pair[0], target=pair[1]))
     nearest = torch.cdist(grid, torch.from_numpy(here.z)).min(dim=1).values.numpy()
     far = nearest > here.z.std()
     out: dict[str, Any] = {"far": "more than one standard deviation of the codes from the nearest of them"}

@@ -1,0 +1,46 @@
+"""Drawings of the paper's figures: each renders to every format, the same bytes each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from clarity import plots
+from clarity.paper import panels
+
+
+def latent_map(group: str) -> panels.LatentMap:
+    image = np.full((3, 8, 12), 0.5, np.float32)
+    return panels.LatentMap(np.random.default_rng(0).random((6, 6)), np.array([[0.0, 0], [1, 1]]), image, group)
+
+
+def curves(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).random(shape)
+
+
+DRAWINGS = {
+    "probability_curves": lambda: panels.probability_curves({"a": (curves(2, 9), curves(3, 9))}),
+    "segment_curves": lambda: panels.segment_curves({"a": (curves(9), curves(9)), "b": (curves(9), curves(9))}),
+    "latent_paths": lambda: panels.latent_paths(
+        {"FGSM": latent_map("image"), "R": latent_map("image"), "Clarity": latent_map("latent")},
+        (-3, 3, -2, 2), np.zeros((5, 2)), np.ones((7, 2)), source="5", target="1",
+    ),
+    "score_bars": lambda: panels.score_bars({"a": (0.5, 0.4, 0.6), "b": (0.9, 0.8, 0.95)}, label="share"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_drawing_renders_the_same_bytes_each_time(draw: Callable[[], plots.Picture], suffix: str) -> None:
+    picture = draw()
+    assert picture.render(suffix) == draw().render(suffix)
+    assert picture.get_size_inches()[0] <= 2 * plots.FULL_WIDTH
+
+
+def test_probability_curves_draws_a_line_for_each_classifier() -> None:
+    image, latent = curves(2, 9), curves(3, 9)
+    (ax,) = panels.probability_curves({"a": (image, latent)}).axes
+    drawn = np.array([line.get_ydata() for line in ax.lines])
+    np.testing.assert_array_equal(drawn, np.concatenate([latent, image]))
