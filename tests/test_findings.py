@@ -327,20 +327,3 @@ def test_query_refuses_what_it_does_not_know() -> None:
         findings.query(con, "hardest")
     with pytest.raises(ValueError, match="takes \\['count'\\], not \\['limit'\\]"):
         findings.query(con, "hardest_pairs", limit=3)
-
-
-@pytest.mark.parametrize(
-    ("part", "whole", "text"),
-    [
-        (0, 9, "0 %"),
-        (9, 9, "100 %"),
-        (1, 2, "50 %"),
-        (1, 30, "3.3 %"),
-        (1, 3000, "0.03 %"),
-        (8999, 9000, "99.99 %"),
-        (89997, 90000, "99.9967 %"),
-        (3, 90000, "0.0033 %"),
-    ],
-)
-def test_percent_never_rounds_to_none_or_all(part: int, whole: int, text: str) -> None:
-    assert findings.percent(part, whole) == text

@@ -16,6 +16,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from clarity.report.text import listed, percent, plural
+
 # ------------------------------------------------------------------------------------------------------------------
 # Queries: SQL over two views, codes and counterfactuals, with $parameters.
 
@@ -342,29 +344,6 @@ def find(facts: Facts) -> tuple[list[Finding], list[tuple[str, str]]]:
     return [finding for _, _, finding in ranked], quiet
 
 
-def percent(part: float, whole: float = 1.0) -> str:
-    """A share as it is written in a sentence: 12 %, 3.4 %, 0.02 %; never 0 or 100 unless it is exactly that."""
-    share = 100.0 * part / whole if whole else math.nan
-    if math.isnan(share):
-        return "–"
-    if share in (0.0, 100.0):
-        return f"{share:.0f} %"
-    if 10 <= share <= 90:
-        return f"{share:.0f} %"
-    rest = min(share, 100.0 - share)
-    digits = min(6, max(1, 1 - math.floor(math.log10(rest))))
-    return f"{share:.{min(digits, 2) if rest > 0.01 else digits}f} %"
-
-
-def plural(number: float, noun: str) -> str:
-    """1 image, 2 images, 10,000 images."""
-    return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-
-
 def _ranked(values: np.ndarray, descending: bool = True) -> list[tuple[int, int]]:
     """The (source, target) of every finite or infinite entry, largest first, ties in reading order."""
     keyed = np.where(np.isnan(values), -np.inf if descending else np.inf, values)
@@ -388,7 +367,7 @@ def _check_unread(facts: Facts) -> Iterator[Finding]:
     if rows:
         (images,) = _rows(facts.con, "SELECT count(*) FROM codes")[0]
         failed = sum(count for _, count, _ in rows)
-        reasons = _listed([f"“{reason}” ({count:,})" for reason, count, _ in rows[:3]])
+        reasons = listed([f"“{reason}” ({count:,})" for reason, count, _ in rows[:3]])
         yield Finding(
             "unread",
             0.5 + 0.5 * min(1.0, 10 * failed / images),
@@ -405,9 +384,9 @@ def _check_unread(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "unread",
             0.75,
-            f"{plural(broken, 'search')} met a number that is not finite".replace("searchs", "searches"),
+            f"{plural(broken, 'search', 'searches')} met a number that is not finite",
             f"{broken:,} of {plural(facts.num_pairs, 'pair')} ({percent(broken, facts.num_pairs)}) ended with status "
-            f"{_listed([repr(status) for status, _ in rows])}: the model yields NaN or infinity there.",
+            f"{listed([repr(status) for status, _ in rows])}: the model yields NaN or infinity there.",
             figures={"pairs": broken},
         )
 
@@ -423,7 +402,7 @@ def _check_unconverged(facts: Facts) -> Iterator[Finding]:
     wanted = f"a target probability of {gamma:g}" if gamma is not None else "the wanted target probability"
     within = f" within {limit:,} steps" if limit is not None else ""
     parts = [f"{facts.arrow(*cell)} ({failed[cell]:,.0f} of {facts.pairs['pairs'][cell]:,.0f})" for cell in worst[:3]]
-    where = f"most often {_listed(parts)}" if (failed > 0).sum() > 3 else _listed(parts)
+    where = f"most often {listed(parts)}" if (failed > 0).sum() > 3 else listed(parts)
     examples = _rows(
         facts.con,
         "SELECT image_id, target FROM counterfactuals WHERE NOT converged "
@@ -462,7 +441,7 @@ def _check_extremes(facts: Facts) -> Iterator[Finding]:
         severity,
         f"Hardest: {facts.arrow(*first)}",
         f"{facts.arrow(*first)} asks for the largest change: {how}. "
-        f"Next: {_listed([facts.arrow(*cell) for cell in hardest[1:4]])}.",
+        f"Next: {listed([facts.arrow(*cell) for cell in hardest[1:4]])}.",
         tuple(hardest),
         figures={"distance": float(hard[first]), "usual": usual},
     )
@@ -472,7 +451,7 @@ def _check_extremes(facts: Facts) -> Iterator[Finding]:
         0.15,
         f"Easiest: {facts.arrow(*first)}",
         f"{facts.arrow(*first)} asks for the smallest change: median latent distance {distance[first]:.1f} and "
-        f"{steps[first]:.0f} steps. Next: {_listed([facts.arrow(*cell) for cell in easiest[1:4]])}.",
+        f"{steps[first]:.0f} steps. Next: {listed([facts.arrow(*cell) for cell in easiest[1:4]])}.",
         tuple(easiest),
         figures={"distance": float(hard[first]), "usual": usual},
     )
@@ -509,8 +488,7 @@ def _check_asymmetries(facts: Facts) -> Iterator[Finding]:
             f"{facts.arrow(*first)} is hard ({distance[first]:.1f}, {ratio[first]:.1f} times as far)"
         )
     others = (
-        f" {plural(len(cells) - 1, 'other pair')} of classes likewise: "
-        f"{_listed([facts.arrow(*c) for c in cells[1:4]])}."
+        f" {plural(len(cells) - 1, 'other pair')} of classes likewise: {listed([facts.arrow(*c) for c in cells[1:4]])}."
         if cells[1:]
         else ""
     )
@@ -555,7 +533,7 @@ def _check_edge(facts: Facts) -> Iterator[Finding]:
         "WHERE distance < $edge * usual GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 4",
         {"edge": EDGE},
     )
-    between = _listed([f"{facts.name(a)} / {facts.name(b)} ({number:,})" for a, b, number in cells[:3]])
+    between = listed([f"{facts.name(a)} / {facts.name(b)} ({number:,})" for a, b, number in cells[:3]])
     between = f"most between {between}" if len(cells) > 3 else f"between {between}"
     share = count / images
     yield Finding(
@@ -594,7 +572,7 @@ def _check_epistemic(facts: Facts) -> Iterator[Finding]:
     if not rows:
         return
     target, pairs, beyond, final, usual, _ = rows[0]
-    names = _listed([f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:4]])
+    names = listed([f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:4]])
     yield Finding(
         "epistemic",
         min(0.9, 0.45 + 0.5 * (beyond / pairs - 0.25) / 0.75),
@@ -622,7 +600,7 @@ def _check_reencoding(facts: Facts) -> Iterator[Finding]:
         min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
         f"{percent(share)} of the counterfactuals do not survive re-encoding",
         f"Decoded, rounded to 8 bits and encoded again, {percent(share)} of the counterfactuals are no longer seen "
-        "as their target" + (f"; most often {_listed(parts)}." if parts else "."),
+        "as their target" + (f"; most often {listed(parts)}." if parts else "."),
         tuple(cells),
         figures={"share": share},
     )
@@ -679,7 +657,7 @@ def _check_predictions(facts: Facts) -> Iterator[Finding]:
     )
     if same < total:
         worst = [f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:3] if row[2] < row[1]]
-        sentence += f" Least agreement where it predicts {_listed(worst)}."
+        sentence += f" Least agreement where it predicts {listed(worst)}."
         labelled, theirs, ours = _rows(
             facts.con,
             "SELECT count(*), count(*) FILTER (prediction = label), count(*) FILTER (source = label) FROM codes "
@@ -720,7 +698,7 @@ def _check_attributes(facts: Facts) -> Iterator[Finding]:
         return
     attribute, source, target, pairs, flipped, drift = drifting[0]
     names = list(dict.fromkeys(row[0] for row in drifting))
-    others = f" Other attributes that drift: {_listed(names[1:5])}." if names[1:] else ""
+    others = f" Other attributes that drift: {listed(names[1:5])}." if names[1:] else ""
     yield Finding(
         "attributes",
         min(0.95, 0.4 + abs(drift)),

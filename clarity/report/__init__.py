@@ -30,6 +30,7 @@ from PIL import Image, features
 
 from clarity import __version__, findings, storage
 from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
+from clarity.report.text import percent, plural, probability
 from clarity.schema import from_png
 
 if TYPE_CHECKING:
@@ -715,7 +716,7 @@ class _Page:
             if len(self.views) == 1
             else [f"{view.name}: {text}" for view in self.views for _, text in view.quiet],
             embedded=(
-                f"{findings.plural(len(data['lookup']), 'image')} of {total['images']:,} can be looked up here"
+                f"{plural(len(data['lookup']), 'image')} of {total['images']:,} can be looked up here"
                 + (": those of the findings and some of each class." if len(data["lookup"]) < total["images"] else ".")
             ),
             labels=self._labels(),
@@ -750,7 +751,7 @@ class _Page:
             f"{len(self.tiles):,} of at most {self.budget + len(names) ** 2:,}; up to {self.bounds.examples} closest, "
             f"median, hardest and failed examples a "
             f"class pair, for {shown['shown']:,} of {shown['pairs']:,} class pairs, and every counterfactual of "
-            f"{findings.plural(shown['images'], 'image')}."
+            f"{plural(shown['images'], 'image')}."
         )
         if self.first.facts.differences is not None:
             text += f" Mean changes are over {int(self.first.facts.differences.count.sum()):,} pairs."
@@ -831,7 +832,7 @@ class _Page:
         confusion = _confusion(view)
         if confusion:
             for row in confusion["recall"]:
-                row["share"] = findings.percent(row["agree"], row["count"])
+                row["share"] = percent(row["agree"], row["count"])
         table = view.facts.suspicion
         rows = []
         if table is not None:
@@ -846,8 +847,8 @@ class _Page:
                         "label": names[row["label"]],
                         "source": names[row["source"]],
                         "suspicion": row["suspicion"],
-                        "label_prob": _probability(row["label_prob"]),
-                        "neighbours": "–" if row["neighbours"] is None else findings.percent(row["neighbours"]),
+                        "label_prob": probability(row["label_prob"]),
+                        "neighbours": "–" if row["neighbours"] is None else percent(row["neighbours"]),
                         "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
                     }
                 )
@@ -900,7 +901,6 @@ class _Page:
             "FROM codes WHERE status = 'ok'"
         )[0]
         total, same = sum(row[1] for row in shares), sum(row[2] for row in shares)
-        percent, plural = findings.percent, findings.plural
         note = f"Your model's predictions for {plural(total, 'image')}: the ensemble sees the same class in "
         note += f"{same:,} ({percent(same, total)}). "
         note += f"{plural(without, 'image')} came without a prediction. " if without else ""
@@ -922,10 +922,10 @@ class _Page:
                 "cf": None if pair is None else pair[len(_FIGURES)],
                 "label": row["label_name"],
                 "prediction": names[row["prediction"]],
-                "their_prob": None if row["their_prob"] is None else _probability(row["their_prob"]),
+                "their_prob": None if row["their_prob"] is None else probability(row["their_prob"]),
                 "source": names[row["source"]],
-                "source_prob": _probability(row["source_prob"]),
-                "prediction_prob": _probability(row["prediction_prob"]),
+                "source_prob": probability(row["source_prob"]),
+                "prediction_prob": probability(row["prediction_prob"]),
                 "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
             }
             for row, pair in zip(self.disagreements, found)
@@ -952,11 +952,6 @@ class _Page:
 def _signed(change: np.ndarray) -> np.ndarray:
     """A change in [-1, 1] as a picture: grey for none, brighter for added, darker for taken away; channels averaged."""
     return np.repeat(0.5 + 0.5 * np.clip(change.mean(0, keepdims=True), -1, 1), len(change), 0)
-
-
-def _probability(value: float) -> str:
-    """A probability of a table: two digits, and never quite one."""
-    return ">0.99" if value > 0.995 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _short(value: Any) -> Any:
@@ -1144,12 +1139,12 @@ def _lead(view: _View, total: dict[str, Any]) -> str:
     classes = len(view.class_names)
     towards = "every other class" if plan.targets is None else f"{len(plan.targets)} of {classes} classes"
     which = "misclassified " if plan.only == "misclassified" else ""
-    images = findings.plural(total["images"] - total["failed"], which + "image")
+    images = plural(total["images"] - total["failed"], which + "image")
     text = f"{images} of {classes} classes, explained towards {towards}: "
-    text += f"{findings.plural(total['pairs'], 'search')} with the method {plan.method}".replace("searchs", "searches")
+    text += f"{plural(total['pairs'], 'search', 'searches')} with the method {plan.method}"
     text += f" in the {plan.model['latent_dim']}-dimensional code of a variational autoencoder"
     if members:
-        text += f", under an ensemble of {findings.plural(members, 'classifier')}"
+        text += f", under an ensemble of {plural(members, 'classifier')}"
     if (gamma := plan.config.get("min_target_prob")) is not None:
         text += f", until the mean target probability exceeded {gamma:g}"
     if (limit := plan.config.get("max_steps")) is not None:
@@ -1173,8 +1168,8 @@ def _problems(view: _View, named: bool) -> list[dict[str, Any]]:
         if len(failures) < 3 and storage.exists(place):
             failures.append(f"shard {shard}: {storage.read_json(place).get('error', 'failed')}")
     text = (
-        f"{len(pending):,} of {findings.plural(len(plan.shards), 'shard')} are not committed, so "
-        f"{findings.plural(images, 'image')} of {plan.num_images:,} are absent from everything below. "
+        f"{len(pending):,} of {plural(len(plan.shards), 'shard')} are not committed, so "
+        f"{plural(images, 'image')} of {plan.num_images:,} are absent from everything below. "
     )
     text += f"What failed: {'; '.join(failures)}. " if failures else "The run was stopped or is still at work. "
     text += "Repeat jobs/explain_all.py with the same flags to finish it; what is committed is not done again."
@@ -1193,7 +1188,6 @@ def _problems(view: _View, named: bool) -> list[dict[str, Any]]:
 
 def _keys(total: dict[str, Any]) -> list[dict[str, str]]:
     """The key figures, each with a line that says what is behind it."""
-    percent = findings.percent
     pairs, failed, others = total["pairs"], total["failed"], total["labelled"] - total["agree"]
     failures = f"{pairs - total['converged']:,} did not converge" if total["converged"] < pairs else "all converged"
     failures = failures if pairs else "no pairs yet"

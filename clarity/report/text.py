@@ -1,0 +1,40 @@
+"""Numbers as the page, the console and the comparison's tables write them. Knows nothing but numbers and words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def percent(part: float, whole: float = 1.0) -> str:
+    """A share: 12 %, 3.4 %, 0.02 %; never 0 or 100 % unless it is exactly that, and a dash where it is undefined."""
+    share = 100.0 * part / whole if whole else math.nan
+    if math.isnan(share):
+        return "–"
+    if share in (0.0, 100.0) or 10 <= share <= 90:
+        return f"{share:.0f} %"
+    rest = min(share, 100.0 - share)
+    digits = min(6, max(1, 1 - math.floor(math.log10(rest))))
+    return f"{share:.{min(digits, 2) if rest > 0.01 else digits}f} %"
+
+
+def plural(count: float, noun: str, nouns: str | None = None) -> str:
+    """1 image, 2 images, 10,000 images; ``nouns`` is the plural where it is not ``noun`` and an s."""
+    return f"{count:,.0f} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def probability(value: float) -> str:
+    """A probability with two digits, never rounded to one."""
+    return ">0.99" if value > 0.995 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0.0123, 12.3, 123, 12,345; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Joins words: a; a and b; a, b and c."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

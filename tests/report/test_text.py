@@ -1,0 +1,45 @@
+"""How numbers are written."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from clarity.report import text
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "written"),
+    [
+        (0, 9, "0 %"),
+        (9, 9, "100 %"),
+        (1, 2, "50 %"),
+        (1, 30, "3.3 %"),
+        (1, 3000, "0.03 %"),
+        (8999, 9000, "99.99 %"),
+        (89997, 90000, "99.9967 %"),
+        (3, 90000, "0.0033 %"),
+        (1, 0, "–"),
+    ],
+)
+def test_percent_rounds_to_neither_end(part: float, whole: float, written: str) -> None:
+    assert text.percent(part, whole) == written
+
+
+def test_plural_takes_an_irregular_plural() -> None:
+    assert [text.plural(n, "image") for n in (0, 1, 10_000)] == ["0 images", "1 image", "10,000 images"]
+    assert text.plural(2, "search", "searches") == "2 searches"
+
+
+def test_probability_never_rounds_to_one() -> None:
+    assert [text.probability(p) for p in (0.9999, 0.5, 0.0123)] == [">0.99", "0.50", "0.012"]
+
+
+def test_number_has_three_digits_and_no_exponent_where_it_is_large() -> None:
+    values = (12345.6, 123.4, 0.012345, -1234.0, math.nan)
+    assert [text.number(v) for v in values] == ["12,346", "123", "0.0123", "-1,234", "–"]
+
+
+def test_listed_joins_words() -> None:
+    assert [text.listed("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
