@@ -1,20 +1,23 @@
-"""From bytes to pixels: what is decoded, how it is turned, cropped and resized, and what is refused.
+"""Image files to pixels and back: decoding, orientation, crop, resize, and the PNG files of an audit.
 
 Knows Pillow and the limits of what is safe to decode. Does not know where bytes come from.
 
-Shapes: C, H, W image.
+Shapes: B images, C, H, W image.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 #: What is decoded, and nothing else: some of Pillow's other formats start programs.
@@ -215,3 +218,37 @@ def _to_uint8(values: np.ndarray, whole: int) -> np.ndarray:
     if low < 0 or high > top:
         raise UnreadableImage(f"expected {values.dtype} pixels in [0, {top}], found {low} to {high}: scale them")
     return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+
+
+def encode_png(images: np.ndarray) -> list[bytes]:
+    """PNG files of images (B, C, H, W) uint8, grey or colour; equal images give equal bytes."""
+    rows, channels, height, width = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"expected pictures of 1 or 3 channels, got {channels}")
+    lines = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).reshape(rows, height, width * channels)
+    filtered = np.zeros((rows, height, 1 + width * channels), np.uint8)
+    filtered[:, :, 1:] = lines
+    if channels == 3:
+        # Filter 2 of the format, the difference to the line above: photographs shrink by a third. Digits do not.
+        filtered[:, 1:, 0] = 2
+        filtered[:, 1:, 1:] -= lines[:, :-1]
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+    end = png_chunk(b"IEND", b"")
+    return [start + png_chunk(b"IDAT", zlib.compress(picture, 1)) + end for picture in filtered]
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """One chunk of a PNG file: length, type, data, checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+def decode_png(column: pa.ChunkedArray | pa.Array | list[bytes], image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Images (B, C, H, W) uint8 of a column of PNG files without nulls, as the audit's tables hold them."""
+    channels, height, width = image_shape
+    files = column if isinstance(column, list) else column.to_pylist()
+    images = np.empty((len(files), height, width, channels), np.uint8)
+    for image, data in zip(images, files):
+        with Image.open(io.BytesIO(data)) as picture:
+            image[...] = np.asarray(picture).reshape(height, width, channels)
+    return images.transpose(0, 3, 1, 2)

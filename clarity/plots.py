@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from clarity import schema, storage
+from clarity.images import decode_png
 
 if TYPE_CHECKING:
     from clarity.audit.read import Audit
@@ -448,7 +449,7 @@ class Counterfactual:
         return decode(self.audit, self._tables[column], column=column)[0]
 
     def _stored(self, value: bytes | None, column: str) -> Array:
-        return self._decoded(column) if value is None else schema.from_png([value], self.audit.plan.image_shape)[0]
+        return self._decoded(column) if value is None else decode_png([value], self.audit.plan.image_shape)[0]
 
     def picture(self) -> Picture:
         """Original, reconstruction, counterfactual and difference; decoded from the codes where none is stored."""
@@ -492,7 +493,7 @@ class Counterfactual:
             by_fold=bool(plan.model.get("num_folds")),
             engine="plain",
         )
-        pixels = schema.from_png([self.code["x"]], plan.image_shape)
+        pixels = decode_png([self.code["x"]], plan.image_shape)
         columns = [[row["image_id"]], [None], schema.fixed_size_list(pixels.reshape(1, -1)), [None]]
         shard = pa.table(columns, schema=schema.shard_schema(plan.image_shape))
         traces = explainer.explain_shard(shard, trace=1).traces

@@ -7,10 +7,7 @@ Shapes: C, H, W image; D latent; K classes.
 
 from __future__ import annotations
 
-import io
 import re
-import struct
-import zlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -212,41 +209,6 @@ def matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
         raise ValueError(f"expected a column without nulls, found {array.null_count}; filter by status first")
     # flatten() honours the offset of a slice, .values does not.
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
-
-
-def to_png(images: np.ndarray) -> list[bytes]:
-    """Pictures (B, C, H, W) uint8, grey or colour, as PNG files; the same bytes for the same picture."""
-    rows, channels, height, width = images.shape
-    if channels not in (1, 3):
-        raise ValueError(f"expected pictures of 1 or 3 channels, got {channels}")
-    lines = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).reshape(rows, height, width * channels)
-    filtered = np.zeros((rows, height, 1 + width * channels), np.uint8)
-    filtered[:, :, 1:] = lines
-    if channels == 3:
-        # Filter 2 of the format, the difference to the line above: photographs shrink by a third. Digits do not.
-        filtered[:, 1:, 0] = 2
-        filtered[:, 1:, 1:] -= lines[:, :-1]
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", header)
-    end = _png_chunk(b"IEND", b"")
-    return [start + _png_chunk(b"IDAT", zlib.compress(picture, 1)) + end for picture in filtered]
-
-
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
-
-
-def from_png(column: pa.ChunkedArray | pa.Array | list[bytes], image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Pictures (B, C, H, W) uint8 of a column of PNG files without nulls, as the tables hold them."""
-    from PIL import Image
-
-    channels, height, width = image_shape
-    files = column if isinstance(column, list) else column.to_pylist()
-    images = np.empty((len(files), height, width, channels), np.uint8)
-    for image, data in zip(images, files):
-        with Image.open(io.BytesIO(data)) as picture:
-            image[...] = np.asarray(picture).reshape(height, width, channels)
-    return images.transpose(0, 3, 1, 2)
 
 
 def _described(types: dict[str, pa.DataType], docs: dict[str, str], required: tuple[str, ...]) -> pa.Schema:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clarity import data, schema
+from clarity import data
 from clarity.audit.commits import GivenUp, begin_attempt, commit_shard, is_committed, scratch_directory
 from clarity.audit.plan import Plan
-from clarity.images import Preprocessing
+from clarity.images import Preprocessing, encode_png
 
 
 class Clock:
@@ -157,5 +157,5 @@ def drawn(table: pa.Table, name: str, image_shape: tuple[int, int, int]) -> pa.T
     files = np.full(len(column), None, object)
     if valid.any():
         raw = np.frombuffer(b"".join(column.drop_null().to_pylist()), np.uint8)
-        files[valid] = schema.to_png(raw.reshape(-1, *image_shape))
+        files[valid] = encode_png(raw.reshape(-1, *image_shape))
     return table.set_column(place, table.schema.field(name), pa.array(files, pa.binary()))

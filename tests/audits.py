@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from clarity import schema
+from clarity.images import encode_png
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Tables:
 
 def png(pictures: np.ndarray) -> list[bytes]:
     """Pictures (B, C, H, W) in [0, 1] as PNG."""
-    return schema.to_png(np.round(pictures * 255).astype(np.uint8))
+    return encode_png(np.round(pictures * 255).astype(np.uint8))
 
 
 def make_tables(

@@ -39,6 +39,7 @@ from clarity.audit.plan import Plan, ids_digest, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
 from clarity.audit.summary import summarise
 from clarity.audit.verify import verify
+from clarity.images import decode_png, encode_png
 
 ROOT = Path(__file__).parent.parent
 IDS = ["b", "a", "d e", "ü\n", "c"]
@@ -50,7 +51,7 @@ def make_tables(plan: Plan, shard: int) -> dict[str, pa.Table]:
     ids = sorted(IDS[span["start"] : span["stop"]])
     rng = np.random.default_rng(shard)
     ok = np.array([name != "c" for name in ids])
-    pictures = schema.to_png(rng.integers(0, 256, (len(ids), *plan.image_shape), np.uint8))
+    pictures = encode_png(rng.integers(0, 256, (len(ids), *plan.image_shape), np.uint8))
     source = np.array([sum(name.encode()) % classes for name in ids], np.int32)
 
     def nullable(values: Any, kind: pa.DataType) -> pa.Array:
@@ -90,7 +91,7 @@ def make_tables(plan: Plan, shard: int) -> dict[str, pa.Table]:
         "target_prob_final": pa.array(np.where(converged, 0.995, 0.5), pa.float32()),
         "reencoded_class": pa.array(target),
         "z_cf": schema.fixed_size_list(rng.random((count, latent), np.float32)),
-        "x_cf": pa.array(schema.to_png(rng.integers(0, 256, (count, *plan.image_shape), np.uint8))),
+        "x_cf": pa.array(encode_png(rng.integers(0, 256, (count, *plan.image_shape), np.uint8))),
     }
 
     def table(columns: dict[str, Any], expected: pa.Schema) -> pa.Table:
@@ -692,7 +693,7 @@ def test_verify_finds_a_changed_byte(plan: Plan, filled: str) -> None:
 
 def test_verify_decodes_a_sample_again(plan: Plan, filled: str) -> None:
     pictures = read_audit(filled).counterfactuals.to_table(columns=["z_cf", "x_cf"])
-    codes, shown = schema.matrix(pictures["z_cf"]), schema.from_png(pictures["x_cf"], plan.image_shape)
+    codes, shown = schema.matrix(pictures["z_cf"]), decode_png(pictures["x_cf"], plan.image_shape)
 
     def redecode(z: np.ndarray, off: int = 0) -> np.ndarray:
         rows = [int(np.flatnonzero((codes == row).all(1))[0]) for row in z]

@@ -20,13 +20,13 @@ import pytest
 import torch
 from audits import make_tables, write_audit
 
-from clarity import data, judges, schema
+from clarity import data, judges
 from clarity import model as checkpoints
 from clarity.audit.commits import claim, to_parquet
 from clarity.audit.read import ATTRIBUTES_FILE, read_audit
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
 from clarity.explainer import ExplainShard, make_plan
-from clarity.images import Preprocessing
+from clarity.images import Preprocessing, encode_png
 from clarity.methods import METHODS
 from clarity.paper import comparison, metrics
 from clarity.paper.comparison import Bench
@@ -243,7 +243,7 @@ def test_outside_images_are_judged_in_the_same_table(bench: Bench, place: Path, 
         np.savez(uri, image_id=np.array(ids), target=np.array(target), image=(pixels / 255).astype(np.float32)[:, 0])
     else:
         uri = tmp_path / "theirs.parquet"
-        image = schema.to_png(pixels) if kind == "png" else [p.ravel().tolist() for p in pixels / 255]
+        image = encode_png(pixels) if kind == "png" else [p.ravel().tolist() for p in pixels / 255]
         pq.write_table(pa.table({"image_id": ids, "target": [str(k) for k in target], "image": image}), uri)
     found = comparison.external(bench, "theirs", str(uri), like)
     assert np.array_equal(found.x_cf, like.x_cf[chosen]) and np.array_equal(found.target, like.target[chosen])

@@ -40,6 +40,7 @@ from clarity.explainer import (
     read_predictions,
     redecoder,
 )
+from clarity.images import decode_png
 from clarity.methods import METHODS
 from clarity.model import Model, fold_of, save_model
 from clarity.search import SearchConfig
@@ -147,7 +148,7 @@ def test_codes_say_what_the_ensemble_sees(model: Model, explained: Any) -> None:
     assert codes.schema.equals(schema.codes_schema(4, 5), check_metadata=True)
     assert codes["image_id"].to_pylist() == sorted(IDS)
     good = codes.filter(pc.equal(codes["status"], "ok"))
-    x = torch.tensor(schema.from_png(good["x"], model.image_shape)) / 255
+    x = torch.tensor(decode_png(good["x"], model.image_shape)) / 255
     z, _ = encode_rows(model.vae, x)
     assert (schema.matrix(good["z"]) == z.numpy()).all()
     logits = logits_rows(model.ensemble, z)
@@ -199,7 +200,7 @@ def test_counterfactuals_measure_their_own_points(model: Model, explained: Any) 
     x_cf, reconstruction = decode_rows(model.vae, z_cf), decode_rows(model.vae, z)
     off = (x_cf - reconstruction).abs().flatten(1).sum(1).numpy()
     assert np.allclose(pairs["distance_x_l1"].to_numpy(), off, rtol=1e-4, atol=1e-5)
-    shown = schema.from_png(pairs["x_cf"], model.image_shape)
+    shown = decode_png(pairs["x_cf"], model.image_shape)
     assert (shown == quantise(x_cf)).all()
     again = logits_rows(model.ensemble, encode_rows(model.vae, torch.tensor(shown) / 255)[0]).softmax(-1).mean(0)
     assert (pairs["reencoded_class"].to_numpy() == again.argmax(1).numpy()).all()
@@ -223,7 +224,7 @@ def test_converged_is_what_the_probability_says(model: Model, method: str) -> No
 def test_initial_values_of_a_sampled_start_are_those_of_the_sample(model: Model) -> None:
     explained = Explainer(model, "revise_e", CONFIG, threads=1).explain_shard(shard_of(model, IDS))
     codes = explained.codes
-    x = torch.tensor(schema.from_png(codes["x"], model.image_shape)) / 255
+    x = torch.tensor(decode_png(codes["x"], model.image_shape)) / 255
     z, log_var = encode_rows(model.vae, x)
     start = z + torch.exp(log_var / 2) * torch.tensor(data.noise(codes["image_id"].to_pylist(), 5))
     assert model.image_ensemble is not None
@@ -235,7 +236,7 @@ def test_initial_values_of_a_sampled_start_are_those_of_the_sample(model: Model)
 
 def test_pixel_methods_keep_the_code_of_their_picture(model: Model) -> None:
     pairs = Explainer(model, "fgsm", CONFIG, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
-    shown = torch.tensor(schema.from_png(pairs["x_cf"], model.image_shape)) / 255
+    shown = torch.tensor(decode_png(pairs["x_cf"], model.image_shape)) / 255
     assert (schema.matrix(pairs["z_cf"]) == encode_rows(model.vae, shown)[0].numpy()).all()
 
 
@@ -669,7 +670,7 @@ def test_decode_gives_the_pictures_back(work: Any, tiny_digits_model: Path) -> N
     write_shard(ExplainShard(work, threads=1)(read_shard(item(listing, work, 0), work)), work)
     opened = clarity.read_audit(work.uri)
     rows = opened.counterfactuals.to_table()
-    shown = schema.from_png(rows["x_cf"], (1, 28, 28))
+    shown = decode_png(rows["x_cf"], (1, 28, 28))
     assert (clarity.decode(opened, rows) == shown).all()
     assert clarity.decode(work.uri, opened.codes.to_table(), column="z").shape == (5, 1, 28, 28)
 

@@ -791,12 +791,12 @@ def all_on_object_store(bench: Bench) -> None:
     from object_store import ObjectStore, leaks
 
     from clarity import data, schema, storage
-    from clarity.images import Preprocessing
+    from clarity.images import Preprocessing, encode_png
 
     digits = data.open_dataset("digits", split="test")
     listing = data.list_images(digits).slice(0, LIMIT)
     images = data.read_shard(digits, listing, Preprocessing("L", 28, 28))
-    files = list(schema.to_png(schema.matrix(images["image"]).reshape(-1, 1, 28, 28)))
+    files = list(encode_png(schema.matrix(images["image"]).reshape(-1, 1, 28, 28)))
     names = [listing["image_id"].to_pylist(), listing["label_name"].to_pylist(), ["test"] * LIMIT]
     table = pa.table([*names, files], names=["image_id", "label", "split", "image"])
     (bench.root / "data").mkdir()

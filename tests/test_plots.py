@@ -14,8 +14,9 @@ import pytest
 from audits import Planted, make_tables, write_audit
 from PIL import Image
 
-from clarity import plots, schema
+from clarity import plots
 from clarity.audit.read import read_audit
+from clarity.images import decode_png
 
 C, H, W, K = 3, 8, 12, 4
 
@@ -158,7 +159,7 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
     assert [ax.get_title() for ax in picture.axes] == [
         "original", "reconstruction", f"{row['source_name']} → dog", "difference",
     ]  # fmt: skip
-    stored = schema.from_png([row["x_cf"]], tables.image_shape)[0, 0] / 255
+    stored = decode_png([row["x_cf"]], tables.image_shape)[0, 0] / 255
     assert np.allclose(picture.axes[2].images[0].get_array(), stored)
     assert found._repr_png_().startswith(b"\x89PNG")
     # The search again, by the audit's own model and configuration.

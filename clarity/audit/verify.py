@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from clarity import schema, storage
 from clarity.audit.commits import TABLES, files_below, valid_commits
 from clarity.audit.plan import Plan, ids_digest, read_plan, shard_name
+from clarity.images import decode_png
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _verify_shard(
         rows = rows[finite[rows]]
         if len(rows):
             chosen = pairs.take(rows)
-            shown = schema.from_png(chosen["x_cf"], plan.image_shape).astype(int)
+            shown = decode_png(chosen["x_cf"], plan.image_shape).astype(int)
             worst = np.abs(redecode(schema.matrix(chosen["z_cf"])).astype(int) - shown).max()
             result.redecoded = len(rows)
             if worst > 1:

@@ -28,7 +28,7 @@ from clarity.audit.commits import to_parquet
 from clarity.audit.read import read_audit
 from clarity.classifiers import ImageEnsemble, logits_rows
 from clarity.explainer import judge, quantise
-from clarity.images import Preprocessing
+from clarity.images import Preprocessing, decode_png, encode_png
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
 from clarity.paper import metrics, panels
@@ -158,7 +158,7 @@ def sample(dataset: data.Dataset, preprocessing: Preprocessing, count: int, uri:
         order.append((rank[label], place))
     chosen = np.array([place for _, place in sorted(order)[: count or None]])
     pixels, ids, labels, _ = data.read_all(dataset, listing.take(np.sort(chosen)), preprocessing)
-    columns = {"image_id": ids, "image": schema.to_png(pixels), "label": pa.array(labels, pa.string())}
+    columns = {"image_id": ids, "image": encode_png(pixels), "label": pa.array(labels, pa.string())}
     table = pa.table(columns | {"split": ["test"] * len(ids)})
     turn = {name: place for place, name in enumerate(listing["image_id"].take(chosen).to_pylist())}
     table = table.take(np.argsort([turn[name] for name in ids]))
@@ -219,12 +219,12 @@ def results_of_audit(bench: Bench, method: str, uri: str) -> Results:
             "with --images png"
         )
     label = codes["label"].fill_null(-1).to_numpy()
-    images = see(model, codes["image_id"].to_pylist(), schema.from_png(codes["x"], model.image_shape), label)
+    images = see(model, codes["image_id"].to_pylist(), decode_png(codes["x"], model.image_shape), label)
     images.source = codes["source"].to_numpy().astype(np.int64)
     table = found.counterfactuals.to_table()
     of = np.array([images.row[name] for name in table["image_id"].to_pylist()], dtype=np.int64)
     target = table["target"].to_numpy().astype(np.int64)
-    x_cf = schema.from_png(table["x_cf"], model.image_shape)
+    x_cf = decode_png(table["x_cf"], model.image_shape)
     points = schema.matrix(table["z_cf"]) if METHODS[method].space == "latent" else x_cf.astype(np.float32) / 255
     seen = np.concatenate(
         [np.zeros(0, np.int64)]

@@ -30,8 +30,8 @@ from PIL import Image, features
 
 from clarity import __version__, findings, storage
 from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
+from clarity.images import decode_png
 from clarity.report.text import percent, plural, probability
-from clarity.schema import from_png
 
 if TYPE_CHECKING:
     from clarity.model import Model
@@ -285,7 +285,7 @@ def _pictures(view: _View, table: pa.Table, code: str, stored: str) -> np.ndarra
     if use_code:
         pictures = view.decode(np.array(distinct.to_pylist(), np.float32))
     else:
-        pictures = from_png(distinct, view.image_shape).astype(np.float32) / 255
+        pictures = decode_png(distinct, view.image_shape).astype(np.float32) / 255
     return pictures if keys is None else pictures[where]
 
 
@@ -594,7 +594,7 @@ class _Page:
 
     def _read(self, picture: bytes | np.ndarray | None) -> np.ndarray | None:
         """A stored PNG as (C, H, W); what is decoded already, or missing, as it is."""
-        return from_png([picture], self.first.image_shape)[0] if isinstance(picture, bytes) else picture
+        return decode_png([picture], self.first.image_shape)[0] if isinstance(picture, bytes) else picture
 
     def _keep_code(self, code: dict[str, Any]) -> None:
         """What the page says of an image; the first audit speaks for all."""

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clarity import data, schema
-from clarity.images import Preprocessing
+from clarity import data
+from clarity.images import Preprocessing, encode_png
 
 ROOT = Path(__file__).parent.parent.parent
 CHUNK = 4096
@@ -56,7 +56,7 @@ def make_data(path: Path, source: data.Dataset, images: int) -> None:
                 picture[0] = np.roll(picture[0], by, (0, 1))
             made = np.clip(made + rng.integers(-8, 9, made.shape), 0, 255).astype(np.uint8)
             names = [[f"{row:07d}" for row in rows], [labels[row % len(labels)] for row in rows], ["test"] * len(rows)]
-            writer.write_table(pa.table([*names, list(schema.to_png(made))], schema=kinds))
+            writer.write_table(pa.table([*names, list(encode_png(made))], schema=kinds))
 
 
 # ---- looking on ----------------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clarity import data, schema, storage
+from clarity import data, storage
 from clarity.audit.commits import commit_shard
 from clarity.explainer import Explainer, make_plan
+from clarity.images import encode_png
 from clarity.report import write_report
 from clarity.search import SearchConfig
 from clarity.training.stages import train
@@ -60,7 +61,7 @@ def make_data(path: Path, source: str, place: str | None, kind: str, label: str,
         preprocessing = data.infer_preprocessing(dataset, listing)
         pixels, ids, names, _ = data.read_all(dataset, listing, preprocessing)
         marked = np.array([name == label for name in names])
-        images = schema.to_png(plant(pixels, marked, kind))
+        images = encode_png(plant(pixels, marked, kind))
         parts.append(
             pa.table({"image": images, "label": list(names), "image_id": list(ids), "split": [split] * len(ids)})
         )
