@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clarity.vae import VAES, VAEConfig, feature_shape, in_blocks, require_eval
+from clarity.vae import VAES, VAEConfig, feature_shape
 
 
 @dataclass(frozen=True)
@@ -144,18 +144,6 @@ def stack_members(ensembles: Sequence[Ensemble]) -> Ensemble:
         }
     )
     return stacked.train(first.training)  # type: ignore[return-value]
-
-
-@torch.inference_mode()
-def logits_rows(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor) -> Tensor:
-    """Logits (M, B, K) of codes (B, D) or images (B, C, H, W), each row computed as if it were alone.
-
-    On CPU a row's bits depend neither on its batch mates, nor on its place, nor on the numbers of rows and threads.
-    """
-    require_eval(ensemble)
-    # Small perceptrons are done before a second thread has begun.
-    at_once = 1 if isinstance(ensemble, LatentEnsemble) else None
-    return in_blocks(ensemble, points, dim=1, at_once=at_once)
 
 
 def _perceptrons(config: EnsembleConfig) -> tuple[nn.ParameterList, nn.ParameterList]:

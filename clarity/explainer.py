@@ -29,13 +29,13 @@ from clarity import worker as shards
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import Plan, read_plan, shard_table
 from clarity.audit.read import Audit
-from clarity.classifiers import logits_rows
+from clarity.ids import fold_of, noise
 from clarity.images import UnreadableImage
 from clarity.methods import METHODS, Pairs, classifier_logits
-from clarity.model import Model, fold_of, load_model
+from clarity.model import Model, load_model
+from clarity.rows import Prediction, decode_rows, encode_rows, logits_rows, mean_probs, one_thread, predict
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.uncertainty import decompose
-from clarity.vae import decode_rows, encode_rows, in_blocks, one_thread
 from clarity.worker import Clock, Work, attempted, pack, pack_row, unpack, unpack_row
 
 #: Pairs whose pictures exist as floats at one time; bounds the memory, changes no row.
@@ -50,16 +50,6 @@ class Explained:
     counterfactuals: pa.Table
     stats: dict[str, Any]
     traces: pa.Table | None = None
-
-
-@dataclass
-class Judged:
-    """What classifiers see in B points: mean probabilities (B, K), uncertainties (B,) in nats."""
-
-    probs: np.ndarray
-    predictive: np.ndarray
-    aleatoric: np.ndarray
-    epistemic: np.ndarray
 
 
 @dataclass
@@ -78,14 +68,14 @@ class _Part:
     log_var: Tensor = field(init=False)
     noise: Tensor = field(init=False)
     reconstruction: Tensor = field(init=False)
-    seen: Judged = field(init=False)
+    seen: Prediction = field(init=False)
     source: np.ndarray = field(init=False)
     of: np.ndarray = field(init=False)
     target: np.ndarray = field(init=False)
     pairs: Pairs = field(init=False)
     found: Counterfactuals = field(init=False)
-    initial: Judged = field(init=False)
-    final: Judged = field(init=False)
+    initial: Prediction = field(init=False)
+    final: Prediction = field(init=False)
     z_cf: Tensor = field(init=False)
     off: np.ndarray = field(init=False)
     shown: np.ndarray = field(init=False)
@@ -224,7 +214,7 @@ class Explainer:
             part.x = self._unit(part.pixels)
             part.z, part.log_var = encode_rows(self.model.vae, part.x)
             part.reconstruction = decode_rows(self.model.vae, part.z)
-            part.seen = judge(logits_rows(part.model.ensemble, part.z))
+            part.seen = predict(logits_rows(part.model.ensemble, part.z))
             part.source = part.seen.probs.argmax(1).astype(np.int32)
 
     def _ask(self, part: _Part) -> None:
@@ -237,7 +227,7 @@ class Explainer:
         part.of = np.concatenate([np.zeros(0, np.int64), *of])
         part.target = np.repeat(np.array(self.targets, np.int64), [len(places) for places in of])
         place = torch.from_numpy(part.of).to(self.device)
-        part.noise = torch.from_numpy(data.noise(part.ids, self.model.latent_dim)).to(self.device)
+        part.noise = torch.from_numpy(noise(part.ids, self.model.latent_dim)).to(self.device)
         target = torch.from_numpy(part.target).to(self.device)
         part.pairs = Pairs(part.x[place], part.z[place], part.log_var[place], part.noise[place], target)
 
@@ -247,7 +237,7 @@ class Explainer:
         with clock("search"):
             part.found = method.search(part.model, part.pairs, self.config, engine=self.engine, threads=self.threads)
         with clock("judge"):
-            part.final = judge(classifier_logits(part.model, self.method, part.found.point))
+            part.final = predict(classifier_logits(part.model, self.method, part.found.point))
             part.initial = self._judge_start(part)
         self._look_again(part, clock)
 
@@ -268,15 +258,15 @@ class Explainer:
         part.shown, part.off, part.again = (np.concatenate(parts) for parts in (shown, off, again))
         part.z_cf = points if latent else torch.cat(codes)
 
-    def _judge_start(self, part: _Part) -> Judged:
+    def _judge_start(self, part: _Part) -> Prediction:
         """What the method's own classifier sees where each pair starts, which depends on the image alone."""
         if self.method == "clarity":
-            return Judged(*(values[part.of] for values in vars(part.seen).values()))
+            return Prediction(*(values[part.of] for values in vars(part.seen).values()))
         each = Pairs(part.x, part.z, part.log_var, part.noise, torch.zeros_like(part.noise[:, 0], dtype=torch.int64))
         # A search of no step ends where it starts.
         start = METHODS[self.method].search(part.model, each, replace(self.config, max_steps=0), threads=self.threads)
-        judged = judge(classifier_logits(part.model, self.method, start.point))
-        return Judged(*(values[part.of] for values in vars(judged).values()))
+        judged = predict(classifier_logits(part.model, self.method, start.point))
+        return Prediction(*(values[part.of] for values in vars(judged).values()))
 
     def _unit(self, pixels: np.ndarray) -> Tensor:
         """Pixels (B, C, H, W) uint8 as the model takes them: float32 in [0, 1], on its device."""
@@ -409,21 +399,6 @@ class Explainer:
 
 
 # ---- small things --------------------------------------------------------------------------------------------------
-
-
-def judge(logits: Tensor) -> Judged:
-    """Mean probabilities and uncertainties from logits (M, B, K), each row computed as if it were alone."""
-
-    def look(block: Tensor) -> Tensor:
-        return torch.cat([block.softmax(-1).mean(1), torch.stack(decompose(block.transpose(0, 1)), 1)], 1)
-
-    values = _numpy(in_blocks(look, logits.transpose(0, 1)))
-    return Judged(values[:, :-3], *np.ascontiguousarray(values[:, -3:].T))
-
-
-def mean_probs(logits: Tensor) -> np.ndarray:
-    """The ``probs`` of ``judge`` alone, (B, K)."""
-    return _numpy(in_blocks(lambda block: block.softmax(-1).mean(1), logits.transpose(0, 1)))
 
 
 def _require_classifier(model: Model, method: str) -> None:

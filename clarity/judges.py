@@ -194,11 +194,6 @@ class Judges:
         return self
 
 
-def in_judges_half(image_ids: Sequence[str]) -> np.ndarray:
-    """Which training images the judges may see: half of them, (B,) bool, drawn from each image's own id."""
-    return np.array([hashlib.sha256(f"judges/{name}".encode()).digest()[0] < 128 for name in image_ids], dtype=bool)
-
-
 def build_judges(
     image_shape: tuple[int, int, int],
     class_names: Sequence[str],

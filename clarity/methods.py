@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clarity.classifiers import ImageEnsemble, logits_rows
+from clarity.classifiers import ImageEnsemble
 from clarity.model import Model
+from clarity.rows import decode_rows, folded, logits_rows, require_eval
 from clarity.search import Counterfactuals, LatentObjective, Rows, SearchConfig, descend, ensemble_terms, l1
-from clarity.vae import decode_rows, folded, require_eval
 
 PIXELS = (0.0, 1.0)
 

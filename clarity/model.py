@@ -87,12 +87,6 @@ class Model:
         return self.vae.mean.weight.device
 
 
-def fold_of(image_id: str, num_folds: int) -> int:
-    """The fold that leaves this image out in training, by a hash of its id."""
-    digest = hashlib.sha256(b"fold:" + image_id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % num_folds
-
-
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 

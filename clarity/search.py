@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clarity import kernels
-from clarity.vae import one_thread
+from clarity.rows import one_thread
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's constants, those of its paper and of torch.optim.Adam
 MAX_CHANGES = 5  # of one pixel by jsma: the code of Schut et al. 2021

@@ -8,10 +8,7 @@ Shapes: B rows, C, H, W image in [0, 1], D latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -19,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 @dataclass(frozen=True)
@@ -218,125 +214,3 @@ def vae_config(architecture: str, image_shape: tuple[int, int, int], **fields: A
 def build_vae(config: VAEConfig) -> VAE:
     """A VAE with fresh weights drawn from torch's global generator."""
     return VAE(config)
-
-
-# ---- rows that do not know each other ------------------------------------------------------------------------------
-
-#: Rows of one inference call on CPU and elsewhere: the fastest of 16 ... 512 for 28x28, and fixed, see ``in_blocks``.
-ROW_BLOCK = {"cpu": 128, "cuda": 1024}
-
-
-#: Torch's number of threads outside of the blocks of ``one_thread``, within one.
-_THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
-
-
-@contextmanager
-def one_thread() -> Iterator[int]:
-    """Compute on one thread inside the block; yields the number that is set outside of all such blocks.
-
-    Libraries cut long sums by the number of threads, so only a fixed number gives the same bits everywhere. And their
-    threads spin while they wait for the next small operation, on cores that others could use.
-    """
-    before = torch.get_num_threads()
-    token = _THREADS.set(_THREADS.get() or before)
-    torch.set_num_threads(1)
-    try:
-        yield _THREADS.get() or before
-    finally:
-        torch.set_num_threads(before)
-        _THREADS.reset(token)
-
-
-def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0, at_once: int | None = None) -> Tensor:
-    """Apply a function to rows in blocks of one fixed size, the last one padded with zeros, without gradients.
-
-    Libraries choose their kernels by shape and by number of threads, so a row computed in two batch sizes differs in
-    its last bits. With one block size and one thread for a block (several blocks at a time, one for each of torch's
-    threads) the kernel is always the same, and within it no row's arithmetic depends on its place: the tests hold
-    this bitwise for every layer used.
-
-    Args:
-        function: maps a block to a tensor whose axis ``dim`` holds the block's rows.
-        rows: (B, ...).
-        dim: axis of the rows in the output.
-        at_once: blocks computed at a time on CPU; torch's number of threads by default.
-    """
-    size = ROW_BLOCK.get(rows.device.type, 1024)
-
-    def compute(start: int) -> Tensor:
-        part = rows[start : start + size]
-        with torch.inference_mode():
-            # A fresh buffer each time: alignment of the memory is a shape too.
-            block = rows.new_zeros((size, *rows.shape[1:]))
-            block[: len(part)] = part
-            return function(block).narrow(dim, 0, len(part))
-
-    starts = range(0, max(len(rows), 1), size)
-    if rows.device.type != "cpu":
-        return torch.cat([compute(start) for start in starts], dim)
-    with one_thread() as threads:
-        at_once = min(at_once or threads, len(starts))
-        if at_once == 1:
-            outputs = [compute(start) for start in starts]
-        else:
-            with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                outputs = list(pool.map(compute, starts))
-    return torch.cat(outputs, dim)
-
-
-def folded(layers: nn.Sequential) -> nn.Sequential:
-    """The layers with each BatchNorm folded into the convolution before it, channels last: the same map, faster."""
-    folded: list[nn.Module] = []
-    for layer in layers:
-        previous = folded[-1] if folded else None
-        if isinstance(layer, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d | nn.ConvTranspose2d):
-            folded[-1] = fuse_conv_bn_eval(
-                previous.eval(), layer.eval(), transpose=isinstance(previous, nn.ConvTranspose2d)
-            )
-        else:
-            folded.append(layer)
-    return nn.Sequential(*folded)
-
-
-def require_eval(module: nn.Module) -> None:
-    """Raise ValueError when a network is in training mode."""
-    if module.training:
-        raise ValueError("the network is in training mode, where rows depend on each other; call .eval() on it first")
-
-
-@torch.inference_mode()
-def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean and log-variance (B, D) of images (B, C, H, W), each row computed as if it were alone.
-
-    On CPU a row's bits depend neither on its batch mates, nor on its place, nor on the numbers of rows and threads.
-    """
-    require_eval(vae)
-    layers = folded(vae.encoder_layers)
-    weight = torch.cat([vae.mean.weight, vae.log_var.weight])
-    bias = torch.cat([vae.mean.bias, vae.log_var.bias])
-
-    def encode(block: Tensor) -> Tensor:
-        h = layers(block.contiguous(memory_format=torch.channels_last))
-        return F.linear(h.contiguous().flatten(1), weight, bias)
-
-    mean, log_var = in_blocks(encode, _checked(x, vae.config.image_shape)).chunk(2, 1)
-    return mean.contiguous(), log_var.contiguous()
-
-
-@torch.inference_mode()
-def decode_rows(vae: VAE, z: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] of codes (B, D), each row computed as if it were alone (see ``encode_rows``)."""
-    require_eval(vae)
-    layers = folded(vae.decoder_layers)
-
-    def decode(block: Tensor) -> Tensor:
-        h = vae.decoder_input(block).unflatten(1, vae.feature_shape)
-        return torch.sigmoid(layers(h.contiguous(memory_format=torch.channels_last))).contiguous()
-
-    return in_blocks(decode, _checked(z, (vae.config.latent_dim,)))
-
-
-def _checked(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(rows.shape[1:]) != shape or not rows.is_floating_point():
-        raise ValueError(f"expected float rows of shape {('B', *shape)}, got {tuple(rows.shape)} of {rows.dtype}")
-    return rows

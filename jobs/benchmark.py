@@ -33,9 +33,9 @@ from clarity.audit.plan import rows_per_shard
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.explainer import ExplainShard, choose, make_plan, raw_bytes_per_image
 from clarity.resources import job_path
+from clarity.rows import encode_rows
 from clarity.search import LatentObjective, SearchConfig, descend
 from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
-from clarity.vae import encode_rows
 from clarity.worker import Work, read_shard, shard_item, unpack_row, write_shard
 
 JOBS = Path(__file__).resolve().parent

@@ -24,6 +24,7 @@ from clarity import data, judges, storage
 from clarity import model as checkpoints
 from clarity.audit.commits import to_parquet
 from clarity.audit.read import ATTRIBUTES_FILE
+from clarity.ids import in_judges_half
 from clarity.methods import METHODS
 from clarity.paper import comparison, metrics
 from clarity.paper.comparison import CONTROLS, NAMES, Bench
@@ -225,7 +226,7 @@ def make_bench(
     elif args.judges:
         raise ValueError(f"no judges in {storage.display(uri)}: leave --judges out, and they are trained")
     else:
-        half = judges.in_judges_half(ids)
+        half = in_judges_half(ids)
         found = judges.build_judges(model.image_shape, model.class_names, trained.attributes)
         judged = dataclasses.replace(tested, attributes=trained.attributes)
         images, _, kinds, answers = read(judged, data.list_images(judged), model)

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 import clarity
-from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.model import (
     ENSEMBLE_FILE,
     IMAGE_ENSEMBLE_FILE,
@@ -25,14 +25,13 @@ from clarity.model import (
     VAE_FILE,
     WEIGHT_FILES,
     Model,
-    fold_of,
     load_model,
     load_tensors,
     read_card,
     save_model,
     save_tensors,
 )
-from clarity.vae import decode_rows, encode_rows
+from clarity.rows import decode_rows, encode_rows, logits_rows
 
 
 @pytest.fixture
@@ -241,13 +240,6 @@ def test_tensors_are_no_pickle(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(pickle.dumps(1))
     with pytest.raises(ValueError, match="is a pickle"):
         load_tensors(tmp_path / "t")
-
-
-def test_folds_are_even_and_fixed() -> None:
-    folds = [fold_of(str(i), 5) for i in range(5000)]
-    assert set(folds) == set(range(5))
-    assert all(900 < folds.count(f) < 1100 for f in range(5))
-    assert [fold_of(name, 5) for name in ("0", "1", "photos/ant/3.jpg")] == [0, 0, 3]
 
 
 def test_model_loads_without_ray(tiny_model: Model, tmp_path: Path) -> None:

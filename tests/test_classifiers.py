@@ -7,41 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from networks import ENSEMBLES, image_ensemble, latent_ensemble, points
+from torch import nn
 
-from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows, stack_members
-from clarity.vae import VAES, VAEConfig, build_vae, one_thread, vae_config
-
-
-def latent(members: int = 2) -> LatentEnsemble:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return LatentEnsemble(EnsembleConfig(4, latent_dim=5, hidden=(6, 7), num_members=members)).eval()
-
-
-def image(members: int = 2, architecture: str = "conv") -> ImageEnsemble:
-    config = vae_config(architecture, (3, 8, 12), latent_dim=5, channels=(6, 7))
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        ensemble = ImageEnsemble(EnsembleConfig(4, latent_dim=5, hidden=(6,), num_members=members), config).eval()
-        for name, buffer in ensemble.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_(0, 0.3)
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2)
-    return ensemble
-
-
-def points(kind: str, rows: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn((rows, 5) if kind == "latent" else (rows, 3, 8, 12), generator=generator)
-
-
-ENSEMBLES = {"latent": latent, "image": image}
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, stack_members
+from clarity.vae import VAES, VAEConfig, build_vae
 
 
 def test_latent_member_is_a_perceptron() -> None:
-    ensemble, z = latent(), points("latent", 3)
+    ensemble, z = latent_ensemble(), points("latent", 3)
     logits = ensemble(z)
     assert logits.shape == (2, 3, 4)
     for m in range(2):
@@ -53,7 +27,7 @@ def test_latent_member_is_a_perceptron() -> None:
 
 def test_image_member_is_the_encoder_then_the_perceptron() -> None:
     """The same map from plain modules: convolutions, BatchNorm, PReLU, the mean's head, the perceptron."""
-    ensemble, x = image(), points("image", 3)
+    ensemble, x = image_ensemble(), points("image", 3)
     state = ensemble.state_dict()
     for m in range(2):
         h = x
@@ -108,25 +82,9 @@ def test_select_refuses_members_that_are_not_there(kind: str) -> None:
         ENSEMBLES[kind]().select([])
 
 
-@pytest.mark.parametrize("kind", ENSEMBLES)
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_logits_have_the_same_bits_wherever_rows_stand(kind: str, threads: int) -> None:
-    ensemble, rows = ENSEMBLES[kind](3), points(kind, 200)
-    with one_thread():
-        expected = logits_rows(ensemble, rows)
-    torch.testing.assert_close(expected, ensemble(rows).detach(), atol=1e-5, rtol=1e-4)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for index in (torch.randperm(200), torch.tensor([131]), torch.arange(3, 140)):
-            assert torch.equal(logits_rows(ensemble, rows[index]), expected[:, index])
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("architecture", VAES)
 def test_image_ensemble_exists_for_each_architecture(architecture: str) -> None:
-    assert image(2, architecture)(points("image", 3)).shape == (2, 3, 4)
+    assert image_ensemble(2, architecture)(points("image", 3)).shape == (2, 3, 4)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ from clarity.methods import METHODS
 from clarity.paper import comparison, metrics
 from clarity.paper.comparison import Bench
 from clarity.report import write_report
+from clarity.rows import decode_rows
 from clarity.search import SearchConfig
-from clarity.vae import decode_rows
 from clarity.worker import Work, read_shard, shard_item, write_shard
 
 ROOT = Path(__file__).parent.parent

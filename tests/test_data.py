@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import random
 import subprocess
 import sys
 import threading
@@ -170,46 +169,6 @@ def test_preprocessing_comes_back_from_json() -> None:
 
 
 # Ids, splits, noise, labels, fingerprints
-
-
-def test_noise_depends_on_the_image_alone() -> None:
-    ids = [f"img-{number}" for number in range(2_000)] + ["ü\n", ""]
-    noise = data.noise(ids, 5)
-    assert (noise.shape, noise.dtype) == ((2_002, 5), np.float32)
-    assert np.array_equal(data.noise(ids[::-1], 5), noise[::-1])
-    assert np.array_equal(data.noise(ids[7:8], 5), noise[7:8])
-    assert data.noise([], 5).shape == (0, 5)
-    assert not np.isclose(noise, data.noise(ids, 5, seed=1)).any(axis=1).all()
-    # A fixed value: another release must not draw other noise for the same image.
-    assert np.allclose(data.noise(["a"], 3), [NOISE_OF_A], atol=1e-4)
-
-
-NOISE_OF_A = [-0.3529, -0.6566, -0.7392]
-
-
-def test_noise_is_standard_normal() -> None:
-    noise = data.noise([str(number) for number in range(20_000)], 5)
-    assert np.abs(noise.mean(axis=0)).max() < 0.03
-    assert np.abs(np.cov(noise.T) - np.eye(5)).max() < 0.04
-    assert abs((noise**4).mean() - 3) < 0.1
-    assert np.isfinite(noise).all()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(), min_size=1, max_size=9, unique=True), st.integers(1, 7), st.integers())
-def test_noise_of_any_ids_is_the_same_in_any_company(ids: list[str], dim: int, seed: int) -> None:
-    alone = {image_id: data.noise([image_id], dim)[0] for image_id in ids}
-    random.Random(seed).shuffle(ids)
-    assert all(np.array_equal(row, alone[image_id]) for image_id, row in zip(ids, data.noise(ids, dim), strict=True))
-
-
-def test_split_of_puts_a_tenth_into_test_for_good() -> None:
-    splits = [data.split_of(f"class/{number}.png") for number in range(10_000)]
-    assert 900 < splits.count("test") < 1_100
-    assert [number for number in range(40) if splits[number] == "test"] == SPLIT_TEST
-
-
-SPLIT_TEST = [0, 13, 17, 26, 28, 35]
 
 
 def test_label_indices_are_null_for_what_the_model_does_not_know() -> None:

@@ -26,26 +26,26 @@ from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
 from clarity.audit.summary import summarise
 from clarity.audit.verify import verify
-from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.explainer import (
     Explainer,
     ExplainShard,
     add_predictions,
     choose,
     class_indices,
-    judge,
     make_plan,
     probe,
     quantise,
     read_predictions,
     redecoder,
 )
+from clarity.ids import fold_of, noise
 from clarity.images import decode_png
 from clarity.methods import METHODS
-from clarity.model import Model, fold_of, save_model
+from clarity.model import Model, save_model
+from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
-from clarity.vae import decode_rows, encode_rows
 from clarity.worker import Work, read_shard, shard_item, write_shard
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
@@ -125,14 +125,6 @@ def test_rows_do_not_know_the_number_of_threads(model: Model) -> None:
         torch.set_num_threads(before)
     assert one.counterfactuals.equals(three.counterfactuals)
     assert one.codes.equals(three.codes)
-
-
-def test_judge_does_not_know_neighbours() -> None:
-    logits = torch.randn(3, 300, 7, generator=torch.Generator().manual_seed(0)) * 20
-    whole = judge(logits)
-    for rows in (slice(0, 1), slice(5, 6), slice(3, 270), slice(299, 300)):
-        for name, values in vars(judge(logits[:, rows])).items():
-            assert (values == getattr(whole, name)[rows]).all()
 
 
 # ---- what stands in the columns ------------------------------------------------------------------------------------
@@ -226,7 +218,7 @@ def test_initial_values_of_a_sampled_start_are_those_of_the_sample(model: Model)
     codes = explained.codes
     x = torch.tensor(decode_png(codes["x"], model.image_shape)) / 255
     z, log_var = encode_rows(model.vae, x)
-    start = z + torch.exp(log_var / 2) * torch.tensor(data.noise(codes["image_id"].to_pylist(), 5))
+    start = z + torch.exp(log_var / 2) * torch.tensor(noise(codes["image_id"].to_pylist(), 5))
     assert model.image_ensemble is not None
     logits = logits_rows(model.image_ensemble, decode_rows(model.vae, start))
     expected = dict(zip(codes["image_id"].to_pylist(), decompose(logits).predictive.tolist()))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clarity import judges
-from clarity.judges import JudgeTraining, build_judges, in_judges_half, load_judges, save_judges, train_judges
+from clarity.judges import JudgeTraining, build_judges, load_judges, save_judges, train_judges
 
 C, H, W, K = 3, 8, 12, 4
 
@@ -158,13 +158,6 @@ def test_fingerprint_follows_a_weight() -> None:
     with torch.no_grad():
         built.autoencoders[K].up_second.bias.add_(1e-3)  # type: ignore[union-attr,operator]
     assert built.fingerprint != before
-
-
-def test_half_depends_on_the_id_alone() -> None:
-    names = [f"train/{i}" for i in range(4000)]
-    half = in_judges_half(names)
-    assert 0.45 < half.mean() < 0.55
-    assert np.array_equal(in_judges_half(names[::-1]), half[::-1])
 
 
 def test_training_refuses_what_cannot_work() -> None:

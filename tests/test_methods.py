@@ -18,8 +18,9 @@ from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
+from clarity.rows import encode_rows, one_thread
 from clarity.search import Counterfactuals, SearchConfig
-from clarity.vae import VAEConfig, build_vae, encode_rows, one_thread
+from clarity.vae import VAEConfig, build_vae
 
 MEMBERS, CLASSES, LATENT, IMAGE = 2, 4, 5, (1, 8, 12)
 ON_IMAGES = [name for name, method in METHODS.items() if method.classifier.startswith("image")]

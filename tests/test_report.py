@@ -66,7 +66,7 @@ def test_report_shows_original_path_and_counterfactual(tmp_path: Path, tiny_mode
 
 
 def test_report_path_is_the_straight_line_between_the_codes(tmp_path: Path, tiny_model: Any) -> None:
-    from clarity.classifiers import logits_rows
+    from clarity.rows import logits_rows
 
     tables = make_tables()
     place = write_audit(tmp_path / "audit", tables, tiny_model)

@@ -20,6 +20,7 @@ import clarity
 from clarity import storage
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.model import load_tensors, read_card
+from clarity.rows import encode_rows
 from clarity.training.loops import (
     Adam,
     Codes,
@@ -50,7 +51,7 @@ from clarity.training.stages import (
     run_stages,
     stage_done,
 )
-from clarity.vae import VAEConfig, build_vae, encode_rows, vae_config
+from clarity.vae import VAEConfig, build_vae, vae_config
 
 CONFIG = VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))
 ENSEMBLE = EnsembleConfig(num_classes=3, latent_dim=5, hidden=(6, 7), num_members=5)

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clarity import schema, storage
+from clarity.ids import split_of
 from clarity.images import EXTENSIONS, MAX_BYTES, Preprocessing, UnreadableImage, open_image, orientation
 
 LISTING_COLUMNS = ("image_id", "location", "row", "size", "label_name")
@@ -315,22 +316,6 @@ def read_all(
         ids += shard["image_id"].to_pylist()
         label_names += shard["label_name"].to_pylist()
     return images[: len(ids)], ids, label_names, errors
-
-
-def split_of(image_id: str) -> str:
-    """The split of an image whose source names none: "test" for one in ten, by a hash of its id, so that it stays."""
-    digest = hashlib.sha256(b"split:" + image_id.encode()).digest()
-    return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
-
-
-def noise(image_ids: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
-    """Standard normal noise, float32 (B, dim), each row drawn from its image id and the seed alone."""
-    pairs = (dim + 1) // 2
-    stream = b"".join(hashlib.shake_256(f"noise:{seed}:{name}".encode()).digest(16 * pairs) for name in image_ids)
-    uniform = ((np.frombuffer(stream, "<u8") >> np.uint64(11)) + 0.5) / 2.0**53
-    first, second = uniform.reshape(len(image_ids), 2, pairs).transpose(1, 0, 2)
-    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :dim].astype(np.float32)
 
 
 def _listing(

@@ -26,15 +26,16 @@ import torch
 from clarity import data, judges, plots, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.read import read_audit
-from clarity.classifiers import ImageEnsemble, logits_rows
-from clarity.explainer import judge, quantise
+from clarity.classifiers import ImageEnsemble
+from clarity.explainer import quantise
+from clarity.ids import noise
 from clarity.images import Preprocessing, decode_png, encode_png
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
 from clarity.paper import metrics, panels
+from clarity.rows import decode_rows, encode_rows, logits_rows, predict
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
-from clarity.vae import decode_rows, encode_rows
 
 #: Part of what judged rows depend on: raise it when a metric changes.
 VERSION = 1
@@ -169,14 +170,14 @@ def see(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Image
     """Encode, reconstruct and classify images, row by row as the audit does."""
     z, log_var = encode_rows(model.vae, torch.from_numpy(x).float() / 255)
     reconstruction = quantise(decode_rows(model.vae, z))
-    probs = judge(logits_rows(model.ensemble, z)).probs
+    probs = predict(logits_rows(model.ensemble, z)).probs
     return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, probs.argmax(1), label, probs.max(1))
 
 
 def pairs_of(model: Model, images: Images, of: np.ndarray, target: np.ndarray) -> Pairs:
     """Search pairs: ``of`` names the images, ``target`` what each is to become."""
-    noise = data.noise([images.ids[place] for place in of], model.latent_dim)
-    arrays = (images.x[of].astype(np.float32) / 255, images.z[of], images.log_var[of], noise, target.astype(np.int64))
+    drawn = noise([images.ids[place] for place in of], model.latent_dim)
+    arrays = (images.x[of].astype(np.float32) / 255, images.z[of], images.log_var[of], drawn, target.astype(np.int64))
     return Pairs(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
@@ -229,7 +230,7 @@ def results_of_audit(bench: Bench, method: str, uri: str) -> Results:
     seen = np.concatenate(
         [np.zeros(0, np.int64)]
         + [
-            judge(classifier_logits(model, method, torch.from_numpy(points[part].copy()))).probs.argmax(1)
+            predict(classifier_logits(model, method, torch.from_numpy(points[part].copy()))).probs.argmax(1)
             for part in parts(len(points))
         ]
     )
@@ -287,7 +288,7 @@ def control(bench: Bench, name: str, like: Results) -> Results:
     elif name == "reconstruction":
         x_cf = images.reconstruction[of]
     else:
-        draws = data.noise([f"{images.ids[place]} {wanted}" for place, wanted in zip(of, target)], 1)[:, 0]
+        draws = noise([f"{images.ids[place]} {wanted}" for place, wanted in zip(of, target)], 1)[:, 0]
         pools = bench.real.images
         # The share of normal numbers below the draw is uniform, and depends on the question alone.
         uniform = [float(torch.special.ndtr(torch.tensor(draw))) for draw in draws]
@@ -308,7 +309,7 @@ def reencoded(
     agreement, moved = np.zeros(len(of)), np.zeros(len(of))
     for part in parts(len(of)):
         z, _ = encode_rows(bench.model.vae, torch.from_numpy(x_cf[part]).float() / 255)
-        seen = judge(logits_rows(bench.model.ensemble, z)).probs.argmax(1)
+        seen = predict(logits_rows(bench.model.ensemble, z)).probs.argmax(1)
         agreement[part], moved[part] = seen == target[part], metrics.l1(z.numpy(), images.z[of[part]])
     return {"reencoded_agreement": agreement, "l1_z": moved}
 

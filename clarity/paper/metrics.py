@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clarity.classifiers import ImageEnsemble, LatentEnsemble, logits_rows
+from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.judges import Judges, predict_features, predict_probs, probs_of_features, reconstruct
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
+from clarity.rows import logits_rows
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
 

@@ -152,7 +152,7 @@ class _View:
         """Images (B, C, H, W) float32 of codes (B, D)."""
         import torch
 
-        from clarity.vae import decode_rows
+        from clarity.rows import decode_rows
 
         assert self.model is not None
         if not len(z):
@@ -163,8 +163,8 @@ class _View:
         """Mean class probabilities (B, K) at codes (B, D), by the ensemble that explained each of the images."""
         import torch
 
-        from clarity.classifiers import logits_rows
-        from clarity.model import fold_of
+        from clarity.ids import fold_of
+        from clarity.rows import logits_rows
 
         assert self.model is not None
         probs = np.zeros((len(z), len(self.class_names)), np.float32)

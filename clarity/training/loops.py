@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, stack_members
-from clarity.vae import VAEConfig, build_vae, elbo, one_thread
+from clarity.rows import one_thread
+from clarity.vae import VAEConfig, build_vae, elbo
 
 Stacked = LatentEnsemble | ImageEnsemble
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from clarity import storage
-from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, logits_rows
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.data import (
     Dataset,
     class_names_of,
@@ -34,10 +34,11 @@ from clarity.data import (
     listing_fingerprint,
     open_dataset,
     read_all,
-    split_of,
 )
+from clarity.ids import fold_of, split_of
 from clarity.images import Preprocessing
-from clarity.model import Model, fold_of, load_model, load_tensors, read_card, save_model, save_tensors
+from clarity.model import Model, load_model, load_tensors, read_card, save_model, save_tensors
+from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.training.loops import (
     Codes,
     EnsembleTraining,
@@ -53,7 +54,7 @@ from clarity.training.loops import (
     train_vae,
     weights_of,
 )
-from clarity.vae import LOSSES, VAEConfig, build_vae, decode_rows, encode_rows, vae_config
+from clarity.vae import LOSSES, VAEConfig, build_vae, vae_config
 
 #: The epoch of a checkpoint that needs no more training.
 FINISHED = 1 << 40

@@ -24,9 +24,10 @@ import torch
 from clarity import data, findings
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.explainer import Explainer
-from clarity.model import Model, fold_of, load_model
+from clarity.ids import fold_of
+from clarity.model import Model, load_model
+from clarity.rows import encode_rows
 from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
-from clarity.vae import encode_rows
 
 SWAPS = {"4": "9", "9": "4", "3": "5", "5": "3", "7": "1", "1": "7"}
 

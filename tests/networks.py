@@ -1,0 +1,49 @@
+"""Small networks with weights and BatchNorm moments that look trained, every axis of another size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
+from clarity.vae import VAE, build_vae, vae_config
+
+
+def small_vae(architecture: str, shape: tuple[int, int, int], latent_dim: int = 5) -> VAE:
+    """A VAE in eval mode with BatchNorm moments of a trained one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        vae = build_vae(vae_config(architecture, shape, latent_dim=latent_dim, channels=(6, 7, 9))).eval()
+        for module in vae.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def latent_ensemble(members: int = 2) -> LatentEnsemble:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return LatentEnsemble(EnsembleConfig(4, latent_dim=5, hidden=(6, 7), num_members=members)).eval()
+
+
+def image_ensemble(members: int = 2, architecture: str = "conv") -> ImageEnsemble:
+    config = vae_config(architecture, (3, 8, 12), latent_dim=5, channels=(6, 7))
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        ensemble = ImageEnsemble(EnsembleConfig(4, latent_dim=5, hidden=(6,), num_members=members), config).eval()
+        for name, buffer in ensemble.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.3)
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return ensemble
+
+
+def points(kind: str, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn((rows, 5) if kind == "latent" else (rows, 3, 8, 12), generator=generator)
+
+
+ENSEMBLES = {"latent": latent_ensemble, "image": image_ensemble}

@@ -1,0 +1,113 @@
+"""Batch-independent inference: the bits of a row do not depend on the other rows, its index, or the threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import ENSEMBLES, points, small_vae
+
+from clarity.rows import decode_rows, encode_rows, in_blocks, logits_rows, one_thread, predict
+from clarity.vae import VAES
+
+
+@pytest.mark.parametrize("architecture", VAES)
+@pytest.mark.parametrize("shape", [(1, 8, 12), (3, 33, 18)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_rows_have_the_same_bits_wherever_they_stand(
+    architecture: str, shape: tuple[int, int, int], threads: int
+) -> None:
+    vae = small_vae(architecture, shape)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(200, *shape, generator=generator)
+    z = torch.randn(200, 5, generator=generator)
+    order = torch.randperm(200, generator=generator)
+    with one_thread():
+        means, log_vars, images = *encode_rows(vae, x), decode_rows(vae, z)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in (order, torch.arange(200), torch.tensor([131]), torch.arange(3, 140), torch.arange(199, -1, -7)):
+            mean, log_var = encode_rows(vae, x[rows])
+            assert torch.equal(mean, means[rows])
+            assert torch.equal(log_var, log_vars[rows])
+            assert torch.equal(decode_rows(vae, z[rows]), images[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ENSEMBLES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_logits_have_the_same_bits_wherever_rows_stand(kind: str, threads: int) -> None:
+    ensemble, rows = ENSEMBLES[kind](3), points(kind, 200)
+    with one_thread():
+        expected = logits_rows(ensemble, rows)
+    torch.testing.assert_close(expected, ensemble(rows).detach(), atol=1e-5, rtol=1e-4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for index in (torch.randperm(200), torch.tensor([131]), torch.arange(3, 140)):
+            assert torch.equal(logits_rows(ensemble, rows[index]), expected[:, index])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_judge_does_not_know_neighbours() -> None:
+    logits = torch.randn(3, 300, 7, generator=torch.Generator().manual_seed(0)) * 20
+    whole = predict(logits)
+    for rows in (slice(0, 1), slice(5, 6), slice(3, 270), slice(299, 300)):
+        for name, values in vars(predict(logits[:, rows])).items():
+            assert (values == getattr(whole, name)[rows]).all()
+
+
+@pytest.mark.parametrize("architecture", VAES)
+def test_rows_agree_with_the_network(architecture: str) -> None:
+    vae = small_vae(architecture, (3, 33, 18))
+    x, z = torch.rand(7, 3, 33, 18), torch.randn(7, 5)
+    with torch.no_grad():
+        for ours, theirs in zip((*encode_rows(vae, x), decode_rows(vae, z)), (*vae.encode(x), vae.decode(z))):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_leave_the_network_and_the_threads_alone() -> None:
+    vae = small_vae("conv", (1, 8, 12))
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    threads = torch.get_num_threads()
+    encode_rows(vae, torch.rand(300, 1, 8, 12))
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+
+
+def test_rows_of_none_are_none() -> None:
+    vae = small_vae("conv", (1, 8, 12))
+    assert encode_rows(vae, torch.rand(0, 1, 8, 12))[0].shape == (0, 5)
+    assert decode_rows(vae, torch.rand(0, 5)).shape == (0, 1, 8, 12)
+
+
+def test_rows_refuse_training_mode_and_wrong_shapes() -> None:
+    vae = small_vae("conv", (1, 8, 12))
+    with pytest.raises(ValueError, match=r"expected float rows of shape \('B', 1, 8, 12\), got \(2, 1, 12, 8\)"):
+        encode_rows(vae, torch.rand(2, 1, 12, 8))
+    with pytest.raises(ValueError, match="expected float rows"):
+        encode_rows(vae, torch.zeros((2, 1, 8, 12), dtype=torch.uint8))
+    with pytest.raises(ValueError, match="training mode"):
+        decode_rows(vae.train(), torch.rand(2, 5))
+
+
+def test_in_blocks_keeps_rows_on_any_axis() -> None:
+    rows = torch.randn(300, 2)
+    stacked = in_blocks(lambda block: torch.stack([block, 2 * block]), rows, dim=1)
+    assert torch.equal(stacked, torch.stack([rows, 2 * rows]))
+
+
+def test_one_thread_tells_the_number_outside_of_all_blocks() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread() as outer, one_thread() as inner:
+            assert (outer, inner, torch.get_num_threads()) == (3, 3, 1)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(2)
+        with one_thread() as again:
+            assert again == 2
+    finally:
+        torch.set_num_threads(before)
