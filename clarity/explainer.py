@@ -29,6 +29,7 @@ from clarity import worker as shards
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import Plan, read_plan, shard_table
 from clarity.audit.read import Audit
+from clarity.data.listing import note_left_out
 from clarity.ids import fold_of, noise
 from clarity.images import UnreadableImage
 from clarity.methods import METHODS, Pairs, classifier_logits
@@ -510,7 +511,7 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
         example = f", such as {ids[0]}; its own are like {listing['image_id'][0]}" if len(ids) else ""
         raise ValueError(f"{place}: none of its {len(ids)} ids is an image of the data{example}: check both")
     table = table.set_column(0, "image_id", ids).filter(known)
-    return data.without(table, {"predictions for images that are not in the data": strangers})
+    return note_left_out(table, {"predictions for images that are not in the data": strangers})
 
 
 def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
@@ -549,7 +550,7 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
         columns["prediction_probs"] = schema.fixed_size_list(np.where(valid[:, None], probs[at], 0), valid)
     for name, column in columns.items():
         listing = listing.append_column(name, column)
-    return data.without(listing, data.left_out(listing) | data.left_out(predictions))
+    return note_left_out(listing, data.left_out(listing) | data.left_out(predictions))
 
 
 def _classes(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
@@ -683,7 +684,7 @@ def probe(
     if steps is not None:
         options["config"] = replace(options["config"], max_steps=steps)
     explainer = Explainer(model, **options)
-    images = data.read_shard(dataset, listing, model.preprocessing)
+    images = data.read_images(dataset, listing, model.preprocessing)
     explainer.search_shard(images.slice(0, 2))  # what the first call alone costs
     start = time.perf_counter()
     explained = explainer.explain_shard(images)

@@ -59,7 +59,7 @@ def read_shard(batch: pa.Table, work: Work) -> pa.Table:
 
     def read() -> dict[str, Any]:
         start = time.perf_counter()
-        images = data.read_shard(work.dataset, unpack(row["listing"]), work.preprocessing)
+        images = data.read_images(work.dataset, unpack(row["listing"]), work.preprocessing)
         seconds = {"read": time.perf_counter() - start}
         return {"note": {"seconds": seconds}, "listing": row["listing"], "images": pack(images)}
 

@@ -92,7 +92,7 @@ def outcome_of(act: Callable[[], Any]) -> Outcome:
 
 def explained(dataset: data.Dataset, place: int, count: int, preprocessing: Preprocessing = GREY) -> Outcome:
     """What becomes of the row at ``place`` of ``count``; all of the others are to be read."""
-    shard = data.read_shard(dataset, data.list_images(dataset), preprocessing)
+    shard = data.read_images(dataset, data.list_images(dataset), preprocessing)
     errors = shard["error"].to_pylist()
     assert len(errors) == count
     assert shard["image"].is_null().to_pylist() == [error is not None for error in errors]
@@ -164,7 +164,7 @@ def vanished(root: Path) -> Outcome:
     listed = data.open_dataset("folder", root, "all")
     listing = data.list_images(listed)
     (root / "c/0.png").unlink()
-    errors = data.read_shard(listed, listing, GREY)["error"].to_pylist()
+    errors = data.read_images(listed, listing, GREY)["error"].to_pylist()
     assert errors[1] is None
     return "error row", errors[0]
 
@@ -177,7 +177,7 @@ from clarity import data
 from clarity.images import Preprocessing
 def errors():
     dataset = data.open_dataset("folder", sys.argv[1], "all")
-    return data.read_shard(dataset, data.list_images(dataset), Preprocessing("L", 8, 12))["error"]
+    return data.read_images(dataset, data.list_images(dataset), Preprocessing("L", 8, 12))["error"]
 if os.getuid() == 0:
     errors()  # loads what is loaded at need: it may lie where others may not read
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -245,7 +245,7 @@ def replaced_parquet(root: Path) -> Outcome:
     listed = data.open_dataset("parquet", path, "all")
     listing = data.list_images(listed)
     path.write_bytes(b"PAR1 but no more")
-    return "error row", data.read_shard(listed, listing, GREY)["error"][0].as_py()
+    return "error row", data.read_images(listed, listing, GREY)["error"][0].as_py()
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -452,7 +452,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("unknown data set", door("imagenet"), "refused", "expected one of digits, mnist, folder, parquet, celeba_hair"),
     ("unknown split", door("digits", split="val"), "refused", "expected one of train, test, all"),
     ("data given to digits", door("digits", "photos"), "refused", "expected no data for digits"),
-    ("no data given to a folder", door("folder"), "refused", "expects the place of its data"),
+    ("no data given to a folder", door("folder"), "refused", "expects to be told where its data lies"),
     ("a place of another kind", door("folder", "https://host/photos"), "refused", "found the scheme 'https'"),
     ("MNIST on an object store", door("mnist", "s3://bucket/mnist"), "refused", "expects a local directory"),
     (
@@ -660,7 +660,7 @@ def test_any_image_ids_come_back(image_ids: list[str]) -> None:
         listed = data.open_dataset("parquet", path, "all")
         listing = data.list_images(listed)
         assert listing["image_id"].to_pylist() == image_ids
-        assert data.read_shard(listed, listing, GREY)["image_id"].to_pylist() == image_ids
+        assert data.read_images(listed, listing, GREY)["image_id"].to_pylist() == image_ids
         splits = [data.open_dataset("parquet", path, split) for split in ("train", "test")]
         found = [image_id for split in splits for image_id in _ids(split)]
         assert sorted(found) == sorted(image_ids)

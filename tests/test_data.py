@@ -235,7 +235,7 @@ def test_digits_are_read_in_any_order() -> None:
     preprocessing = data.infer_preprocessing(dataset, listing)
     assert preprocessing == Preprocessing("L", 28, 28)
     rows = listing.take([4_999, 0, 2_500, 499, 500, 0])
-    shard = data.read_shard(dataset, rows, preprocessing)
+    shard = data.read_images(dataset, rows, preprocessing)
     assert shard.schema.equals(schema.shard_schema((1, 28, 28)), check_metadata=True)
     assert shard["image_id"].to_pylist() == rows["image_id"].to_pylist()
     assert shard["error"].null_count == 6
@@ -259,10 +259,10 @@ def test_dataset_is_small_and_travels() -> None:
     assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
-def test_read_shard_of_no_rows_is_an_empty_table() -> None:
+def test_read_images_of_no_rows_is_an_empty_table() -> None:
     dataset = data.open_dataset("digits")
     rows = data.list_images(dataset).slice(0, 0)
-    assert data.read_shard(dataset, rows, Preprocessing("L", 28, 28)).num_rows == 0
+    assert data.read_images(dataset, rows, Preprocessing("L", 28, 28)).num_rows == 0
 
 
 def test_reading_a_thousand_digits_is_quick() -> None:
@@ -271,7 +271,7 @@ def test_reading_a_thousand_digits_is_quick() -> None:
     seconds = []
     for _ in range(3):
         start = time.process_time()
-        data.read_shard(dataset, listing, Preprocessing("L", 28, 28))
+        data.read_images(dataset, listing, Preprocessing("L", 28, 28))
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.5  # 0.05 on an idle core
 
@@ -299,7 +299,7 @@ def test_mnist_is_read_from_torchvisions_layout(mnist: Path) -> None:
         listing = data.list_images(dataset)
         assert listing["label_name"].to_pylist() == [str(number) for number in range(count)]
         assert listing["image_id"].to_pylist()[-1] == f"{split}/{count - 1:05d}"
-        shard = data.read_shard(dataset, listing.take([2, 0]), data.infer_preprocessing(dataset, listing))
+        shard = data.read_images(dataset, listing.take([2, 0]), data.infer_preprocessing(dataset, listing))
         assert np.array_equal(pixels_of(shard, (1, 28, 28))[:, 0], drawn(count, count, 28, 28)[[2, 0]])
     both = data.list_images(data.open_dataset("mnist", mnist, "all"))
     assert len(set(both["image_id"].to_pylist())) == 12
@@ -310,7 +310,7 @@ def test_mnist_is_resized_when_asked(mnist: Path) -> None:
     listing = data.list_images(dataset)
     preprocessing = data.infer_preprocessing(dataset, listing, image_size=32, mode="RGB")
     assert preprocessing == Preprocessing("RGB", 32, 32)
-    assert data.read_shard(dataset, listing, preprocessing)["error"].null_count == 7
+    assert data.read_images(dataset, listing, preprocessing)["error"].null_count == 7
 
 
 def test_mnist_downloads_only_when_asked_and_checks_what_it_got(
@@ -335,14 +335,14 @@ def test_mnist_downloads_only_when_asked_and_checks_what_it_got(
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(data, "_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr("clarity.data.mnist.MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
         with pytest.raises(ValueError, match="found nothing at"):
             data.open_dataset("mnist", tmp_path / "data")
         assert not asked
         with pytest.raises(ValueError, match="with sha256"):
             data.open_dataset("mnist", tmp_path / "data", download=True)
         assert not (tmp_path / "data").exists()
-        monkeypatch.setattr(data, "_MNIST_SHA256", sums)
+        monkeypatch.setattr("clarity.data.mnist.MNIST_SHA256", sums)
         listing = data.list_images(data.open_dataset("mnist", tmp_path / "data", download=True))
         assert (len(listing), len(asked)) == (7, 5)
         data.open_dataset("mnist", tmp_path / "data", download=True)
@@ -426,7 +426,7 @@ def test_folder_of_mixed_sizes_and_modes_is_read(tmp_path: Path) -> None:
     assert data.infer_preprocessing(dataset, listing) == Preprocessing("RGB", 64, 64)
     assert data.infer_preprocessing(dataset, listing, image_size=(6, 9), mode="L") == Preprocessing("L", 6, 9)
     assert data.infer_preprocessing(dataset, listing.slice(0, 1)) == Preprocessing("L", HEIGHT, WIDTH)
-    shard = data.read_shard(dataset, listing, Preprocessing("RGB", 6, 9))
+    shard = data.read_images(dataset, listing, Preprocessing("RGB", 6, 9))
     assert shard["error"].null_count == 3
 
 
@@ -463,7 +463,7 @@ def test_folder_reads_files_of_any_name(names: list[bytes]) -> None:
                 file.write(encoded(drawn(number)))
         dataset = data.open_dataset("folder", root, "all")
         listing = data.list_images(dataset)
-        shard = data.read_shard(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+        shard = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
         assert shard["error"].null_count == len(names)
         found = {pixels.tobytes() for pixels in pixels_of(shard, (1, HEIGHT, WIDTH))}
         assert found == {drawn(number).tobytes() for number in range(len(names))}
@@ -501,7 +501,7 @@ def test_parquet_has_optional_labels_ids_and_splits(tmp_path: Path) -> None:
 def test_parquet_images_may_be_plain_bytes(kind: pa.DataType, tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([encoded(drawn(0)), None], kind)}), tmp_path / "x.parquet")
     dataset = data.open_dataset("parquet", tmp_path / "x.parquet", "all")
-    shard = data.read_shard(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
     assert shard["error"].to_pylist() == [None, "expected the bytes of an image, found null: fill or drop the row"]
 
 
@@ -516,7 +516,7 @@ def test_parquet_directory_is_one_data_set(tmp_path: Path) -> None:
     listing = data.list_images(dataset)
     assert listing["image_id"].to_pylist()[2:4] == ["a/c.parquet#00000002", "b.parquet#00000000"]
     assert listing["label_name"].to_pylist() == ["1", "1", "1", "0", "0"]
-    shard = data.read_shard(dataset, listing.take([4, 1, 3, 0]), Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, listing.take([4, 1, 3, 0]), Preprocessing("L", HEIGHT, WIDTH))
     expected = [drawn(1), drawn(1), drawn(0), drawn(0)]
     assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], expected)
 
@@ -525,7 +525,7 @@ def test_parquet_carries_integer_columns(tmp_path: Path) -> None:
     pq.write_table(parquet_table(2, old=[3, None], wild=[True, False], far=[1, 300]), tmp_path / "x.parquet")
     dataset = data.open_dataset("parquet", tmp_path / "x.parquet", "all", attributes=("wild", "old", "wild"))
     listing = data.list_images(dataset)
-    shard = data.read_shard(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
     assert shard.schema.equals(schema.shard_schema((1, HEIGHT, WIDTH), ("wild", "old")))
     assert shard.select(["wild", "old"]).to_pylist() == [{"wild": 1, "old": 3}, {"wild": 0, "old": None}]
     with pytest.raises(ValueError, match="expected values of int8 in column far"):
@@ -544,7 +544,7 @@ def test_parquet_reads_only_the_row_groups_it_needs(tmp_path: Path, monkeypatch:
         return read(self, *arguments, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
-    shard = data.read_shard(dataset, listing.take([39, 12, 30, 19]), Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, listing.take([39, 12, 30, 19]), Preprocessing("L", HEIGHT, WIDTH))
     assert asked == [([1], ["image.bytes"]), ([3], ["image.bytes"])]
     assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], [drawn(39), drawn(12), drawn(30), drawn(19)])
 
@@ -574,14 +574,14 @@ def long_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dat
 def test_parquet_goes_on_where_a_store_failed(long_row_group: tuple[data.Dataset, list[int]]) -> None:
     dataset, batches = long_row_group
     rows = data.list_images(dataset).take([2_400, 3, 1_030, 2_499, 1_023])
-    shard = data.read_shard(dataset, rows, Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, rows, Preprocessing("L", HEIGHT, WIDTH))
     assert pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0, 0, 0].tolist() == [150, 3, 30, 249, 23]
     assert batches == [0, 1_024, 0, 1_024, 2_048]
 
 
 def test_parquet_stops_at_the_last_row_it_needs(long_row_group: tuple[data.Dataset, list[int]]) -> None:
     dataset, batches = long_row_group
-    shard = data.read_shard(dataset, data.list_images(dataset).take([7, 2]), Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, data.list_images(dataset).take([7, 2]), Preprocessing("L", HEIGHT, WIDTH))
     assert pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0, 0, 0].tolist() == [7, 2]
     assert batches == [0]
 
@@ -597,7 +597,7 @@ def test_parquet_of_large_images_is_read_in_small_pieces(tmp_path: Path) -> None
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
         "dataset = data.open_dataset('parquet', sys.argv[1], 'all'); listing = data.list_images(dataset)\n"
         "before = peak()\n"
-        "shard = data.read_shard(dataset, listing.slice(20), Preprocessing('RGB', 8, 12))\n"
+        "shard = data.read_images(dataset, listing.slice(20), Preprocessing('RGB', 8, 12))\n"
         "assert shard['error'].null_count == 20\n"
         "print(peak() - before)"
     )
@@ -663,7 +663,7 @@ def test_celeba_reads_both_sizes_and_carries_attributes(celeba: Path) -> None:
     listing = data.list_images(dataset)
     preprocessing = data.infer_preprocessing(dataset, listing)
     assert preprocessing == Preprocessing("RGB", 64, 64, center_crop=148)
-    shard = data.read_shard(dataset, listing, preprocessing)
+    shard = data.read_images(dataset, listing, preprocessing)
     assert shard["error"].null_count == len(FACES)
     assert shard.schema.equals(schema.shard_schema((3, 64, 64), ("Male", "Bald")))
     assert shard["Male"].to_pylist() == [1, 0, 1, 0, 1, 0]
@@ -680,7 +680,7 @@ def test_celeba_missing_and_broken_files_are_error_rows(celeba: Path) -> None:
     dataset = data.open_dataset("celeba_hair", celeba, "all")
     listing = data.list_images(dataset)
     assert listing["size"].to_pylist()[::3] == [None, 300]
-    shard = data.read_shard(dataset, listing, data.infer_preprocessing(dataset, listing))
+    shard = data.read_images(dataset, listing, data.infer_preprocessing(dataset, listing))
     errors = shard["error"].to_pylist()
     assert errors[0] == "expected a file, found none that can be read (No such file or directory): restore it"
     assert "broken" in errors[3]
@@ -708,8 +708,8 @@ def test_reading_is_the_same_in_shards_of_any_size() -> None:
     dataset = data.open_dataset("digits", split="test")
     listing = data.list_images(dataset)
     preprocessing = Preprocessing("L", 20, 24)
-    whole = data.read_shard(dataset, listing, preprocessing)
-    parts = [data.read_shard(dataset, listing.slice(start, 77), preprocessing) for start in range(0, 500, 77)]
+    whole = data.read_images(dataset, listing, preprocessing)
+    parts = [data.read_images(dataset, listing.slice(start, 77), preprocessing) for start in range(0, 500, 77)]
     assert pa.concat_tables(parts).combine_chunks().equals(whole.combine_chunks())
 
 
@@ -740,7 +740,7 @@ def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pat
     for place in (tmp_path, store.uri("photos")):
         dataset = data.open_dataset("folder", place)
         listing = data.list_images(dataset)
-        tables.append((listing, data.read_shard(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))))
+        tables.append((listing, data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))))
     assert tables[0][0].equals(tables[1][0])
     assert tables[0][1].equals(tables[1][1])
     assert tables[0][1]["error"].null_count == 2
@@ -755,7 +755,7 @@ def test_parquet_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pa
         for place in (f"{tmp_path}{suffix}", store.uri(f"tables{suffix}")):
             dataset = data.open_dataset("parquet", place, "all")
             listing = data.list_images(dataset)
-            tables.append((listing, data.read_shard(dataset, listing.slice(7, 15), Preprocessing("L", HEIGHT, WIDTH))))
+            tables.append((listing, data.read_images(dataset, listing.slice(7, 15), Preprocessing("L", HEIGHT, WIDTH))))
         assert tables[0][0].equals(tables[1][0])
         assert tables[0][1].equals(tables[1][1])
 
@@ -767,7 +767,7 @@ def test_reading_survives_a_store_that_fails_for_a_while(kind: str, store: Objec
     dataset = data.open_dataset("parquet", store.uri("x.parquet"), "all")
     listing = data.list_images(dataset)
     store.faults.append(Fault(kind, "GET", "x.parquet", times=4))
-    shard = data.read_shard(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
     assert shard["error"].null_count == 25
     assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], [drawn(number) for number in range(25)])
     assert not store.faults[0].times
@@ -784,7 +784,7 @@ def test_a_store_that_is_down_is_not_the_images_fault(source: str, store: Object
     listing = data.list_images(dataset)
     store.faults += [Fault("503", method, times=10_000) for method in ("GET", "HEAD")]
     with pytest.raises(storage.StorageError, match="try again later") as error:
-        data.read_shard(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
     assert error.value.transient
 
 
@@ -794,5 +794,5 @@ def test_an_object_that_may_not_be_read_is_an_error_row(store: ObjectStore) -> N
     dataset = data.open_dataset("folder", store.uri("rights"), "all")
     listing = data.list_images(dataset)
     store.faults += [Fault("403", "HEAD", "a/2", times=10_000), Fault("403", "GET", "a/2", times=10_000)]
-    errors = data.read_shard(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].to_pylist()
+    errors = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].to_pylist()
     assert errors == [None, "expected a file, found none that can be read (ACCESS_DENIED): restore it"]

@@ -603,7 +603,7 @@ def test_work_travels_without_torch(work: Any) -> None:
 def test_workers_turn_exceptions_into_notes(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     work, listing = work
     first = item(listing, work, 0)
-    monkeypatch.setattr(data, "read_shard", lambda *_: 1 / 0)
+    monkeypatch.setattr(data, "read_images", lambda *_: 1 / 0)
     failed = read_shard(first, work)
     note = note_of(write_shard(ExplainShard(work)(failed), work))
     assert note == {"stage": "read", "error": "ZeroDivisionError: division by zero"}
@@ -618,7 +618,7 @@ def test_workers_survive_a_panic(work: Any, monkeypatch: pytest.MonkeyPatch) -> 
         raise PanicException("planted")
 
     work, listing = work
-    monkeypatch.setattr(data, "read_shard", panic)
+    monkeypatch.setattr(data, "read_images", panic)
     assert note_of(read_shard(item(listing, work, 0), work)) == {"stage": "read", "error": "PanicException: planted"}
 
 

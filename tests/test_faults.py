@@ -92,17 +92,17 @@ def plant_reader(job: Any, disturb: Callable[[int], None]) -> None:
     def read_shard(batch: Any, work: Any) -> Any:
         from clarity import data
 
-        shard, read = batch["shard"][0].as_py(), data.read_shard
+        shard, read = batch["shard"][0].as_py(), data.read_images
 
         def disturbed(*args: Any) -> Any:
             disturb(shard)
             return read(*args)
 
-        data.read_shard = disturbed
+        data.read_images = disturbed
         try:
             return real(batch, work)
         finally:
-            data.read_shard = read
+            data.read_images = read
 
     job.read_shard = read_shard
 
@@ -795,7 +795,7 @@ def all_on_object_store(bench: Bench) -> None:
 
     digits = data.open_dataset("digits", split="test")
     listing = data.list_images(digits).slice(0, LIMIT)
-    images = data.read_shard(digits, listing, Preprocessing("L", 28, 28))
+    images = data.read_images(digits, listing, Preprocessing("L", 28, 28))
     files = list(encode_png(schema.matrix(images["image"]).reshape(-1, 1, 28, 28)))
     names = [listing["image_id"].to_pylist(), listing["label_name"].to_pylist(), ["test"] * LIMIT]
     table = pa.table([*names, files], names=["image_id", "label", "split", "image"])

@@ -158,7 +158,7 @@ def main() -> None:
     model = load_model(args.model)
     dataset = data.open_dataset(args.source, args.data, "train")
     listing = data.list_images(dataset).slice(0, args.limit)
-    shard = data.read_shard(dataset, listing, model.preprocessing)
+    shard = data.read_images(dataset, listing, model.preprocessing)
     ids = shard["image_id"].to_pylist()
     labels = data.label_indices(shard["label_name"], model.class_names).to_numpy().astype(np.int64)
     pixels = np.stack(shard["image"].to_numpy(zero_copy_only=False)).reshape(-1, *model.image_shape)

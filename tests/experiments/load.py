@@ -41,7 +41,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 def make_data(path: Path, source: data.Dataset, images: int) -> None:
     """A Parquet file of so many digits: those of the source over and over, no two alike."""
     listing = data.list_images(source)
-    pixels = np.stack(data.read_shard(source, listing, Preprocessing("L", 28, 28))["image"].to_numpy())
+    pixels = np.stack(data.read_images(source, listing, Preprocessing("L", 28, 28))["image"].to_numpy())
     pixels = pixels.reshape(-1, 1, 28, 28)
     labels = listing["label_name"].to_pylist()
     kinds = pa.schema(

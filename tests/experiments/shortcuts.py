@@ -81,7 +81,7 @@ def run(directory: Path, path: Path, **training: Any) -> Any:
     shutil.copytree(directory / "model", directory / "audit" / "model", dirs_exist_ok=True)
     explainer = Explainer(model, device="cpu")
     for number, part in enumerate(plan.shards):
-        shard = data.read_shard(test, listing.slice(part["start"], part["stop"] - part["start"]), model.preprocessing)
+        shard = data.read_images(test, listing.slice(part["start"], part["stop"] - part["start"]), model.preprocessing)
         explained = explainer.explain_shard(shard)
         tables = {"codes": explained.codes, "counterfactuals": explained.counterfactuals}
         commit_shard(place, plan, number, tables, explained.stats)

@@ -1,0 +1,54 @@
+"""Images that are files of their own: their names as text, and their bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.parse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from clarity import storage
+from clarity.data.listing import Content, Dataset
+from clarity.images import MAX_BYTES, UnreadableImage
+
+
+def read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
+    """Each location as a file below where the data lies; an object store is asked for several at once."""
+
+    def read(location: str, size: int | None) -> Content:
+        if (size or 0) > MAX_BYTES:
+            return UnreadableImage(
+                f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller"
+            )
+        try:
+            return storage.read_bytes(storage.join(str(dataset.data), unquote(location)))
+        except storage.StorageError as error:
+            if error.transient:
+                raise
+            return UnreadableImage(f"expected a file, found none that can be read ({error.reason}): restore it")
+
+    locations, sizes = rows["location"].to_pylist(), rows["size"].to_pylist()
+    if not storage.is_remote(str(dataset.data)):
+        yield from enumerate(map(read, locations, sizes))
+        return
+    with ThreadPoolExecutor(16) as pool:
+        for start in range(0, len(rows), 64):
+            yield from enumerate(pool.map(read, locations[start : start + 64], sizes[start : start + 64]), start)
+
+
+def printable(path: str) -> str:
+    """A file's name as text; bytes that are no UTF-8 become their hexadecimal escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def quote(path: str) -> str:
+    """A file's name as text from which ``unquote`` gets it back, whatever its bytes."""
+    return re.sub(r"[\udc80-\udcff]", lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", path.replace("%", "%25"))
+
+
+def unquote(location: str) -> str:
+    """The inverse of ``quote``."""
+    return os.fsdecode(urllib.parse.unquote_to_bytes(location)) if "%" in location else location

@@ -1,0 +1,94 @@
+"""MNIST in the layout of torchvision: idx files, plain or gzipped."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import os
+import urllib.request
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from clarity import storage
+from clarity.data.listing import Content, Dataset, make_listing
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+
+
+def list_mnist(dataset: Dataset) -> pa.Table:
+    """The images of a split, named by their index in it."""
+    parts = []
+    for split in ("train", "test") if dataset.split == "all" else (dataset.split,):
+        images, labels = load_mnist(str(dataset.data), split)
+        ids = [f"{split}/{row:05d}" for row in range(len(images))]
+        sizes = np.full(len(images), images.size)
+        parts.append(make_listing(dataset, ids, [split] * len(images), range(len(images)), sizes, labels.astype(str)))
+    return pa.concat_tables(parts)
+
+
+def read_mnist(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
+    """The images of rows of the listing."""
+    for index, (split, row) in enumerate(zip(rows["location"].to_pylist(), rows["row"].to_pylist())):
+        yield index, Image.fromarray(load_mnist(str(dataset.data), split)[0][row])
+
+
+@functools.lru_cache(maxsize=4)
+def load_mnist(data: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and labels (N,), uint8, mapped from the disk where the files are unpacked."""
+    stem = {"train": "train", "test": "t10k"}[split]
+    images = read_idx(data, f"{stem}-images-idx3-ubyte", 3)
+    labels = read_idx(data, f"{stem}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"expected as many labels as images in {data}, found {len(labels)} and {len(images)}: copy it again"
+        )
+    return images, labels
+
+
+def read_idx(data: str, file: str, axes: int) -> np.ndarray:
+    """The array of an idx file, plain or gzipped, in any of the directories that torchvision uses."""
+    folders = [os.path.join(data, "MNIST", "raw"), os.path.join(data, "raw"), data]
+    paths = [os.path.join(folder, name) for folder in folders for name in (file, f"{file}.gz")]
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
+        raise ValueError(f"expected MNIST/raw/{file}[.gz] in {data}, found none: check the path, or ask for a download")
+    broken = f"expected a whole idx file of {axes} axes, found {path}, which is none: copy it again"
+    try:
+        if path.endswith(".gz"):
+            content = np.frombuffer(gzip.decompress(storage.read_bytes(path)), np.uint8)
+        else:
+            content = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise ValueError(broken) from None
+    start = 4 + 4 * axes
+    shape = [int.from_bytes(content[byte : byte + 4].tobytes(), "big") for byte in range(4, start, 4)]
+    if content[:4].tobytes() != bytes([0, 0, 8, axes]) or len(content) != start + int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(broken)
+    return content[start:].reshape(shape)
+
+
+def download_mnist(data: str) -> None:
+    """Fetch the files of MNIST that are missing below a directory and check their sums."""
+    for file, expected in MNIST_SHA256.items():
+        path = os.path.join(data, "MNIST", "raw", file)
+        if os.path.exists(path) or os.path.exists(path.removesuffix(".gz")):
+            continue
+        try:
+            with urllib.request.urlopen(MNIST_URL + file, timeout=60) as answer:
+                content = answer.read(16 << 20)
+        except OSError as error:
+            raise ValueError(f"expected to fetch {MNIST_URL}{file}, found {error}: copy it to {path} by hand") from None
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise ValueError(f"expected {file} with sha256 {expected}, found {found}: try again, or copy it by hand")
+        storage.write_bytes(path, content)
