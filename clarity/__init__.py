@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from clarity.audit.read import read_audit as read_audit
     from clarity.data import SOURCES as SOURCES
     from clarity.explainer import Explainer as Explainer
-    from clarity.explainer import decode as decode
-    from clarity.explainer import explain as explain
     from clarity.methods import METHODS as METHODS
     from clarity.model import Model as Model
     from clarity.model import load_model as load
+    from clarity.notebook import decode as decode
+    from clarity.notebook import explain as explain
     from clarity.search import SearchConfig as SearchConfig
     from clarity.training.stages import train as train
 
@@ -36,8 +36,8 @@ _NAMES = {
     "Explainer": ("clarity.explainer", "Explainer"),
     "Model": ("clarity.model", "Model"),
     "SearchConfig": ("clarity.search", "SearchConfig"),
-    "decode": ("clarity.explainer", "decode"),
-    "explain": ("clarity.explainer", "explain"),
+    "decode": ("clarity.notebook", "decode"),
+    "explain": ("clarity.notebook", "explain"),
     "load": ("clarity.model", "load_model"),
     "read_audit": ("clarity.audit.read", "read_audit"),
     "train": ("clarity.training.stages", "train"),

@@ -8,39 +8,43 @@ Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-import clarity
-from clarity import data, schema, storage
-from clarity import worker as shards
-from clarity.audit.commits import to_parquet
-from clarity.audit.plan import Plan, read_plan, shard_table
-from clarity.audit.read import Audit
-from clarity.data.listing import note_left_out
+from clarity import data, schema
 from clarity.ids import fold_of, noise
-from clarity.images import UnreadableImage
+from clarity.images import encode_png_column
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model, load_model
 from clarity.rows import Prediction, decode_rows, encode_rows, logits_rows, mean_probs, one_thread, predict
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.uncertainty import decompose
-from clarity.worker import Clock, Work, attempted, pack, pack_row, unpack, unpack_row
 
 #: Pairs whose pictures exist as floats at one time; bounds the memory, changes no row.
 CHUNK = 2048
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @dataclass
@@ -138,7 +142,7 @@ class Explainer:
         self.targets = tuple(range(self.model.num_classes)) if targets is None else tuple(sorted(set(targets)))
         if bad := [target for target in self.targets if not 0 <= target < self.model.num_classes]:
             raise ValueError(f"targets {bad}: expected class indices below {self.model.num_classes}")
-        _require_classifier(self.model, method)
+        require_classifier(self.model, method)
         self.folds = self.model.folds if by_fold else ()
 
     def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
@@ -151,7 +155,8 @@ class Explainer:
         """
         explained = self.search_shard(shard, extra, trace)
         shape = self.model.image_shape
-        codes, pairs = shards.drawn(explained.codes, "x", shape), shards.drawn(explained.counterfactuals, "x_cf", shape)
+        codes = encode_png_column(explained.codes, "x", shape)
+        pairs = encode_png_column(explained.counterfactuals, "x_cf", shape)
         return replace(explained, codes=codes, counterfactuals=pairs)
 
     def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
@@ -391,7 +396,7 @@ class Explainer:
         return pa.array(self.model.class_names, pa.string()).take(pa.array(classes))
 
     def _raw(self, pixels: np.ndarray) -> pa.Array:
-        """Raw pixels as a binary column, until ``shards.drawn``."""
+        """Raw pixels as a binary column, until ``encode_png_column``."""
         if self.images == "none":
             return pa.nulls(len(pixels), pa.binary())
         flat = schema.fixed_size_list(pixels.reshape(len(pixels), -1))
@@ -402,7 +407,8 @@ class Explainer:
 # ---- small things --------------------------------------------------------------------------------------------------
 
 
-def _require_classifier(model: Model, method: str) -> None:
+def require_classifier(model: Model, method: str) -> None:
+    """Raise ValueError when a method needs image classifiers and the model has none."""
     if METHODS[method].classifier.startswith("image") and model.image_ensemble is None:
         raise ValueError(
             f"method {method!r} needs a classifier of images, which this model lacks; train it with --image-members"
@@ -424,458 +430,3 @@ def _l1(a: Tensor, b: Tensor) -> np.ndarray:
 
 def _l2(a: Tensor, b: Tensor) -> np.ndarray:
     return np.sqrt(np.square(_numpy(a) - _numpy(b)).reshape(len(a), -1).sum(1))
-
-
-# ---- what a job asks for -------------------------------------------------------------------------------------------
-
-
-def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
-    """The images of a listing that are asked for, and whether ``all`` of them get pairs or the ``misclassified``.
-
-    Args:
-        listing: of ``data.list_images``.
-        where: conditions that all hold: label=A,B (names), ids=FILE (one id a line), misclassified.
-        limit: the first so many of what is left.
-
-    Raises:
-        ValueError: an unknown condition, label or id; or nothing is left.
-    """
-    only = "all"
-    for condition in where:
-        kind, _, value = condition.partition("=")
-        if kind == "misclassified" and not value:
-            only = "misclassified"
-        elif kind == "label" and value:
-            names = value.split(",")
-            known = listing["label_name"].unique().drop_null().to_pylist()
-            if unknown := sorted(set(names) - set(known)):
-                raise ValueError(
-                    f"--where {condition}: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}"
-                )
-            listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
-        elif kind == "ids" and value:
-            names = storage.read_bytes(value).decode().splitlines()
-            kept = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
-            if len(kept) < len(set(names)):
-                unknown = sorted(set(names) - set(kept["image_id"].to_pylist()))
-                raise ValueError(
-                    f"--where {condition}: {len(unknown)} ids are not in the data, the first {unknown[0]!r}"
-                )
-            listing = kept
-        else:
-            raise ValueError(f"--where {condition}: expected label=NAME[,NAME...], ids=FILE or misclassified")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit: expected at least 1, got {limit}")
-    listing = listing.slice(0, limit)
-    if not len(listing):
-        raise ValueError("no image is left after --where; ask for more")
-    return listing, only
-
-
-def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
-    """What a file says that another model predicts: columns image_id, and class or probabilities or both.
-
-    Args:
-        uri: a Parquet file, local or s3://. ``class`` holds names or indices, ``probabilities`` lists of numbers.
-        listing: all images; rows of the file about others are dropped and counted (``data.left_out``).
-
-    Raises:
-        ValueError: columns are missing or of another type, ids are null or double, or none is an image's.
-    """
-    place = f"--predictions {storage.display(uri)}"
-    with storage.open_parquet(uri) as parquet:
-        found = parquet.schema_arrow.names
-        names = [name for name in ("image_id", "class", "probabilities") if name in found]
-        if names[:1] != ["image_id"] or len(names) < 2:
-            raise ValueError(
-                f"{place}: expected columns image_id and class or probabilities, found {', '.join(found) or 'none'}: "
-                "rename them"
-            )
-        table = storage.attempt("read", uri, lambda: parquet.read(names))
-    for number, column in enumerate(table.itercolumns()):
-        if pa.types.is_dictionary(column.type):
-            table = table.set_column(number, names[number], column.cast(column.type.value_type))
-    kind = table["image_id"].type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{place}: expected image_id as text or integers, found {kind}: convert it")
-    ids = table["image_id"].cast(pa.string()).combine_chunks()
-    if ids.null_count:
-        raise ValueError(f"{place}: expected an image_id in every row, found null in {ids.null_count}: fill them")
-    if double := len(ids) - len(pc.unique(ids)):
-        counts = pc.value_counts(ids)
-        first = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0]
-        raise ValueError(f"{place}: expected each image_id once, found {double} double, the first {first}: drop them")
-    known = pc.is_in(ids, value_set=listing["image_id"].combine_chunks())
-    strangers = len(ids) - (pc.sum(known).as_py() or 0)
-    if strangers == len(ids):
-        example = f", such as {ids[0]}; its own are like {listing['image_id'][0]}" if len(ids) else ""
-        raise ValueError(f"{place}: none of its {len(ids)} ids is an image of the data{example}: check both")
-    table = table.set_column(0, "image_id", ids).filter(known)
-    return note_left_out(table, {"predictions for images that are not in the data": strangers})
-
-
-def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
-    """The listing with ``schema.PREDICTIONS_DOC``'s columns: null for an image without a prediction.
-
-    Args:
-        listing: the images that are asked for.
-        predictions: of ``read_predictions``. Where a row has both, its class counts, not its largest probability.
-        class_names: of the model that explains: what indices and probabilities refer to.
-
-    Raises:
-        ValueError: unknown classes, values that are no probabilities of these classes, or no image has a prediction.
-    """
-    rows = len(predictions)
-    classes, probs = np.zeros(rows, np.int32), np.zeros((rows, len(class_names)), np.float32)
-    has_class, has_probs = np.zeros(rows, bool), np.zeros(rows, bool)
-    if "probabilities" in predictions.column_names:
-        probs, has_probs = _probabilities(predictions, class_names)
-        classes, has_class = probs.argmax(1).astype(np.int32), has_probs.copy()
-    if "class" in predictions.column_names:
-        named = _classes(predictions, class_names)
-        known = named.is_valid().to_numpy(zero_copy_only=False)
-        classes[known] = named.drop_null().to_numpy()
-        has_class |= known
-    place = pc.index_in(listing["image_id"], value_set=predictions["image_id"].combine_chunks())
-    at = place.fill_null(0).to_numpy()
-    found = place.is_valid().to_numpy() & has_class[at]
-    if not found.any():
-        raise ValueError(
-            f"--predictions: none of the {len(listing)} images asked for has one; check --where and --limit"
-        )
-    prediction = pa.array(np.where(found, classes[at], 0).astype(np.int32), mask=~found)
-    columns = {"prediction": prediction, "prediction_name": pa.array(class_names, pa.string()).take(prediction)}
-    if has_probs.any():
-        valid = place.is_valid().to_numpy() & has_probs[at]
-        columns["prediction_probs"] = schema.fixed_size_list(np.where(valid[:, None], probs[at], 0), valid)
-    for name, column in columns.items():
-        listing = listing.append_column(name, column)
-    return note_left_out(listing, data.left_out(listing) | data.left_out(predictions))
-
-
-def _classes(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
-    """The column class as indices, null where it is."""
-    column, count = predictions["class"].combine_chunks(), len(class_names)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        found = data.label_indices(column.cast(pa.string()), class_names)
-    elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        # An integer column with gaps reaches Parquet as floats from pandas.
-        whole = pc.and_(pc.equal(pc.floor(column), column), pc.is_finite(column))
-        inside = pc.and_(whole, pc.and_(pc.greater_equal(column, 0), pc.less(column, count)))
-        found = pc.if_else(inside, column, pa.scalar(None, column.type)).cast(pa.int32())
-    else:
-        raise ValueError(f"--predictions: expected class as names or indices, found {column.type}: convert it")
-    wrong = np.flatnonzero(pc.and_(found.is_null(), column.is_valid()))
-    if len(wrong):
-        raise ValueError(
-            f"--predictions: expected classes that the model knows, found {column[wrong[0]]} for image "
-            f"{predictions['image_id'][wrong[0]]} and {len(wrong) - 1} others; choose from {', '.join(class_names)}, "
-            f"or indices 0 to {count - 1}"
-        )
-    return found
-
-
-def _probabilities(predictions: pa.Table, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The column probabilities (B, K), zero where it is null; and where it is not."""
-    column, count = predictions["probabilities"].combine_chunks(), len(class_names)
-    kind = column.type
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not lists or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
-        raise ValueError(f"--predictions: expected probabilities as lists of numbers, found {kind}: convert it")
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    ids, rows = predictions["image_id"].filter(pa.array(valid)), column.drop_null()
-
-    def check(bad: np.ndarray, what: str, found: Callable[[int], Any]) -> None:
-        if len(places := np.flatnonzero(bad)):
-            raise ValueError(
-                f"--predictions: expected {what}, found {found(int(places[0]))} for image {ids[places[0]]} and "
-                f"{len(places) - 1} others; the classes are {', '.join(class_names)}, in this order"
-            )
-
-    lengths = pc.list_value_length(rows).to_numpy()
-    check(lengths != count, f"{count} probabilities an image", lambda row: lengths[row])
-    values = rows.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False).reshape(-1, count)  # null becomes NaN
-    check(~np.isfinite(values).all(1), "probabilities that are numbers", lambda row: values[row].tolist())
-    outside = (values < 0).any(1) | (np.abs(values.sum(1) - 1) > 0.01)
-    check(outside, "probabilities that are not negative and sum to 1", lambda row: f"a sum of {values[row].sum():.4g}")
-    probs = np.zeros((len(column), count), np.float32)
-    probs[valid] = values
-    return probs, valid
-
-
-def make_plan(
-    model: Model,
-    dataset: data.Dataset,
-    listing: pa.Table,
-    *,
-    method: str,
-    config: SearchConfig,
-    targets: Any = "all",
-    images: str = "png",
-    only: str = "all",
-    trace: int = 0,
-    shard_rows: int,
-    where: Sequence[str] = (),
-) -> Plan:
-    """The plan of an audit over the images of a listing.
-
-    Images of the training split are explained by the classifiers of the fold that did not see them, where the model has
-    folds.
-    """
-    _require_classifier(model, method)
-    indices = class_indices(targets, model.class_names)
-    num_folds = len(model.folds) if dataset.split != "test" else 0
-    needed = {
-        "image_ensemble.safetensors": METHODS[method].classifier.startswith("image"),
-        "folds.safetensors": num_folds > 0,
-    }
-    sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items() if needed.get(name)}
-    extra = [field for field in listing.schema if field.name not in data.LISTING_COLUMNS]
-    return Plan(
-        dataset={
-            "source": dataset.source,
-            "data": storage.display(dataset.data or ""),
-            "split": dataset.split,
-            "where": list(where),
-            "num_images": len(listing),
-            "listing": data.listing_fingerprint(listing.select(list(data.LISTING_COLUMNS))),
-            "extra": [[field.name, str(field.type), _column_digest(listing[field.name])] for field in extra],
-            "left_out": data.left_out(listing),
-        },
-        model={
-            "fingerprint": model.fingerprint,
-            "class_names": list(model.class_names),
-            "image_shape": list(model.image_shape),
-            "latent_dim": model.latent_dim,
-            "num_members": model.ensemble.config.num_members,
-            "num_folds": num_folds,
-            "sums": sums,
-        },
-        method=method,
-        config=dataclasses.asdict(config),
-        targets=None if indices is None else list(indices),
-        images=images,
-        shards=shard_table(listing["image_id"].to_pylist(), shard_rows),
-        only=only,
-        trace=trace,
-        versions={
-            "clarity": clarity.__version__,
-            "torch": str(torch.__version__),  # a class of its own, which would load torch wherever the plan goes
-            "numpy": np.__version__,
-            "pyarrow": pa.__version__,
-        },
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
-def probe(
-    model_uri: str, dataset: data.Dataset, listing: pa.Table, steps: int | None = None, **options: Any
-) -> dict[str, Any]:
-    """Measure the job on a few images: seconds and bytes for an image, pairs a second, engine.
-
-    Args:
-        model_uri: a model directory.
-        dataset: where the images lie.
-        listing: the images to measure on.
-        steps: measure this many updates, and reckon with a hundred for each pair; None searches to the end.
-        **options: of the Explainer.
-    """
-    model = load_model(model_uri)
-    if steps is not None:
-        options["config"] = replace(options["config"], max_steps=steps)
-    explainer = Explainer(model, **options)
-    images = data.read_images(dataset, listing, model.preprocessing)
-    explainer.search_shard(images.slice(0, 2))  # what the first call alone costs
-    start = time.perf_counter()
-    explained = explainer.explain_shard(images)
-    seconds = time.perf_counter() - start
-    if steps is not None:
-        search = explained.stats["seconds"].get("search", 0.0)
-        seconds += search / (steps + 1) * 100 - search
-    size = sum(len(to_parquet(table)) for table in (explained.codes, explained.counterfactuals))
-    return {
-        "seconds_per_image": seconds / len(listing),
-        "bytes_per_image": size / len(listing),
-        "pairs_per_second": explained.stats["pairs"] / seconds,
-        "engine": explained.stats["engine"],
-    }
-
-
-def raw_bytes_per_image(model: Model, num_targets: int) -> float:
-    """Bytes that an image's rows hold before compression, at most."""
-    pixels = int(np.prod(model.image_shape))
-    return (1 + num_targets) * (pixels + 4 * model.latent_dim + 160)
-
-
-def _column_digest(column: pa.ChunkedArray) -> str:
-    sink = pa.BufferOutputStream()
-    table = pa.table({"": column.combine_chunks()})
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return hashlib.sha256(sink.getvalue()).hexdigest()[:16]
-
-
-# ---- in a job ------------------------------------------------------------------------------------------------------
-
-
-class ExplainShard:
-    """Second worker of a shard: images in, tables out; keeps the model from shard to shard."""
-
-    def __init__(self, work: Work, **options: Any) -> None:
-        self.work, self.options = work, options
-
-    @cached_property
-    def explainer(self) -> Explainer:
-        """The model at work."""
-        # Made under the first attempt rather than with the worker: a model that cannot be loaded, or that kills the
-        # process, then counts as this shard's failure instead of being tried for ever.
-        plan = self.work.plan
-        model = load_model(storage.join(self.work.uri, "model"))
-        sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items()}
-        if model.fingerprint != plan.model["fingerprint"] or not plan.model["sums"].items() <= sums.items():
-            raise ValueError(
-                f"expected the model of the plan in {storage.display(self.work.uri)}/model, found another: restore it"
-            )
-        return Explainer(
-            model,
-            plan.method,
-            SearchConfig(**plan.config),
-            targets=plan.targets,
-            images=plan.images,
-            only=plan.only,
-            by_fold=bool(plan.model["num_folds"]),
-            **self.options,
-        )
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Explain one shard; pass on what failed before."""
-        row = unpack_row(batch)
-        names = ("codes", "counterfactuals", "traces")
-        if not row["note"].get("seconds"):
-            return pack_row(row["shard"], row["note"], dict.fromkeys(names))
-
-        def run() -> dict[str, Any]:
-            listing, plan = unpack(row["listing"]), self.work.plan
-            extra = listing.select([name for name, *_ in plan.dataset["extra"]])
-            trace = plan.trace - plan.shards[row["shard"]]["start"]
-            explained = self.explainer.search_shard(unpack(row["images"]), extra, max(0, trace))
-            explained.stats["seconds"] |= row["note"]["seconds"]
-            tables = (explained.codes, explained.counterfactuals, explained.traces)
-            packed = {name: None if table is None else pack(table) for name, table in zip(names, tables)}
-            return {"note": explained.stats, **packed}
-
-        return attempted(self.work, row["shard"], "explain", run, names)
-
-
-# ---- in a notebook -------------------------------------------------------------------------------------------------
-
-
-def explain(
-    model: Model | str | Path,
-    images: Any,
-    targets: Any = "all",
-    *,
-    method: str = "clarity",
-    config: SearchConfig | None = None,
-    image_ids: Sequence[str] | None = None,
-    **options: Any,
-) -> pa.Table:
-    """Counterfactuals of a few images: the table of ``schema.counterfactuals_schema``, pictures as PNG.
-
-    Args:
-        model: a Model, or the place of one.
-        images: (B, C, H, W) or (B, H, W) pixels, uint8 or floats in [0, 1], of the model's size; or a sequence of such
-            arrays, PIL images, or places of image files.
-        targets: all, or class names or indices; the class that the model sees is left out.
-        method: a key of METHODS.
-        config: of the search.
-        image_ids: names for the rows; by default the files' places, else 0, 1, 2 ...
-        **options: of the Explainer.
-
-    Raises:
-        ValueError: an image that cannot be used, naming it; an unknown target or method.
-    """
-    model = load_model(model) if isinstance(model, str | Path) else model
-    if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
-        raise ValueError(
-            f"images: expected an array or a sequence of images, got {type(images).__name__}; put it in a list"
-        )
-    if image_ids is None:
-        image_ids = [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(images)]
-    if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):
-        raise ValueError(f"image_ids: expected {len(images)} distinct names, got {len(set(image_ids))}")
-    pixels = np.zeros((len(images), *model.image_shape), np.uint8)
-    for place, image in enumerate(images):
-        content = storage.read_bytes(image) if isinstance(image, str | Path) else image
-        try:
-            pixels[place] = model.preprocessing.apply(_array(content))
-        except UnreadableImage as error:
-            raise ValueError(f"image {image_ids[place]}: {error}") from None
-    count = len(images)
-    shard = pa.table(
-        [
-            pa.array(image_ids, pa.string()),
-            pa.nulls(count, pa.string()),
-            schema.fixed_size_list(pixels.reshape(count, -1)),
-            pa.nulls(count, pa.string()),
-        ],
-        schema=schema.shard_schema(model.image_shape),
-    )
-    chosen = class_indices(targets, model.class_names)
-    return Explainer(model, method, config, targets=chosen, **options).explain_shard(shard).counterfactuals
-
-
-def _array(image: Any) -> Any:
-    """Torch tensors as arrays; the rest as it is."""
-    return image.detach().cpu().numpy() if isinstance(image, Tensor) else image
-
-
-def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | None:
-    """Class indices of names or indices; None for "all".
-
-    Raises:
-        ValueError: an unknown one, with the choices.
-    """
-    if names is None or (isinstance(names, str) and names == "all"):
-        return None
-    found = []
-    for name in [names] if isinstance(names, str | int) else names:
-        if isinstance(name, str) and name in class_names:
-            found.append(list(class_names).index(name))
-        elif isinstance(name, int | np.integer) and not isinstance(name, bool) and 0 <= name < len(class_names):
-            found.append(int(name))
-        else:
-            raise ValueError(f"unknown class {name!r}; choose from {', '.join(class_names)}")
-    if not found:
-        raise ValueError("expected at least one target, got none")
-    return tuple(sorted(set(found)))
-
-
-def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu") -> np.ndarray:
-    """Pictures (B, C, H, W) uint8 of codes in an audit's tables, by the model that the audit keeps.
-
-    Gives the pictures of a run with ``--images none``, and those of the tables again within one grey level. For
-    pixel methods, whose ``z_cf`` is the code of a picture, it gives that picture's reconstruction.
-
-    Args:
-        source: an audit, or the place of one.
-        rows: rows of counterfactuals, or of codes with ``column`` = z.
-        column: the codes' column.
-        device: where to decode.
-    """
-    uri = source.uri if isinstance(source, Audit) else str(source)
-    model = load_model(storage.join(uri, "model"), device)
-    codes = torch.tensor(schema.matrix(rows[column]), device=device)
-    return quantise(decode_rows(model.vae, codes))
-
-
-def redecoder(uri: str | Path) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The audit's own decoder for ``verify``: codes (B, D) to uint8 images; None where codes are not latent."""
-    if METHODS[read_plan(str(uri)).method].space != "latent":
-        return None
-    model = load_model(storage.join(str(uri), "model"))
-
-    def redecode(codes: np.ndarray) -> np.ndarray:
-        return quantise(decode_rows(model.vae, torch.tensor(codes)))
-
-    return redecode

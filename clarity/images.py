@@ -252,3 +252,15 @@ def decode_png(column: pa.ChunkedArray | pa.Array | list[bytes], image_shape: tu
         with Image.open(io.BytesIO(data)) as picture:
             image[...] = np.asarray(picture).reshape(height, width, channels)
     return images.transpose(0, 3, 1, 2)
+
+
+def encode_png_column(table: pa.Table, name: str, image_shape: tuple[int, int, int]) -> pa.Table:
+    """The table with the raw pixels of column ``name`` encoded as PNG files; null stays null."""
+    index = table.column_names.index(name)
+    column = table[name].combine_chunks()
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    files = np.full(len(column), None, object)
+    if valid.any():
+        raw = np.frombuffer(b"".join(column.drop_null().to_pylist()), np.uint8)
+        files[valid] = encode_png(raw.reshape(-1, *image_shape))
+    return table.set_column(index, table.schema.field(name), pa.array(files, pa.binary()))

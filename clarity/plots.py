@@ -444,7 +444,7 @@ class Counterfactual:
         self._tables = {"z_cf": rows, "z": audit.codes.to_table(filter=mine)}
 
     def _decoded(self, column: str) -> Array:
-        from clarity.explainer import decode
+        from clarity.notebook import decode
 
         return decode(self.audit, self._tables[column], column=column)[0]
 
@@ -502,7 +502,7 @@ class Counterfactual:
 
     def path(self, frames: int = 8) -> Picture:
         """Pictures at ``frames`` steps of the search, with the target probability under each."""
-        from clarity.explainer import decode
+        from clarity.notebook import decode
 
         steps = self.trace["step"].to_numpy()
         chosen = np.unique(np.round(np.linspace(0, len(steps) - 1, frames)).astype(int))

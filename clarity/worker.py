@@ -9,32 +9,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from clarity import data
+from clarity import data, storage
 from clarity.audit.commits import GivenUp, begin_attempt, commit_shard, is_committed, scratch_directory
 from clarity.audit.plan import Plan
-from clarity.images import Preprocessing, encode_png
+from clarity.images import Preprocessing, encode_png_column
 
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+if TYPE_CHECKING:
+    from clarity.explainer import Explainer
 
 
 @dataclass(frozen=True)
@@ -74,20 +63,20 @@ def write_shard(batch: pa.Table, work: Work) -> pa.Table:
         return pack_row(row["shard"], note, {})
 
     def write() -> dict[str, Any]:
-        plan, clock = work.plan, Clock()
-        with clock("pictures"):
-            codes = drawn(unpack(row["codes"]), "x", plan.image_shape)
-            pairs = drawn(unpack(row["counterfactuals"]), "x_cf", plan.image_shape)
+        plan, start = work.plan, time.perf_counter()
+        codes = encode_png_column(unpack(row["codes"]), "x", plan.image_shape)
+        pairs = encode_png_column(unpack(row["counterfactuals"]), "x_cf", plan.image_shape)
         tables = {
             "codes": codes.cast(plan.codes_schema()),
             "counterfactuals": pairs.cast(plan.counterfactuals_schema()),
         }
         if row["traces"] is not None:
             tables["traces"] = unpack(row["traces"])
-        with clock("write"):
-            about = note | {"seconds": note["seconds"] | clock.seconds}
-            commit_shard(work.uri, plan, row["shard"], tables, about, scratch=scratch_directory(work.uri, work.run))
-        return {"note": about | {"seconds": about["seconds"] | clock.seconds}}
+        encoded = time.perf_counter()
+        seconds = note["seconds"] | {"pictures": encoded - start}
+        scratch = scratch_directory(work.uri, work.run)
+        commit_shard(work.uri, plan, row["shard"], tables, note | {"seconds": seconds}, scratch=scratch)
+        return {"note": note | {"seconds": seconds | {"write": time.perf_counter() - encoded}}}
 
     return attempted(work, row["shard"], "write", write, ())
 
@@ -149,13 +138,54 @@ def unpack(buffer: pa.Buffer) -> pa.Table:
     return pa.ipc.open_stream(buffer).read_all()
 
 
-def drawn(table: pa.Table, name: str, image_shape: tuple[int, int, int]) -> pa.Table:
-    """The table with the raw pixels of its column ``name`` made into PNG files; null stays null."""
-    place = table.column_names.index(name)
-    column = table[name].combine_chunks()
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    files = np.full(len(column), None, object)
-    if valid.any():
-        raw = np.frombuffer(b"".join(column.drop_null().to_pylist()), np.uint8)
-        files[valid] = encode_png(raw.reshape(-1, *image_shape))
-    return table.set_column(place, table.schema.field(name), pa.array(files, pa.binary()))
+class ExplainShard:
+    """Second worker of a shard: images in, tables out; keeps the model from shard to shard."""
+
+    def __init__(self, work: Work, **options: Any) -> None:
+        self.work, self.options = work, options
+
+    @cached_property
+    def explainer(self) -> Explainer:
+        """The model at work."""
+        from clarity.explainer import Explainer
+        from clarity.model import load_model
+        from clarity.search import SearchConfig
+
+        # Made under the first attempt rather than with the worker: a model that cannot be loaded, or that kills the
+        # process, then counts as this shard's failure instead of being tried for ever.
+        plan = self.work.plan
+        model = load_model(storage.join(self.work.uri, "model"))
+        sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items()}
+        if model.fingerprint != plan.model["fingerprint"] or not plan.model["sums"].items() <= sums.items():
+            raise ValueError(
+                f"expected the model of the plan in {storage.display(self.work.uri)}/model, found another: restore it"
+            )
+        return Explainer(
+            model,
+            plan.method,
+            SearchConfig(**plan.config),
+            targets=plan.targets,
+            images=plan.images,
+            only=plan.only,
+            by_fold=bool(plan.model["num_folds"]),
+            **self.options,
+        )
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Explain one shard; pass on what failed before."""
+        row = unpack_row(batch)
+        names = ("codes", "counterfactuals", "traces")
+        if not row["note"].get("seconds"):
+            return pack_row(row["shard"], row["note"], dict.fromkeys(names))
+
+        def run() -> dict[str, Any]:
+            listing, plan = unpack(row["listing"]), self.work.plan
+            extra = listing.select([name for name, *_ in plan.dataset["extra"]])
+            trace = plan.trace - plan.shards[row["shard"]]["start"]
+            explained = self.explainer.search_shard(unpack(row["images"]), extra, max(0, trace))
+            explained.stats["seconds"] |= row["note"]["seconds"]
+            tables = (explained.codes, explained.counterfactuals, explained.traces)
+            packed = {name: None if table is None else pack(table) for name, table in zip(names, tables)}
+            return {"note": explained.stats, **packed}
+
+        return attempted(self.work, row["shard"], "explain", run, names)

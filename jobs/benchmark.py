@@ -31,12 +31,12 @@ from clarity import model as checkpoints
 from clarity.audit.commits import claim
 from clarity.audit.plan import rows_per_shard
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
-from clarity.explainer import ExplainShard, choose, make_plan, raw_bytes_per_image
+from clarity.planning import choose, make_plan, raw_bytes_per_image
 from clarity.resources import job_path
 from clarity.rows import encode_rows
 from clarity.search import LatentObjective, SearchConfig, descend
 from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
-from clarity.worker import Work, read_shard, shard_item, unpack_row, write_shard
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, unpack_row, write_shard
 
 JOBS = Path(__file__).resolve().parent
 PARTS = ("machine", "search", "training", "stages", "job", "memory")

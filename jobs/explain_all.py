@@ -35,18 +35,11 @@ from clarity.audit.plan import read_plan, rows_per_shard
 from clarity.audit.read import read_audit
 from clarity.audit.summary import describe, describe_plan, summarise
 from clarity.audit.verify import verify
-from clarity.explainer import (
-    ExplainShard,
-    add_predictions,
-    choose,
-    make_plan,
-    probe,
-    raw_bytes_per_image,
-    read_predictions,
-    redecoder,
-)
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
+from clarity.notebook import redecoder
+from clarity.planning import choose, make_plan, probe, raw_bytes_per_image
+from clarity.predictions import add_predictions, read_predictions
 from clarity.report import write_report
 from clarity.resources import (
     Resources,
@@ -57,7 +50,7 @@ from clarity.resources import (
     plan_resources,
 )
 from clarity.search import ENGINES, SearchConfig
-from clarity.worker import Work, read_shard, shard_item, write_shard
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
 #: Of a Ray that this job starts itself: fixed, so that memory does not grow with the data.
 OBJECT_STORE_BYTES = 1_000_000_000

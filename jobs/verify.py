@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from clarity import storage
 from clarity.audit.commits import drop_commits
 from clarity.audit.verify import verify
-from clarity.explainer import redecoder
+from clarity.notebook import redecoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

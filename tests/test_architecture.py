@@ -19,9 +19,11 @@ LEVELS = [
     {"ids", "images", "storage", "vae", "uncertainty", "schema", "resources", "report.text"},
     {"data", "classifiers", "audit", "kernels"},
     {"rows"},
-    {"model", "search", "worker"},
+    {"model", "search", "predictions"},
     {"training", "methods"},
     {"explainer", "judges"},
+    {"planning", "worker"},
+    {"notebook"},
     {"findings", "plots"},
     {"paper", "report"},
 ]

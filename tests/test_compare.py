@@ -25,15 +25,15 @@ from clarity import model as checkpoints
 from clarity.audit.commits import claim, to_parquet
 from clarity.audit.read import ATTRIBUTES_FILE, read_audit
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
-from clarity.explainer import ExplainShard, make_plan
 from clarity.images import Preprocessing, encode_png
 from clarity.methods import METHODS
 from clarity.paper import comparison, metrics
 from clarity.paper.comparison import Bench
+from clarity.planning import make_plan
 from clarity.report import write_report
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
-from clarity.worker import Work, read_shard, shard_item, write_shard
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
 ROOT = Path(__file__).parent.parent
 COUNT, METHODS_TRIED = 10, ("clarity", "revise_e", "fgsm", "schut", "latent", "revise", "revise_e_latent")

@@ -27,26 +27,18 @@ from clarity.audit.read import read_audit
 from clarity.audit.summary import summarise
 from clarity.audit.verify import verify
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
-from clarity.explainer import (
-    Explainer,
-    ExplainShard,
-    add_predictions,
-    choose,
-    class_indices,
-    make_plan,
-    probe,
-    quantise,
-    read_predictions,
-    redecoder,
-)
+from clarity.explainer import Explainer, quantise
 from clarity.ids import fold_of, noise
 from clarity.images import decode_png
 from clarity.methods import METHODS
 from clarity.model import Model, save_model
+from clarity.notebook import redecoder
+from clarity.planning import choose, class_indices, make_plan, probe
+from clarity.predictions import add_predictions, read_predictions
 from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
-from clarity.worker import Work, read_shard, shard_item, write_shard
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
 ROWS = 9

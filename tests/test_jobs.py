@@ -19,7 +19,7 @@ import pytest
 
 import clarity
 from clarity.audit.verify import verify
-from clarity.explainer import redecoder
+from clarity.notebook import redecoder
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 40

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 from clarity import data, storage
 from clarity.audit.commits import commit_shard
-from clarity.explainer import Explainer, make_plan
+from clarity.explainer import Explainer
 from clarity.images import encode_png
+from clarity.planning import make_plan
 from clarity.report import write_report
 from clarity.search import SearchConfig
 from clarity.training.stages import train

@@ -1,0 +1,113 @@
+"""For notebooks and scripts: counterfactuals of a few images, and images of an audit's codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from clarity import schema, storage
+from clarity.audit.plan import read_plan
+from clarity.audit.read import Audit
+from clarity.explainer import Explainer, quantise
+from clarity.images import UnreadableImage
+from clarity.methods import METHODS
+from clarity.model import Model, load_model
+from clarity.planning import class_indices
+from clarity.rows import decode_rows
+from clarity.search import SearchConfig
+
+
+def explain(
+    model: Model | str | Path,
+    images: Any,
+    targets: Any = "all",
+    *,
+    method: str = "clarity",
+    config: SearchConfig | None = None,
+    image_ids: Sequence[str] | None = None,
+    **options: Any,
+) -> pa.Table:
+    """Counterfactuals of a few images: the table of ``schema.counterfactuals_schema``, pictures as PNG.
+
+    Args:
+        model: a Model, or the place of one.
+        images: (B, C, H, W) or (B, H, W) pixels, uint8 or floats in [0, 1], of the model's size; or a sequence of such
+            arrays, PIL images, or places of image files.
+        targets: all, or class names or indices; the class that the model sees is left out.
+        method: a key of METHODS.
+        config: of the search.
+        image_ids: names for the rows; by default the files' places, else 0, 1, 2 ...
+        **options: of the Explainer.
+
+    Raises:
+        ValueError: an image that cannot be used, naming it; an unknown target or method.
+    """
+    model = load_model(model) if isinstance(model, str | Path) else model
+    if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
+        raise ValueError(
+            f"images: expected an array or a sequence of images, got {type(images).__name__}; put it in a list"
+        )
+    if image_ids is None:
+        image_ids = [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(images)]
+    if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):
+        raise ValueError(f"image_ids: expected {len(images)} distinct names, got {len(set(image_ids))}")
+    pixels = np.zeros((len(images), *model.image_shape), np.uint8)
+    for place, image in enumerate(images):
+        content = storage.read_bytes(image) if isinstance(image, str | Path) else image
+        try:
+            pixels[place] = model.preprocessing.apply(_array(content))
+        except UnreadableImage as error:
+            raise ValueError(f"image {image_ids[place]}: {error}") from None
+    count = len(images)
+    shard = pa.table(
+        [
+            pa.array(image_ids, pa.string()),
+            pa.nulls(count, pa.string()),
+            schema.fixed_size_list(pixels.reshape(count, -1)),
+            pa.nulls(count, pa.string()),
+        ],
+        schema=schema.shard_schema(model.image_shape),
+    )
+    chosen = class_indices(targets, model.class_names)
+    return Explainer(model, method, config, targets=chosen, **options).explain_shard(shard).counterfactuals
+
+
+def _array(image: Any) -> Any:
+    """Torch tensors as arrays; the rest as it is."""
+    return image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+
+
+def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu") -> np.ndarray:
+    """Pictures (B, C, H, W) uint8 of codes in an audit's tables, by the model that the audit keeps.
+
+    Gives the pictures of a run with ``--images none``, and those of the tables again within one grey level. For
+    pixel methods, whose ``z_cf`` is the code of a picture, it gives that picture's reconstruction.
+
+    Args:
+        source: an audit, or the place of one.
+        rows: rows of counterfactuals, or of codes with ``column`` = z.
+        column: the codes' column.
+        device: where to decode.
+    """
+    uri = source.uri if isinstance(source, Audit) else str(source)
+    model = load_model(storage.join(uri, "model"), device)
+    codes = torch.tensor(schema.matrix(rows[column]), device=device)
+    return quantise(decode_rows(model.vae, codes))
+
+
+def redecoder(uri: str | Path) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The audit's own decoder for ``verify``: codes (B, D) to uint8 images; None where codes are not latent."""
+    if METHODS[read_plan(str(uri)).method].space != "latent":
+        return None
+    model = load_model(storage.join(str(uri), "model"))
+
+    def redecode(codes: np.ndarray) -> np.ndarray:
+        return quantise(decode_rows(model.vae, torch.tensor(codes)))
+
+    return redecode

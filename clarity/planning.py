@@ -1,0 +1,204 @@
+"""From a question to a plan: which images, which targets, how fast, how large.
+
+Runs on the driver, before anything is started. Does not know how shards are computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+import clarity
+from clarity import data, storage
+from clarity.audit.commits import to_parquet
+from clarity.audit.plan import Plan, shard_table
+from clarity.explainer import Explainer, require_classifier
+from clarity.methods import METHODS
+from clarity.model import Model, load_model
+from clarity.search import SearchConfig
+
+
+def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
+    """The images of a listing that are asked for, and whether ``all`` of them get pairs or the ``misclassified``.
+
+    Args:
+        listing: of ``data.list_images``.
+        where: conditions that all hold: label=A,B (names), ids=FILE (one id a line), misclassified.
+        limit: the first so many of what is left.
+
+    Raises:
+        ValueError: an unknown condition, label or id; or nothing is left.
+    """
+    only = "all"
+    for condition in where:
+        kind, _, value = condition.partition("=")
+        if kind == "misclassified" and not value:
+            only = "misclassified"
+        elif kind == "label" and value:
+            names = value.split(",")
+            known = listing["label_name"].unique().drop_null().to_pylist()
+            if unknown := sorted(set(names) - set(known)):
+                raise ValueError(
+                    f"--where {condition}: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}"
+                )
+            listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
+        elif kind == "ids" and value:
+            names = storage.read_bytes(value).decode().splitlines()
+            kept = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
+            if len(kept) < len(set(names)):
+                unknown = sorted(set(names) - set(kept["image_id"].to_pylist()))
+                raise ValueError(
+                    f"--where {condition}: {len(unknown)} ids are not in the data, the first {unknown[0]!r}"
+                )
+            listing = kept
+        else:
+            raise ValueError(f"--where {condition}: expected label=NAME[,NAME...], ids=FILE or misclassified")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit: expected at least 1, got {limit}")
+    listing = listing.slice(0, limit)
+    if not len(listing):
+        raise ValueError("no image is left after --where; ask for more")
+    return listing, only
+
+
+def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | None:
+    """Class indices of names or indices; None for "all".
+
+    Raises:
+        ValueError: an unknown one, with the choices.
+    """
+    if names is None or (isinstance(names, str) and names == "all"):
+        return None
+    found = []
+    for name in [names] if isinstance(names, str | int) else names:
+        if isinstance(name, str) and name in class_names:
+            found.append(list(class_names).index(name))
+        elif isinstance(name, int | np.integer) and not isinstance(name, bool) and 0 <= name < len(class_names):
+            found.append(int(name))
+        else:
+            raise ValueError(f"unknown class {name!r}; choose from {', '.join(class_names)}")
+    if not found:
+        raise ValueError("expected at least one target, got none")
+    return tuple(sorted(set(found)))
+
+
+def make_plan(
+    model: Model,
+    dataset: data.Dataset,
+    listing: pa.Table,
+    *,
+    method: str,
+    config: SearchConfig,
+    targets: Any = "all",
+    images: str = "png",
+    only: str = "all",
+    trace: int = 0,
+    shard_rows: int,
+    where: Sequence[str] = (),
+) -> Plan:
+    """The plan of an audit over the images of a listing.
+
+    Images of the training split are explained by the classifiers of the fold that did not see them, where the model has
+    folds.
+    """
+    require_classifier(model, method)
+    indices = class_indices(targets, model.class_names)
+    num_folds = len(model.folds) if dataset.split != "test" else 0
+    needed = {
+        "image_ensemble.safetensors": METHODS[method].classifier.startswith("image"),
+        "folds.safetensors": num_folds > 0,
+    }
+    sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items() if needed.get(name)}
+    extra = [field for field in listing.schema if field.name not in data.LISTING_COLUMNS]
+    return Plan(
+        dataset={
+            "source": dataset.source,
+            "data": storage.display(dataset.data or ""),
+            "split": dataset.split,
+            "where": list(where),
+            "num_images": len(listing),
+            "listing": data.listing_fingerprint(listing.select(list(data.LISTING_COLUMNS))),
+            "extra": [[field.name, str(field.type), _column_digest(listing[field.name])] for field in extra],
+            "left_out": data.left_out(listing),
+        },
+        model={
+            "fingerprint": model.fingerprint,
+            "class_names": list(model.class_names),
+            "image_shape": list(model.image_shape),
+            "latent_dim": model.latent_dim,
+            "num_members": model.ensemble.config.num_members,
+            "num_folds": num_folds,
+            "sums": sums,
+        },
+        method=method,
+        config=dataclasses.asdict(config),
+        targets=None if indices is None else list(indices),
+        images=images,
+        shards=shard_table(listing["image_id"].to_pylist(), shard_rows),
+        only=only,
+        trace=trace,
+        versions={
+            "clarity": clarity.__version__,
+            "torch": str(torch.__version__),  # a class of its own, which would load torch wherever the plan goes
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+        },
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def probe(
+    model_uri: str, dataset: data.Dataset, listing: pa.Table, steps: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Measure the job on a few images: seconds and bytes for an image, pairs a second, engine.
+
+    Args:
+        model_uri: a model directory.
+        dataset: where the images lie.
+        listing: the images to measure on.
+        steps: measure this many updates, and reckon with a hundred for each pair; None searches to the end.
+        **options: of the Explainer.
+    """
+    model = load_model(model_uri)
+    if steps is not None:
+        options["config"] = replace(options["config"], max_steps=steps)
+    explainer = Explainer(model, **options)
+    images = data.read_images(dataset, listing, model.preprocessing)
+    explainer.search_shard(images.slice(0, 2))  # what the first call alone costs
+    start = time.perf_counter()
+    explained = explainer.explain_shard(images)
+    seconds = time.perf_counter() - start
+    if steps is not None:
+        search = explained.stats["seconds"].get("search", 0.0)
+        seconds += search / (steps + 1) * 100 - search
+    size = sum(len(to_parquet(table)) for table in (explained.codes, explained.counterfactuals))
+    return {
+        "seconds_per_image": seconds / len(listing),
+        "bytes_per_image": size / len(listing),
+        "pairs_per_second": explained.stats["pairs"] / seconds,
+        "engine": explained.stats["engine"],
+    }
+
+
+def raw_bytes_per_image(model: Model, num_targets: int) -> float:
+    """Bytes that an image's rows hold before compression, at most."""
+    pixels = int(np.prod(model.image_shape))
+    return (1 + num_targets) * (pixels + 4 * model.latent_dim + 160)
+
+
+def _column_digest(column: pa.ChunkedArray) -> str:
+    sink = pa.BufferOutputStream()
+    table = pa.table({"": column.combine_chunks()})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return hashlib.sha256(sink.getvalue()).hexdigest()[:16]
