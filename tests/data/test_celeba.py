@@ -1,0 +1,91 @@
+"""CelebA in its official layout."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import encoded, listed, pixels_of, random_pixels
+from PIL import Image
+
+from clarity import data, schema
+from clarity.images import Preprocessing
+
+ATTRIBUTES = ["Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Male", "Young"]
+FACES = {  # partition and the attributes that are set
+    "000001.jpg": ("0", "Black_Hair", "Male"),
+    "000002.jpg": ("0", "Blond_Hair", "Brown_Hair"),
+    "000003.jpg": ("1", "Gray_Hair", "Male"),
+    "000004.jpg": ("2", "Brown_Hair", "Young"),
+    "000005.jpg": ("2", "Bald", "Male"),
+    "000006.jpg": ("0", "Blond_Hair"),
+}
+
+
+@pytest.fixture
+def celeba(tmp_path: Path) -> Path:
+    (tmp_path / "img_align_celeba").mkdir()
+    rows = [f"{len(FACES)}", " ".join(ATTRIBUTES)]
+    for number, (name, (_, *chosen)) in enumerate(FACES.items()):
+        rows.append(f"{name} " + " ".join(f"{1 if attribute in chosen else -1:2d}" for attribute in ATTRIBUTES))
+        shape = (64, 64, 3) if number % 2 else (218, 178, 3)
+        (tmp_path / "img_align_celeba" / name).write_bytes(encoded(random_pixels(number, *shape), "JPEG"))
+    (tmp_path / "list_attr_celeba.txt").write_text("\n".join(rows) + "\n")
+    lines = [f"{name} {partition}\n" for name, (partition, *_) in FACES.items()]
+    (tmp_path / "list_eval_partition.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_celeba_lists_faces_of_exactly_one_hair_colour(celeba: Path) -> None:
+    expected = {
+        "train": ({"000001.jpg": "black", "000006.jpg": "blond"}, 1),
+        "valid": ({"000003.jpg": "gray"}, 0),
+        "test": ({"000004.jpg": "brown"}, 1),
+        "all": ({"000001.jpg": "black", "000003.jpg": "gray", "000004.jpg": "brown", "000006.jpg": "blond"}, 2),
+    }
+    for split, (faces, others) in expected.items():
+        assert listed(celeba, split, "celeba_hair") == faces
+        listing = data.list_images(data.open_dataset("celeba_hair", celeba, split))
+        assert sum(data.left_out(listing).values()) == others
+    assert data.class_names_of(listing) == ("black", "blond", "brown", "gray")
+
+
+def test_celeba_lists_every_face_when_asked(celeba: Path) -> None:
+    dataset = data.open_dataset("celeba_hair", celeba, "train", unlabelled=True)
+    listing = data.list_images(dataset)
+    assert listing["label_name"].to_pylist() == ["black", None, "blond"]
+    assert data.left_out(listing) == {}
+
+
+def test_celeba_reads_both_sizes_and_carries_attributes(celeba: Path) -> None:
+    every = data.open_dataset("celeba_hair", celeba, "all", attributes=["all"]).attributes
+    assert set(every) == set(data.SOURCES["celeba_hair"].attributes(str(celeba))) >= {"Male", "Bald", "Gray_Hair"}
+    dataset = data.open_dataset("celeba_hair", celeba, "all", attributes=["Male", "Bald"], unlabelled=True)
+    listing = data.list_images(dataset)
+    preprocessing = data.infer_preprocessing(dataset, listing)
+    assert preprocessing == Preprocessing("RGB", 64, 64, center_crop=148)
+    shard = data.read_images(dataset, listing, preprocessing)
+    assert shard["error"].null_count == len(FACES)
+    assert shard.schema.equals(schema.shard_schema((3, 64, 64), ("Male", "Bald")))
+    assert shard["Male"].to_pylist() == [1, 0, 1, 0, 1, 0]
+    assert shard["Bald"].to_pylist() == [0, 0, 0, 0, 1, 0]
+    content = (celeba / "img_align_celeba/000002.jpg").read_bytes()
+    as_is = np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1)
+    assert np.array_equal(pixels_of(shard, (3, 64, 64))[1], as_is)
+
+
+def test_celeba_missing_and_broken_files_are_error_rows(celeba: Path) -> None:
+    (celeba / "img_align_celeba/000001.jpg").unlink()
+    path = celeba / "img_align_celeba/000006.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    dataset = data.open_dataset("celeba_hair", celeba, "all")
+    listing = data.list_images(dataset)
+    assert listing["size"].to_pylist()[::3] == [None, 300]
+    shard = data.read_images(dataset, listing, data.infer_preprocessing(dataset, listing))
+    errors = shard["error"].to_pylist()
+    assert errors[0] == "expected a file, found none that can be read (No such file or directory): restore it"
+    assert "broken" in errors[3]
+    assert errors[1:3] == [None, None]
+    assert shard["image"].is_null().to_pylist() == [True, False, False, True]

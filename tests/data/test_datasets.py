@@ -1,0 +1,92 @@
+"""What holds for every source: labels, fingerprints, reading in parts."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import HEIGHT, WIDTH, random_pixels, write_images
+
+from clarity import data
+from clarity.images import Preprocessing
+
+
+def test_label_indices_are_null_for_what_the_model_does_not_know() -> None:
+    names = pa.chunked_array([["dog", None], ["ant", "cow", "dog"]], pa.string())
+    found = data.label_indices(names, ("ant", "bee", "dog"))
+    assert found.type == pa.int32()
+    assert found.to_pylist() == [2, None, 0, None, 2]
+
+
+def test_class_names_are_sorted_as_numbers_where_they_are_numbers() -> None:
+    assert data.class_names_of(pa.table({"label_name": ["10", "9", None, "2", "9"]})) == ("2", "9", "10")
+    assert data.class_names_of(pa.table({"label_name": ["10", "9", "b"]})) == ("10", "9", "b")
+
+
+def test_fingerprint_sees_each_change_and_no_chunks() -> None:
+    listing = data.list_images(data.open_dataset("digits", split="test")).slice(0, 7)
+    fingerprint = data.listing_fingerprint(listing)
+    assert data.listing_fingerprint(pa.concat_tables([listing.slice(0, 2), listing.slice(2)])) == fingerprint
+    changed = {
+        "image_id": pa.array(["x", *listing["image_id"].to_pylist()[1:]]),
+        "row": pa.array([1, *listing["row"].to_pylist()[1:]]),
+        "size": pa.array([None, *listing["size"].to_pylist()[1:]], pa.int64()),
+        "label_name": pa.array([None, *listing["label_name"].to_pylist()[1:]]),
+        "location": pa.array(["x", *listing["location"].to_pylist()[1:]]),
+    }
+    others = [
+        listing.set_column(listing.schema.get_field_index(name), name, column) for name, column in changed.items()
+    ]
+    others += [
+        listing.slice(1),
+        listing.take([1, 0, 2, 3, 4, 5, 6]),
+        listing.rename_columns(["id", *listing.column_names[1:]]),
+    ]
+    assert len({fingerprint, *map(data.listing_fingerprint, others)}) == 1 + len(others)
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=4),
+    st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=4),
+)
+def test_fingerprints_are_equal_only_for_equal_columns(one: list[str | None], other: list[str | None]) -> None:
+    prints = [data.listing_fingerprint(pa.table({"x": pa.array(column, pa.string())})) for column in (one, other)]
+    assert (prints[0] == prints[1]) == (one == other)
+
+
+def test_dataset_is_small_and_travels() -> None:
+    dataset = data.open_dataset("digits", split="test")
+    assert len(pickle.dumps(dataset)) < 300
+    assert pickle.loads(pickle.dumps(dataset)) == dataset
+
+
+def test_read_images_of_no_rows_is_an_empty_table() -> None:
+    dataset = data.open_dataset("digits")
+    rows = data.list_images(dataset).slice(0, 0)
+    assert data.read_images(dataset, rows, Preprocessing("L", 28, 28)).num_rows == 0
+
+
+def test_reading_is_the_same_in_shards_of_any_size() -> None:
+    dataset = data.open_dataset("digits", split="test")
+    listing = data.list_images(dataset)
+    preprocessing = Preprocessing("L", 20, 24)
+    whole = data.read_images(dataset, listing, preprocessing)
+    parts = [data.read_images(dataset, listing.slice(start, 77), preprocessing) for start in range(0, 500, 77)]
+    assert pa.concat_tables(parts).combine_chunks().equals(whole.combine_chunks())
+
+
+def test_read_all_gives_the_readable_images_and_the_reasons(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "a/2.png", "b/3.png")
+    (tmp_path / "a/2.png").write_bytes(b"")
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    images, ids, label_names, errors = data.read_all(
+        dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH)
+    )
+    assert images.shape == (2, 1, HEIGHT, WIDTH)
+    assert np.array_equal(images[:, 0], [random_pixels(0), random_pixels(2)])
+    assert (ids, label_names) == (["a/1.png", "b/3.png"], ["a", "b"])
+    assert errors == {"a/2.png": "expected an image, found an empty file: copy it again"}

@@ -1,0 +1,97 @@
+"""Sources on an object store that is slow, fails or forbids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from object_store import Fault, ObjectStore
+from pictures import HEIGHT, WIDTH, encoded, parquet_table, pixels_of, random_pixels, write_images
+
+from clarity import data, storage
+from clarity.images import Preprocessing
+
+
+@pytest.fixture(scope="module")
+def module_store() -> Iterator[ObjectStore]:
+    with pytest.MonkeyPatch.context() as patch, ObjectStore() as store:
+        patch.setattr(storage, "REQUESTS", 1)
+        patch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+        storage.exists(store.uri())
+        yield store
+
+
+@pytest.fixture
+def store(module_store: ObjectStore) -> ObjectStore:
+    module_store.faults.clear()
+    module_store.requests.clear()
+    return module_store
+
+
+def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_path: Path) -> None:
+    write_images(tmp_path, "train/cat é/1 +&?.png", "train/dog/100%41.png", "test/dog/2.png", "train/dog/bad.png")
+    (tmp_path / "train/dog/bad.png").write_bytes(b"no image")
+    storage.copy_tree(tmp_path, store.uri("photos"))
+    tables = []
+    for place in (tmp_path, store.uri("photos")):
+        dataset = data.open_dataset("folder", place)
+        listing = data.list_images(dataset)
+        tables.append((listing, data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))))
+    assert tables[0][0].equals(tables[1][0])
+    assert tables[0][1].equals(tables[1][1])
+    assert tables[0][1]["error"].null_count == 2
+
+
+def test_parquet_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_path: Path) -> None:
+    for number in range(2):
+        pq.write_table(parquet_table(25, label=list(range(25))), tmp_path / f"{number}.parquet", row_group_size=10)
+    storage.copy_tree(tmp_path, store.uri("tables"))
+    for suffix in ("", "/0.parquet"):
+        tables = []
+        for place in (f"{tmp_path}{suffix}", store.uri(f"tables{suffix}")):
+            dataset = data.open_dataset("parquet", place, "all")
+            listing = data.list_images(dataset)
+            tables.append((listing, data.read_images(dataset, listing.slice(7, 15), Preprocessing("L", HEIGHT, WIDTH))))
+        assert tables[0][0].equals(tables[1][0])
+        assert tables[0][1].equals(tables[1][1])
+
+
+@pytest.mark.parametrize("kind", ["503", "cut"])
+def test_reading_survives_a_store_that_fails_for_a_while(kind: str, store: ObjectStore, tmp_path: Path) -> None:
+    pq.write_table(parquet_table(25), tmp_path / "x.parquet", row_group_size=10)
+    storage.write_bytes(store.uri("x.parquet"), (tmp_path / "x.parquet").read_bytes())
+    dataset = data.open_dataset("parquet", store.uri("x.parquet"), "all")
+    listing = data.list_images(dataset)
+    store.faults.append(Fault(kind, "GET", "x.parquet", times=4))
+    shard = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    assert shard["error"].null_count == 25
+    assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], [random_pixels(number) for number in range(25)])
+    assert not store.faults[0].times
+
+
+@pytest.mark.parametrize("source", ["folder", "parquet"])
+def test_a_store_that_is_down_is_not_the_images_fault(source: str, store: ObjectStore, tmp_path: Path) -> None:
+    """The shard fails and is read again later; no row says that its image is broken."""
+    place = store.uri(f"down/{source}")
+    storage.write_bytes(storage.join(place, "a/1.png"), encoded(random_pixels(0)))
+    pq.write_table(parquet_table(3), tmp_path / "x.parquet")
+    storage.write_bytes(storage.join(place, "x.parquet"), (tmp_path / "x.parquet").read_bytes())
+    dataset = data.open_dataset(source, place, "all")
+    listing = data.list_images(dataset)
+    store.faults += [Fault("503", method, times=10_000) for method in ("GET", "HEAD")]
+    with pytest.raises(storage.StorageError, match="try again later") as error:
+        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    assert error.value.transient
+
+
+def test_an_object_that_may_not_be_read_is_an_error_row(store: ObjectStore) -> None:
+    for name in ("a/1.png", "a/2.png"):
+        storage.write_bytes(store.uri(f"rights/{name}"), encoded(random_pixels(0)))
+    dataset = data.open_dataset("folder", store.uri("rights"), "all")
+    listing = data.list_images(dataset)
+    store.faults += [Fault("403", "HEAD", "a/2", times=10_000), Fault("403", "GET", "a/2", times=10_000)]
+    errors = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].to_pylist()
+    assert errors == [None, "expected a file, found none that can be read (ACCESS_DENIED): restore it"]

@@ -1,0 +1,47 @@
+"""Images, folders and Parquet files that tests of the sources make for themselves."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from clarity import data, schema
+
+HEIGHT, WIDTH = 8, 12
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def random_pixels(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape or (HEIGHT, WIDTH), dtype=np.uint8)
+
+
+def pixels_of(images: pa.Table, shape: tuple[int, int, int]) -> np.ndarray:
+    """The pixels (B, C, H, W) that ``data.read_images`` has read."""
+    return schema.matrix(images["image"]).reshape(-1, *shape)
+
+
+def write_images(root: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(random_pixels(number)))
+
+
+def listed(root: Any, split: str = "all", source: str = "folder") -> dict[str, str | None]:
+    listing = data.list_images(data.open_dataset(source, root, split))
+    return dict(zip(listing["image_id"].to_pylist(), listing["label_name"].to_pylist(), strict=True))
+
+
+def parquet_table(count: int, **columns: Any) -> pa.Table:
+    images = [{"bytes": encoded(random_pixels(number)), "path": None} for number in range(count)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.table({"image": pa.array(images, kind), **columns})
