@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clarity.notebook import decode as decode
     from clarity.notebook import explain as explain
     from clarity.search import SearchConfig as SearchConfig
-    from clarity.training.stages import train as train
+    from clarity.training.local import train as train
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _NAMES = {
     "explain": ("clarity.notebook", "explain"),
     "load": ("clarity.model", "load_model"),
     "read_audit": ("clarity.audit.read", "read_audit"),
-    "train": ("clarity.training.stages", "train"),
+    "train": ("clarity.training.local", "train"),
 }
 __all__ = sorted(_NAMES)
 

@@ -26,12 +26,13 @@ from clarity import data, storage
 from clarity.classifiers import EnsembleConfig
 from clarity.model import read_card
 from clarity.resources import autoscaler_description, interruptible, job_path, nodes_to_come
-from clarity.training.loops import PRECISIONS, EnsembleTraining, ImageTraining, VAETraining
-from clarity.training.stages import Plan, Worker, begin, finish, plan_training, run_stages, stage_done
+from clarity.training.loops import IMAGE_TRAINING, PRECISIONS, EnsembleTraining, VAETraining
+from clarity.training.plan import TrainingPlan, begin, plan_training
+from clarity.training.stages import Worker, finish, run_stages, stage_done
 from clarity.vae import VAES, VAEConfig
 
-#: Each training's dataclass and the prefix of its flags; the seed is one for all.
-TRAININGS = {"vae": VAETraining, "ensemble": EnsembleTraining, "image": ImageTraining}
+#: The defaults of each training, by the prefix of its flags; the seed is one for all.
+TRAININGS = {"vae": VAETraining(), "ensemble": EnsembleTraining(), "image": IMAGE_TRAINING}
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
 #: Of a Ray that this job starts itself: nothing large goes through it.
@@ -62,11 +63,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image-members", type=int, default=0, help="members of an image ensemble, which image-space methods need (0)")
     add("--folds", type=int, default=0, help="ensembles that each leave a part of the training split out (0)")
     add("--seed", type=int, default=VAETraining.seed, help=f"of everything drawn ({VAETraining.seed})")
-    for prefix, kind in TRAININGS.items():
-        for field in dataclasses.fields(kind):
-            if field.name != "seed":
-                flag, value = f"--{prefix}-{field.name.replace('_', '-')}", field.default
-                add(flag, type=type(value), default=value, help=f"see {kind.__name__} ({value})")
+    for prefix, training in TRAININGS.items():
+        for name, value in dataclasses.asdict(training).items():
+            if name != "seed":
+                flag = f"--{prefix}-{name.replace('_', '-')}"
+                add(flag, type=type(value), default=value, help=f"see {type(training).__name__} ({value})")
     add("--precision", default="auto", choices=PRECISIONS, help="of convolutions; auto: bf16 on GPUs, else fp32 (auto)")
     add("--workers", type=int, help="training processes (one for each GPU; else one for each CPU, or node for the VAE)")
     return parser.parse_args(argv)
@@ -78,14 +79,14 @@ def of_vaes(name: str) -> str:
     return ", ".join(f"{key}: {entry.defaults.get(name, default)}" for key, entry in VAES.items())
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace) -> TrainingPlan:
     """Everything that can be wrong is found here, before anything starts."""
     trainings = {
-        f"{prefix}_training": kind(
+        f"{prefix}_training": type(training)(
             seed=args.seed,
-            **{f.name: getattr(args, f"{prefix}_{f.name}") for f in dataclasses.fields(kind) if f.name != "seed"},
+            **{name: getattr(args, f"{prefix}_{name}") for name in dataclasses.asdict(training) if name != "seed"},
         )
-        for prefix, kind in TRAININGS.items()
+        for prefix, training in TRAININGS.items()
     }
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {args.workers}")
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_ray()
         fit(plan, ("vae", "encode"), args.workers, 0)
         fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
-        finish(plan, say=say)
+        finish(plan, log=say)
         print(f"{describe(plan)}\nmodel      {place}  ({time.time() - start:.0f} s)")
         return 0
     except (ValueError, OSError) as error:
@@ -149,7 +150,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def about_images(plan: Plan) -> str:
+def about_images(plan: TrainingPlan) -> str:
     """How many images there are, with and without a label, and of the rarest and the commonest class."""
     images, labelled, counts = plan.data["images"], plan.data["labelled"], plan.data["per_class"]
     shown = sorted(counts, key=counts.__getitem__)
@@ -162,7 +163,7 @@ def about_images(plan: Plan) -> str:
     return f"{text} ({classes}{', others between' if len(counts) > SHOWN_CLASSES else ''})"
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: TrainingPlan) -> str:
     """How good the model is, by its card."""
     card = read_card(plan.out) or {}
     metrics = card.get("metrics", {})
@@ -209,7 +210,7 @@ def start_ray() -> None:
         ray.init(**quiet)
 
 
-def fit(plan: Plan, stages: Sequence[str], workers: int | None, useful: int) -> None:
+def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: int) -> None:
     """Run stages on all workers, in one trainer; nothing where nothing is left to do.
 
     Args:
@@ -260,12 +261,12 @@ def work(config: dict[str, Any]) -> None:
         world=context.get_world_size(),
         device=ray.train.torch.get_device(),
         wrap=ray.train.torch.prepare_model,
-        say=config["lines"].put.remote,
+        log=config["lines"].put.remote,
     )
     run_stages(config["plan"], config["stages"], worker)
 
 
-def ray_storage(plan: Plan) -> dict[str, Any]:
+def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
     """Where Ray keeps its own notes on a run: beside ours, deleted with them."""
     place = plan.file("ray")
     if not storage.is_remote(place):

@@ -91,7 +91,7 @@ def test_judges_train_in_a_shorter_type() -> None:
         assert all(np.isfinite(report["loss"]) for report in reports)
         made.append(built.oracle.head.weight.detach())
     assert made[1].dtype == torch.float32 and 0 < (made[0] - made[1]).abs().max() < 0.1
-    with pytest.raises(ValueError, match="precision must be one of"):
+    with pytest.raises(ValueError, match="precision: expected one of"):
         JudgeTraining(precision="fp8")
 
 

@@ -68,10 +68,10 @@ def test_readme_names_every_source_method_and_vae() -> None:
 
 def test_readme_says_the_defaults_of_the_configurations() -> None:
     from clarity.search import SearchConfig
-    from clarity.training.loops import EnsembleTraining, ImageTraining, VAETraining
+    from clarity.training.loops import IMAGE_TRAINING, EnsembleTraining, VAETraining
 
     text = section("`jobs/train.py`")
-    for training, flags in ((VAETraining(), "vae"), (EnsembleTraining(), "ensemble"), (ImageTraining(), "image")):
+    for training, flags in ((VAETraining(), "vae"), (EnsembleTraining(), "ensemble"), (IMAGE_TRAINING, "image")):
         row = next(line for line in text.splitlines() if line.startswith(f"| `--{flags}-epochs`"))
         values = (training.epochs, training.min_updates, training.batch_size, training.learning_rate)
         assert f"| {', '.join(map(str, values))}" in row

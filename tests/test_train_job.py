@@ -103,7 +103,8 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert model.card["metrics"]["images"] > 0
 
     # Given the same VAE, one process without Ray makes the same members.
-    from clarity.training.stages import STAGES, Worker, begin, finish, run_stages
+    from clarity.training.plan import begin
+    from clarity.training.stages import STAGES, Worker, finish, run_stages
 
     plan = job.make_plan(job.parse(command(folder, tmp_path / "alone", *extras)[2:]))
     begin(plan)
@@ -157,8 +158,8 @@ def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environm
         (["--data", "/no/such/place"], "found nothing at /no/such/place"),
         (["--split", "sideways"], "unknown split 'sideways'"),
         (["--loss", "hinge"], "unknown reconstruction loss 'hinge'; choose from bce"),
-        (["--ensemble-learning-rate", "-1"], "learning_rate must be above 0, got -1.0"),
-        (["--folds", "1"], "num_folds must be 0 or at least 2, got 1"),
+        (["--ensemble-learning-rate", "-1"], "learning_rate: expected more than 0, got -1.0"),
+        (["--folds", "1"], "num_folds: expected 0 or at least 2, got 1"),
         (["--workers", "0"], "--workers: expected at least 1, got 0"),
         (["--image-size", "1", "2", "3"], "--image-size: expected a side, or height and width"),
         (["--out", "s3://user:secret@bucket/model"], "s3://"),
@@ -188,11 +189,11 @@ def test_job_refuses_more_workers_than_there_are(folder: Path, tmp_path: Path, e
 
 
 def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
-    from clarity.training.loops import EnsembleTraining, ImageTraining, VAETraining
+    from clarity.training.loops import IMAGE_TRAINING, EnsembleTraining, VAETraining
 
     plan = job.make_plan(job.parse(["--out", "/nowhere"]))
     assert plan.vae_training == VAETraining() and plan.ensemble_training == EnsembleTraining()
-    assert plan.image_training == ImageTraining() and plan.ensemble.num_members == 50
+    assert plan.image_training == IMAGE_TRAINING and plan.ensemble.num_members == 50
     assert plan.vae == clarity.vae.VAEConfig() and plan.image_members == plan.num_folds == 0
     other = job.make_plan(job.parse(["--out", "/nowhere", "--vae", "beta_vae", "--seed", "3", "--image-size", "32"]))
     assert other.vae.channels == (32, 64, 128, 256, 512) and other.vae.image_shape == (1, 32, 32)

@@ -19,45 +19,34 @@ from torch import Tensor
 import clarity
 from clarity import storage
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
+from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
 from clarity.rows import encode_rows
+from clarity.training.batch_norm import SynchronisedBatchNorm
+from clarity.training.evaluate import classification_metrics
 from clarity.training.loops import (
-    Adam,
     Codes,
     EnsembleTraining,
     Epoch,
-    ImageTraining,
-    SynchronisedBatchNorm,
     VAETraining,
-    cosine,
     join_states,
     member_states,
     num_epochs,
-    one_cycle,
     train_image_members,
     train_latent_members,
     train_vae,
     weights_of,
 )
-from clarity.training.stages import (
-    FINISHED,
-    STAGES,
-    Plan,
-    Worker,
-    begin,
-    classification_metrics,
-    finish,
-    plan_training,
-    run_stages,
-    stage_done,
-)
+from clarity.training.optimiser import Adam, cosine_decay, one_cycle
+from clarity.training.plan import FINISHED, TrainingPlan, begin, plan_training
+from clarity.training.stages import STAGES, Worker, finish, run_stages, stage_done
 from clarity.vae import VAEConfig, build_vae, vae_config
 
 CONFIG = VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))
 ENSEMBLE = EnsembleConfig(num_classes=3, latent_dim=5, hidden=(6, 7), num_members=5)
 SHORT_VAE = VAETraining(epochs=3, min_updates=0, batch_size=16)
 SHORT = EnsembleTraining(epochs=3, min_updates=0, batch_size=16)
-SHORT_IMAGES = ImageTraining(epochs=2, min_updates=0, batch_size=16)
+SHORT_IMAGES = EnsembleTraining(epochs=2, min_updates=0, batch_size=16)
 
 
 def pictures(rows: int = 50, channels: int = 1) -> tuple[Tensor, Tensor]:
@@ -86,9 +75,6 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- the VAE
-
-
 def test_train_vae_lowers_its_loss() -> None:
     images, _ = pictures()
     epochs = list(train_vae(images, CONFIG, dataclasses.replace(SHORT_VAE, epochs=12)))
@@ -114,7 +100,7 @@ def test_train_vae_in_bf16_comes_close_and_keeps_float32_weights() -> None:
     assert short.metrics["loss"] == pytest.approx(full.metrics["loss"], rel=0.02)
     assert short.metrics["loss"] != full.metrics["loss"]
     assert {t.dtype for name, t in short.state().items() if name.endswith("weight")} == {torch.float32}
-    with pytest.raises(ValueError, match="precision must be one of auto, fp32, bf16, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision: expected one of auto, fp32, bf16, got 'fp8'"):
         next(train_vae(images, CONFIG, SHORT_VAE, precision="fp8"))
 
 
@@ -133,9 +119,9 @@ def test_train_vae_says_when_it_diverges() -> None:
         list(train_vae(images, CONFIG, dataclasses.replace(SHORT_VAE, learning_rate=1e30)))
 
 
-def _rank(rank: int, world: int, place: str, out: str) -> None:
+def _rank(rank: int, world: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     images, _ = pictures()
     wrap: Callable[..., Any] = torch.nn.parallel.DistributedDataParallel if world > 1 else lambda module: module
     epoch = last(train_vae(images, CONFIG, SHORT_VAE, rank=rank, world=world, wrap=wrap))
@@ -186,14 +172,11 @@ def test_synchronised_batch_norm_alone_is_batch_norm(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-# ---- ensembles
-
-
 def latent_loop(members: list[int], states: Any = None, training: EnsembleTraining = SHORT) -> Iterator[Epoch]:
     return train_latent_members(some_codes(), ENSEMBLE, training, members, states=states)
 
 
-def image_loop(members: list[int], states: Any = None, training: ImageTraining = SHORT_IMAGES) -> Iterator[Epoch]:
+def image_loop(members: list[int], states: Any = None, training: EnsembleTraining = SHORT_IMAGES) -> Iterator[Epoch]:
     images, labels = pictures()
     return train_image_members(images, labels, ENSEMBLE, CONFIG, training, members, states=states)
 
@@ -218,7 +201,8 @@ def test_image_members_learn_in_bf16() -> None:
     training = dataclasses.replace(SHORT_IMAGES, epochs=80)
     epochs = list(train_image_members(images, labels, ENSEMBLE, CONFIG, training, [0, 1], precision="bf16"))
     assert epochs[-1].metrics["accuracy"] > 0.9
-    assert {t.dtype for t in epochs[-1].state().values() if t.is_floating_point()} == {torch.float32}
+    weights = weights_of(epochs[-1].state())
+    assert {t.dtype for t in weights.values() if t.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -291,12 +275,12 @@ def test_adam_is_that_of_torch() -> None:
     torch.manual_seed(0)
     ours, theirs = torch.randn(3, 4), torch.nn.Parameter(torch.empty(3, 4))
     theirs.data.copy_(ours)
-    adam, reference = Adam({"p": ours}), torch.optim.Adam([theirs], lr=0.02)
-    adam.load(None, torch.device("cpu"))
+    adam = Adam([("p", ours)], 0.02)
+    reference = torch.optim.Adam([theirs], lr=0.02)
     for _ in range(7):
         gradient = torch.randn(3, 4)
         ours.grad, theirs.grad = gradient, gradient.clone()
-        adam.step(0.02)
+        adam.step()
         reference.step()
     torch.testing.assert_close(ours, theirs.data)
 
@@ -309,10 +293,18 @@ def test_member_states_and_join_are_inverse() -> None:
 
 
 def test_schedules_start_peak_and_end() -> None:
-    rates = [one_cycle(step, 100, 0.003) for step in range(100)]
-    assert max(rates) == pytest.approx(0.003) and rates.index(max(rates)) == 30
-    assert rates[0] == pytest.approx(0.003 / 25) and rates[-1] < 1e-6
-    assert cosine(0, 10, 0.02) == 0.02 and cosine(10, 10, 0.02) == pytest.approx(0)
+    rates: dict[Any, list[float]] = {}
+    for schedule_of, peak in ((one_cycle, 0.003), (cosine_decay, 0.02)):
+        adam = Adam([("p", torch.zeros(1))], peak)
+        schedule = schedule_of(adam, 100)
+        for _ in range(100):
+            rates.setdefault(schedule_of, []).append(schedule.get_last_lr()[0])
+            adam.step()
+            schedule.step()
+    cycle, decay = rates[one_cycle], rates[cosine_decay]
+    assert max(cycle) == pytest.approx(0.003) and cycle.index(max(cycle)) == 29
+    assert cycle[0] == pytest.approx(0.003 / 25) and cycle[-1] < 1e-6
+    assert decay[0] == 0.02 and decay == sorted(decay, reverse=True) and decay[-1] < 1e-5
 
 
 def test_small_sets_are_passed_over_more_often() -> None:
@@ -324,19 +316,16 @@ def test_small_sets_are_passed_over_more_often() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
-        ({"adversarial_eps": -0.1}, "adversarial_eps must be at least 0"),
-        ({"balance": -1.0}, "balance must be at least 0"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected more than 0, got nan"),
+        ({"adversarial_eps": -0.1}, "adversarial_eps: expected at least 0"),
+        ({"balance": -1.0}, "balance: expected at least 0"),
     ],
 )
 def test_training_says_what_is_wrong(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EnsembleTraining(**fields)
-
-
-# ---- a whole training
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -356,19 +345,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 120 pictures in class folders, two of them broken."""
     from PIL import Image
 
-    place = tmp_path_factory.mktemp("bars")
+    directory = tmp_path_factory.mktemp("bars")
     images, labels = pictures(120)
     for i, (x, k) in enumerate(zip(images, labels)):
-        file = place / f"bar{k}" / f"{i:03d}.png"
+        file = directory / f"bar{k}" / f"{i:03d}.png"
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(x[0].numpy()).save(file)
-    (place / "bar0" / "broken.png").write_bytes(b"no picture")
-    (place / "bar1" / "broken.png").write_bytes(b"")
-    return place
+    (directory / "bar0" / "broken.png").write_bytes(b"no picture")
+    (directory / "bar1" / "broken.png").write_bytes(b"")
+    return directory
 
 
-def plan_of(folder: Path, out: Path, **changes: Any) -> Plan:
-    dataset = clarity.training.stages.open_dataset("folder", folder, "train", unlabelled=True)
+def plan_of(folder: Path, out: Path, **changes: Any) -> TrainingPlan:
+    dataset = open_dataset("folder", folder, "train", unlabelled=True)
     return plan_training(str(out), dataset, dataclasses.replace(dataset, split="test"), **arguments(**changes))
 
 
@@ -390,7 +379,7 @@ def uncut(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 def test_training_of_a_folder_writes_a_model_that_says_how_it_was_made(folder: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     model = clarity.train(
-        "folder", tmp_path / "model", data=folder, say=lines.append, **arguments(image_members=3, num_folds=2)
+        "folder", tmp_path / "model", data=folder, log=lines.append, **arguments(image_members=3, num_folds=2)
     )
     loaded = clarity.load(tmp_path / "model")
     assert loaded.fingerprint == model.fingerprint
@@ -449,7 +438,7 @@ def test_training_cut_anywhere_ends_the_same(
     plan = plan_of(folder, tmp_path, image_members=3, num_folds=2)
     cuts: list[str] = []
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if line.startswith(where) and len(cuts) < 2:
             cuts.append(line)
             raise Cut
@@ -457,7 +446,7 @@ def test_training_cut_anywhere_ends_the_same(
     for _ in range(4):
         assert not begin(plan)
         try:
-            run_stages(plan, STAGES, Worker(say=say))
+            run_stages(plan, STAGES, Worker(log=log))
             break
         except Cut:
             continue
@@ -471,7 +460,7 @@ def test_finished_training_is_not_done_again(folder: Path, tmp_path: Path) -> No
     before = files_of(tmp_path), (tmp_path / "model.json").read_bytes()
     assert begin(plan_of(folder, tmp_path))
     lines: list[str] = []
-    clarity.train("folder", tmp_path, data=folder, say=lines.append, **arguments())
+    clarity.train("folder", tmp_path, data=folder, log=lines.append, **arguments())
     assert lines == [] and (files_of(tmp_path), (tmp_path / "model.json").read_bytes()) == before
 
 
@@ -492,7 +481,7 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
         begin(plan_of(folder, tmp_path, num_members=5))
     run_stages(plan, STAGES, Worker())
     finish(plan)
-    with pytest.raises(ValueError, match=r"Give another --out, or delete that directory"):
+    with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
         begin(plan_of(folder, tmp_path, vae_training=dataclasses.replace(SHORT_VAE, seed=1)))
 
 

@@ -1,1 +1,1 @@
-"""Train the VAE and the classifiers: loops know mathematics, stages know files and resumption."""
+"""Training of the VAE and the classifiers: loops, optimiser, resumable stages and evaluation."""

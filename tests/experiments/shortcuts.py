@@ -27,7 +27,7 @@ from clarity.images import encode_png
 from clarity.planning import make_plan
 from clarity.report import write_report
 from clarity.search import SearchConfig
-from clarity.training.stages import train
+from clarity.training.local import train
 
 KINDS = ("grey", "patch", "colour", "tint")
 

@@ -1,0 +1,222 @@
+"""What a training is to make, from which images, and the directory that it resumes in.
+
+Shapes: N images, C, H, W image, D latent, K classes, M members.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from clarity import storage
+from clarity.classifiers import EnsembleConfig
+from clarity.data import Dataset, class_names_of, infer_preprocessing, list_images, listing_fingerprint
+from clarity.images import Preprocessing
+from clarity.model import load_model, load_tensors, read_card, save_tensors
+from clarity.training.loops import (
+    IMAGE_TRAINING,
+    EnsembleTraining,
+    VAETraining,
+    member_states,
+    mixed_precision,
+    num_epochs,
+)
+from clarity.vae import VAEConfig, vae_config
+
+#: The epoch of a checkpoint that needs no more training.
+FINISHED = 1 << 40
+#: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
+EXTRAS = {"image_members", "image_training", "num_folds"}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What to train, on which images, and where to write it: all that a worker needs to do its share.
+
+    ``vae`` and ``ensemble`` are the networks, ``..._training`` how they are trained; ``image_members`` and
+    ``num_folds`` may be 0. ``data`` describes the images for model.json; its fingerprint identifies the data set.
+    ``precision``, like the device, may be another when a training is resumed.
+    """
+
+    out: str
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    vae: VAEConfig
+    ensemble: EnsembleConfig
+    dataset: Dataset
+    held_out: Dataset | None = None
+    vae_training: VAETraining = field(default_factory=VAETraining)
+    ensemble_training: EnsembleTraining = field(default_factory=EnsembleTraining)
+    image_training: EnsembleTraining = IMAGE_TRAINING
+    image_members: int = 0
+    num_folds: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        mixed_precision(self.precision, torch.device("cpu"))
+        if self.image_members < 0:
+            raise ValueError(f"image_members: expected at least 0, got {self.image_members}")
+        if self.num_folds < 0 or self.num_folds == 1:
+            raise ValueError(f"num_folds: expected 0 or at least 2, got {self.num_folds}")
+
+    @property
+    def image_ensemble(self) -> EnsembleConfig:
+        """Config of the image ensemble."""
+        return replace(self.ensemble, num_members=self.image_members)
+
+    def describe(self) -> dict[str, Any]:
+        """What determines the result, as JSON: equal descriptions make equal models."""
+
+        def resolved(training: VAETraining | EnsembleTraining, count: str) -> dict[str, Any]:
+            fields = {**asdict(training), "epochs": num_epochs(training, self.data[count])}
+            return {name: value for name, value in fields.items() if name != "min_updates"}
+
+        description = {
+            "data": self.data.get("fingerprint"),
+            "class_names": list(self.class_names),
+            "preprocessing": self.preprocessing.to_json(),
+            "vae": asdict(self.vae),
+            "vae_training": resolved(self.vae_training, "images"),
+            "ensemble": asdict(self.ensemble),
+            "ensemble_training": resolved(self.ensemble_training, "labelled"),
+            "image_members": self.image_members,
+            "image_training": resolved(self.image_training, "labelled") if self.image_members else None,
+            "num_folds": self.num_folds,
+        }
+        return json.loads(json.dumps(description))
+
+    def file(self, *parts: str) -> str:
+        """URI of an intermediate result; all of them are deleted when the model is finished."""
+        return storage.join(self.out, "_training", *parts)
+
+    def fold_kind(self, fold: int) -> str:
+        """The kind of members that leave a fold out; it holds the number of folds, on which their data depends."""
+        return f"fold-{fold}-of-{self.num_folds}"
+
+    def latent_kinds(self) -> list[str]:
+        """The kinds of latent ensembles: that on all images, and one for each fold."""
+        return ["latent", *(self.fold_kind(fold) for fold in range(self.num_folds))]
+
+    def member_file(self, kind: str, member: int) -> str:
+        """The checkpoint of one member; kind is latent, image, or a ``fold_kind``."""
+        return self.file("members", f"{kind}-{member:03d}.safetensors")
+
+
+def plan_training(
+    out: str,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    *,
+    architecture: str = "conv",
+    vae_fields: Mapping[str, Any] | None = None,
+    num_members: int = 50,
+    hidden: Sequence[int] = (16, 16),
+    image_size: int | tuple[int, int] | None = None,
+    mode: str | None = None,
+    center_crop: int | None = None,
+    **fields: Any,
+) -> TrainingPlan:
+    """Inspects the data and derives classes, preprocessing and shapes.
+
+    Args:
+        out: the model directory.
+        dataset: to train on.
+        held_out: for the metrics, or None.
+        architecture: a key of VAES.
+        vae_fields: fields of VAEConfig that differ from the architecture's own; None means its own too.
+        num_members: M of the latent ensemble.
+        hidden: widths of the classifiers' hidden layers.
+        image_size: side of the images in the model, or (height, width); None looks at the data.
+        mode: of the images in the model, "L" or "RGB"; None looks at the data.
+        center_crop: side of the centred square that is taken of larger images; None takes the source's own, or all.
+        fields: of TrainingPlan.
+    """
+    listing = list_images(dataset)
+    class_names = class_names_of(listing)
+    preprocessing = infer_preprocessing(dataset, listing, image_size=image_size, mode=mode, center_crop=center_crop)
+    vae = vae_config(architecture, preprocessing.image_shape, **(vae_fields or {}))
+    data = {
+        "source": dataset.source,
+        "uri": None if dataset.data is None else storage.display(dataset.data),
+        "split": dataset.split,
+        "fingerprint": listing_fingerprint(listing),
+        "images": len(listing),
+        "labelled": len(listing) - listing["label_name"].null_count,
+        "per_class": {name: pc.sum(pc.equal(listing["label_name"], name)).as_py() for name in class_names},
+        "held_out": None if held_out is None else held_out.split,
+    }
+    ensemble = EnsembleConfig(len(class_names), vae.latent_dim, tuple(hidden), num_members)
+    return TrainingPlan(
+        out, class_names, preprocessing, vae, ensemble, dataset=dataset, held_out=held_out, data=data, **fields
+    )
+
+
+def begin(plan: TrainingPlan) -> bool:
+    """Prepares the model directory; True when it already holds exactly this model.
+
+    A finished model that lacks only EXTRAS is split into checkpoints again, so that the stages find the rest done.
+
+    Raises:
+        ValueError: another model is there, finished or not; names what differs.
+    """
+    description = plan.describe()
+    card = read_card(plan.out)
+    if card is not None:
+        found = card.get("plan") or {}
+        if found == description:
+            return True
+        refuse_another_model(plan, found, description, EXTRAS)
+        storage.write_json(plan.file("plan.json"), description)
+        restore_checkpoints(plan, found)
+        return False
+    if storage.exists(plan.file("plan.json")):
+        found = storage.read_json(plan.file("plan.json"))
+        may_differ = EXTRAS - {"image_training"} if found.get("image_training") else EXTRAS
+        refuse_another_model(plan, found, description, may_differ)
+    storage.write_json(plan.file("plan.json"), description)
+    return False
+
+
+def refuse_another_model(
+    plan: TrainingPlan, found: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: set[str]
+) -> None:
+    """Raises ValueError when fields other than those that may differ do."""
+    different = [name for name in wanted if name not in may_differ and found.get(name) != wanted[name]]
+    if different:
+        details = "; ".join(f"{name} is {found.get(name)!r} there, {wanted[name]!r} here" for name in different)
+        raise ValueError(
+            f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
+            "that one"
+        )
+
+
+def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
+    """Writes the parts of the finished model that the plan keeps as finished checkpoints."""
+    model = load_model(plan.out)
+    parts: list[tuple[str, Any]] = [("latent", model.ensemble)]
+    if model.image_ensemble is not None and found.get("image_training") == plan.describe()["image_training"]:
+        parts.append(("image", model.image_ensemble))
+    if len(model.folds) == plan.num_folds:
+        parts += [(plan.fold_kind(number), fold) for number, fold in enumerate(model.folds)]
+    save_finished(plan.file("vae.safetensors"), model.vae.state_dict())
+    for kind, ensemble in parts:
+        for m, state in enumerate(member_states(ensemble.state_dict(), ensemble.config.num_members)):
+            save_finished(plan.member_file(kind, m), state)
+
+
+def is_finished(file: str) -> bool:
+    """Whether a checkpoint is there and needs no more training."""
+    return storage.exists(file) and int(load_tensors(file)["epoch"]) == FINISHED
+
+
+def save_finished(file: str, weights: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint that needs no more training."""
+    tensors = {f"model.{name}": tensor.detach().clone() for name, tensor in weights.items()}
+    save_tensors(file, {**tensors, "epoch": torch.tensor(FINISHED)})
