@@ -33,7 +33,7 @@ from clarity import data, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim, drop_commits, unreachable_paths
 from clarity.audit.plan import read_plan, rows_per_shard
 from clarity.audit.read import read_audit
-from clarity.audit.summary import describe, describe_plan, summarise
+from clarity.audit.summary import describe, describe_plan
 from clarity.audit.verify import verify
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
@@ -81,7 +81,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", default="png", choices=["png", "none"], help="write pictures, or codes alone (png)")
     add("--trace", type=int, default=0, metavar="N", help="write the paths of the first N images too, plain engine (0)")
     add("--engine", default="auto", choices=["auto", *ENGINES], help="of the search (auto: the fastest that fits)")
-    add("--mixed-engines", action="store_true", help="accept shards that were searched by different engines")
     add("--actors", type=int, help="processes that search (as many as are useful)")
     add("--gpus-per-actor", type=float, help="1 where there are GPUs, else 0; a fraction shares one")
     add("--max-nodes", type=int, help="plan for so many nodes, where an autoscaler's reach cannot be seen (Kubernetes)")
@@ -181,8 +180,7 @@ def shard_rows(args: argparse.Namespace, out: str, model: Model, where: list[Any
 def fill(args: argparse.Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Do what is pending, try again what failed, verify, and say how it went."""
     plan, start, pairs = held.plan, time.time(), 0
-    if not args.mixed_engines:
-        held.one_engine()
+    held.keep_one_engine()
     print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
     failures: dict[int, dict[str, Any]] = {}
     for _ in range(MAX_ATTEMPTS):
@@ -190,8 +188,7 @@ def fill(args: argparse.Namespace, held: Claim, resources: Resources, work: Work
         try:
             for shard, note in progress(pipeline(args, resources, work, listing, todo), len(todo)) if todo else ():
                 held.check()
-                if not args.mixed_engines:
-                    held.same_engine(shard, note.get("engine"))
+                held.require_same_engine(shard, note.get("engine"))
                 failures |= {shard: note} if "error" in note else {}
                 pairs += note.get("pairs", 0)
         except ray.exceptions.RayError as error:
@@ -203,7 +200,7 @@ def fill(args: argparse.Namespace, held: Claim, resources: Resources, work: Work
         held.record_failure(shard, note["stage"], note["error"])
     seconds = time.time() - start
     checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
-    summary = summarise(read_audit(held.uri))
+    summary = read_audit(held.uri).summary()
     summary |= {"problems": checked.problems[:20], "redecoded": checked.redecoded, "seconds": round(seconds, 2)}
     summary |= {"pairs_per_second": round(pairs / seconds, 1), "resources": dataclasses.asdict(resources)}
     held.finish(summary, checked.ok)
@@ -306,8 +303,8 @@ def check_visible(held: Claim, dataset: data.Dataset) -> None:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         for name in ray.get(unreachable.options(scheduling_strategy=there).remote(held.uri, held.run, dataset.data)):
             raise ValueError(
-                f"--{name} {storage.display(paths[name])}: node {node['NodeManagerAddress']} does not see what this "
-                "one sees; use an s3:// URI, or a directory that every node mounts"
+                f"--{name} {storage.display(paths[name])}: node {node['NodeManagerAddress']} does not see what "
+                "this one sees there; use an s3:// URI, or a directory that every node mounts"
             )
 
 

@@ -34,10 +34,9 @@ from clarity.audit.commits import (
     unreachable_paths,
     valid_commits,
 )
-from clarity.audit.lock import AuditBusy, BeatLock, FileLock, _started, new_owner
+from clarity.audit.lock import AuditBusy, FileLock, Lease
 from clarity.audit.plan import Plan, ids_digest, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
-from clarity.audit.summary import summarise
 from clarity.audit.verify import verify
 from clarity.images import decode_png, encode_png
 
@@ -140,7 +139,7 @@ def filled(plan: Plan, model_dir: str, tmp_path: Path) -> str:
         for shard in held.pending:
             commit_shard(uri, plan, shard, make_tables(plan, shard), {"engine": "plain", "seconds": {"search": 0.5}})
         held.refresh()
-        held.finish(summarise(read_audit(uri)), verify(uri).ok)
+        held.finish(read_audit(uri).summary(), verify(uri).ok)
     return uri
 
 
@@ -270,51 +269,45 @@ def test_claim_is_refused_while_another_process_holds_it(plan: Plan, filled: str
 
 
 @pytest.fixture
-def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "RENEW_S", 0.05)
     monkeypatch.setattr(lock, "STALE_S", 0.4)
     monkeypatch.setattr(lock, "SETTLE_S", 0.05)
 
 
-def write_owner(uri: str, **owner: Any) -> None:
-    storage.write_bytes(storage.join(uri, "_lock"), json.dumps(new_owner() | owner).encode())
+def write_holder(uri: str) -> None:
+    holder = {"run": "other", "host": "elsewhere", "pid": 1}
+    storage.write_bytes(storage.join(uri, "_lock"), json.dumps(holder).encode())
 
 
-def test_beat_lock_is_refused_while_its_holder_renews_it(quick_beats: None, tmp_path: Path) -> None:
-    first = BeatLock(str(tmp_path))
+def test_lease_is_refused_while_its_holder_renews_it(quick_renewals: None, tmp_path: Path) -> None:
+    first = Lease(str(tmp_path))
     with pytest.raises(AuditBusy):
-        BeatLock(str(tmp_path))
+        Lease(str(tmp_path))
     first.release()
-    second = BeatLock(str(tmp_path))
+    second = Lease(str(tmp_path))
     second.release()
     assert not (tmp_path / "_lock").exists()
 
 
-def test_beat_lock_takes_over_from_the_silent_and_from_the_dead(quick_beats: None, tmp_path: Path) -> None:
-    write_owner(str(tmp_path), run="other", host="elsewhere")
+def test_lease_is_taken_over_from_a_silent_holder(quick_renewals: None, tmp_path: Path) -> None:
+    write_holder(str(tmp_path))
     start = time.monotonic()
-    BeatLock(str(tmp_path)).release()
+    Lease(str(tmp_path)).release()
     assert time.monotonic() - start > 0.4
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    started = _started(child.pid)
-    child.wait()
-    write_owner(str(tmp_path), run="other", pid=child.pid, started=started)
-    start = time.monotonic()
-    BeatLock(str(tmp_path)).release()
-    assert time.monotonic() - start < 0.4
 
 
-def test_beat_lock_notices_that_it_was_taken_over(quick_beats: None, tmp_path: Path) -> None:
-    held = BeatLock(str(tmp_path))
-    write_owner(str(tmp_path), run="other")
+def test_lease_notices_that_it_was_taken_over(quick_renewals: None, tmp_path: Path) -> None:
+    held = Lease(str(tmp_path))
+    write_holder(str(tmp_path))
     held.thread.join(5)
     assert held.lost
     held.release()
     assert json.loads((tmp_path / "_lock").read_text())["run"] == "other"
 
 
-def test_beat_lock_of_those_that_begin_at_once_is_held_by_one(
-    quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_lease_of_those_that_begin_at_once_is_held_by_one(
+    quick_renewals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "SETTLE_S", 0.5)
     monkeypatch.setattr(lock, "STALE_S", 10.0)
@@ -325,7 +318,7 @@ def test_beat_lock_of_those_that_begin_at_once_is_held_by_one(
     def take() -> None:
         start.wait()
         try:
-            locks.append(BeatLock(str(tmp_path)))
+            locks.append(Lease(str(tmp_path)))
             got.append("held")
         except AuditBusy:
             got.append("busy")
@@ -469,6 +462,14 @@ def test_read_audit_sees_committed_shards_only(plan: Plan, model_dir: str, tmp_p
         assert found.traces is None
 
 
+def test_audit_repr_says_what_is_there(filled: str) -> None:
+    said = repr(read_audit(filled)).splitlines()
+    assert said[0] == f"Audit of 5 images by 'clarity' in {filled}"
+    assert "3 of 3 committed" in said[1]
+    assert said[2].endswith("4: ant, bee, cow, dog")
+    assert "5 rows" in said[3] and "12 rows" in said[4]
+
+
 def test_read_audit_of_a_finished_one_follows_its_commits(filled: str) -> None:
     assert read_audit(filled).complete
     Path(filled, "_commits/shard-00001.json").unlink()
@@ -576,12 +577,12 @@ def test_record_failure_counts_the_attempts(plan: Plan, model_dir: str, tmp_path
 def test_claim_takes_back_the_shards_of_other_engines(plan: Plan, filled: str, model_dir: str) -> None:
     commit_shard(filled, plan, 1, make_tables(plan, 1), {"engine": "native"})
     with claim(filled, plan, model_dir) as held:
-        held.one_engine()
+        held.keep_one_engine()
         assert (held.engine, held.pending) == ("plain", [1])
-        held.same_engine(1, "plain")
-        held.same_engine(1, None)
-        with pytest.raises(ValueError, match="engine native, those before by plain"):
-            held.same_engine(1, "native")
+        held.require_same_engine(1, "plain")
+        held.require_same_engine(1, None)
+        with pytest.raises(ValueError, match="engine: expected plain, which searched the shards before, got native"):
+            held.require_same_engine(1, "native")
 
 
 def test_audit_without_its_summary_is_not_complete(plan: Plan, filled: str, model_dir: str) -> None:
@@ -707,7 +708,7 @@ def test_verify_decodes_a_sample_again(plan: Plan, filled: str) -> None:
 
 
 def test_summarise_counts(plan: Plan, filled: str) -> None:
-    found = summarise(read_audit(filled))
+    found = read_audit(filled).summary()
     pairs = read_audit(filled).counterfactuals.to_table()
     assert found["images"] == 5
     assert found["errors"] == {"broken": 1}

@@ -24,7 +24,6 @@ from clarity import data, schema, storage
 from clarity.audit.commits import MAX_ATTEMPTS, begin_attempt, claim
 from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
-from clarity.audit.summary import summarise
 from clarity.audit.verify import verify
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.explainer import Explainer, quantise
@@ -522,7 +521,7 @@ def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tm
         codes = read_audit(uri).codes.to_table()
         assert codes["prediction"].to_pylist() == [6, None, 4, None]
         assert codes["prediction_probs"].to_pylist()[2] == np.eye(10)[4].tolist()
-        summary = summarise(read_audit(uri))
+        summary = read_audit(uri).summary()
         agree = sum(a == b for a, b in zip(codes["prediction"].to_pylist(), codes["source"].to_pylist()))
         assert summary["predictions"] == {"images": 2, "agree": agree}
         assert summary["left_out"] == {"predictions for images that are not in the data": 1}

@@ -200,7 +200,7 @@ def test_job_keeps_codes_alone_and_traces(job: Any, tiny_digits_model: Path, tmp
     assert verify(out, redecode=redecoder(out)).ok
 
 
-def test_job_refuses_a_mixture_of_engines_unless_asked(
+def test_job_refuses_a_mixture_of_engines(
     job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "audit"
@@ -208,10 +208,10 @@ def test_job_refuses_a_mixture_of_engines_unless_asked(
     for shard in (0, 1):
         (out / f"_commits/shard-0000{shard}.json").unlink()
     assert job.main(flags(tiny_digits_model, out, "--engine", "batched")) == 2
-    assert "Give --engine plain, or accept it by --mixed-engines" in capsys.readouterr().err
+    assert "engine: expected plain, which searched the shards before, got batched" in capsys.readouterr().err
     assert len(clarity.read_audit(out).commits) <= 5
-    assert job.main(flags(tiny_digits_model, out, "--engine", "batched", "--mixed-engines")) == 0
-    assert set(json.loads((out / "summary.json").read_text())["engines"]) == {"plain", "batched"}
+    assert job.main(flags(tiny_digits_model, out, "--engine", "plain")) == 0
+    assert set(json.loads((out / "summary.json").read_text())["engines"]) == {"plain"}
     assert verify(out, redecode=redecoder(out)).ok
 
 

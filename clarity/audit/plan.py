@@ -1,4 +1,4 @@
-"""What an audit holds when it is complete: its plan and the table of its shards."""
+"""The plan of an audit: everything that decides its rows, and the table of its shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_SHARD_BYTES = 32 << 20
 GPU_SHARD = 16
 #: Seconds that the search of a shard should take at most.
 SHARD_SECONDS = 20.0
-#: A small data set is cut into this many shards, so that it overlaps and resumes too.
+#: Shards of a small data set at least, so that it overlaps and resumes too.
 MIN_SHARDS = 8
 
 
@@ -60,8 +60,8 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of everything that decides what the data files hold; neither the data's place nor the date."""
-        return _digest(self._decisive())
+        """Digest of what decides the content of the data files: not the date, nor where the data lies."""
+        return digest(self.identity())
 
     @property
     def class_names(self) -> list[str]:
@@ -88,17 +88,17 @@ class Plan:
         """Schema of ``codes``, with the file metadata by which a table explains itself."""
         extra = [pa.field(name, schema.type_of(kind)) for name, kind, *_ in self.dataset.get("extra", [])]
         table = schema.codes_schema(len(self.class_names), self.model["latent_dim"], extra)
-        return table.with_metadata(self._metadata())
+        return table.with_metadata(self.file_metadata())
 
     def counterfactuals_schema(self) -> pa.Schema:
         """Schema of ``counterfactuals``, with the file metadata."""
-        return schema.counterfactuals_schema(self.model["latent_dim"]).with_metadata(self._metadata())
+        return schema.counterfactuals_schema(self.model["latent_dim"]).with_metadata(self.file_metadata())
 
     def differences(self, other: Plan) -> list[str]:
         """What another plan decides differently, one line each: empty when both fill the same files."""
-        mine, theirs = _flat(self._decisive()), _flat(other._decisive())
+        mine, theirs = flatten(self.identity()), flatten(other.identity())
         return [
-            f"{name}: {_short(mine.get(name))} here, {_short(theirs.get(name))} in the run"
+            f"{name}: {shortened(mine.get(name))} here, {shortened(theirs.get(name))} in the run"
             for name in sorted({*mine, *theirs})
             if mine.get(name) != theirs.get(name)
         ]
@@ -118,13 +118,15 @@ class Plan:
             raise ValueError("its fingerprint does not belong to its content")
         return plan
 
-    def _decisive(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What decides the content of the data files."""
         content = {k: v for k, v in asdict(self).items() if k not in ("created", "dataset", "shards")}
         content["data"] = {k: self.dataset.get(k) for k in ("listing", "num_images", "extra")}
-        content["shards"] = {"count": len(self.shards), "table": _digest(self.shards)}
+        content["shards"] = {"count": len(self.shards), "table": digest(self.shards)}
         return content
 
-    def _metadata(self) -> dict[str, str]:
+    def file_metadata(self) -> dict[str, str]:
+        """Metadata by which a data file can be read on its own."""
         return {
             "clarity.schema_version": str(self.schema_version),
             "clarity.fingerprint": self.fingerprint,
@@ -141,14 +143,14 @@ def read_plan(uri: str) -> Plan:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    place = storage.display(uri)
     path = storage.join(uri, "plan.json")
     if not storage.exists(path):
-        raise ValueError(f"expected an audit directory, found no plan.json in {place}: check the path")
+        raise ValueError(f"expected an audit directory, found no plan.json in {storage.display(uri)}: check the path")
     try:
         return Plan.from_json(storage.read_json(path))
     except ValueError as error:
-        raise ValueError(f"{place}/plan.json is damaged ({error}): restore it, or choose another --out") from None
+        message = f"{storage.display(path)} is damaged ({error}): restore it, or choose another directory"
+        raise ValueError(message) from None
 
 
 def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: float = 0.0, gpu: bool = False) -> int:
@@ -172,7 +174,7 @@ def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: f
 def shard_table(image_ids: Sequence[str], rows: int) -> list[dict[str, Any]]:
     """Consecutive shards of ``rows`` images: {start, stop, ids}."""
     if rows < 1:
-        raise ValueError(f"--shard-rows: expected at least 1, got {rows}")
+        raise ValueError(f"shard_rows: expected at least 1, got {rows}")
     return [
         {"start": start, "stop": min(start + rows, len(image_ids)), "ids": ids_digest(image_ids[start : start + rows])}
         for start in range(0, len(image_ids), rows)
@@ -181,24 +183,30 @@ def shard_table(image_ids: Sequence[str], rows: int) -> list[dict[str, Any]]:
 
 def ids_digest(image_ids: Iterable[str]) -> str:
     """Digest of a set of image ids, whatever their order."""
-    return _digest(sorted(image_ids))[:16]
+    return digest(sorted(image_ids))[:16]
 
 
 def shard_name(shard: int) -> str:
-    """Name of a shard's files, without their ending."""
+    """Name of a shard's files, without extension."""
     return f"shard-{shard:05d}"
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}" if name else key).items()}
-    return {name: value}
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries, by dotted name."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    leaves: dict[str, Any] = {}
+    for key, part in value.items():
+        leaves |= flatten(part, f"{name}.{key}" if name else key)
+    return leaves
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value's JSON, cut after 40 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."

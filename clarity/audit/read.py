@@ -11,16 +11,17 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from clarity import storage
-from clarity.audit.commits import files_below, valid_commits
-from clarity.audit.plan import Plan, read_plan, shard_name
+from clarity.audit.commits import commit_path, files_below, valid_commits
+from clarity.audit.plan import Plan, read_plan
+from clarity.audit.summary import summarise
 
 #: Attributes of each pair as the attribute network sees them; written by the comparison beside the audit's tables.
 ATTRIBUTES_FILE = "attributes.parquet"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
-    """The committed shards of an audit, lazily: ``codes``, ``counterfactuals`` and ``traces`` are Arrow data sets."""
+    """The committed shards of an audit; ``codes``, ``counterfactuals`` and ``traces`` are Arrow data sets."""
 
     uri: str
     plan: Plan
@@ -39,42 +40,52 @@ class Audit:
         """Names of the classes, by index."""
         return self.plan.class_names
 
+    def summary(self) -> dict[str, Any]:
+        """Counts, reasons of failures, steps, slowest class pairs and seconds of the rows that are there."""
+        return summarise(self.plan, self.commits, self.codes, self.counterfactuals)
+
+    def __repr__(self) -> str:
+        """The audit in a few lines."""
+        plan, names = self.plan, self.class_names
+        classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        lines = [
+            f"Audit of {plan.num_images} images by {plan.method!r} in {storage.display(self.uri)}",
+            f"  shards           {len(self.commits)} of {len(plan.shards)} committed",
+            f"  classes          {len(names)}: {classes}",
+        ]
+        for name, table in (("codes", self.codes), ("counterfactuals", self.counterfactuals)):
+            lines.append(f"  {name:15}  {table.count_rows()} rows, {len(table.schema)} columns")
+        return "\n".join(lines)
+
 
 def read_audit(uri: str | Path) -> Audit:
-    """Open an audit directory, finished or not: only what its commits name is read.
+    """Open an audit directory, finished or not; only what its commits name is read.
 
     Raises:
         ValueError: it is no audit directory.
     """
     uri = str(uri)
     plan = read_plan(uri)
-    commits = _known_commits(uri, plan)
+    commits = known_commits(uri, plan)
     files, path = storage.filesystem(uri)
 
-    def table(name: str, schema_: pa.Schema | None) -> pads.Dataset:
+    def table(name: str, schema: pa.Schema | None) -> pads.Dataset:
         named = [f"{path}/{f}" for _, c in sorted(commits.items()) for f in c["files"] if f.startswith(f"{name}/")]
-        if not named and schema_ is not None:
-            return pads.dataset(schema_.empty_table())
-        return pads.dataset(named, schema=schema_, format="parquet", filesystem=files) if named else None
+        if not named and schema is not None:
+            return pads.dataset(schema.empty_table())
+        return pads.dataset(named, schema=schema, format="parquet", filesystem=files) if named else None
 
-    return Audit(
-        uri,
-        plan,
-        commits,
-        table("codes", plan.codes_schema()),
-        table("counterfactuals", plan.counterfactuals_schema()),
-        table("traces", None),
-    )
+    codes, pairs = table("codes", plan.codes_schema()), table("counterfactuals", plan.counterfactuals_schema())
+    return Audit(uri, plan, commits, codes, pairs, table("traces", None))
 
 
-def _known_commits(uri: str, plan: Plan) -> dict[int, dict[str, Any]]:
-    """The commits; of a finished audit from the one file that gathers them, as far as their records are there."""
+def known_commits(uri: str, plan: Plan) -> dict[int, dict[str, Any]]:
+    """The commits; of a finished audit from ``_SUCCESS``, which gathers them, where their records are still there."""
     try:
         done = json.loads(storage.read_bytes(storage.join(uri, "_SUCCESS")))
         present = files_below(uri, "_commits")
         if done["fingerprint"] == plan.fingerprint:
-            gathered = {commit["shard"]: commit for commit in done["commits"]}
-            return {s: c for s, c in gathered.items() if f"_commits/{shard_name(s)}.json" in present}
+            return {commit["shard"]: commit for commit in done["commits"] if commit_path(commit["shard"]) in present}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return valid_commits(uri, plan)

@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 
 from clarity import storage
 from clarity.audit.plan import Plan
-from clarity.audit.read import Audit
 
 
-def summarise(audit: Audit) -> dict[str, Any]:
+def summarise(
+    plan: Plan, commits: Mapping[int, Mapping[str, Any]], codes: pads.Dataset, counterfactuals: pads.Dataset
+) -> dict[str, Any]:
     """Figures of an audit from its tables, read in one pass: counts, errors by reason, steps, slowest class pairs."""
-    classes, most = len(audit.class_names), int(audit.plan.config["max_steps"])
+    classes, most = len(plan.class_names), int(plan.config["max_steps"])
     histogram: np.ndarray = np.zeros((classes * classes, most + 1), np.int64)
     counts: Counter[str] = Counter()
     columns = ["source", "target", "steps", "status", "converged", "reencoded_class"]
-    for batch in audit.counterfactuals.to_batches(columns=columns):
+    for batch in counterfactuals.to_batches(columns=columns):
         source, target, steps = (batch[name].to_numpy(zero_copy_only=False) for name in columns[:3])
         np.add.at(histogram, (source * classes + target, steps), 1)
         counts["pairs"] += len(batch)
@@ -30,8 +32,8 @@ def summarise(audit: Audit) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     unknown = 0
     columns = ["status", "error", "label", "label_name", "source", "prediction"]
-    predicted = "prediction" in audit.codes.schema.names
-    for batch in audit.codes.to_batches(columns=columns if predicted else columns[:4]):
+    predicted = "prediction" in codes.schema.names
+    for batch in codes.to_batches(columns=columns if predicted else columns[:4]):
         counts["images"] += len(batch)
         reasons.update(reason for reason in batch["error"].to_pylist() if reason is not None)
         unknown += pc.sum(pc.and_(pc.is_null(batch["label"]), pc.is_valid(batch["label_name"]))).as_py() or 0
@@ -47,7 +49,7 @@ def summarise(audit: Audit) -> dict[str, Any]:
         "errors": dict(reasons.most_common(20)),
         "unread": sum(reasons.values()),
         "unknown_labels": unknown,
-        "left_out": audit.plan.dataset.get("left_out", {}),
+        "left_out": plan.dataset.get("left_out", {}),
         "predictions": {"images": counts["predicted"], "agree": counts["as_predicted"]} if predicted else None,
         "pairs": counts["pairs"],
         "converged": counts["converged"],
@@ -57,15 +59,15 @@ def summarise(audit: Audit) -> dict[str, Any]:
         "mean_steps": round(_mean_steps(total), 2) if counts["pairs"] else None,
         "slowest_class_pairs": [
             {
-                "source": audit.class_names[pair // classes],
-                "target": audit.class_names[pair % classes],
+                "source": plan.class_names[pair // classes],
+                "target": plan.class_names[pair % classes],
                 "pairs": int(histogram[pair].sum()),
                 "mean_steps": round(_mean_steps(histogram[pair]), 1),
             }
             for pair in slowest
         ],
-        "engines": dict(Counter(commit["engine"] for commit in audit.commits.values() if commit.get("engine"))),
-        "seconds_by_stage": _seconds(audit.commits.values()),
+        "engines": dict(Counter(commit["engine"] for commit in commits.values() if commit.get("engine"))),
+        "seconds_by_stage": _seconds(commits.values()),
     }
 
 

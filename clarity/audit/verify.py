@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clarity import schema, storage
+from clarity import images, schema, storage
 from clarity.audit.commits import TABLES, files_below, valid_commits
 from clarity.audit.plan import Plan, ids_digest, read_plan, shard_name
-from clarity.images import decode_png
+
+#: Codes (B, D) to images (B, C, H, W) uint8.
+Decoder = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
 class Verification:
-    """What was counted and what is wrong, one line each; ``shards`` are those that something is wrong with."""
+    """What was counted, and what is wrong, one line each; ``shards`` are those that something is wrong with."""
 
     images: int = 0
     errors: int = 0
@@ -38,19 +40,22 @@ class Verification:
         return not self.problems
 
 
-def verify(
-    uri: str | Path,
-    *,
-    redecode: Callable[[np.ndarray], np.ndarray] | None = None,
-    sample: int = 512,
-    workers: int = 4,
-) -> Verification:
-    """Check an audit against its plan, shard by shard: files and their sums, schemas, images, pairs, order, contents.
+@dataclass(frozen=True)
+class Shard:
+    """The two tables of a shard, and what they should hold."""
+
+    plan: Plan
+    number: int
+    codes: pa.Table
+    pairs: pa.Table
+
+
+def verify(uri: str | Path, *, redecode: Decoder | None = None, sample: int = 512, workers: int = 4) -> Verification:
+    """Check every shard's files and checksums, schemas, images, pairs, order and contents.
 
     Args:
         uri: the audit directory.
-        redecode: codes (B, D) to pictures (B, C, H, W) uint8; where given, a fixed sample of ``z_cf`` must come out
-            within one grey level of ``x_cf``.
+        redecode: where given, a fixed sample of ``z_cf`` must decode to within one grey level of ``x_cf``.
         sample: pairs of that sample, in all.
         workers: shards checked at once.
     """
@@ -58,122 +63,139 @@ def verify(
     plan = read_plan(uri)
     commits = valid_commits(uri, plan)
     result = Verification()
-    for shard in range(len(plan.shards)):
-        if shard not in commits:
-            result.problems.append(f"{shard_name(shard)}: no valid commit record")
+    missing = [shard for shard in range(len(plan.shards)) if shard not in commits]
+    result.problems += [f"{shard_name(shard)}: no valid commit record" for shard in missing]
     named = {path for commit in commits.values() for path in commit["files"]}
     if stray := [path for name in TABLES for path in files_below(uri, name) if path not in named]:
         result.problems.append(f"{len(stray)} data files that no commit names, the first {stray[0]}")
     share = -(-sample // max(len(commits), 1))
+
+    def check(shard: int) -> Verification:
+        return verify_shard(uri, plan, shard, commits[shard], redecode, share)
+
     with ThreadPoolExecutor(workers) as pool:
-        checks = pool.map(
-            lambda item: _verify_shard(uri, plan, item[0], item[1], redecode, share), sorted(commits.items())
-        )
-        for check in checks:
-            for name in ("images", "errors", "pairs", "converged", "redecoded"):
-                setattr(result, name, getattr(result, name) + getattr(check, name))
-            result.problems += check.problems
-            result.shards += check.shards
+        for found in pool.map(check, sorted(commits)):
+            for name in ("images", "errors", "pairs", "converged", "redecoded", "problems", "shards"):
+                setattr(result, name, getattr(result, name) + getattr(found, name))
     if not result.problems and result.images != plan.num_images:
         result.problems.append(f"{result.images} images, the plan has {plan.num_images}")
     return result
 
 
-def _verify_shard(
-    uri: str,
-    plan: Plan,
-    shard: int,
-    commit: dict[str, Any],
-    redecode: Callable[[np.ndarray], np.ndarray] | None,
-    sample: int,
+def verify_shard(
+    uri: str, plan: Plan, number: int, commit: dict[str, Any], redecode: Decoder | None, sample: int
 ) -> Verification:
-    result = Verification()
-
-    def wrong(what: str) -> None:
-        result.shards = [shard]
-        result.problems.append(f"{shard_name(shard)}: {what}")
-
-    tables = {}
+    """Check one committed shard."""
+    result, problems, tables = Verification(), list[str](), dict[str, pa.Table]()
     for path, about in commit["files"].items():
         data = storage.read_bytes(storage.join(uri, path))
         if hashlib.sha256(data).hexdigest() != about["sha256"]:
-            wrong(f"{path} has another checksum than its commit")
+            problems.append(f"{path} has another checksum than its commit")
             continue
-        tables[path.partition("/")[0]] = pq.read_table(pa.BufferReader(data))
-        if tables[path.partition("/")[0]].num_rows != about["rows"]:
-            wrong(f"{path} has another number of rows than its commit")
+        table = tables[path.partition("/")[0]] = pq.read_table(pa.BufferReader(data))
+        if table.num_rows != about["rows"]:
+            problems.append(f"{path} has another number of rows than its commit")
     if not {"codes", "counterfactuals"} <= set(tables):
-        wrong("codes and counterfactuals are not both there")
-        return result
-    codes, pairs = tables["codes"], tables["counterfactuals"]
+        problems.append("codes and counterfactuals are not both there")
+    else:
+        shard = Shard(plan, number, tables["codes"], tables["counterfactuals"])
+        problems += check_schemas(shard)
+        if shard.codes.schema.equals(plan.codes_schema()) and shard.pairs.schema.equals(plan.counterfactuals_schema()):
+            for check in (check_codes, check_pictures, check_pairs, check_search):
+                problems += check(shard)
+            result.images, result.pairs = shard.codes.num_rows, shard.pairs.num_rows
+            result.errors = pc.sum(pc.not_equal(shard.codes["status"], "ok")).as_py() or 0
+            result.converged = pc.sum(shard.pairs["converged"]).as_py() or 0
+            if redecode is not None and plan.images == "png" and shard.pairs.num_rows:
+                result.redecoded, worst = redecode_sample(shard, redecode, sample)
+                if worst > 1:
+                    problems.append(f"z_cf decodes to pictures that differ by {worst} grey levels from x_cf")
+    result.problems = [f"{shard_name(number)}: {problem}" for problem in problems]
+    result.shards = [number] if problems else []
+    return result
+
+
+def check_schemas(shard: Shard) -> Iterator[str]:
+    """Columns, types and file metadata are those of the plan."""
     for name, table, expected in (
-        ("codes", codes, plan.codes_schema()),
-        ("counterfactuals", pairs, plan.counterfactuals_schema()),
+        ("codes", shard.codes, shard.plan.codes_schema()),
+        ("counterfactuals", shard.pairs, shard.plan.counterfactuals_schema()),
     ):
-        if not table.schema.equals(expected):
-            wrong(f"{name} has another schema than the plan")
-            return result
         metadata = table.schema.metadata or {}
-        if any(metadata.get(key) != value for key, value in (expected.metadata or {}).items()):
-            wrong(f"{name} has other file metadata than the plan")
-    result.images, result.pairs = codes.num_rows, pairs.num_rows
+        if not table.schema.equals(expected):
+            yield f"{name} has another schema than the plan"
+        elif any(metadata.get(key) != value for key, value in (expected.metadata or {}).items()):
+            yield f"{name} has other file metadata than the plan"
 
-    ids = codes["image_id"].to_pylist()
-    if ids_digest(ids) != plan.shards[shard]["ids"] or sorted(set(ids)) != ids:
-        wrong("codes does not hold the shard's images, each once and in order")
-    failed = pc.not_equal(codes["status"], "ok")
-    result.errors = pc.sum(failed).as_py() or 0
-    read = codes.filter(pc.invert(failed))
-    bad = codes.filter(failed)
-    value_columns = [n for n in schema.CODES_DOC if n not in ("image_id", "label", "label_name", "status", "error")]
-    if any(bad[name].null_count != len(bad) for name in value_columns) or bad["error"].null_count:
-        wrong("codes has an error row with values, or without its reason")
-    if any(read[name].null_count for name in value_columns if name != "x") or read["error"].null_count != len(read):
-        wrong("codes has a row without its values")
-    pictures = 0 if plan.images == "png" else 1
-    if read["x"].null_count != pictures * len(read) or pairs["x_cf"].null_count != pictures * len(pairs):
-        wrong("pictures are missing, or there against the plan")
 
-    asked = read
+def check_codes(shard: Shard) -> Iterator[str]:
+    """Each image once and in order; values in every row that was read, a reason in every other."""
+    ids = shard.codes["image_id"].to_pylist()
+    if ids_digest(ids) != shard.plan.shards[shard.number]["ids"] or sorted(set(ids)) != ids:
+        yield "codes does not hold the shard's images, each once and in order"
+    failed = pc.not_equal(shard.codes["status"], "ok")
+    bad, read = shard.codes.filter(failed), shard.codes.filter(pc.invert(failed))
+    values = [name for name in schema.CODES_DOC if name not in ("image_id", "label", "label_name", "status", "error")]
+    if any(bad[name].null_count != len(bad) for name in values) or bad["error"].null_count:
+        yield "codes has an error row with values, or without its reason"
+    if any(read[name].null_count for name in values if name != "x") or read["error"].null_count != len(read):
+        yield "codes has a row without its values"
+
+
+def check_pictures(shard: Shard) -> Iterator[str]:
+    """Pictures are where the plan asks for them and nowhere else."""
+    read = shard.codes.filter(pc.equal(shard.codes["status"], "ok"))
+    missing = 0 if shard.plan.images == "png" else 1
+    if any(column.null_count != missing * len(column) for column in (read["x"], shard.pairs["x_cf"])):
+        yield "pictures are missing, or there against the plan"
+
+
+def check_pairs(shard: Shard) -> Iterator[str]:
+    """Every pair that the plan asks for is there once, by target and then by image, with the image's source and label.
+
+    A pair is compared as one number: target * width + position of its image among those that were asked for.
+    """
+    plan, pairs = shard.plan, shard.pairs
+    asked = shard.codes.filter(pc.equal(shard.codes["status"], "ok"))
     if plan.only == "misclassified":
-        asked = read.filter(pc.fill_null(pc.not_equal(read["source"], read["label"]), False))
-    # Each pair as one number that grows in the table's order: its target, then its image's place among those asked for.
-    place = pc.index_in(pairs["image_id"], value_set=asked["image_id"].combine_chunks())
-    place = place.fill_null(len(asked)).to_numpy().astype(np.int64)
+        asked = asked.filter(pc.fill_null(pc.not_equal(asked["source"], asked["label"]), False))
+    index = pc.index_in(pairs["image_id"], value_set=asked["image_id"].combine_chunks())
+    index = index.fill_null(len(asked)).to_numpy().astype(np.int64)
     width = len(asked) + 1
-    found = pairs["target"].to_numpy() * width + place
+    found = pairs["target"].to_numpy() * width + index
     source, label = (asked[name].fill_null(-1).to_numpy() for name in ("source", "label"))
     targets = sorted(range(len(plan.class_names)) if plan.targets is None else plan.targets)
     wanted = np.concatenate([target * width + np.flatnonzero(source != target) for target in targets])
     if not np.array_equal(found, wanted):
         double = len(found) - len(np.unique(found))
-        missing, strange = (len(np.setdiff1d(*sets)) for sets in ((wanted, found), (found, wanted)))
-        wrong(f"pairs: {missing} missing, {double} double, {strange} not asked for, or out of order")
-    elif (source[place] != pairs["source"].to_numpy()).any():
-        wrong("counterfactuals has another source than codes")
-    elif (label[place] != pairs["label"].fill_null(-1).to_numpy()).any():
-        wrong("counterfactuals has another label than codes")
+        missing, strange = len(np.setdiff1d(wanted, found)), len(np.setdiff1d(found, wanted))
+        yield f"pairs: {missing} missing, {double} double, {strange} not asked for, or out of order"
+    elif (source[index] != pairs["source"].to_numpy()).any():
+        yield "counterfactuals has another source than codes"
+    elif (label[index] != pairs["label"].fill_null(-1).to_numpy()).any():
+        yield "counterfactuals has another label than codes"
 
-    converged = pairs["converged"].to_numpy()
-    result.converged = int(converged.sum())
+
+def check_search(shard: Shard) -> Iterator[str]:
+    """Convergence, the final probability and the number of steps agree."""
+    config, pairs = shard.plan.config, shard.pairs
+    converged, final, steps = (pairs[name].to_numpy() for name in ("converged", "target_prob_final", "steps"))
+    if (converged != (final > np.float32(config["min_target_prob"]))).any():
+        yield "converged disagrees with target_prob_final"
+    if ((steps < 0) | (steps > config["max_steps"])).any():
+        yield "steps out of range"
     finite = pc.equal(pairs["status"], "ok").to_numpy()
-    final = pairs["target_prob_final"].to_numpy()
-    if (converged != (final > np.float32(plan.config["min_target_prob"]))).any():
-        wrong("converged disagrees with target_prob_final")
-    steps = pairs["steps"].to_numpy()
-    if len(steps) and (steps.min() < 0 or steps.max() > plan.config["max_steps"]):
-        wrong("steps out of range")
-    if (finite & ~converged & (steps != plan.config["max_steps"])).any():
-        wrong("a search ended early without converging")
-    if redecode is not None and plan.images == "png" and len(pairs):
-        # Evenly over the shard: the same rows each time.
-        rows = np.unique(np.linspace(0, len(pairs) - 1, min(sample, len(pairs))).astype(int))
-        rows = rows[finite[rows]]
-        if len(rows):
-            chosen = pairs.take(rows)
-            shown = decode_png(chosen["x_cf"], plan.image_shape).astype(int)
-            worst = np.abs(redecode(schema.matrix(chosen["z_cf"])).astype(int) - shown).max()
-            result.redecoded = len(rows)
-            if worst > 1:
-                wrong(f"z_cf decodes to pictures that differ by {worst} grey levels from x_cf")
-    return result
+    if (finite & ~converged & (steps != config["max_steps"])).any():
+        yield "a search ended early without converging"
+
+
+def redecode_sample(shard: Shard, redecode: Decoder, sample: int) -> tuple[int, int]:
+    """Decode pairs spread evenly over the shard again: how many, and by how many grey levels they differ at most."""
+    pairs = shard.pairs
+    rows = np.unique(np.linspace(0, len(pairs) - 1, min(sample, len(pairs))).astype(int))
+    chosen = pairs.take(rows)
+    chosen = chosen.filter(pc.equal(chosen["status"], "ok"))
+    if not len(chosen):
+        return 0, 0
+    expected = images.decode_png(chosen["x_cf"], shard.plan.image_shape).astype(int)
+    return len(chosen), np.abs(redecode(schema.matrix(chosen["z_cf"])).astype(int) - expected).max()
