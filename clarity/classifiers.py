@@ -1,7 +1,7 @@
-"""The ensembles that are explained: many small classifiers computed as one.
+"""Ensembles of classifiers of latent codes and of images, all members computed as one batched network.
 
-Knows the classifiers of latent codes and of images, with their members stacked along a leading axis, so that fifty cost
-about what one costs. Does not know how they are trained or stored.
+Members are stacked along a leading axis, so that fifty small classifiers take about the time of one. Does not know how
+they are trained or stored.
 
 Shapes: B rows, C, H, W image, D latent, K classes, M members; every ensemble maps rows to logits (M, B, K).
 """
@@ -22,7 +22,7 @@ from clarity.vae import VAES, VAEConfig, feature_shape
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """What an ensemble is built from; the defaults are the paper's 16-16-16-K for MNIST.
+    """Hyperparameters of an ensemble; the defaults are the paper's 16-16-16-K for MNIST.
 
     Args:
         num_classes: K.
@@ -45,7 +45,7 @@ class EnsembleConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths from the code to the classes."""
+        """Widths of all layers, from the code to the classes."""
         return (self.latent_dim, *self.hidden, self.num_classes)
 
 
@@ -55,11 +55,11 @@ class LatentEnsemble(nn.Module):
     def __init__(self, config: EnsembleConfig) -> None:
         super().__init__()
         self.config = config
-        self.weights, self.biases = _perceptrons(config)
+        self.weights, self.biases = stacked_perceptrons(config)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Logits (M, B, K) of codes (B, D), seen by all members, or (M, B, D), one batch for each."""
-        return _perceptron_logits(z, self.weights, self.biases)
+        """Logits (M, B, K) of codes (B, D), the same for all members, or (M, B, D), a batch for each."""
+        return perceptron_logits(z, self.weights, self.biases)
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """(weight (M, in, out), bias (M, out)) of each layer, contiguous float32; a ReLU follows all but the last."""
@@ -69,19 +69,19 @@ class LatentEnsemble(nn.Module):
         ]
 
     def select(self, members: Sequence[int]) -> LatentEnsemble:
-        """The ensemble of some of the members, in the order given."""
-        config = _some(self.config, members)
-        return _selected(self, members, LatentEnsemble(config))
+        """The ensemble of the members with these indices, in this order."""
+        config = require_members(self.config, members)
+        return copy_members(self, members, LatentEnsemble(config))
 
     def member(self, m: int) -> LatentEnsemble:
-        """The ensemble of member m alone."""
+        """The ensemble that consists of member m."""
         return self.select([m])
 
 
 class ImageEnsemble(nn.Module):
     """M convolutional classifiers, the paper's CNN: the VAE's encoder up to its mean, then the latent classifier.
 
-    The members' convolutions are one grouped convolution, so all tensors keep the member axis in front.
+    The members' convolutions are one grouped convolution, with the channels of each tensor ordered by member.
     """
 
     def __init__(self, config: EnsembleConfig, vae_config: VAEConfig) -> None:
@@ -93,19 +93,19 @@ class ImageEnsemble(nn.Module):
         self.config = config
         self.vae_config = vae_config
         encoder, _ = VAES[vae_config.architecture].layers(vae_config)
-        self.encoder_layers = nn.Sequential(*(_grouped(layer, config.num_members) for layer in encoder))
+        self.encoder_layers = nn.Sequential(*(grouped(layer, config.num_members) for layer in encoder))
         channels, height, width = feature_shape(vae_config)
         features = channels * height * width
         bound = features**-0.5
-        self.mean_weight = nn.Parameter(_uniform((config.num_members, config.latent_dim, features), bound))
-        self.mean_bias = nn.Parameter(_uniform((config.num_members, config.latent_dim), bound))
-        self.weights, self.biases = _perceptrons(config)
+        self.mean_weight = uniform_parameter((config.num_members, config.latent_dim, features), bound)
+        self.mean_bias = uniform_parameter((config.num_members, config.latent_dim), bound)
+        self.weights, self.biases = stacked_perceptrons(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (M, B, K) of images (B, C, H, W), seen by all members, or (M, B, C, H, W), one batch for each."""
+        """Logits (M, B, K) of images (B, C, H, W), the same for all members, or (M, B, C, H, W), a batch for each."""
         members = self.config.num_members
         if x.ndim == 4:
-            # The first convolution of all members reads the same channels: without groups nothing is copied.
+            # All members read the same input channels: a convolution without groups needs no copies of them.
             first: Any = self.encoder_layers[0]
             h = F.conv2d(x, first.weight, first.bias, first.stride, first.padding)
             h = self.encoder_layers[1:](h)
@@ -113,15 +113,15 @@ class ImageEnsemble(nn.Module):
             h = self.encoder_layers(x.transpose(0, 1).flatten(1, 2))
         h = h.unflatten(1, (members, -1)).flatten(2).transpose(0, 1)
         z = torch.baddbmm(self.mean_bias.unsqueeze(1), h, self.mean_weight.transpose(1, 2))
-        return _perceptron_logits(z, self.weights, self.biases)
+        return perceptron_logits(z, self.weights, self.biases)
 
     def select(self, members: Sequence[int]) -> ImageEnsemble:
-        """The ensemble of some of the members, in the order given."""
-        config = _some(self.config, members)
-        return _selected(self, members, ImageEnsemble(config, self.vae_config))
+        """The ensemble of the members with these indices, in this order."""
+        config = require_members(self.config, members)
+        return copy_members(self, members, ImageEnsemble(config, self.vae_config))
 
     def member(self, m: int) -> ImageEnsemble:
-        """The ensemble of member m alone."""
+        """The ensemble that consists of member m."""
         return self.select([m])
 
 
@@ -129,7 +129,7 @@ Ensemble = TypeVar("Ensemble", LatentEnsemble, ImageEnsemble)
 
 
 def stack_members(ensembles: Sequence[Ensemble]) -> Ensemble:
-    """One ensemble of all members of the given ones, in their order."""
+    """One ensemble of the members of all given ones, in their order."""
     first = ensembles[0]
     config = replace(first.config, num_members=sum(ensemble.config.num_members for ensemble in ensembles))
     if isinstance(first, ImageEnsemble):
@@ -146,30 +146,32 @@ def stack_members(ensembles: Sequence[Ensemble]) -> Ensemble:
     return stacked.train(first.training)  # type: ignore[return-value]
 
 
-def _perceptrons(config: EnsembleConfig) -> tuple[nn.ParameterList, nn.ParameterList]:
-    """Weights and biases, uniform within 1 / sqrt(fan-in), from torch's global generator."""
+def stacked_perceptrons(config: EnsembleConfig) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights and biases of each layer, uniform within 1 / sqrt(fan-in), drawn from torch's global generator."""
     weights, biases = nn.ParameterList(), nn.ParameterList()
     for inputs, outputs in pairwise(config.widths):
-        weights.append(nn.Parameter(_uniform((config.num_members, inputs, outputs), inputs**-0.5)))
-        biases.append(nn.Parameter(_uniform((config.num_members, outputs), inputs**-0.5)))
+        weights.append(uniform_parameter((config.num_members, inputs, outputs), inputs**-0.5))
+        biases.append(uniform_parameter((config.num_members, outputs), inputs**-0.5))
     return weights, biases
 
 
-def _uniform(shape: tuple[int, ...], bound: float) -> Tensor:
-    return torch.empty(shape).uniform_(-bound, bound)
+def uniform_parameter(shape: tuple[int, ...], bound: float) -> nn.Parameter:
+    """A parameter drawn uniformly from [-bound, bound]."""
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-def _perceptron_logits(z: Tensor, weights: nn.ParameterList, biases: nn.ParameterList) -> Tensor:
+def perceptron_logits(z: Tensor, weights: nn.ParameterList, biases: nn.ParameterList) -> Tensor:
+    """Logits (M, B, K) of stacked perceptrons at codes (B, D) or (M, B, D)."""
     h = z.expand(len(weights[0]), *z.shape) if z.ndim == 2 else z
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         h = torch.baddbmm(bias.unsqueeze(1), F.relu(h) if i else h, weight)
     return h
 
 
-def _grouped(layer: nn.Module, members: int) -> nn.Module:
-    """The layer that computes one such layer for each member, on channels laid out member by member."""
+def grouped(layer: nn.Module, members: int) -> nn.Module:
+    """One layer that computes this layer for each member, on channels ordered by member."""
     if isinstance(layer, nn.Conv2d):
-        grouped = nn.Conv2d(
+        return nn.Conv2d(
             layer.in_channels * members,
             layer.out_channels * members,
             layer.kernel_size,  # type: ignore[arg-type]
@@ -177,23 +179,24 @@ def _grouped(layer: nn.Module, members: int) -> nn.Module:
             padding=layer.padding,  # type: ignore[arg-type]
             groups=members,
         )
-        return grouped
     if isinstance(layer, nn.BatchNorm2d):
         return nn.BatchNorm2d(layer.num_features * members, eps=layer.eps, momentum=layer.momentum)
     if isinstance(layer, nn.PReLU):
         return nn.PReLU(layer.num_parameters * members)
     if not list(layer.parameters()):
         return layer
-    raise ValueError(f"no grouped form is known of the layer {type(layer).__name__}")
+    raise ValueError(f"no grouped form is known for the layer {type(layer).__name__}")
 
 
-def _some(config: EnsembleConfig, members: Sequence[int]) -> EnsembleConfig:
+def require_members(config: EnsembleConfig, members: Sequence[int]) -> EnsembleConfig:
+    """The config of an ensemble of these members; raises ValueError for indices that do not exist."""
     if not len(members) or not all(0 <= m < config.num_members for m in members):
         raise ValueError(f"members must be one or more of 0 ... {config.num_members - 1}, got {list(members)}")
     return replace(config, num_members=len(members))
 
 
-def _selected(ensemble: Ensemble, members: Sequence[int], target: Ensemble) -> Ensemble:
+def copy_members(ensemble: Ensemble, members: Sequence[int], target: Ensemble) -> Ensemble:
+    """Copy these members' weights from an ensemble into ``target``, and return it."""
     device = next(ensemble.parameters()).device
     index = torch.as_tensor(list(members), device=device)
     state = {

@@ -1,7 +1,7 @@
-"""The variational autoencoder: images to latent codes and back.
+"""Variational autoencoders: images to latent codes and back.
 
-Knows architectures, the evidence lower bound, and how to run a network so that a row's bits depend on that row alone.
-Does not know about classes, files or training loops. Ends in ``VAES``: a new architecture is one function and one line.
+Knows architectures and the evidence lower bound. Does not know about classes, files or training loops. Ends in
+``VAES``: a new architecture is one function and one entry.
 
 Shapes: B rows, C, H, W image in [0, 1], D latent.
 """
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """What a VAE is built from; the defaults are the paper's network for MNIST.
+    """Hyperparameters of a VAE; the defaults are the paper's network for MNIST.
 
     Args:
         architecture: a key of ``VAES``.
-        image_shape: (C, H, W); every layer's size follows from it.
+        image_shape: (C, H, W).
         latent_dim: D.
-        channels: outputs of each stride-2 convolution of the encoder; the decoder mirrors them.
+        channels: output channels of each stride-2 convolution of the encoder; the decoder mirrors them.
         beta: weight of the KL term.
         loss: a key of ``LOSSES``.
     """
@@ -55,7 +55,7 @@ class VAEConfig:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
 
 
-#: Reconstruction losses from decoder logits, one value a pixel: negative log-likelihoods up to a constant.
+#: Reconstruction losses of decoder logits, one value for each pixel: negative log-likelihoods up to a constant.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bce": lambda logits, x: F.binary_cross_entropy_with_logits(logits, x, reduction="none"),
     "mse": lambda logits, x: (torch.sigmoid(logits) - x).square(),
@@ -64,7 +64,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class VAE(nn.Module):
-    """A Gaussian encoder and a decoder, built by ``build_vae`` from a config (Kingma and Welling 2014)."""
+    """A Gaussian encoder and a decoder (Kingma and Welling 2014)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ class VAE(nn.Module):
         self.decoder_input = nn.Linear(config.latent_dim, features)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Parameters of the posterior: mean (B, D) and log-variance (B, D) of images (B, C, H, W)."""
+        """Mean (B, D) and log-variance (B, D) of the posteriors of images (B, C, H, W)."""
         h = self.encoder_layers(x).flatten(1)
         return self.mean(h), self.log_var(h)
 
     def decode_logits(self, z: Tensor) -> Tensor:
-        """Logits of the pixels (B, C, H, W) of codes (B, D)."""
+        """Pixel logits (B, C, H, W) of codes (B, D)."""
         return self.decoder_layers(self.decoder_input(z).unflatten(1, self.feature_shape))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -90,53 +90,51 @@ class VAE(nn.Module):
         return torch.sigmoid(self.decode_logits(z))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the reconstruction from a sampled code, and the posterior's mean and log-variance.
+        """Pixel logits of a sampled code (noise (B, D) standard normal), and the posterior's mean and log-variance.
 
-        One call for the whole training step, which is what a data-parallel wrapper needs.
+        The whole forward pass of a training step in one call, as data-parallel wrappers require.
         """
         mean, log_var = self.encode(x)
         return self.decode_logits(mean + torch.exp(0.5 * log_var) * noise), mean, log_var
 
 
 def elbo(vae: nn.Module, x: Tensor, noise: Tensor, config: VAEConfig | None = None) -> dict[str, Tensor]:
-    """The negative evidence lower bound with the KL term weighed by beta (Higgins et al. 2017).
+    """The negative evidence lower bound with the KL term weighted by beta (Higgins et al. 2017).
 
     Args:
-        vae: a VAE, or a wrapper around one, whose config is then given apart.
+        vae: a VAE, or a data-parallel wrapper around one.
         x: images (B, C, H, W).
         noise: standard normal (B, D).
-        config: of the VAE.
+        config: of the VAE; required for a wrapper.
 
     Returns:
-        ``loss`` = ``reconstruction`` + beta * ``kl``: sums over pixels or dimensions, means over the rows, in nats.
+        ``loss`` = ``reconstruction`` + beta * ``kl``: sums over pixels or dimensions, means over rows, in nats.
     """
     config = config or vae.config  # type: ignore[assignment]
     assert isinstance(config, VAEConfig)
     logits, mean, log_var = vae(x, noise)
-    # The sums stay in float32 when the network ran in a shorter type.
+    # Sums are taken in float32 even where the network ran in bfloat16.
     reconstruction = LOSSES[config.loss](logits.float(), x.float()).flatten(1).sum(1).mean()
     mean, log_var = mean.float(), log_var.float()
     kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
     return {"loss": reconstruction + config.beta * kl, "reconstruction": reconstruction, "kl": kl}
 
 
-# ---- architectures -------------------------------------------------------------------------------------------------
-
-
 def feature_shape(config: VAEConfig) -> tuple[int, int, int]:
-    """Shape of what the encoder's layers hand to the two heads: each stride-2 convolution halves, rounding up."""
+    """Shape (channels, height, width) of the encoder's last feature map: each convolution halves it, rounding up."""
     _, height, width = config.image_shape
     for _ in config.channels:
         height, width = (height + 1) // 2, (width + 1) // 2
     return config.channels[-1], height, width
 
 
-def _down(inputs: int, outputs: int, activation: Callable[[int], nn.Module]) -> list[nn.Module]:
+def encoder_block(inputs: int, outputs: int, activation: Callable[[int], nn.Module]) -> list[nn.Module]:
+    """Stride-2 convolution, BatchNorm, activation."""
     return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), activation(outputs)]
 
 
-def _ups(config: VAEConfig, outputs: tuple[int, ...]) -> list[nn.ConvTranspose2d]:
-    """Transposed convolutions that undo the encoder's halvings exactly, for any height and width."""
+def upsampling_layers(config: VAEConfig, outputs: tuple[int, ...]) -> list[nn.ConvTranspose2d]:
+    """Transposed convolutions that mirror the encoder's sizes exactly, for any height and width."""
     sizes = [config.image_shape[1:]]
     for _ in config.channels:
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
@@ -156,26 +154,26 @@ def _ups(config: VAEConfig, outputs: tuple[int, ...]) -> list[nn.ConvTranspose2d
 
 
 def conv_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Convolution, BatchNorm, PReLU for each entry of channels, and the mirror of it (the paper's VAE for MNIST)."""
+    """Encoder and decoder of the paper's VAE for MNIST: convolution, BatchNorm, PReLU for each entry of channels."""
     ends = (config.image_shape[0], *config.channels)
-    encoder = [layer for pair in pairwise(ends) for layer in _down(*pair, nn.PReLU)]
+    encoder = [layer for pair in pairwise(ends) for layer in encoder_block(*pair, nn.PReLU)]
     decoder: list[nn.Module] = [nn.PReLU(config.channels[-1])]
-    ups = _ups(config, (*config.channels[-2::-1], config.image_shape[0]))
+    ups = upsampling_layers(config, (*config.channels[-2::-1], config.image_shape[0]))
     for up in ups[:-1]:
         decoder += [up, nn.BatchNorm2d(up.out_channels), nn.PReLU(up.out_channels)]
     return nn.Sequential(*encoder), nn.Sequential(*decoder, ups[-1])
 
 
 def beta_vae_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Layers of PyTorch-VAE's beta-VAE (Subramanian 2020), ending in logits of [0, 1] where it ends in a tanh."""
+    """Encoder and decoder of PyTorch-VAE's beta-VAE (Subramanian 2020), with pixel logits in place of its tanh."""
 
     def activation(_: int) -> nn.Module:
         return nn.LeakyReLU()
 
     ends = (config.image_shape[0], *config.channels)
-    encoder = [layer for pair in pairwise(ends) for layer in _down(*pair, activation)]
+    encoder = [layer for pair in pairwise(ends) for layer in encoder_block(*pair, activation)]
     decoder: list[nn.Module] = []
-    for up in _ups(config, (*config.channels[-2::-1], config.channels[0])):
+    for up in upsampling_layers(config, (*config.channels[-2::-1], config.channels[0])):
         decoder += [up, nn.BatchNorm2d(up.out_channels), nn.LeakyReLU()]
     return nn.Sequential(*encoder), nn.Sequential(
         *decoder, nn.Conv2d(config.channels[0], config.image_shape[0], 3, padding=1)
@@ -184,7 +182,7 @@ def beta_vae_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One entry of ``VAES``: how to build the layers, and the fields of ``VAEConfig`` that suit them."""
+    """An entry of ``VAES``: how to build the layers, and the values of ``VAEConfig`` that suit them."""
 
     layers: Callable[[VAEConfig], tuple[nn.Sequential, nn.Sequential]]
     doc: str
@@ -196,21 +194,16 @@ VAES: dict[str, Architecture] = {
     "beta_vae": Architecture(
         beta_vae_layers,
         "the beta-VAE of PyTorch-VAE: the paper's network for CelebA",
-        # For squared errors summed over pixels: a weight of 1 keeps a third of the nats (docs/faces.md).
+        # Beta for squared errors summed over pixels; with 1 the codes keep a third of the information (docs/faces.md).
         {"channels": (32, 64, 128, 256, 512), "latent_dim": 128, "loss": "mse", "beta": 0.1},
     ),
 }
 
 
 def vae_config(architecture: str, image_shape: tuple[int, int, int], **fields: Any) -> VAEConfig:
-    """The config of an architecture for an image shape: its defaults, then the fields that are not None."""
+    """The config of an architecture: its defaults, overridden by the given fields that are not None."""
     if architecture not in VAES:
         raise ValueError(f"unknown VAE architecture {architecture!r}; choose from {', '.join(sorted(VAES))}")
     given = {name: value for name, value in fields.items() if value is not None}
     config = VAEConfig(architecture=architecture, image_shape=image_shape)
     return replace(config, **{**VAES[architecture].defaults, **given})
-
-
-def build_vae(config: VAEConfig) -> VAE:
-    """A VAE with fresh weights drawn from torch's global generator."""
-    return VAE(config)
