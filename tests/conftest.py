@@ -25,11 +25,11 @@ def tiny_model() -> Any:
     from clarity.classifiers import EnsembleConfig, LatentEnsemble
     from clarity.images import Preprocessing
     from clarity.model import Model
-    from clarity.vae import VAEConfig, build_vae
+    from clarity.vae import VAE, VAEConfig
 
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        vae = build_vae(VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))).eval()
+        vae = VAE(VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))).eval()
         ensemble = LatentEnsemble(EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=2)).eval()
     return Model(
         vae=vae,
@@ -50,11 +50,11 @@ def tiny_digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from clarity.classifiers import EnsembleConfig, LatentEnsemble
     from clarity.images import Preprocessing
     from clarity.model import Model, save_model
-    from clarity.vae import VAEConfig, build_vae
+    from clarity.vae import VAE, VAEConfig
 
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        vae = build_vae(VAEConfig(image_shape=(1, 28, 28), latent_dim=5, channels=(6, 7, 8))).eval()
+        vae = VAE(VAEConfig(image_shape=(1, 28, 28), latent_dim=5, channels=(6, 7, 8))).eval()
         ensemble = LatentEnsemble(EnsembleConfig(num_classes=10, latent_dim=5, hidden=(6, 7), num_members=3)).eval()
     directory = tmp_path_factory.mktemp("model") / "digits"
     model = Model(

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
-from clarity.vae import VAE, build_vae, vae_config
+from clarity.vae import VAE, vae_config
 
 
 def small_vae(architecture: str, shape: tuple[int, int, int], latent_dim: int = 5) -> VAE:
     """A VAE in eval mode with BatchNorm moments of a trained one."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        vae = build_vae(vae_config(architecture, shape, latent_dim=latent_dim, channels=(6, 7, 9))).eval()
+        vae = VAE(vae_config(architecture, shape, latent_dim=latent_dim, channels=(6, 7, 9))).eval()
         for module in vae.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 assert module.running_mean is not None and module.running_var is not None

@@ -11,7 +11,7 @@ from networks import ENSEMBLES, image_ensemble, latent_ensemble, points
 from torch import nn
 
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, stack_members
-from clarity.vae import VAES, VAEConfig, build_vae
+from clarity.vae import VAE, VAES, VAEConfig
 
 
 def test_latent_member_is_a_perceptron() -> None:
@@ -48,7 +48,7 @@ def test_image_member_is_the_encoder_then_the_perceptron() -> None:
 
 def test_image_and_latent_classifier_have_equal_parameter_counts() -> None:
     config = VAEConfig()
-    vae = build_vae(config)
+    vae = VAE(config)
     of_image = ImageEnsemble(EnsembleConfig(10, num_members=1), config)
     of_latent = LatentEnsemble(EnsembleConfig(10, num_members=1))
     on_the_way = [*vae.encoder_layers.parameters(), *vae.mean.parameters(), *of_latent.parameters()]

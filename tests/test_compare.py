@@ -448,9 +448,9 @@ def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: 
 
 
 def comparison_vae(config: Any) -> Any:
-    from clarity.vae import build_vae
+    from clarity.vae import VAE
 
-    return build_vae(config).eval()
+    return VAE(config).eval()
 
 
 @pytest.mark.parametrize(

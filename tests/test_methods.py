@@ -20,7 +20,7 @@ from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
 from clarity.rows import encode_rows, one_thread
 from clarity.search import Counterfactuals, SearchConfig
-from clarity.vae import VAEConfig, build_vae
+from clarity.vae import VAE, VAEConfig
 
 MEMBERS, CLASSES, LATENT, IMAGE = 2, 4, 5, (1, 8, 12)
 ON_IMAGES = [name for name, method in METHODS.items() if method.classifier.startswith("image")]
@@ -43,7 +43,7 @@ def small_model(
     """Random but fixed networks whose members nearly agree; ``linear``: activations and BatchNorm are the identity."""
     with torch.random.fork_rng():
         torch.manual_seed(13)
-        vae = build_vae(VAEConfig(image_shape=image, latent_dim=LATENT, channels=(6, 7)))
+        vae = VAE(VAEConfig(image_shape=image, latent_dim=LATENT, channels=(6, 7)))
         config = EnsembleConfig(num_classes=classes, latent_dim=LATENT, hidden=hidden, num_members=MEMBERS)
         ensembles = LatentEnsemble(config), ImageEnsemble(config, vae.config)
         for module in [*vae.modules(), *ensembles[1].modules()]:

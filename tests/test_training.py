@@ -40,7 +40,7 @@ from clarity.training.loops import (
 from clarity.training.optimiser import Adam, cosine_decay, one_cycle
 from clarity.training.plan import FINISHED, TrainingPlan, begin, plan_training
 from clarity.training.stages import STAGES, Worker, finish, run_stages, stage_done
-from clarity.vae import VAEConfig, build_vae, vae_config
+from clarity.vae import VAE, VAEConfig, vae_config
 
 CONFIG = VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))
 ENSEMBLE = EnsembleConfig(num_classes=3, latent_dim=5, hidden=(6, 7), num_members=5)
@@ -148,7 +148,7 @@ def test_train_vae_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> N
     # What the networks do, not their weights: a bias before BatchNorm has no effect, and follows rounding alone.
     codes = []
     for state in (alone, states[0]):
-        vae = build_vae(CONFIG).eval()
+        vae = VAE(CONFIG).eval()
         vae.load_state_dict(weights_of(state))
         codes.append(encode_rows(vae, images.float() / 255)[0])
     # 0.005 by rounding, which Adam's first steps enlarge; 0.03 when each rank normalises by its own rows.

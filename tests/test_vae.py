@@ -10,9 +10,9 @@ from networks import small_vae
 
 from clarity.vae import (
     LOSSES,
+    VAE,
     VAES,
     VAEConfig,
-    build_vae,
     elbo,
     vae_config,
 )
@@ -32,7 +32,7 @@ def test_vae_shapes_follow_from_the_image(architecture: str, shape: tuple[int, i
 
 
 def test_conv_is_the_papers_network() -> None:
-    vae = build_vae(VAEConfig())
+    vae = VAE(VAEConfig())
     kinds = [type(layer).__name__ for layer in vae.encoder_layers]
     assert kinds == ["Conv2d", "BatchNorm2d", "PReLU"] * 3
     assert vae.feature_shape == (128, 4, 4)
@@ -42,7 +42,7 @@ def test_conv_is_the_papers_network() -> None:
 def test_beta_vae_is_that_of_pytorch_vae_with_a_bounded_output() -> None:
     config = vae_config("beta_vae", (3, 64, 64))
     assert config.channels == (32, 64, 128, 256, 512) and config.latent_dim == 128
-    vae = build_vae(config)
+    vae = VAE(config)
     assert vae.feature_shape == (512, 2, 2)
     assert {type(layer).__name__ for layer in vae.encoder_layers} == {"Conv2d", "BatchNorm2d", "LeakyReLU"}
     # No tanh against images in [0, 1].

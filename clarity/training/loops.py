@@ -20,7 +20,7 @@ from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, s
 from clarity.rows import one_thread
 from clarity.training.batch_norm import synchronise
 from clarity.training.optimiser import Adam, cosine_decay, derived_seed, generator_for, one_cycle
-from clarity.vae import VAEConfig, build_vae, elbo
+from clarity.vae import VAE, VAEConfig, elbo
 
 Stacked = LatentEnsemble | ImageEnsemble
 
@@ -192,7 +192,7 @@ def train_vae(
     images = images.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        vae = build_vae(config)
+        vae = VAE(config)
     if state is not None:
         vae.load_state_dict(weights_of(state))
     vae.to(device).to(memory_format=torch.channels_last).train()

@@ -34,7 +34,7 @@ from clarity.training.loops import (
     weights_of,
 )
 from clarity.training.plan import FINISHED, TrainingPlan, is_finished, save_finished
-from clarity.vae import build_vae
+from clarity.vae import VAE
 
 #: Seconds of work that a killed run may lose.
 CHECKPOINT_SECONDS = 15.0
@@ -161,7 +161,7 @@ def follow(
 
 def encode_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:
     """Encodes the training split, each worker some blocks of it."""
-    vae = build_vae(plan.vae)
+    vae = VAE(plan.vae)
     vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
     vae.to(worker.device).eval()
     starts = range(0, len(images.pixels), ENCODE_ROWS)
@@ -262,7 +262,7 @@ def train_members_stage(
 
 def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -> Model:
     """Assembles the trained parts, measures them on the held-out split, and writes the model directory."""
-    vae = build_vae(plan.vae)
+    vae = VAE(plan.vae)
     vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
     folds = [assemble(plan, plan.fold_kind(fold), LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
     image_ensemble = None
