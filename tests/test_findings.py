@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
-import polars
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from audits import Planted, Tables, make_tables
 
 from clarity import findings, schema
+from clarity.audit.queries import connect
 
 ALARMS = {"unread", "shortcut", "labels", "epistemic", "reencoding", "unconverged", "asymmetry", "edge", "predictions"}
 
 
 def told(tables: Tables, **others: Any) -> dict[str, findings.Finding]:
-    con = findings.connect(tables.codes, tables.counterfactuals, **others)
+    con = connect(tables.codes, tables.counterfactuals, **others)
     source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
     differences = findings.mean_differences(tables.before, tables.after, source, target, len(tables.class_names))
     found, quiet = findings.find(findings.gather(con, tables.class_names, tables.config(), differences))
@@ -112,7 +109,7 @@ def test_find_tells_what_does_not_survive_encoding() -> None:
 
 def test_find_counts_what_was_not_read_or_not_finite() -> None:
     tables = make_tables(planted=Planted(unreadable=3, nonfinite=2))
-    con = findings.connect(tables.codes, tables.counterfactuals)
+    con = connect(tables.codes, tables.counterfactuals)
     found, _ = findings.find(findings.gather(con, tables.class_names, tables.config()))
     sentences = [finding.sentence for finding in found if finding.kind == "unread"]
     assert any("3 of 120 images (2.5 %) were not explained: “truncated PNG” (3)" in s for s in sentences)
@@ -206,15 +203,7 @@ def overlapping_classes(flips: float, swap: bool, seed: int = 0) -> tuple[pa.Tab
     return table, np.isin(np.arange(4000), wrong)
 
 
-NO_PAIRS = pa.table(
-    {
-        "image_id": pa.array([], pa.string()),
-        "target": pa.array([], pa.int32()),
-        "converged": pa.array([], pa.bool_()),
-        "distance_z_l1": pa.array([], pa.float32()),
-        "steps": pa.array([], pa.int32()),
-    }
-)
+NO_PAIRS = schema.counterfactuals_schema(3).empty_table()
 
 
 def average_precision(found: np.ndarray) -> float:
@@ -256,74 +245,3 @@ def test_label_suspicion_leaves_out_what_has_no_label() -> None:
     assert findings.label_suspicion(codes, tables.counterfactuals).num_rows == 33
     none = tables.codes.set_column(place, "label", pa.nulls(40, pa.int32()))
     assert findings.label_suspicion(none, tables.counterfactuals).num_rows == 0
-
-
-@pytest.mark.parametrize("name", findings.QUERIES)
-def test_query_stands_in_the_documentation_with_its_columns(name: str) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "queries.md").read_text()
-    query = findings.QUERIES[name]
-    part = text[text.index(f"## `{name}`") :].split("\n## ")[0]
-    assert query.doc in part and query.sql.strip() in part
-    con = findings.connect(
-        *(
-            getattr(make_tables(40, planted=Planted(prediction_errors=3)), table)
-            for table in ("codes", "counterfactuals")
-        )
-    )
-    con.execute("CREATE VIEW metadata AS SELECT image_id, 'a' AS segment FROM codes")
-    columns = con.sql(query.sql, params=query.parameters).columns
-    head = next(line for line in part.splitlines() if line.startswith("│"))
-    shown = [word.strip() for word in head.strip("│").split("│") if word.strip() != "…"]
-    assert set(shown) <= set(columns) and (len(shown) == len(columns) or "…" in head)
-
-
-@pytest.mark.parametrize("name", findings.QUERIES)
-def test_query_runs_and_is_documented(name: str) -> None:
-    tables = make_tables(planted=Planted(hard=(1, 3), wrong_labels=4, unreadable=2, prediction_errors=5))
-    metadata = pa.table(
-        {"image_id": tables.codes["image_id"], "segment": [f"s{i % 3}" for i in range(tables.codes.num_rows)]}
-    )
-    con = findings.connect(tables.codes, tables.counterfactuals, metadata=metadata)
-    parameters = {"source": "bee", "target": "cow"} if name == "closest_to" else {}
-    table = findings.query(con, name, **parameters)
-    assert table.num_rows and findings.QUERIES[name].doc.endswith((".", "?"))
-
-
-def test_query_answers_agree_with_pandas_and_polars(tmp_path: Any) -> None:
-    tables = make_tables(planted=Planted(hard=(1, 3)))
-    path = tmp_path / "it's.parquet"
-    pq.write_table(tables.counterfactuals, path)
-    con = findings.connect(tables.codes, [path])
-    nearest = findings.query(con, "nearest_counterfactual", count=1000)
-    frame = pandas.read_parquet(path)
-    frame = frame[frame.converged].sort_values(["distance_z_l1", "target"]).groupby("image_id").first()
-    assert nearest.num_rows == len(frame)
-    assert frame.loc[nearest["image_id"].to_pylist(), "target_name"].tolist() == nearest["target_name"].to_pylist()
-    matrix = findings.query(con, "class_pairs").to_pylist()
-    expected = (
-        polars.read_parquet(path)
-        .group_by("source", "target")
-        .agg(polars.col("steps").filter(polars.col("converged")).median(), polars.col("converged").mean().round(4))
-        .sort("source", "target")
-        .to_dicts()
-    )
-    assert [(row["median_steps"], row["strict_validity"]) for row in matrix] == [
-        (row["steps"], row["converged"]) for row in expected
-    ]
-
-
-def test_query_finds_the_images_closest_to_another_class() -> None:
-    tables = make_tables(planted=Planted(edge=5))
-    con = findings.connect(tables.codes, tables.counterfactuals)
-    rows = findings.query(con, "closest_to", source="ant", target="cow", count=3).to_pylist()
-    assert len(rows) == 3 and rows[0]["image_id"] in tables.edge
-    assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
-
-
-def test_query_refuses_what_it_does_not_know() -> None:
-    tables = make_tables(40)
-    con = findings.connect(tables.codes, tables.counterfactuals)
-    with pytest.raises(ValueError, match="unknown query 'hardest'; choose one of class_pairs"):
-        findings.query(con, "hardest")
-    with pytest.raises(ValueError, match="takes \\['count'\\], not \\['limit'\\]"):
-        findings.query(con, "hardest_pairs", limit=3)

@@ -19,6 +19,7 @@ import torch
 from audits import Planted, make_tables, write_audit
 
 from clarity import report, schema
+from clarity.audit import queries
 
 ROOT = Path(__file__).parent.parent
 EVERYTHING = Planted(hard=(1, 3), asymmetry=(0, 2), wrong_labels=4, edge=5, rising=2, lost=1, unreadable=2, nonfinite=1)
@@ -110,7 +111,7 @@ def test_report_reads_an_audit_in_either_way(tmp_path: Path, tiny_model: Any, mo
     place = write_audit(tmp_path / "audit", make_tables(planted=EVERYTHING), tiny_model)
     by_files = Path(report.write_report([place]).uri).read_text()
     # As from an object store: DuckDB scans what Arrow reads.
-    monkeypatch.setattr(report, "_scannable", lambda dataset: dataset)
+    monkeypatch.setattr(queries, "local_paths", lambda table: table)
     assert Path(report.write_report([place]).uri).read_text() == by_files
 
 

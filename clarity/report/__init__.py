@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image, features
 
 from clarity import __version__, findings, storage
+from clarity.audit.queries import connect, load_queries, load_views
 from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
 from clarity.images import decode_png
 from clarity.report.text import percent, plural, probability
@@ -182,7 +183,7 @@ def _open(uri: str, bounds: Bounds) -> _View:
     audit = read_audit(uri)
     judged = storage.join(uri, ATTRIBUTES_FILE)
     others = {"attributes": pq.read_table(io.BytesIO(storage.read_bytes(judged)))} if storage.exists(judged) else {}
-    con = findings.connect(*(_scannable(table) for table in (audit.codes, audit.counterfactuals)), **others)
+    con = connect(audit.codes, audit.counterfactuals, **others)
     model = _load(uri)
     view = _View(
         uri=uri,
@@ -198,18 +199,6 @@ def _open(uri: str, bounds: Bounds) -> _View:
     view.facts = findings.gather(con, view.class_names, audit.plan.config, _differences(view, bounds))
     view.findings, view.quiet = findings.find(view.facts)
     return view
-
-
-def _scannable(dataset: Any) -> Any:
-    """Paths where the files are local, which DuckDB reads itself with pages left out; else the Arrow data set."""
-    files = getattr(dataset, "files", None)
-    if (
-        files
-        and isinstance(getattr(dataset.filesystem, "type_name", None), str)
-        and dataset.filesystem.type_name == "local"
-    ):
-        return list(files)
-    return dataset
 
 
 def _load(uri: str) -> Model | None:
@@ -723,8 +712,8 @@ class _Page:
             predictions=self._predictions(data["audits"][0]),
             views_sql=_views_sql(self.first.uri),
             queries={
-                name: {"doc": query.doc, "sql": query.sql.strip()}
-                for name, query in findings.QUERIES.items()
+                name: {"doc": query.doc, "sql": query.sql}
+                for name, query in load_queries().items()
                 if name != "predictions" or "prediction" in self.first.audit.codes.schema.names
             },
             terms=TERMS,
@@ -1224,8 +1213,9 @@ def _plan_text(view: _View) -> str:
 
 
 def _views_sql(uri: str) -> str:
-    place = storage.display(uri).rstrip("/").replace("'", "''")
-    return "\n".join(f"CREATE VIEW {name} AS FROM '{place}/{name}/*.parquet';" for name in ("codes", "counterfactuals"))
+    path = storage.display(uri).rstrip("/").replace("'", "''")
+    tables = [f"CREATE VIEW {name} AS FROM '{path}/{name}/*.parquet';" for name in ("codes", "counterfactuals")]
+    return "\n".join([*tables, load_views()["class_pair_figures"].strip()])
 
 
 def _shown_size(tiles: _Tiles, height: int) -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Asks every documented question of an audit of the shipped digits, and writes the answers into the documentation.
 
-    python jobs/explain_all.py && python tests/experiments/queries.py [--check]
+    python jobs/explain_all.py && python docs/queries.py [--check]
 
 Rewrites the part of docs/queries.md below its first question, and the answer on the README's first screen; with --check
 it says what would change, and changes nothing.
@@ -25,11 +25,13 @@ import pyarrow as pa
 from PIL import Image
 
 import clarity
-from clarity import data, findings
+from clarity import data
+from clarity.audit import queries
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 AUDIT = "runs/digits/audit"
 SHOWN = 5
+VIEWS = "What several questions share, with the page and the figures:"
 #: What is said between a question's SQL and its answer, where the answer needs more than the audit.
 ABOUT = {
     "predictions": """Here one's own model is a simple one: the class whose mean training image is nearest in pixels.
@@ -68,7 +70,7 @@ def by_nearest_mean(codes: pa.Table, class_names: list[str]) -> pa.Table:
 
 def answer(con: duckdb.DuckDBPyConnection, name: str) -> str:
     """A question and its answer, as Markdown."""
-    query = findings.QUERIES[name]
+    query = queries.load_queries()[name]
     parameters = {**query.parameters, **({"count": SHOWN} if "count" in query.parameters else {})}
     told = con.sql(query.sql, params=parameters).to_arrow_table()
     said = ", ".join(f"{key} = {value!r}" for key, value in parameters.items())
@@ -80,18 +82,20 @@ def answer(con: duckdb.DuckDBPyConnection, name: str) -> str:
     with contextlib.redirect_stdout(drawn):
         duckdb.from_arrow(told).show(max_width=120)  # columns in the middle of a wider table are left out
     shown = drawn.getvalue().rstrip()
-    parts = [f"## `{name}`", query.doc, f"```sql\n{query.sql.strip()}\n```", about, f"```text\n{shown}\n```"]
+    parts = [f"### `{name}`", query.doc, f"```sql\n{query.sql}\n```", about, f"```text\n{shown}\n```"]
     return "\n\n".join(part for part in parts if part)
 
 
 def documented(text: str, audit: Any) -> str:
     """docs/queries.md with the answers of an audit."""
     codes = audit.codes.to_table()
-    con = findings.connect(
+    con = queries.connect(
         by_nearest_mean(codes, audit.class_names), audit.counterfactuals.to_table(), metadata=by_ink(codes)
     )
-    head = text[: text.index("\n## `")]
-    return head + "\n" + "\n\n".join(answer(con, name) for name in findings.QUERIES) + "\n"
+    head = text[: text.index("\n## Views\n")]
+    views = [f"```sql\n{view.strip()}\n```" for view in queries.load_views().values()]
+    parts = ["## Views", VIEWS, *views, "## Questions", *(answer(con, name) for name in queries.load_queries())]
+    return head + "\n" + "\n\n".join(parts) + "\n"
 
 
 def first_screen(text: str) -> str:

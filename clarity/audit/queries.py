@@ -1,0 +1,103 @@
+"""Documented SQL questions to an audit, by DuckDB.
+
+Each question is a file in sql/: in its first comments what it answers and the defaults of its parameters as JSON, then
+SQL over the tables ``codes`` and ``counterfactuals`` and the views in sql/views/.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question: what it answers, its SQL with $parameters, and their defaults."""
+
+    doc: str
+    sql: str
+    parameters: dict[str, Any]
+
+
+@functools.cache
+def load_queries() -> dict[str, Query]:
+    """Every question of sql/, by name."""
+    return {name: parse_query(text) for name, text in read_sql("sql").items()}
+
+
+@functools.cache
+def load_views() -> dict[str, str]:
+    """The views that questions, findings, figures and the page share: CREATE VIEW statements, by name."""
+    return read_sql("sql/views")
+
+
+def read_sql(directory: str) -> dict[str, str]:
+    """The texts of the .sql files of a directory beside this file, by name, sorted."""
+    files = resources.files("clarity.audit").joinpath(directory).iterdir()
+    return {file.name[:-4]: file.read_text("utf-8") for file in sorted(files, key=str) if file.name.endswith(".sql")}
+
+
+def parse_query(text: str) -> Query:
+    """Splits a question's file into its first comments, its parameters and its SQL."""
+    lines = text.splitlines()
+    comments = [line.removeprefix("-- ") for line in lines if line.startswith("--")]
+    parameters = [line.removeprefix("Parameters: ") for line in comments if line.startswith("Parameters: ")]
+    return Query(
+        doc=" ".join(line for line in comments if not line.startswith("Parameters: ")),
+        sql="\n".join(line for line in lines if not line.startswith("--")),
+        parameters=json.loads(parameters[0]) if parameters else {},
+    )
+
+
+def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyConnection:
+    """Opens a DuckDB in memory with ``codes``, ``counterfactuals``, one table for each of ``others``, and the views.
+
+    Each may be anything that DuckDB scans: an Arrow table or data set (so an audit on an object store works), a pandas
+    or Polars frame, or a list of Parquet paths. An Arrow data set of local files is read from its paths, which is
+    fastest.
+    """
+    con = duckdb.connect()
+    con.execute("SET enable_progress_bar = false")  # it would be drawn into notebooks
+    for name, table in {"codes": codes, "counterfactuals": counterfactuals, **others}.items():
+        table = local_paths(table)
+        if isinstance(table, list):
+            paths = ", ".join("'" + str(path).replace("'", "''") + "'" for path in table)
+            con.execute(f'CREATE VIEW "{name}" AS FROM read_parquet([{paths}])')
+        else:
+            con.register(name, table)
+    for name, view in load_views().items():
+        if name != "agreement" or has_predictions(con):
+            con.execute(view)
+    return con
+
+
+def local_paths(table: Any) -> Any:
+    """The paths of an Arrow data set of local files; anything else as it is."""
+    is_local = getattr(getattr(table, "filesystem", None), "type_name", None) == "local"
+    return list(table.files) if is_local and table.files else table
+
+
+def has_predictions(con: duckdb.DuckDBPyConnection) -> bool:
+    """Whether the audit was given predictions of the user's own model."""
+    return "prediction" in con.table("codes").columns
+
+
+def query(con: duckdb.DuckDBPyConnection, name: str, **parameters: Any) -> pa.Table:
+    """Answers one of the documented questions; parameters left out take their documented defaults.
+
+    Raises:
+        ValueError: for an unknown question or parameter.
+    """
+    queries = load_queries()
+    if name not in queries:
+        raise ValueError(f"name: expected one of {', '.join(queries)}, got {name!r}")
+    known = queries[name].parameters
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ValueError(f"parameters: {name} takes {sorted(known) or 'none'}, got {unknown}")
+    return con.sql(queries[name].sql, params={**known, **parameters}).to_arrow_table()

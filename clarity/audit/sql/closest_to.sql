@@ -1,0 +1,9 @@
+-- The images of one class that are closest to being another: which images of class 4 are closest to being a 9?
+-- Parameters: {"source": "4", "target": "9", "count": 10}
+SELECT image_id, steps, round(distance_z_l1, 2) AS distance,
+       round(target_prob_initial, 4) AS target_prob_initial,
+       round(target_prob_final, 4) AS target_prob_final
+FROM counterfactuals
+WHERE source_name = $source AND target_name = $target AND converged
+ORDER BY distance_z_l1, image_id
+LIMIT $count

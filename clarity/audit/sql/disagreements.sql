@@ -1,0 +1,9 @@
+-- Images whose label the ensemble does not see, the least probable label first (SQL counts from 1).
+-- Parameters: {"count": 10}
+SELECT image_id, label_name, source_name,
+       round(probs[label + 1], 4) AS label_prob,
+       round(epistemic, 3) AS epistemic
+FROM codes
+WHERE status = 'ok' AND label <> source
+ORDER BY probs[label + 1], image_id
+LIMIT $count

@@ -1,0 +1,111 @@
+"""The documented questions: each runs, stands in the documentation, and agrees with pandas and Polars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from audits import Planted, make_tables
+
+from clarity.audit.queries import connect, load_queries, load_views, query
+
+DOCS = Path(__file__).parent.parent.parent / "docs" / "queries.md"
+
+
+@pytest.mark.parametrize("name", load_queries())
+def test_query_stands_in_the_documentation_with_its_columns(name: str) -> None:
+    text = DOCS.read_text()
+    asked = load_queries()[name]
+    part = text[text.index(f"### `{name}`") :].split("\n### ")[0]
+    assert asked.doc in part and asked.sql in part
+    tables = make_tables(40, planted=Planted(prediction_errors=3))
+    con = connect(tables.codes, tables.counterfactuals)
+    con.execute("CREATE VIEW metadata AS SELECT image_id, 'a' AS segment FROM codes")
+    columns = con.sql(asked.sql, params=asked.parameters).columns
+    head = next(line for line in part.splitlines() if line.startswith("│"))
+    shown = [word.strip() for word in head.strip("│").split("│") if word.strip() != "…"]
+    assert set(shown) <= set(columns) and (len(shown) == len(columns) or "…" in head)
+
+
+@pytest.mark.parametrize("name", load_views())
+def test_view_stands_in_the_documentation(name: str) -> None:
+    assert load_views()[name].strip() in DOCS.read_text()
+
+
+@pytest.mark.parametrize("name", load_queries())
+def test_query_runs_and_is_documented(name: str) -> None:
+    tables = make_tables(planted=Planted(hard=(1, 3), wrong_labels=4, unreadable=2, prediction_errors=5))
+    metadata = pa.table(
+        {"image_id": tables.codes["image_id"], "segment": [f"s{i % 3}" for i in range(tables.codes.num_rows)]}
+    )
+    con = connect(tables.codes, tables.counterfactuals, metadata=metadata)
+    parameters = {"source": "bee", "target": "cow"} if name == "closest_to" else {}
+    table = query(con, name, **parameters)
+    assert table.num_rows and load_queries()[name].doc.endswith((".", "?"))
+
+
+def test_query_answers_agree_with_pandas_and_polars(tmp_path: Path) -> None:
+    tables = make_tables(planted=Planted(hard=(1, 3)))
+    path = tmp_path / "it's.parquet"
+    pq.write_table(tables.counterfactuals, path)
+    con = connect(tables.codes, [path])
+    nearest = query(con, "nearest_counterfactual", count=1000)
+    frame = pandas.read_parquet(path)
+    frame = frame[frame.converged].sort_values(["distance_z_l1", "target"]).groupby("image_id").first()
+    assert nearest.num_rows == len(frame)
+    assert frame.loc[nearest["image_id"].to_pylist(), "target_name"].tolist() == nearest["target_name"].to_pylist()
+    matrix = query(con, "class_pairs").to_pylist()
+    expected = (
+        polars.read_parquet(path)
+        .group_by("source", "target")
+        .agg(polars.col("steps").filter(polars.col("converged")).median(), polars.col("converged").mean().round(4))
+        .sort("source", "target")
+        .to_dicts()
+    )
+    assert [(row["median_steps"], row["strict_validity"]) for row in matrix] == [
+        (row["steps"], row["converged"]) for row in expected
+    ]
+
+
+def test_query_finds_the_images_closest_to_another_class() -> None:
+    tables = make_tables(planted=Planted(edge=5))
+    con = connect(tables.codes, tables.counterfactuals)
+    rows = query(con, "closest_to", source="ant", target="cow", count=3).to_pylist()
+    assert len(rows) == 3 and rows[0]["image_id"] in tables.edge
+    assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
+
+
+def test_query_refuses_what_it_does_not_know() -> None:
+    tables = make_tables(40)
+    con = connect(tables.codes, tables.counterfactuals)
+    with pytest.raises(ValueError, match=r"name: expected one of asymmetries, .*, got 'hardest'"):
+        query(con, "hardest")
+    with pytest.raises(ValueError, match="takes \\['count'\\], got \\['limit'\\]"):
+        query(con, "hardest_pairs", limit=3)
+
+
+def test_views_agree_with_numpy() -> None:
+    tables = make_tables(planted=Planted(hard=(1, 3), nonfinite=2, prediction_errors=5))
+    con = connect(tables.codes, tables.counterfactuals)
+    pairs = tables.counterfactuals.to_pandas()
+    total = con.sql("FROM class_pair_figures WHERE source IS NULL").df().iloc[0]
+    good = pairs[pairs.converged]
+    assert (total.pairs, total.converged, total.nonfinite) == (len(pairs), len(good), 2)
+    assert total.median_distance == np.median(good.distance_z_l1) and total.mean_steps == pairs.steps.mean()
+    cell = con.sql("FROM class_pair_figures WHERE source = 1 AND target = 3").df().iloc[0]
+    mine = pairs[(pairs.source == 1) & (pairs.target == 3)]
+    assert cell.strict_validity == mine.converged.mean() and cell.median_steps == mine.steps[mine.converged].median()
+    agreement = con.sql("FROM agreement").df()
+    assert agreement.images.sum() == 120
+    assert agreement.images[agreement.prediction == agreement.source].sum() == 115
+
+
+def test_agreement_is_absent_without_predictions() -> None:
+    tables = make_tables(40)
+    con = connect(tables.codes, tables.counterfactuals)
+    assert con.sql("SHOW TABLES").df().name.tolist() == ["class_pair_figures", "codes", "counterfactuals"]
