@@ -61,7 +61,7 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
 
 
 def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
-    """The listing with ``schema.PREDICTIONS_DOC``'s columns: null for an image without a prediction.
+    """The listing with ``schema.PREDICTIONS``'s columns: null for an image without a prediction.
 
     Args:
         listing: the images that are asked for.

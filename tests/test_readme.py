@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clarity.schema import CODES_DOC, COUNTERFACTUALS_DOC, PREDICTIONS_DOC, TRACES_DOC
+from clarity.schema import CODES, COUNTERFACTUALS, PREDICTIONS, TRACES, Column
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,12 +48,12 @@ def test_flags_are_found_in_the_jobs_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "docs"),
-    [("codes", CODES_DOC | PREDICTIONS_DOC), ("counterfactuals", COUNTERFACTUALS_DOC), ("traces", TRACES_DOC)],
+    ("table", "columns"),
+    [("codes", CODES | PREDICTIONS), ("counterfactuals", COUNTERFACTUALS), ("traces", TRACES)],
 )
-def test_readme_names_every_column(table: str, docs: dict[str, str]) -> None:
+def test_readme_names_every_column(table: str, columns: dict[str, Column]) -> None:
     text = section(f"`{table}/*.parquet`")
-    assert not [column for column in docs if f"`{column}`" not in text]
+    assert not [column for column in columns if f"`{column}`" not in text]
 
 
 def test_readme_names_every_source_method_and_vae() -> None:

@@ -12,7 +12,7 @@ from clarity.images import decode_png, encode_png
 
 def test_codes_schema_documents_every_column() -> None:
     found = schema.codes_schema(4, 5)
-    assert found.names == list(schema.CODES_DOC)
+    assert found.names == list(schema.CODES)
     assert all(field.metadata[b"doc"] for field in found)
     assert found.field("probs").type == pa.list_(pa.float32(), 4)
     assert found.field("z").type == pa.list_(pa.float32(), 5)
@@ -20,7 +20,7 @@ def test_codes_schema_documents_every_column() -> None:
 
 def test_counterfactuals_schema_documents_every_column() -> None:
     found = schema.counterfactuals_schema(5)
-    assert found.names == list(schema.COUNTERFACTUALS_DOC)
+    assert found.names == list(schema.COUNTERFACTUALS)
     assert found.field("z_cf").type == pa.list_(pa.float32(), 5)
     assert not found.field("target").nullable
 

@@ -135,7 +135,7 @@ def check_codes(shard: Shard) -> Iterator[str]:
         yield "codes does not hold the shard's images, each once and in order"
     failed = pc.not_equal(shard.codes["status"], "ok")
     bad, read = shard.codes.filter(failed), shard.codes.filter(pc.invert(failed))
-    values = [name for name in schema.CODES_DOC if name not in ("image_id", "label", "label_name", "status", "error")]
+    values = [name for name in schema.CODES if name not in ("image_id", "label", "label_name", "status", "error")]
     if any(bad[name].null_count != len(bad) for name in values) or bad["error"].null_count:
         yield "codes has an error row with values, or without its reason"
     if any(read[name].null_count for name in values if name != "x") or read["error"].null_count != len(read):

@@ -32,7 +32,7 @@ from clarity.data.parquet import list_parquet, parquet_attributes, read_parquet
 from clarity.images import Preprocessing, UnreadableImage, open_image, orientation
 
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
-TAKEN = {*LISTING_COLUMNS, *schema.CODES_DOC, *schema.PREDICTIONS_DOC, "image", "split"}
+TAKEN = {*LISTING_COLUMNS, *schema.CODES, *schema.PREDICTIONS, "image", "split"}
 
 
 def open_dataset(
