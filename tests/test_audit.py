@@ -470,6 +470,17 @@ def test_audit_repr_says_what_is_there(filled: str) -> None:
     assert "5 rows" in said[3] and "12 rows" in said[4]
 
 
+def test_audit_query_answers_a_documented_question(filled: str) -> None:
+    opened = read_audit(filled)
+    pairs = opened.counterfactuals.to_table()
+    source, target = pairs["source_name"][0].as_py(), pairs["target_name"][0].as_py()
+    found = opened.query("closest_to", source=source, target=target)
+    mine = pc.and_(pc.equal(pairs["source_name"], source), pc.equal(pairs["target_name"], target))
+    assert len(found) == len(pairs.filter(pc.and_(mine, pairs["converged"])))
+    with pytest.raises(ValueError, match="name: expected one of"):
+        opened.query("closest")
+
+
 def test_read_audit_of_a_finished_one_follows_its_commits(filled: str) -> None:
     assert read_audit(filled).complete
     Path(filled, "_commits/shard-00001.json").unlink()
@@ -719,6 +730,19 @@ def test_summarise_counts(plan: Plan, filled: str) -> None:
     assert found["engines"] == {"plain": 3}
     assert found["seconds_by_stage"] == {"search": 1.5}
     assert len(found["slowest_class_pairs"]) == 5
+    slowest = found["slowest_class_pairs"][0]
+    mine = pairs.filter(
+        pc.and_(pc.equal(pairs["source_name"], slowest["source"]), pc.equal(pairs["target_name"], slowest["target"]))
+    )
+    assert slowest["pairs"] == len(mine) and slowest["mean_steps"] == round(pc.mean(mine["steps"]).as_py(), 1)
+
+
+def test_summarise_of_nothing_is_empty(plan: Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "audit")
+    with claim(uri, plan, model_dir):
+        found = read_audit(uri).summary()
+    assert (found["images"], found["pairs"], found["converged"]) == (0, 0, 0)
+    assert found["mean_steps"] is None and found["median_steps"] is None and found["slowest_class_pairs"] == []
 
 
 # ---- other readers -------------------------------------------------------------------------------------------------

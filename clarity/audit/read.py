@@ -13,6 +13,7 @@ import pyarrow.dataset as pads
 from clarity import storage
 from clarity.audit.commits import commit_path, files_below, valid_commits
 from clarity.audit.plan import Plan, read_plan
+from clarity.audit.queries import connect, query
 from clarity.audit.summary import summarise
 
 #: Attributes of each pair as the attribute network sees them; written by the comparison beside the audit's tables.
@@ -43,6 +44,14 @@ class Audit:
     def summary(self) -> dict[str, Any]:
         """Counts, reasons of failures, steps, slowest class pairs and seconds of the rows that are there."""
         return summarise(self.plan, self.commits, self.codes, self.counterfactuals)
+
+    def query(self, name: str, **parameters: Any) -> pa.Table:
+        """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``.
+
+        Raises:
+            ValueError: for an unknown question or parameter.
+        """
+        return query(connect(self.codes, self.counterfactuals), name, **parameters)
 
     def __repr__(self) -> str:
         """The audit in a few lines."""
