@@ -1,17 +1,18 @@
-"""From a shard of images to the rows of an audit: encode, predict, search every wanted target, decode, judge.
+"""Explains a shard of images: encode, pair each image with its targets, search, decode to 8 bits, build the tables.
 
-Here the rooms meet: models, methods and tables. Does not know how shards come and go, nor Ray.
+Combines model, method and schema into output tables; each stage hands the next a frozen result. Does not know how
+shards are read and written, nor Ray.
 
-Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
+Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from clarity import data, schema
-from clarity.ids import fold_of, noise
+from clarity.classifiers import LatentEnsemble
+from clarity.ids import fold_of
+from clarity.ids import noise as draw_noise
 from clarity.images import encode_png_column
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model, load_model
@@ -29,8 +32,63 @@ from clarity.rows import Prediction, decode_rows, encode_rows, logits_rows, mean
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.uncertainty import decompose
 
-#: Pairs whose pictures exist as floats at one time; bounds the memory, changes no row.
+#: Pairs decoded at a time. Bounds the memory of float images; does not change any row.
 CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Explained:
+    """The tables of a shard, and ``stats``: engine, device, threads, seconds by stage."""
+
+    codes: pa.Table
+    counterfactuals: pa.Table
+    stats: dict[str, Any]
+    traces: pa.Table | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """B images and what one ensemble predicts for them; ``model`` carries that ensemble."""
+
+    model: Model
+    image_id: pa.Array
+    label: pa.Array
+    label_name: pa.Array
+    extra: pa.Table
+    pixels: np.ndarray
+    x: Tensor
+    z: Tensor
+    log_var: Tensor
+    noise: Tensor
+    reconstruction: Tensor
+    prediction: Prediction
+    source: np.ndarray
+
+
+@dataclass(frozen=True)
+class Asked:
+    """P pairs to search: ``image`` (P,) indexes the encoded images, ``target`` (P,) are the wanted classes."""
+
+    image: np.ndarray
+    target: np.ndarray
+    pairs: Pairs
+
+
+@dataclass(frozen=True)
+class Written:
+    """P counterfactual images as they are written, and what the ensemble predicts for them.
+
+    Args:
+        pixels: (P, C, H, W) uint8.
+        distance_x_l1: (P,), between the decoded counterfactual and the reconstruction, before rounding to 8 bits.
+        z: (P, D), the codes of ``pixels``.
+        probs: (P, K), mean probabilities of the latent ensemble at those codes.
+    """
+
+    pixels: np.ndarray
+    distance_x_l1: np.ndarray
+    z: Tensor
+    probs: np.ndarray
 
 
 class Clock:
@@ -47,62 +105,21 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-@dataclass
-class Explained:
-    """The tables of a shard, and ``stats``: engine, device, threads, seconds by stage."""
-
-    codes: pa.Table
-    counterfactuals: pa.Table
-    stats: dict[str, Any]
-    traces: pa.Table | None = None
-
-
-@dataclass
-class _Part:
-    """Images that one ensemble explains, and what is known of them so far: B images, P pairs.
-
-    ``of`` (P,) is the image of each pair, ``target`` (P,) its target.
-    """
-
-    model: Model
-    ids: list[str]
-    label: pa.Array
-    pixels: np.ndarray = field(init=False)
-    x: Tensor = field(init=False)
-    z: Tensor = field(init=False)
-    log_var: Tensor = field(init=False)
-    noise: Tensor = field(init=False)
-    reconstruction: Tensor = field(init=False)
-    seen: Prediction = field(init=False)
-    source: np.ndarray = field(init=False)
-    of: np.ndarray = field(init=False)
-    target: np.ndarray = field(init=False)
-    pairs: Pairs = field(init=False)
-    found: Counterfactuals = field(init=False)
-    initial: Prediction = field(init=False)
-    final: Prediction = field(init=False)
-    z_cf: Tensor = field(init=False)
-    off: np.ndarray = field(init=False)
-    shown: np.ndarray = field(init=False)
-    again: np.ndarray = field(init=False)
-
-
 class Explainer:
     """Explains shards of images with one method and one model.
 
     A row's bits depend on its image, its target, the model and the configuration alone.
 
     Args:
-        model: a Model, or the place of one.
+        model: a Model, which is copied where it has to be moved to another device, or the URI of one.
         method: a key of METHODS.
         config: of the search.
-        targets: class indices to ask for; None for all. The class that the model sees is never asked for.
+        targets: wanted class indices; None for all. An image's own predicted class is never a target.
         images: png, or none to keep codes only.
-        only: all, or misclassified: the images for which the model sees another class than the data.
-        by_fold: judge and search each image with the classifiers of the fold that did not see it, for images that the
-            model was trained on.
-        device: auto, cpu or cuda.
-        threads: of this process; None leaves them as they are.
+        only: all, or misclassified: pairs only for images whose predicted class is not their label.
+        by_fold: explain each image by the ensemble of the fold that has not seen it, for images of the training split.
+        device: auto (cuda where there is one), cpu or cuda.
+        threads: of the search and of inference on a CPU; None for torch's number.
         engine: of the search; a key of ENGINES, or auto.
     """
 
@@ -120,30 +137,27 @@ class Explainer:
         threads: int | None = None,
         engine: str = "auto",
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-        if images not in ("png", "none"):
-            raise ValueError(f"unknown images {images!r}; choose from png, none")
-        if only not in ("all", "misclassified"):
-            raise ValueError(f"unknown only {only!r}; choose from all, misclassified")
+        for name, value, choices in (
+            ("method", method, METHODS),
+            ("images", images, ("png", "none")),
+            ("only", only, ("all", "misclassified")),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.model = load_model(model, device) if isinstance(model, str | Path) else model.to(device)
-        self.method, self.config, self.images, self.only, self.engine = (
-            method,
-            config or SearchConfig(),
-            images,
-            only,
-            engine,
-        )
-        self.device, self.threads = device, threads or torch.get_num_threads()
-        self.targets = tuple(range(self.model.num_classes)) if targets is None else tuple(sorted(set(targets)))
-        if bad := [target for target in self.targets if not 0 <= target < self.model.num_classes]:
-            raise ValueError(f"targets {bad}: expected class indices below {self.model.num_classes}")
-        require_classifier(self.model, method)
-        self.folds = self.model.folds if by_fold else ()
+        if isinstance(model, str | Path):
+            model = load_model(model, device)
+        elif model.device.type != torch.device(device).type:
+            model = copy.deepcopy(model).to(device)
+        self.model, self.method, self.config = model, method, config or SearchConfig()
+        self.images, self.only, self.device, self.engine = images, only, device, engine
+        self.threads = threads or torch.get_num_threads()
+        self.targets = tuple(range(model.num_classes)) if targets is None else tuple(sorted(set(targets)))
+        if bad := [target for target in self.targets if not 0 <= target < model.num_classes]:
+            raise ValueError(f"targets {bad}: expected class indices below {model.num_classes}")
+        require_classifier(model, method)
+        self.folds = model.folds if by_fold else ()
 
     def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """Explain a shard (``schema.shard_schema``): its codes sorted by image_id, its pairs by (target, image_id).
@@ -151,7 +165,7 @@ class Explainer:
         Args:
             shard: images, or the reasons why they could not be read.
             extra: further columns for ``codes``, a row for each of the shard.
-            trace: how many of its first images are traced too.
+            trace: also record the search paths of this many of its first images.
         """
         explained = self.search_shard(shard, extra, trace)
         shape = self.model.image_shape
@@ -160,251 +174,262 @@ class Explainer:
         return replace(explained, codes=codes, counterfactuals=pairs)
 
     def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
-        """``explain_shard`` before its pictures are made: columns ``x`` and ``x_cf`` hold raw pixels."""
-        # What is worth several threads starts its own.
-        with one_thread():
-            return self._search_shard(shard, extra, trace)
-
-    def _search_shard(self, shard: pa.Table, extra: pa.Table | None, trace: int) -> Explained:
-        clock = Clock()
-        extra = extra if extra is not None else pa.table({})
-        traced = set(shard["image_id"][:trace].to_pylist())
-        labels = data.label_indices(shard["label_name"], self.model.class_names)
+        """``explain_shard`` without PNG encoding: the columns ``x`` and ``x_cf`` hold raw pixels."""
+        extra = pa.table({}) if extra is None else extra
+        clock, engine = Clock(), None
         valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
-        ids = np.array(shard["image_id"].to_pylist(), object)
-        codes = [self._error_rows(shard, labels, extra, np.flatnonzero(~valid))]
-        pairs, traces, engine = [self._no_pairs()], [], None
-
-        fold = np.array([fold_of(name, len(self.folds)) if self.folds else 0 for name in ids], int)
-        for number, ensemble in enumerate(self.folds or (self.model.ensemble,)):
-            rows = np.flatnonzero(valid & (fold == number))
-            if not len(rows):
-                continue
-            part = _Part(replace(self.model, ensemble=ensemble), ids[rows].tolist(), labels.take(pa.array(rows)))
-            self._see(part, schema.matrix(shard["image"].take(rows)), clock)
-            codes.append(self._code_rows(part, shard["label_name"].take(rows), extra.take(rows)))
-            self._ask(part)
-            if len(part.target):
-                self._search(part, clock)
-                engine = part.found.engine
-                pairs.append(self._pair_rows(part))
-                if traced:
+        codes = [self.error_rows(shard, extra, np.flatnonzero(~valid))]
+        pairs = [schema.counterfactuals_schema(self.model.latent_dim).empty_table()]
+        traces = [schema.traces_schema(self.model.latent_dim).empty_table()]
+        with one_thread(self.threads):
+            for ensemble, rows in self.by_ensemble(shard["image_id"].to_pylist(), valid):
+                encoded = self.encode(ensemble, shard.take(rows), extra.take(rows), clock)
+                codes.append(self.code_rows(encoded))
+                asked = self.ask(encoded)
+                if not len(asked.target):
+                    continue
+                with clock("search"):
+                    found = self.search(encoded.model, asked.pairs)
+                engine = found.engine
+                written = self.write(encoded, asked, found.point, clock)
+                with clock("predict"):
+                    pairs.append(self.pair_rows(encoded, asked, found, written))
+                if traced := set(shard["image_id"][:trace].to_pylist()):
                     with clock("trace"):
-                        traces.append(self._trace(part, traced))
-
+                        traces.append(self.trace_rows(encoded, asked, traced))
         with clock("table"):
-            tables = [
-                pa.concat_tables(codes).sort_by("image_id"),
-                pa.concat_tables(pairs).sort_by([("target", "ascending"), ("image_id", "ascending")]),
-            ]
-            trace_table = None
-            if trace:
-                keys = [(name, "ascending") for name in ("target", "image_id", "step")]
-                trace_table = pa.concat_tables([self._no_traces(), *traces]).sort_by(keys)
-        stats = {
-            "engine": engine,
-            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
-            "threads": self.threads,
-            "images": len(ids),
-            "pairs": len(tables[1]),
-            "seconds": clock.seconds,
-        }
-        return Explained(tables[0], tables[1], stats, trace_table)
+            explained = Explained(
+                codes=pa.concat_tables(codes).sort_by("image_id"),
+                counterfactuals=sort(pairs, "target", "image_id"),
+                traces=sort(traces, "target", "image_id", "step") if trace else None,
+                stats={
+                    "engine": engine,
+                    "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+                    "threads": self.threads,
+                    "images": len(shard),
+                    "pairs": sum(map(len, pairs)),
+                    "seconds": clock.seconds,
+                },
+            )
+        return explained
 
-    # ---- the stages ------------------------------------------------------------------------------------------------
+    # Stages.
 
-    def _see(self, part: _Part, pixels: np.ndarray, clock: Clock) -> None:
-        """Encode the images, reconstruct them, and let the ensemble look at their codes."""
+    def by_ensemble(self, image_ids: Sequence[str], valid: np.ndarray) -> Iterator[tuple[LatentEnsemble, np.ndarray]]:
+        """Each ensemble that explains some of the images, with their rows."""
+        if not self.folds:
+            groups = [(self.model.ensemble, valid)]
+        else:
+            fold = np.array([fold_of(image_id, len(self.folds)) for image_id in image_ids], int)
+            groups = [(ensemble, valid & (fold == number)) for number, ensemble in enumerate(self.folds)]
+        for ensemble, mask in groups:
+            if mask.any():
+                yield ensemble, np.flatnonzero(mask)
+
+    def encode(self, ensemble: LatentEnsemble, shard: pa.Table, extra: pa.Table, clock: Clock) -> Encoded:
+        """Encode readable images, reconstruct them, and predict their classes from their codes."""
         with clock("encode"):
-            part.pixels = pixels.reshape(-1, *self.model.image_shape)
-            part.x = self._unit(part.pixels)
-            part.z, part.log_var = encode_rows(self.model.vae, part.x)
-            part.reconstruction = decode_rows(self.model.vae, part.z)
-            part.seen = predict(logits_rows(part.model.ensemble, part.z))
-            part.source = part.seen.probs.argmax(1).astype(np.int32)
+            pixels = schema.matrix(shard["image"]).reshape(-1, *self.model.image_shape)
+            x = to_float(pixels, self.device)
+            z, log_var = encode_rows(self.model.vae, x)
+            prediction = predict(logits_rows(ensemble, z))
+            ids = shard["image_id"].combine_chunks()
+            return Encoded(
+                model=replace(self.model, ensemble=ensemble),
+                image_id=ids,
+                label=data.label_indices(shard["label_name"], self.model.class_names),
+                label_name=shard["label_name"].combine_chunks(),
+                extra=extra,
+                pixels=pixels,
+                x=x,
+                z=z,
+                log_var=log_var,
+                noise=torch.from_numpy(draw_noise(ids.to_pylist(), self.model.latent_dim)).to(self.device),
+                reconstruction=decode_rows(self.model.vae, z),
+                prediction=prediction,
+                source=prediction.probs.argmax(1).astype(np.int32),
+            )
 
-    def _ask(self, part: _Part) -> None:
-        """Make the pairs: every wanted target of every image, the class that the ensemble sees excepted."""
-        asked = np.ones(len(part.ids), bool)
+    def ask(self, encoded: Encoded) -> Asked:
+        """Pair each image with each wanted target that is not its predicted class."""
+        chosen = np.ones(len(encoded.source), bool)
         if self.only == "misclassified":
-            known = part.label.fill_null(-1).to_numpy(zero_copy_only=False)
-            asked = (known >= 0) & (known != part.source)
-        of = [np.flatnonzero(asked & (part.source != target)) for target in self.targets]
-        part.of = np.concatenate([np.zeros(0, np.int64), *of])
-        part.target = np.repeat(np.array(self.targets, np.int64), [len(places) for places in of])
-        place = torch.from_numpy(part.of).to(self.device)
-        part.noise = torch.from_numpy(noise(part.ids, self.model.latent_dim)).to(self.device)
-        target = torch.from_numpy(part.target).to(self.device)
-        part.pairs = Pairs(part.x[place], part.z[place], part.log_var[place], part.noise[place], target)
+            label = encoded.label.fill_null(-1).to_numpy(zero_copy_only=False)
+            chosen = (label >= 0) & (label != encoded.source)
+        images = [np.flatnonzero(chosen & (encoded.source != target)) for target in self.targets]
+        image = np.concatenate([np.zeros(0, np.int64), *images])
+        target = np.repeat(np.array(self.targets, np.int64), [len(rows) for rows in images])
+        index = torch.from_numpy(image).to(self.device)
+        x, z, log_var, noise = (tensor[index] for tensor in (encoded.x, encoded.z, encoded.log_var, encoded.noise))
+        return Asked(image, target, Pairs(x, z, log_var, noise, torch.from_numpy(target).to(self.device)))
 
-    def _search(self, part: _Part, clock: Clock) -> None:
-        """Search the pairs, then decode what was found, quantise it, and let the ensemble look at it again."""
-        method = METHODS[self.method]
-        with clock("search"):
-            part.found = method.search(part.model, part.pairs, self.config, engine=self.engine, threads=self.threads)
-        with clock("judge"):
-            part.final = predict(classifier_logits(part.model, self.method, part.found.point))
-            part.initial = self._judge_start(part)
-        self._look_again(part, clock)
+    def search(self, model: Model, pairs: Pairs, config: SearchConfig | None = None, **run: Any) -> Counterfactuals:
+        """Search pairs by the explainer's method and engine."""
+        run = {"engine": self.engine, "threads": self.threads} | run
+        return METHODS[self.method].search(model, pairs, config or self.config, **run)
 
-    def _look_again(self, part: _Part, clock: Clock) -> None:
-        """Decode what was found, quantise it, and let the ensemble look at it again; a few pairs at a time."""
-        latent, points = METHODS[self.method].space == "latent", part.found.point
-        images = torch.from_numpy(part.of).to(self.device)
-        shown, off, again, codes = [], [], [], []
+    def write(self, encoded: Encoded, asked: Asked, points: Tensor, clock: Clock) -> Written:
+        """Decode points to 8-bit images, and predict what those show; a few pairs at a time."""
+        latent = METHODS[self.method].space == "latent"
+        image = torch.from_numpy(asked.image).to(self.device)
+        pixels, distances, codes, probs = [], [], [], []
         for start in range(0, len(points), CHUNK):
             rows = slice(start, start + CHUNK)
             with clock("decode"):
                 x_cf = decode_rows(self.model.vae, points[rows]) if latent else points[rows]
-                shown.append(quantise(x_cf))
-                off.append(_l1(x_cf, part.reconstruction[images[rows]]))
+                pixels.append(quantise(x_cf))
+                distances.append(l1(x_cf, encoded.reconstruction[image[rows]]))
             with clock("reencode"):
-                codes.append(encode_rows(self.model.vae, self._unit(shown[-1]))[0])
-                again.append(mean_probs(logits_rows(part.model.ensemble, codes[-1])))
-        part.shown, part.off, part.again = (np.concatenate(parts) for parts in (shown, off, again))
-        part.z_cf = points if latent else torch.cat(codes)
+                codes.append(encode_rows(self.model.vae, to_float(pixels[-1], self.device))[0])
+                probs.append(mean_probs(logits_rows(encoded.model.ensemble, codes[-1])))
+        return Written(np.concatenate(pixels), np.concatenate(distances), torch.cat(codes), np.concatenate(probs))
 
-    def _judge_start(self, part: _Part) -> Prediction:
-        """What the method's own classifier sees where each pair starts, which depends on the image alone."""
-        if self.method == "clarity":
-            return Prediction(*(values[part.of] for values in vars(part.seen).values()))
-        each = Pairs(part.x, part.z, part.log_var, part.noise, torch.zeros_like(part.noise[:, 0], dtype=torch.int64))
-        # A search of no step ends where it starts.
-        start = METHODS[self.method].search(part.model, each, replace(self.config, max_steps=0), threads=self.threads)
-        judged = predict(classifier_logits(part.model, self.method, start.point))
-        return Prediction(*(values[part.of] for values in vars(judged).values()))
+    # Tables.
 
-    def _unit(self, pixels: np.ndarray) -> Tensor:
-        """Pixels (B, C, H, W) uint8 as the model takes them: float32 in [0, 1], on its device."""
-        return torch.tensor(pixels, device=self.device).float() / 255
+    def code_rows(self, encoded: Encoded) -> pa.Table:
+        """Rows of ``codes`` for images that could be read."""
+        count, prediction = len(encoded.source), encoded.prediction
+        columns = {
+            "image_id": encoded.image_id,
+            "label": encoded.label,
+            "label_name": encoded.label_name,
+            "source": encoded.source,
+            "source_name": self.class_name(encoded.source),
+            "probs": schema.fixed_size_list(prediction.probs),
+            "predictive": prediction.predictive,
+            "aleatoric": prediction.aleatoric,
+            "epistemic": prediction.epistemic,
+            "z": schema.fixed_size_list(to_numpy(encoded.z)),
+            "reconstruction_l1": l1(encoded.reconstruction, encoded.x),
+            "status": ["ok"] * count,
+            "error": pa.nulls(count, pa.string()),
+            "x": self.raw_column(encoded.pixels),
+        }
+        return to_table(self.codes_schema(encoded.extra), columns | column_dict(encoded.extra))
 
-    def _trace(self, part: _Part, traced: set[str]) -> pa.Table:
-        """The path of the chosen images' pairs, searched once more by the engine that shows its steps (plain)."""
-        chosen = np.flatnonzero([part.ids[place] in traced for place in part.of])
+    def error_rows(self, shard: pa.Table, extra: pa.Table, rows: np.ndarray) -> pa.Table:
+        """Rows of ``codes`` for images that could not be read."""
+        shard, extra = shard.take(rows), extra.take(rows)
+        expected = self.codes_schema(extra)
+        columns = dict.fromkeys(expected.names, [None] * len(rows)) | column_dict(extra)
+        columns |= {name: shard[name] for name in ("image_id", "label_name", "error")}
+        columns["label"] = data.label_indices(shard["label_name"], self.model.class_names)
+        columns["status"] = ["error"] * len(rows)
+        return to_table(expected, columns)
+
+    def pair_rows(self, encoded: Encoded, asked: Asked, found: Counterfactuals, written: Written) -> pa.Table:
+        """Rows of ``counterfactuals``."""
+        pair, target = np.arange(len(asked.target)), asked.target.astype(np.int32)
+        initial, final = self.predict_start(encoded), self.predict_points(encoded.model, found.point)
+        z_cf = found.point if METHODS[self.method].space == "latent" else written.z
+        single, no_values = METHODS[self.method].classifier.endswith("member"), pa.nulls(len(pair), pa.float32())
+        columns = {
+            "image_id": encoded.image_id.take(pa.array(asked.image)),
+            "label": encoded.label.take(pa.array(asked.image)),
+            "source": encoded.source[asked.image],
+            "source_name": self.class_name(encoded.source[asked.image]),
+            "target": target,
+            "target_name": self.class_name(target),
+            "method": [self.method] * len(pair),
+            "status": np.where(to_numpy(found.finite), "ok", "nonfinite"),
+            "converged": to_numpy(found.converged),
+            "steps": to_numpy(found.steps),
+            "target_prob_initial": to_numpy(found.target_prob_initial),
+            "target_prob_final": to_numpy(found.target_prob_final),
+            "predictive_initial": initial.predictive[asked.image],
+            "aleatoric_initial": initial.aleatoric[asked.image],
+            "epistemic_initial": no_values if single else initial.epistemic[asked.image],
+            "predictive_final": final.predictive,
+            "aleatoric_final": final.aleatoric,
+            "epistemic_final": no_values if single else final.epistemic,
+            "distance_z_l1": l1(z_cf, asked.pairs.z),
+            "distance_z_l2": l2(z_cf, asked.pairs.z),
+            "distance_x_l1": written.distance_x_l1,
+            "reencoded_class": written.probs.argmax(1).astype(np.int32),
+            "reencoded_target_prob": written.probs[pair, target],
+            "z_cf": schema.fixed_size_list(to_numpy(z_cf)),
+            "x_cf": self.raw_column(written.pixels),
+        }
+        return to_table(schema.counterfactuals_schema(self.model.latent_dim), columns)
+
+    def trace_rows(self, encoded: Encoded, asked: Asked, image_ids: set[str]) -> pa.Table:
+        """Rows of ``traces``: pairs of some images, searched again by the plain engine, which shows its steps."""
+        chosen = np.flatnonzero(np.isin(encoded.image_id.to_pylist(), sorted(image_ids))[asked.image])
         index = torch.from_numpy(chosen).to(self.device)
-        some = Pairs(*(getattr(part.pairs, fields.name)[index] for fields in dataclasses.fields(Pairs)))
-        parts = [self._no_traces()]
+        expected = schema.traces_schema(self.model.latent_dim)
+        tables = [expected.empty_table()]
 
         def on_step(steps: Tensor, rows: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
-            pair = chosen[_numpy(rows)]
-            uncertainty = decompose(logits)
-            several = len(logits) > 1
+            pair, uncertainty = chosen[to_numpy(rows)], decompose(logits)
             z = point if point.dim() == 2 else encode_rows(self.model.vae, point)[0]
             columns = {
-                "image_id": pa.array(part.ids, pa.string()).take(pa.array(part.of[pair])),
-                "source": part.source[part.of[pair]],
-                "target": part.target[pair].astype(np.int32),
-                "step": _numpy(steps).astype(np.int32),
-                "target_prob": _numpy(target_prob),
-                "predictive": _numpy(uncertainty.predictive),
-                "aleatoric": _numpy(uncertainty.aleatoric),
-                "epistemic": _numpy(uncertainty.epistemic) if several else pa.nulls(len(pair), pa.float32()),
-                "z": schema.fixed_size_list(_numpy(z)),
+                "image_id": encoded.image_id.take(pa.array(asked.image[pair])),
+                "source": encoded.source[asked.image[pair]],
+                "target": asked.target[pair].astype(np.int32),
+                "step": to_numpy(steps).astype(np.int32),
+                "target_prob": to_numpy(target_prob),
+                "predictive": to_numpy(uncertainty.predictive),
+                "aleatoric": to_numpy(uncertainty.aleatoric),
+                "epistemic": to_numpy(uncertainty.epistemic) if len(logits) > 1 else [None] * len(pair),
+                "z": schema.fixed_size_list(to_numpy(z)),
             }
-            parts.append(self._table(columns, parts[0].schema))
+            tables.append(to_table(expected, columns))
 
         if len(chosen):
-            METHODS[self.method].search(part.model, some, self.config, on_step=on_step, threads=self.threads)
-        return pa.concat_tables(parts)
+            pairs = Pairs(*(getattr(asked.pairs, field.name)[index] for field in fields(Pairs)))
+            self.search(encoded.model, pairs, on_step=on_step)
+        return pa.concat_tables(tables)
 
-    # ---- the tables ------------------------------------------------------------------------------------------------
+    def predict_points(self, model: Model, points: Tensor) -> Prediction:
+        """What the method's own classifier predicts at points of its space."""
+        return predict(classifier_logits(model, self.method, points))
 
-    def _code_rows(self, part: _Part, label_name: pa.ChunkedArray, extra: pa.Table) -> pa.Table:
-        columns = {
-            "image_id": part.ids,
-            "label": part.label,
-            "label_name": label_name,
-            "source": part.source,
-            "source_name": self._names(part.source),
-            "probs": schema.fixed_size_list(part.seen.probs),
-            "predictive": part.seen.predictive,
-            "aleatoric": part.seen.aleatoric,
-            "epistemic": part.seen.epistemic,
-            "z": schema.fixed_size_list(_numpy(part.z)),
-            "reconstruction_l1": _l1(part.reconstruction, part.x),
-            "status": ["ok"] * len(part.ids),
-            "error": pa.nulls(len(part.ids), pa.string()),
-            "x": self._raw(part.pixels),
-        }
-        return self._table(columns, self._codes_schema(extra), extra)
+    def predict_start(self, encoded: Encoded) -> Prediction:
+        """What the method's own classifier predicts where the search of each image starts, whatever the target."""
+        if self.method == "clarity":
+            return encoded.prediction
+        target = torch.zeros(len(encoded.source), dtype=torch.int64, device=self.device)
+        pairs = Pairs(encoded.x, encoded.z, encoded.log_var, encoded.noise, target)
+        # A search of no step ends where it starts.
+        start = self.search(encoded.model, pairs, replace(self.config, max_steps=0))
+        return self.predict_points(encoded.model, start.point)
 
-    def _error_rows(self, shard: pa.Table, label: pa.Array, extra: pa.Table, rows: np.ndarray) -> pa.Table:
-        expected = self._codes_schema(extra)
-        columns: dict[str, Any] = {field.name: pa.nulls(len(rows), field.type) for field in expected}
-        columns["label"] = label.take(pa.array(rows))
-        for name in ("image_id", "label_name", "error"):
-            columns[name] = shard[name].take(pa.array(rows))
-        columns["status"] = ["error"] * len(rows)
-        return self._table(columns, expected, extra.take(pa.array(rows)))
-
-    def _pair_rows(self, part: _Part) -> pa.Table:
-        found, several = part.found, not METHODS[self.method].classifier.endswith("member")
-        finite = _numpy(found.finite)
-        rows = len(part.target)
-        target = part.target.astype(np.int32)
-        columns = {
-            "image_id": pa.array(part.ids, pa.string()).take(pa.array(part.of)),
-            "label": part.label.take(pa.array(part.of)),
-            "source": part.source[part.of],
-            "source_name": self._names(part.source[part.of]),
-            "target": target,
-            "target_name": self._names(target),
-            "method": [self.method] * rows,
-            "status": pa.array(np.where(finite, "ok", "nonfinite")),
-            "converged": _numpy(found.converged),
-            "steps": _numpy(found.steps),
-            "target_prob_initial": _numpy(found.target_prob_initial),
-            "target_prob_final": _numpy(found.target_prob_final),
-            "predictive_initial": part.initial.predictive,
-            "aleatoric_initial": part.initial.aleatoric,
-            "epistemic_initial": part.initial.epistemic if several else pa.nulls(rows, pa.float32()),
-            "predictive_final": part.final.predictive,
-            "aleatoric_final": part.final.aleatoric,
-            "epistemic_final": part.final.epistemic if several else pa.nulls(rows, pa.float32()),
-            "distance_z_l1": _l1(part.z_cf, part.pairs.z),
-            "distance_z_l2": _l2(part.z_cf, part.pairs.z),
-            "distance_x_l1": part.off,
-            "reencoded_class": part.again.argmax(1).astype(np.int32),
-            "reencoded_target_prob": part.again[np.arange(rows), target],
-            "z_cf": schema.fixed_size_list(_numpy(part.z_cf)),
-            "x_cf": self._raw(part.shown),
-        }
-        return self._table(columns, schema.counterfactuals_schema(self.model.latent_dim))
-
-    def _table(self, columns: dict[str, Any], expected: pa.Schema, extra: pa.Table | None = None) -> pa.Table:
-        """Columns as a table of a schema, numbers that are NaN as null, the picture column still raw."""
-        arrays = []
-        for fields in expected:
-            if extra is not None and fields.name in extra.column_names:
-                arrays.append(extra[fields.name])
-            elif isinstance(columns[fields.name], pa.Array | pa.ChunkedArray):
-                arrays.append(columns[fields.name])
-            else:
-                arrays.append(pa.array(columns[fields.name], fields.type, from_pandas=True))
-        return pa.table(arrays, schema=expected)
-
-    def _codes_schema(self, extra: pa.Table) -> pa.Schema:
-        return schema.codes_schema(self.model.num_classes, self.model.latent_dim, extra.schema)
-
-    def _no_pairs(self) -> pa.Table:
-        return schema.counterfactuals_schema(self.model.latent_dim).empty_table()
-
-    def _no_traces(self) -> pa.Table:
-        return schema.traces_schema(self.model.latent_dim).empty_table()
-
-    def _names(self, classes: np.ndarray) -> pa.Array:
-        return pa.array(self.model.class_names, pa.string()).take(pa.array(classes))
-
-    def _raw(self, pixels: np.ndarray) -> pa.Array:
-        """Raw pixels as a binary column, until ``encode_png_column``."""
+    def raw_column(self, pixels: np.ndarray) -> pa.Array:
+        """Raw pixels as a binary column, until ``encode_png_column``; null where no images are wanted."""
         if self.images == "none":
             return pa.nulls(len(pixels), pa.binary())
         flat = schema.fixed_size_list(pixels.reshape(len(pixels), -1))
         size = flat.type.list_size
         return pa.Array.from_buffers(pa.binary(size), len(flat), [None, flat.values.buffers()[1]]).cast(pa.binary())
 
+    def class_name(self, classes: np.ndarray) -> pa.Array:
+        """Names of class indices."""
+        return pa.array(self.model.class_names, pa.string()).take(pa.array(classes))
 
-# ---- small things --------------------------------------------------------------------------------------------------
+    def codes_schema(self, extra: pa.Table) -> pa.Schema:
+        """Schema of this model's ``codes`` with further columns."""
+        return schema.codes_schema(self.model.num_classes, self.model.latent_dim, extra.schema)
+
+
+def to_table(expected: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """A table of a schema filled by column name; NaN becomes null."""
+    arrays = []
+    for field in expected:
+        values = columns[field.name]
+        if not isinstance(values, pa.Array | pa.ChunkedArray):
+            values = pa.array(values, field.type, from_pandas=True)
+        arrays.append(values)
+    return pa.table(arrays, schema=expected)
+
+
+def column_dict(table: pa.Table) -> dict[str, Any]:
+    """The columns of a table by name."""
+    return dict(zip(table.column_names, table.columns))
+
+
+def sort(tables: Sequence[pa.Table], *keys: str) -> pa.Table:
+    """One table of all rows, sorted by some columns."""
+    return pa.concat_tables(tables).sort_by([(key, "ascending") for key in keys])
 
 
 def require_classifier(model: Model, method: str) -> None:
@@ -416,17 +441,25 @@ def require_classifier(model: Model, method: str) -> None:
 
 
 def quantise(x: Tensor) -> np.ndarray:
-    """Pictures in [0, 1] as uint8."""
-    return _numpy((x * 255).round().clamp(0, 255).to(torch.uint8))
+    """Images in [0, 1] as uint8."""
+    return to_numpy((x * 255).round().clamp(0, 255).to(torch.uint8))
 
 
-def _numpy(tensor: Tensor) -> np.ndarray:
+def to_float(pixels: np.ndarray, device: str | torch.device) -> Tensor:
+    """Pixels (B, C, H, W) uint8 as float32 in [0, 1]."""
+    return torch.tensor(pixels, device=device).float() / 255
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A tensor as an array on the CPU."""
     return tensor.detach().cpu().numpy()
 
 
-def _l1(a: Tensor, b: Tensor) -> np.ndarray:
-    return np.abs(_numpy(a) - _numpy(b)).reshape(len(a), -1).sum(1)
+def l1(a: Tensor, b: Tensor) -> np.ndarray:
+    """L1 distance of each row of a to its row of b."""
+    return np.abs(to_numpy(a) - to_numpy(b)).reshape(len(a), -1).sum(1)
 
 
-def _l2(a: Tensor, b: Tensor) -> np.ndarray:
-    return np.sqrt(np.square(_numpy(a) - _numpy(b)).reshape(len(a), -1).sum(1))
+def l2(a: Tensor, b: Tensor) -> np.ndarray:
+    """Euclidean distance of each row of a to its row of b."""
+    return np.sqrt(np.square(to_numpy(a) - to_numpy(b)).reshape(len(a), -1).sum(1))

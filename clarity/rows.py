@@ -33,17 +33,20 @@ _THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
 
 
 @contextmanager
-def one_thread() -> Iterator[int]:
+def one_thread(threads: int | None = None) -> Iterator[int]:
     """Run torch on one thread inside the block; yields the number of threads set outside of all such blocks.
+
+    ``threads`` is yielded instead where it is given, by this block and by those inside it.
 
     Libraries split long sums by the number of threads, so only a fixed number gives the same bits everywhere. Their
     threads also spin while they wait for the next small operation, on cores that others could use.
     """
     before = torch.get_num_threads()
-    token = _THREADS.set(_THREADS.get() or before)
+    outside = threads or _THREADS.get() or before
+    token = _THREADS.set(outside)
     torch.set_num_threads(1)
     try:
-        yield _THREADS.get() or before
+        yield outside
     finally:
         torch.set_num_threads(before)
         _THREADS.reset(token)
