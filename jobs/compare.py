@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clarity import data, judges, storage
+from clarity import data, storage
 from clarity import model as checkpoints
 from clarity.audit.commits import to_parquet
 from clarity.audit.read import ATTRIBUTES_FILE
 from clarity.ids import in_judges_half
 from clarity.methods import METHODS
-from clarity.paper import comparison, metrics
+from clarity.paper import comparison, evaluators, metrics
 from clarity.paper.comparison import CONTROLS, NAMES, Bench
 from clarity.resources import job_path
 from clarity.search import SearchConfig
@@ -221,22 +221,22 @@ def make_bench(
     say(f"reading {len(listing)} training images")
     pixels, ids, labels, truth = read(trained, listing, model)
     uri = job_path(args.judges, storage.join(out, "judges"), "--judges")
-    if storage.exists(storage.join(uri, judges.JUDGES_JSON)):
-        found = judges.load_judges(uri)
+    if storage.exists(storage.join(uri, evaluators.JUDGES_JSON)):
+        found = evaluators.load_judges(uri)
     elif args.judges:
         raise ValueError(f"no judges in {storage.display(uri)}: leave --judges out, and they are trained")
     else:
         half = in_judges_half(ids)
-        found = judges.build_judges(model.image_shape, model.class_names, trained.attributes)
+        found = evaluators.build_judges(model.image_shape, model.class_names, trained.attributes)
         judged = dataclasses.replace(tested, attributes=trained.attributes)
         images, _, kinds, answers = read(judged, data.list_images(judged), model)
         known = kinds >= 0
-        for report in judges.train_judges(
+        for report in evaluators.train_judges(
             found, pixels[half], labels[half], attributes=truth[half] if trained.attributes else None,
             held_out=(images[known], kinds[known]), held_out_attributes=answers[known] if trained.attributes else None,
         ):  # fmt: skip
             say("judges: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in report.items()))
-        judges.save_judges(found, uri)
+        evaluators.save_judges(found, uri)
     if found.image_shape != model.image_shape or found.class_names != model.class_names:
         raise ValueError(
             f"judges in {storage.display(uri)} are of {found.image_shape} images and classes {found.class_names}, the "

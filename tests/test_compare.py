@@ -27,7 +27,7 @@ from clarity.audit.read import ATTRIBUTES_FILE, read_audit
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
 from clarity.images import Preprocessing, encode_png
 from clarity.methods import METHODS
-from clarity.paper import comparison, metrics
+from clarity.paper import comparison, evaluators, metrics
 from clarity.paper.comparison import Bench
 from clarity.planning import make_plan
 from clarity.report import write_report
@@ -71,8 +71,8 @@ def place(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     comparison.sample(tested, model.preprocessing, COUNT, str(root / "sample.parquet"))
     for method in METHODS_TRIED:
         explained(root, method)
-    jury = judges.build_judges(model.image_shape, model.class_names)
-    judges.save_judges(jury, str(root / "judges"))
+    jury = evaluators.build_judges(model.image_shape, model.class_names)
+    evaluators.save_judges(jury, str(root / "judges"))
     return root
 
 
@@ -99,7 +99,7 @@ def bench(place: Path, tmp_path: Path) -> Bench:
 
 def make_bench(place: Path, out: Path) -> Bench:
     model = checkpoints.load_model(place / "model")
-    jury = judges.load_judges(str(place / "judges"))
+    jury = evaluators.load_judges(str(place / "judges"))
     pixels = np.random.default_rng(0).integers(0, 256, (120, *model.image_shape)).astype(np.uint8)
     real = metrics.reality(jury, pixels, np.arange(120) % 10)
     return Bench(model, jury, real, CONFIG, str(out), draws=20, speed_pairs=4, formats=("png",))
@@ -156,7 +156,7 @@ def test_audit_of_another_model_or_method_is_refused(bench: Bench, place: Path) 
 
 def test_attributes_of_an_audit_are_what_the_net_sees(bench: Bench, place: Path) -> None:
     attributes = ("smiling", "hat_9", "young")  # the second speaks of a class
-    bench.judges = judges.build_judges(bench.model.image_shape, bench.model.class_names, attributes)
+    bench.judges = evaluators.build_judges(bench.model.image_shape, bench.model.class_names, attributes)
     net = bench.judges.attribute_net
     assert net is not None
     found = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clarity.judges import build_judges, predict_probs
+from clarity.judges import predict_probs
 from clarity.paper import metrics
+from clarity.paper.evaluators import build_judges
 
 B, C, H, W, K, F = 3, 2, 8, 12, 4, 5
 

@@ -32,7 +32,7 @@ from clarity.ids import noise
 from clarity.images import Preprocessing, decode_png, encode_png
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
-from clarity.paper import metrics, panels
+from clarity.paper import evaluators, metrics, panels
 from clarity.rows import decode_rows, encode_rows, logits_rows, predict
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
@@ -105,7 +105,7 @@ class Bench:
     """
 
     model: Model
-    judges: judges.Judges
+    judges: evaluators.Judges
     real: metrics.Reality
     config: SearchConfig
     out: str

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
-from clarity.judges import Judges, predict_features, predict_probs, probs_of_features, reconstruct
+from clarity.judges import predict_features, predict_probs, probs_of_features
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
+from clarity.paper.evaluators import Judges, reconstruct
 from clarity.rows import logits_rows
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
