@@ -1,4 +1,4 @@
-"""The model directory: what is written comes back bit by bit, and what is broken is refused with its reason."""
+"""The model directory: what is written comes back bit by bit, and what is broken is rejected with its reason."""
 
 from __future__ import annotations
 
@@ -248,3 +248,13 @@ def test_model_loads_without_ray(tiny_model: Model, tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert run.stdout.strip() == "False"
+
+
+def test_model_repr_is_a_few_readable_lines(full_model: Model) -> None:
+    full_model.card = {"metrics": {"ensemble": {"accuracy": 0.954}}}
+    assert repr(full_model).splitlines() == [
+        "Clarity model tiny on cpu",
+        "  images    1 x 8 x 12, 4 classes: ant, bee, cow, dog",
+        "  VAE       conv, 5 latent dimensions",
+        "  ensemble  2 members, 2 folds, image ensemble of 3, held-out accuracy 95.4%",
+    ]
