@@ -436,7 +436,7 @@ def require_classifier(model: Model, method: str) -> None:
     """Raise ValueError when a method needs image classifiers and the model has none."""
     if METHODS[method].classifier.startswith("image") and model.image_ensemble is None:
         raise ValueError(
-            f"method {method!r} needs a classifier of images, which this model lacks; train it with --image-members"
+            f"method {method!r} needs image classifiers, which this model lacks; train it with image_members above 0"
         )
 
 

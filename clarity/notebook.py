@@ -1,4 +1,4 @@
-"""For notebooks and scripts: counterfactuals of a few images, and images of an audit's codes."""
+"""For notebooks and scripts: counterfactuals of a few images, and the images of an audit's codes."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def explain(
     image_ids: Sequence[str] | None = None,
     **options: Any,
 ) -> pa.Table:
-    """Counterfactuals of a few images: the table of ``schema.counterfactuals_schema``, pictures as PNG.
+    """Counterfactuals of a few images: the table of ``schema.counterfactuals_schema``, images as PNG.
 
     Args:
-        model: a Model, or the place of one.
+        model: a Model, or the URI of one.
         images: (B, C, H, W) or (B, H, W) pixels, uint8 or floats in [0, 1], of the model's size; or a sequence of such
-            arrays, PIL images, or places of image files.
-        targets: all, or class names or indices; the class that the model sees is left out.
+            arrays, PIL images, or paths of image files.
+        targets: all, or class names or indices; an image's own predicted class is left out.
         method: a key of METHODS.
         config: of the search.
-        image_ids: names for the rows; by default the files' places, else 0, 1, 2 ...
+        image_ids: names for the rows; by default the paths of the files, else 0, 1, 2 ...
         **options: of the Explainer.
 
     Raises:
-        ValueError: an image that cannot be used, naming it; an unknown target or method.
+        ValueError: an image that cannot be used, by name; an unknown target or method.
     """
     model = load_model(model) if isinstance(model, str | Path) else model
     if isinstance(images, str | Path | bytes) or not hasattr(images, "__len__"):
@@ -58,12 +58,14 @@ def explain(
     if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):
         raise ValueError(f"image_ids: expected {len(images)} distinct names, got {len(set(image_ids))}")
     pixels = np.zeros((len(images), *model.image_shape), np.uint8)
-    for place, image in enumerate(images):
+    for row, image in enumerate(images):
         content = storage.read_bytes(image) if isinstance(image, str | Path) else image
+        if isinstance(content, Tensor):
+            content = content.detach().cpu().numpy()
         try:
-            pixels[place] = model.preprocessing.apply(_array(content))
+            pixels[row] = model.preprocessing.apply(content)
         except UnreadableImage as error:
-            raise ValueError(f"image {image_ids[place]}: {error}") from None
+            raise ValueError(f"image {image_ids[row]}: {error}") from None
     count = len(images)
     shard = pa.table(
         [
@@ -78,21 +80,16 @@ def explain(
     return Explainer(model, method, config, targets=chosen, **options).explain_shard(shard).counterfactuals
 
 
-def _array(image: Any) -> Any:
-    """Torch tensors as arrays; the rest as it is."""
-    return image.detach().cpu().numpy() if isinstance(image, Tensor) else image
-
-
 def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu") -> np.ndarray:
-    """Pictures (B, C, H, W) uint8 of codes in an audit's tables, by the model that the audit keeps.
+    """Images (B, C, H, W) uint8 of codes in an audit's tables, decoded by the model that the audit keeps.
 
-    Gives the pictures of a run with ``--images none``, and those of the tables again within one grey level. For
-    pixel methods, whose ``z_cf`` is the code of a picture, it gives that picture's reconstruction.
+    Gives the images of an audit without any, and those in the tables again to within one grey level. For image-space
+    methods, whose ``z_cf`` is the code of an image, it gives the reconstruction of that image.
 
     Args:
-        source: an audit, or the place of one.
+        source: an audit, or the URI of one.
         rows: rows of counterfactuals, or of codes with ``column`` = z.
-        column: the codes' column.
+        column: name of the column of codes.
         device: where to decode.
     """
     uri = source.uri if isinstance(source, Audit) else str(source)

@@ -1,6 +1,6 @@
-"""From a question to a plan: which images, which targets, how fast, how large.
+"""From a question to the plan of an audit: which images, which targets; and a measurement of its speed and size.
 
-Runs on the driver, before anything is started. Does not know how shards are computed.
+Runs on the driver before workers start. Does not know how shards travel between workers.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from clarity.search import SearchConfig
 
 
 def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
-    """The images of a listing that are asked for, and whether ``all`` of them get pairs or the ``misclassified``.
+    """Select images of a listing; also returns which of them get pairs: ``all`` or the ``misclassified``.
 
     Args:
         listing: of ``data.list_images``.
-        where: conditions that all hold: label=A,B (names), ids=FILE (one id a line), misclassified.
-        limit: the first so many of what is left.
+        where: conditions, all of which must hold: label=A,B (names), ids=FILE (one id a line), misclassified.
+        limit: keep at most the first so many.
 
     Raises:
-        ValueError: an unknown condition, label or id; or nothing is left.
+        ValueError: an unknown condition, label or id; or no image is left.
     """
     only = "all"
     for condition in where:
@@ -48,34 +48,30 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
             names = value.split(",")
             known = listing["label_name"].unique().drop_null().to_pylist()
             if unknown := sorted(set(names) - set(known)):
-                raise ValueError(
-                    f"--where {condition}: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}"
-                )
+                raise ValueError(f"where: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}")
             listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
         elif kind == "ids" and value:
             names = storage.read_bytes(value).decode().splitlines()
             kept = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
             if len(kept) < len(set(names)):
                 unknown = sorted(set(names) - set(kept["image_id"].to_pylist()))
-                raise ValueError(
-                    f"--where {condition}: {len(unknown)} ids are not in the data, the first {unknown[0]!r}"
-                )
+                raise ValueError(f"where: {len(unknown)} ids of {value} are not in the data, the first {unknown[0]!r}")
             listing = kept
         else:
-            raise ValueError(f"--where {condition}: expected label=NAME[,NAME...], ids=FILE or misclassified")
+            raise ValueError(f"where: expected label=NAME[,NAME...], ids=FILE or misclassified, got {condition!r}")
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit: expected at least 1, got {limit}")
+        raise ValueError(f"limit: expected at least 1, got {limit}")
     listing = listing.slice(0, limit)
     if not len(listing):
-        raise ValueError("no image is left after --where; ask for more")
+        raise ValueError("where: no image is left; drop a condition")
     return listing, only
 
 
 def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | None:
-    """Class indices of names or indices; None for "all".
+    """Class indices of names or indices, sorted; None for "all".
 
     Raises:
-        ValueError: an unknown one, with the choices.
+        ValueError: an unknown class, with the choices; or none at all.
     """
     if names is None or (isinstance(names, str) and names == "all"):
         return None
@@ -108,8 +104,8 @@ def make_plan(
 ) -> Plan:
     """The plan of an audit over the images of a listing.
 
-    Images of the training split are explained by the classifiers of the fold that did not see them, where the model has
-    folds.
+    Where the model has folds, each image of the training split is explained by the ensemble of the fold that has not
+    seen it.
     """
     require_classifier(model, method)
     indices = class_indices(targets, model.class_names)
@@ -128,7 +124,7 @@ def make_plan(
             "where": list(where),
             "num_images": len(listing),
             "listing": data.listing_fingerprint(listing.select(list(data.LISTING_COLUMNS))),
-            "extra": [[field.name, str(field.type), _column_digest(listing[field.name])] for field in extra],
+            "extra": [[field.name, str(field.type), column_digest(listing[field.name])] for field in extra],
             "left_out": data.left_out(listing),
         },
         model={
@@ -149,7 +145,7 @@ def make_plan(
         trace=trace,
         versions={
             "clarity": clarity.__version__,
-            "torch": str(torch.__version__),  # a class of its own, which would load torch wherever the plan goes
+            "torch": str(torch.__version__),  # a str: unpickling the class would load torch
             "numpy": np.__version__,
             "pyarrow": pa.__version__,
         },
@@ -160,13 +156,13 @@ def make_plan(
 def probe(
     model_uri: str, dataset: data.Dataset, listing: pa.Table, steps: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Measure the job on a few images: seconds and bytes for an image, pairs a second, engine.
+    """Explain a few images to measure seconds and bytes per image, pairs per second, and the engine.
 
     Args:
         model_uri: a model directory.
-        dataset: where the images lie.
-        listing: the images to measure on.
-        steps: measure this many updates, and reckon with a hundred for each pair; None searches to the end.
+        dataset: the data set.
+        listing: the images to measure.
+        steps: measure this many updates and extrapolate to a hundred per pair; None searches to the end.
         **options: of the Explainer.
     """
     model = load_model(model_uri)
@@ -174,7 +170,7 @@ def probe(
         options["config"] = replace(options["config"], max_steps=steps)
     explainer = Explainer(model, **options)
     images = data.read_images(dataset, listing, model.preprocessing)
-    explainer.search_shard(images.slice(0, 2))  # what the first call alone costs
+    explainer.search_shard(images.slice(0, 2))  # warm up: the first call compiles and allocates
     start = time.perf_counter()
     explained = explainer.explain_shard(images)
     seconds = time.perf_counter() - start
@@ -191,12 +187,13 @@ def probe(
 
 
 def raw_bytes_per_image(model: Model, num_targets: int) -> float:
-    """Bytes that an image's rows hold before compression, at most."""
+    """Upper bound of the bytes of an image's rows before compression."""
     pixels = int(np.prod(model.image_shape))
     return (1 + num_targets) * (pixels + 4 * model.latent_dim + 160)
 
 
-def _column_digest(column: pa.ChunkedArray) -> str:
+def column_digest(column: pa.ChunkedArray) -> str:
+    """Digest of a column's values."""
     sink = pa.BufferOutputStream()
     table = pa.table({"": column.combine_chunks()})
     with pa.ipc.new_stream(sink, table.schema) as writer:

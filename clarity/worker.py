@@ -1,8 +1,8 @@
-"""The way of one shard between the processes of a job: read, written and committed, each stage a counted attempt.
+"""What runs in the workers of a job: read, explain and write one shard, each stage a counted attempt.
 
-What passes between processes is a table of one row: the shard's number, a note in JSON that tells how it went, and
-tables as bytes, which are not copied. Does not know models, and does not load torch: readers and writers are small
-processes. Does not know Ray.
+A table of one row passes from stage to stage: the shard's number, a note in JSON on how it went, and tables as bytes,
+which are not copied. Readers and writers are small processes: torch is loaded by ``ExplainShard`` alone. Does not know
+Ray.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker of a run is told: the audit and its plan, the run's name, the data set."""
+    """What every worker of a run is given: the audit and its plan, the run's name, the data set."""
 
     uri: str
     run: str
@@ -38,12 +38,12 @@ class Work:
 
 
 def shard_item(shard: int, listing: pa.Table) -> dict[str, Any]:
-    """What the first worker is given: the shard's number and its part of the listing."""
+    """Input of ``read_shard``: the shard's number and its part of the listing."""
     return {"shard": shard, "listing": pack(listing).to_pybytes()}
 
 
 def read_shard(batch: pa.Table, work: Work) -> pa.Table:
-    """First worker of a shard: its part of the listing in, its images out."""
+    """First stage: the shard's part of the listing in, its images out."""
     row = unpack_row(batch)
 
     def read() -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_shard(batch: pa.Table, work: Work) -> pa.Table:
 
 
 def write_shard(batch: pa.Table, work: Work) -> pa.Table:
-    """Last worker of a shard: make the pictures, write the files, commit them; shard and note go back to the driver."""
+    """Last stage: encode the images, write and commit the files; shard and note go back to the driver."""
     row = unpack_row(batch)
     note = row["note"]
     if not note.get("seconds"):
@@ -84,25 +84,25 @@ def write_shard(batch: pa.Table, work: Work) -> pa.Table:
 def attempted(
     work: Work, shard: int, stage: str, action: Callable[[], dict[str, Any]], names: Sequence[str]
 ) -> pa.Table:
-    """Do a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
+    """Run a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
     nothing = dict.fromkeys(names)
     try:
         again = begin_attempt(work.uri, work.run, shard, stage) > 1
-        # A lost machine makes Ray do things again that may have ended well.
+        # After the loss of a machine Ray also repeats stages that had succeeded.
         if again and is_committed(work.uri, work.plan.fingerprint, shard):
             return pack_row(shard, {"committed": True}, nothing)
         result = action()
         return pack_row(shard, result["note"], {name: result[name] for name in names})
     except GivenUp as error:
         return pack_row(shard, {"stage": stage, "error": str(error), "given_up": True}, nothing)
-    except (KeyboardInterrupt, SystemExit):  # of the process, which Ray makes anew
+    except (KeyboardInterrupt, SystemExit):  # of the process, which Ray replaces
         raise
-    except BaseException as error:  # whatever it is, a panic of a library in Rust among it, the other shards go on
+    except BaseException as error:  # even a panic of a Rust library, so that the other shards go on
         return pack_row(shard, {"stage": stage, "error": f"{type(error).__name__}: {error}"}, nothing)
 
 
 def pack_row(shard: int, note: dict[str, Any], parts: Mapping[str, pa.Buffer | None]) -> pa.Table:
-    """A table of one row around buffers, which are not copied."""
+    """A table of one row that wraps buffers without copying them."""
     columns: dict[str, pa.Array] = {"shard": pa.array([shard]), "note": pa.array([json.dumps(note)])}
     for name, part in parts.items():
         if part is None:
@@ -139,20 +139,20 @@ def unpack(buffer: pa.Buffer) -> pa.Table:
 
 
 class ExplainShard:
-    """Second worker of a shard: images in, tables out; keeps the model from shard to shard."""
+    """Second stage: images in, tables out; keeps the model from shard to shard."""
 
     def __init__(self, work: Work, **options: Any) -> None:
         self.work, self.options = work, options
 
     @cached_property
     def explainer(self) -> Explainer:
-        """The model at work."""
+        """The explainer of the plan, made at the first shard."""
         from clarity.explainer import Explainer
         from clarity.model import load_model
         from clarity.search import SearchConfig
 
-        # Made under the first attempt rather than with the worker: a model that cannot be loaded, or that kills the
-        # process, then counts as this shard's failure instead of being tried for ever.
+        # Made within an attempt rather than with the worker, so that a model that cannot be loaded, or kills the
+        # process, counts as a failure of the shard instead of being retried for ever.
         plan = self.work.plan
         model = load_model(storage.join(self.work.uri, "model"))
         sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items()}
@@ -172,7 +172,7 @@ class ExplainShard:
         )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Explain one shard; pass on what failed before."""
+        """Explain one shard; a note of an earlier failure is passed on."""
         row = unpack_row(batch)
         names = ("codes", "counterfactuals", "traces")
         if not row["note"].get("seconds"):

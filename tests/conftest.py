@@ -42,6 +42,24 @@ def tiny_model() -> Any:
     )
 
 
+@pytest.fixture
+def model(tiny_model: Any) -> Any:
+    """The tiny model with a classifier of images, so that every method runs."""
+    from dataclasses import replace
+
+    import torch
+
+    from clarity.classifiers import EnsembleConfig, ImageEnsemble
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=2)
+        image_ensemble = ImageEnsemble(config, tiny_model.vae.config).eval()
+        for weight in (*tiny_model.ensemble.weights, *image_ensemble.weights):  # so that images differ
+            weight.data *= 3
+    return replace(tiny_model, image_ensemble=image_ensemble)
+
+
 @pytest.fixture(scope="session")
 def tiny_digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a model for the shipped digits: random but fixed weights, M=3 members, D=5 latent."""

@@ -526,7 +526,7 @@ def below_the_data(root: Path) -> list[str]:
 #: name, flags beside a good command's (or what makes them), what the message must say.
 BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("unknown method", ["--method", "gradcam"], "invalid choice: 'gradcam' (choose from"),
-    ("method that the model lacks classifiers for", ["--method", "fgsm"], "train it with --image-members"),
+    ("method that the model lacks classifiers for", ["--method", "fgsm"], "train it with image_members"),
     ("unknown target", ["--targets", "11"], "unknown class '11'; choose from 0, 1, 2"),
     ("unknown target among known ones", ["--targets", "3", "three"], "unknown class 'three'"),
     ("unknown engine", ["--engine", "warp"], "invalid choice: 'warp'"),
@@ -546,7 +546,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("label that no image has", ["--where", "label=x"], "no image has the label 'x'; there are 0, 1"),
     ("ids that are not in the data", ids_file("test/0001\ntest/9999\n"), "1 ids are not in the data, the first"),
     ("file of ids that is missing", ["--where", "ids=/nowhere/ids.txt"], "cannot read /nowhere/ids.txt"),
-    ("file of ids that is empty", ids_file(""), "no image is left after --where"),
+    ("file of ids that is empty", ids_file(""), "no image is left"),
     ("attributes of data that has none", ["--attributes", "Hat"], "Hat"),
     ("model that is missing", ["--model", "/nowhere"], "no model in /nowhere; train one first: python"),
     ("model that is a file", a_file("--model"), "train one first: python"),

@@ -143,7 +143,7 @@ def test_job_refuses_another_plan(
         (["--where", "label=x"], "no image has the label"),
         (["--limit", "0"], "at least 1"),
         (["--shard-rows", "-1"], "at least 1"),
-        (["--method", "fgsm"], "--image-members"),
+        (["--method", "fgsm"], "image_members"),
         (["--actors", "99"], "--actors 99 cannot be scheduled"),
         (["--gpus-per-actor", "1"], "no node offers that many GPUs"),
         (["--out", "/proc/version"], "found a file"),

@@ -1,0 +1,298 @@
+"""The explainer: rows do not depend on each other, and columns hold what the schema says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+
+from clarity import schema
+from clarity.classifiers import LatentEnsemble
+from clarity.explainer import Explainer, quantise
+from clarity.ids import fold_of, noise
+from clarity.images import decode_png
+from clarity.methods import METHODS
+from clarity.model import Model
+from clarity.rows import decode_rows, encode_rows, logits_rows
+from clarity.search import SearchConfig
+from clarity.uncertainty import decompose
+
+CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
+
+
+ROWS = 9
+
+
+IDS = ["i0", "i1", "i10", "i2", "nn", "o", "pp", "q", "r33"]
+
+
+def shard_of(model: Model, ids: list[str], broken: tuple[str, ...] = ()) -> pa.Table:
+    """Images drawn from their names alone."""
+    pixels = np.stack(
+        [np.random.default_rng(list(name.encode())).integers(0, 256, model.image_shape, np.uint8) for name in ids]
+    )
+    good = np.array([name not in broken for name in ids])
+    return pa.table(
+        [
+            pa.array(ids),
+            pa.array([model.class_names[len(name) % 3] if name != "nn" else "unknown" for name in ids]),
+            schema.fixed_size_list(pixels.reshape(len(ids), -1), good),
+            pa.array(["cut short"] * len(ids), mask=good),
+        ],
+        schema=schema.shard_schema(model.image_shape),
+    )
+
+
+def rows_of(table: pa.Table, keys: tuple[str, ...]) -> dict[Any, Any]:
+    return {tuple(row[key] for key in keys): row for row in table.to_pylist()}
+
+
+def keys_of(name: str) -> tuple[str, ...]:
+    return ("image_id",) if name == "codes" else ("target", "image_id")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_explainer_rows_do_not_depend_on_their_shard(model: Model, method: str) -> None:
+    explainer = Explainer(model, method, CONFIG, threads=1)
+    whole = explainer.explain_shard(shard_of(model, IDS))
+    order = np.random.default_rng(0).permutation(IDS).tolist()
+    cuts = {
+        "alone": [[name] for name in IDS],
+        "in threes": [IDS[i : i + 3] for i in range(0, len(IDS), 3)],
+        "shuffled": [order],
+        "among strangers": [IDS[:4] + [f"stranger{i}" for i in range(40)] + IDS[4:]],
+    }
+    for how, shards in cuts.items():
+        parts = [explainer.explain_shard(shard_of(model, shard)) for shard in shards]
+        for name in ("codes", "counterfactuals"):
+            found = rows_of(pa.concat_tables([getattr(part, name) for part in parts]), keys_of(name))
+            expected = rows_of(getattr(whole, name), keys_of(name))
+            assert {key: found[key] for key in expected} == expected, f"{name}, {how}"
+
+
+def test_explainer_rows_do_not_depend_on_the_number_of_threads(model: Model) -> None:
+    before = torch.get_num_threads()
+    try:
+        one, three = (
+            Explainer(model, "clarity", CONFIG, threads=threads).explain_shard(shard_of(model, IDS))
+            for threads in (1, 3)
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert one.counterfactuals.equals(three.counterfactuals)
+    assert one.codes.equals(three.codes)
+
+
+@pytest.fixture
+def explained(model: Model) -> Any:
+    return Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard_of(model, IDS, broken=("q",)))
+
+
+def test_codes_say_what_the_ensemble_sees(model: Model, explained: Any) -> None:
+    codes = explained.codes
+    assert codes.schema.equals(schema.codes_schema(4, 5), check_metadata=True)
+    assert codes["image_id"].to_pylist() == sorted(IDS)
+    good = codes.filter(pc.equal(codes["status"], "ok"))
+    x = torch.tensor(decode_png(good["x"], model.image_shape)) / 255
+    z, _ = encode_rows(model.vae, x)
+    assert (schema.matrix(good["z"]) == z.numpy()).all()
+    logits = logits_rows(model.ensemble, z)
+    assert np.allclose(schema.matrix(good["probs"]), logits.softmax(-1).mean(0).numpy(), atol=1e-6)
+    assert (good["source"].to_numpy() == schema.matrix(good["probs"]).argmax(1)).all()
+    assert good["source_name"].to_pylist() == [model.class_names[k] for k in good["source"].to_pylist()]
+    for name, values in decompose(logits)._asdict().items():
+        assert np.allclose(good[name].to_numpy(), values.numpy(), atol=1e-6)
+    off = (decode_rows(model.vae, z) - x).abs().flatten(1).sum(1).numpy()
+    assert np.allclose(good["reconstruction_l1"].to_numpy(), off, rtol=1e-5)
+
+
+def test_codes_keep_an_unreadable_image_as_a_row(explained: Any) -> None:
+    row = rows_of(explained.codes, ("image_id",))[("q",)]
+    assert (row["status"], row["error"], row["label_name"]) == ("error", "cut short", "bee")
+    given = {"image_id", "label", "label_name", "status", "error"}
+    assert all(value is None for name, value in row.items() if name not in given)
+    assert "q" not in explained.counterfactuals["image_id"].to_pylist()
+
+
+def test_codes_keep_an_unknown_label_as_null(explained: Any) -> None:
+    row = rows_of(explained.codes, ("image_id",))[("nn",)]
+    assert (row["label"], row["label_name"], row["status"]) == (None, "unknown", "ok")
+
+
+def test_counterfactuals_hold_every_other_class_in_order(model: Model, explained: Any) -> None:
+    pairs, codes = explained.counterfactuals, rows_of(explained.codes, ("image_id",))
+    assert pairs.schema.equals(schema.counterfactuals_schema(5), check_metadata=True)
+    keys = list(zip(pairs["target"].to_pylist(), pairs["image_id"].to_pylist()))
+    good = sorted(name for name in IDS if name != "q")
+    assert keys == [(k, name) for k in range(4) for name in good if codes[(name,)]["source"] != k]
+    for row in pairs.to_pylist():
+        code = codes[(row["image_id"],)]
+        assert (row["source"], row["label"], row["source_name"]) == (code["source"], code["label"], code["source_name"])
+        assert row["target_name"] == model.class_names[row["target"]]
+
+
+def test_counterfactuals_measure_their_own_points(model: Model, explained: Any) -> None:
+    pairs, codes = explained.counterfactuals, rows_of(explained.codes, ("image_id",))
+    z_cf = torch.tensor(schema.matrix(pairs["z_cf"]))
+    z = torch.tensor([codes[(name,)]["z"] for name in pairs["image_id"].to_pylist()])
+    target = torch.tensor(pairs["target"].to_pylist())
+    logits = logits_rows(model.ensemble, z_cf)
+    prob = logits.softmax(-1).mean(0)[torch.arange(len(target)), target].numpy()
+    assert np.allclose(pairs["target_prob_final"].to_numpy(), prob, atol=1e-5)
+    assert np.allclose(pairs["epistemic_final"].to_numpy(), decompose(logits).epistemic.numpy(), atol=1e-6)
+    assert np.allclose(pairs["distance_z_l1"].to_numpy(), (z_cf - z).abs().sum(1).numpy(), rtol=1e-5)
+    assert np.allclose(pairs["distance_z_l2"].to_numpy(), (z_cf - z).norm(dim=1).numpy(), rtol=1e-5)
+    x_cf, reconstruction = decode_rows(model.vae, z_cf), decode_rows(model.vae, z)
+    off = (x_cf - reconstruction).abs().flatten(1).sum(1).numpy()
+    assert np.allclose(pairs["distance_x_l1"].to_numpy(), off, rtol=1e-4, atol=1e-5)
+    shown = decode_png(pairs["x_cf"], model.image_shape)
+    assert (shown == quantise(x_cf)).all()
+    again = logits_rows(model.ensemble, encode_rows(model.vae, torch.tensor(shown) / 255)[0]).softmax(-1).mean(0)
+    assert (pairs["reencoded_class"].to_numpy() == again.argmax(1).numpy()).all()
+    assert np.allclose(pairs["reencoded_target_prob"].to_numpy(), again[torch.arange(len(target)), target].numpy())
+    start = logits_rows(model.ensemble, z).softmax(-1).mean(0)[torch.arange(len(target)), target].numpy()
+    assert np.allclose(pairs["target_prob_initial"].to_numpy(), start, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_converged_is_what_the_probability_says(model: Model, method: str) -> None:
+    pairs = Explainer(model, method, CONFIG, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
+    final, converged = pairs["target_prob_final"].to_numpy(), pairs["converged"].to_numpy()
+    assert (converged == (final > np.float32(CONFIG.min_target_prob))).all()
+    assert 0 < converged.sum() < len(pairs) or METHODS[method].classifier.startswith("image")
+    assert set(pairs["method"].to_pylist()) == {method}
+    single = METHODS[method].classifier.endswith("member")
+    for name in ("epistemic_initial", "epistemic_final"):
+        assert pairs[name].null_count == (len(pairs) if single else 0)
+
+
+def test_initial_values_of_a_sampled_start_are_those_of_the_sample(model: Model) -> None:
+    explained = Explainer(model, "revise_e", CONFIG, threads=1).explain_shard(shard_of(model, IDS))
+    codes = explained.codes
+    x = torch.tensor(decode_png(codes["x"], model.image_shape)) / 255
+    z, log_var = encode_rows(model.vae, x)
+    start = z + torch.exp(log_var / 2) * torch.tensor(noise(codes["image_id"].to_pylist(), 5))
+    assert model.image_ensemble is not None
+    logits = logits_rows(model.image_ensemble, decode_rows(model.vae, start))
+    expected = dict(zip(codes["image_id"].to_pylist(), decompose(logits).predictive.tolist()))
+    found = rows_of(explained.counterfactuals, ("target", "image_id"))
+    assert all(row["predictive_initial"] == pytest.approx(expected[name], abs=1e-6) for (_, name), row in found.items())
+
+
+def test_image_space_methods_keep_the_code_of_their_image(model: Model) -> None:
+    pairs = Explainer(model, "fgsm", CONFIG, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
+    shown = torch.tensor(decode_png(pairs["x_cf"], model.image_shape)) / 255
+    assert (schema.matrix(pairs["z_cf"]) == encode_rows(model.vae, shown)[0].numpy()).all()
+
+
+def test_explainer_asks_only_for_what_is_wanted(model: Model) -> None:
+    shard = shard_of(model, IDS)
+    some = Explainer(model, "clarity", CONFIG, targets=[2, 0], images="none", threads=1).explain_shard(shard)
+    assert set(some.counterfactuals["target"].to_pylist()) <= {0, 2}
+    assert some.counterfactuals["x_cf"].null_count == len(some.counterfactuals)
+    assert some.codes["x"].null_count == len(IDS)
+    whole = rows_of(Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard).counterfactuals, keys_of(""))
+    for key, row in rows_of(some.counterfactuals, keys_of("")).items():
+        assert row == whole[key] | {"x_cf": None}
+
+
+def test_explainer_asks_only_for_the_misclassified(model: Model) -> None:
+    explained = Explainer(model, "clarity", CONFIG, only="misclassified", threads=1).explain_shard(shard_of(model, IDS))
+    wrong = {
+        row["image_id"]
+        for row in explained.codes.to_pylist()
+        if row["label"] is not None and row["label"] != row["source"]
+    }
+    assert set(explained.counterfactuals["image_id"].to_pylist()) == wrong
+    assert 0 < len(wrong) < ROWS
+    assert len(explained.codes) == ROWS
+
+
+def test_explainer_survives_a_shard_of_unreadable_images_and_an_empty_one(model: Model) -> None:
+    explainer = Explainer(model, "clarity", CONFIG, threads=1)
+    explained = explainer.explain_shard(shard_of(model, IDS, broken=tuple(IDS)))
+    assert explained.codes["status"].to_pylist() == ["error"] * ROWS
+    assert len(explained.counterfactuals) == 0
+    assert len(explainer.explain_shard(shard_of(model, IDS).slice(0, 0)).codes) == 0
+
+
+def test_explainer_marks_a_row_that_is_not_finite(model: Model) -> None:
+    model.ensemble.biases[-1].data[0, 2] = torch.nan
+    explained = Explainer(model, "clarity", CONFIG, targets=[1], threads=1).explain_shard(shard_of(model, ["a", "b"]))
+    row = explained.counterfactuals.to_pylist()[0]
+    assert (row["status"], row["converged"]) == ("nonfinite", False)
+    assert row["target_prob_final"] is None  # NaN would pass for a number in some readers
+
+
+def test_explainer_uses_the_fold_that_did_not_see_an_image(model: Model) -> None:
+    folds = []
+    for seed in range(3):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            folds.append(LatentEnsemble(model.ensemble.config).eval())
+    shard = shard_of(model, IDS)
+    explained = Explainer(replace(model, folds=tuple(folds)), "clarity", CONFIG, by_fold=True, threads=1).explain_shard(
+        shard
+    )
+    used = set()
+    for number, fold in enumerate(folds):
+        alone = Explainer(replace(model, ensemble=fold), "clarity", CONFIG, threads=1).explain_shard(shard)
+        for name in ("codes", "counterfactuals"):
+            expected = rows_of(getattr(alone, name), keys_of(name))
+            for key, row in rows_of(getattr(explained, name), keys_of(name)).items():
+                if fold_of(row["image_id"], 3) == number:
+                    used.add(number)
+                    assert row == expected[key]
+    assert len(used) > 1
+
+
+def test_codes_carry_further_columns(model: Model) -> None:
+    extra = pa.table({"smiling": pa.array([i % 2 for i in range(ROWS)], pa.int8()), "guess": [f"g{i}" for i in IDS]})
+    codes = Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard_of(model, IDS, ("q",)), extra).codes
+    assert codes.column_names[-2:] == ["smiling", "guess"]
+    assert [row["guess"] for row in codes.to_pylist()] == [f"g{name}" for name in sorted(IDS)]
+
+
+def test_traces_end_where_the_searches_end(model: Model) -> None:
+    explained = Explainer(model, "clarity", CONFIG, engine="plain", threads=1).explain_shard(
+        shard_of(model, IDS), trace=2
+    )
+    traces = explained.traces
+    assert traces is not None
+    assert traces.schema.equals(schema.traces_schema(5), check_metadata=True)
+    assert set(traces["image_id"].to_pylist()) == {"i0", "i1"}
+    last = {key[:2]: row for key, row in sorted(rows_of(traces, ("target", "image_id", "step")).items())}
+    pairs = rows_of(explained.counterfactuals, ("target", "image_id"))
+    assert len(last) == 6
+    for key, row in last.items():
+        assert row["step"] == pairs[key]["steps"]
+        assert row["target_prob"] == pytest.approx(pairs[key]["target_prob_final"], abs=1e-6)
+        assert np.allclose(row["z"], pairs[key]["z_cf"], atol=1e-6)
+    keys = [tuple(row[name] for name in ("target", "image_id", "step")) for row in traces.to_pylist()]
+    assert keys == sorted(keys)
+
+
+def test_explainer_rejects_unknown_options(model: Model, tiny_model: Model) -> None:
+    for options, message in [
+        ({"method": "magic"}, "unknown method 'magic'; choose from clarity"),
+        ({"images": "jpeg"}, "unknown images"),
+        ({"only": "nice"}, "unknown only"),
+        ({"targets": [4]}, r"targets \[4\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Explainer(model, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_members above 0"):
+        Explainer(tiny_model, "fgsm")
+
+
+def test_explainer_leaves_the_model_and_the_threads_of_its_caller(model: Model) -> None:
+    before = torch.get_num_threads()
+    explainer = Explainer(model, device="meta", threads=before + 1)
+    assert (model.device.type, explainer.model.device.type) == ("cpu", "meta")
+    assert torch.get_num_threads() == before
+    assert Explainer(model, device="cpu").model is model

@@ -1,0 +1,67 @@
+"""The notebook's functions: counterfactuals of a few images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import clarity
+from clarity.model import Model
+from clarity.search import SearchConfig
+
+CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
+
+
+def test_explain_takes_arrays_pictures_and_paths(model: Model, tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 12), np.uint8)
+    pictures = [Image.fromarray(image[0]) for image in pixels]
+    paths = []
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+        paths.append(tmp_path / f"{i}.png")
+    first = clarity.explain(model, pixels, config=CONFIG)
+    assert len(first) == 9
+    assert first["image_id"].to_pylist()[0] in {"0", "1", "2"}
+    for images in (pixels[:, 0], pixels / np.float32(255), torch.tensor(pixels), pictures, list(pixels)):
+        assert clarity.explain(model, images, config=CONFIG).equals(first)
+    by_path = clarity.explain(model, paths, config=CONFIG)
+    assert by_path.drop_columns("image_id").equals(first.drop_columns("image_id"))
+    assert set(by_path["image_id"].to_pylist()) == {str(path) for path in paths}
+
+
+def test_explain_takes_targets_by_name_or_index(model: Model) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 12), np.uint8)
+    by_name = clarity.explain(model, pixels, targets=["dog", "ant"], config=CONFIG)
+    assert by_name.equals(clarity.explain(model, pixels, targets=[0, 3], config=CONFIG))
+    assert set(by_name["target"].to_pylist()) <= {0, 3}
+    assert clarity.explain(model, pixels, targets="dog", config=CONFIG)["target_name"].unique().to_pylist() == ["dog"]
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (np.full((2, 8, 12), np.nan, np.float32), {}, "image 0: "),
+        (np.zeros((2, 9, 12), np.uint8), {}, "image 0: .*8"),
+        (["/nowhere.png"], {}, "cannot read /nowhere.png"),
+        ("photo.png", {}, "put it in a list"),
+        (np.zeros((2, 8, 12), np.uint8), {"targets": ["cat"]}, "unknown class 'cat'; choose from ant, bee"),
+        (np.zeros((2, 8, 12), np.uint8), {"targets": [7]}, "unknown class 7"),
+        (np.zeros((2, 8, 12), np.uint8), {"targets": []}, "at least one target"),
+        (np.zeros((2, 8, 12), np.uint8), {"image_ids": ["a", "a"]}, "2 distinct names, got 1"),
+    ],
+)
+def test_explain_says_what_is_wrong(model: Model, images: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        clarity.explain(model, images, **options)
+
+
+def test_explain_is_a_function_after_its_module_is_imported(model: Model) -> None:
+    import clarity.explainer
+
+    assert len(clarity.explain(model, np.zeros((1, 8, 12), np.uint8), targets="bee", config=CONFIG)) <= 1

@@ -1,0 +1,183 @@
+"""The workers of a job: they fill an audit, count attempts, and turn failures into notes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import clarity
+from clarity import data
+from clarity.audit.commits import MAX_ATTEMPTS, begin_attempt, claim
+from clarity.audit.plan import Plan
+from clarity.audit.read import read_audit
+from clarity.audit.verify import verify
+from clarity.images import decode_png
+from clarity.model import Model, save_model
+from clarity.notebook import redecoder
+from clarity.planning import make_plan
+from clarity.predictions import add_predictions, read_predictions
+from clarity.search import SearchConfig
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
+
+
+@pytest.fixture
+def work(tiny_digits_model: Path, tmp_path: Path) -> Any:
+    """The work on 12 digits, claimed, in shards of 5."""
+    from clarity.model import load_model
+
+    model = load_model(tiny_digits_model)
+    dataset = data.open_dataset("digits", split="test")
+    listing = data.list_images(dataset).slice(0, 12)
+    plan = make_plan(model, dataset, listing, method="clarity", config=SearchConfig(max_steps=8), shard_rows=5, trace=6)
+    uri = str(tmp_path / "audit")
+    with claim(uri, plan, str(tiny_digits_model)) as held:
+        yield Work(uri, held.run, plan, dataset, model.preprocessing), listing
+
+
+def item(listing: pa.Table, work: Work, shard: int) -> pa.Table:
+    span = work.plan.shards[shard]
+    return pa.Table.from_pylist([shard_item(shard, listing[span["start"] : span["stop"]])])
+
+
+def note_of(batch: pa.Table) -> dict[str, Any]:
+    assert len(batch) == 1
+    return json.loads(batch["note"][0].as_py())
+
+
+def test_workers_fill_an_audit(work: Any) -> None:
+    work, listing = work
+    explainer = ExplainShard(work, threads=1)
+    for shard in range(3):
+        images = read_shard(item(listing, work, shard), work)
+        ended = write_shard(explainer(images), work)
+        assert ended.column_names == ["shard", "note"]
+        note = note_of(ended)
+        assert "error" not in note
+        assert {"read", "encode", "search", "decode", "reencode", "pictures", "write"} <= set(note["seconds"])
+    found = verify(work.uri, redecode=redecoder(work.uri))
+    assert found.ok, found.problems
+    assert (found.images, found.pairs) == (12, 12 * 9)
+    assert found.redecoded > 100
+    traces = read_audit(work.uri).traces
+    assert traces is not None
+    assert len(set(traces.to_table()["image_id"].to_pylist())) == 6
+
+
+def test_readers_and_writers_do_not_load_torch() -> None:
+    code = "import sys, clarity.worker; print([name for name in ('torch', 'ray') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_work_travels_without_torch(work: Any) -> None:
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], input=pickle.dumps(work[0]), cwd=root).returncode == 0
+
+
+def test_workers_turn_exceptions_into_notes(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, listing = work
+    first = item(listing, work, 0)
+    monkeypatch.setattr(data, "read_images", lambda *_: 1 / 0)
+    failed = read_shard(first, work)
+    note = note_of(write_shard(ExplainShard(work)(failed), work))
+    assert note == {"stage": "read", "error": "ZeroDivisionError: division by zero"}
+    assert [note_of(read_shard(first, work)).get("given_up") for _ in range(3)] == [None, None, True]
+
+
+def test_workers_survive_a_panic(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3 has it, beside Exception."""
+
+    def panic(*_: Any) -> None:
+        raise PanicException("planted")
+
+    work, listing = work
+    monkeypatch.setattr(data, "read_images", panic)
+    assert note_of(read_shard(item(listing, work, 0), work)) == {"stage": "read", "error": "PanicException: planted"}
+
+
+def test_workers_count_a_death_as_an_attempt(work: Any) -> None:
+    work, listing = work
+    images = read_shard(item(listing, work, 1), work)
+    for _ in range(MAX_ATTEMPTS):
+        begin_attempt(work.uri, work.run, 1, "explain")  # and no end to it
+    note = note_of(ExplainShard(work, threads=1)(images))
+    assert note["given_up"]
+    assert "died" in note["error"]
+
+
+def test_workers_do_not_repeat_what_is_committed(work: Any) -> None:
+    work, listing = work
+    images = read_shard(item(listing, work, 0), work)
+    explained = ExplainShard(work, threads=1)(images)
+    write_shard(explained, work)
+    assert note_of(ExplainShard(work, threads=1)(images)) == {"committed": True}
+    assert note_of(write_shard(explained, work)) == {"committed": True}
+
+
+def test_workers_say_what_a_broken_model_lacks(work: Any) -> None:
+    work, listing = work
+    Path(work.uri, "model", "vae.safetensors").unlink()
+    note = note_of(ExplainShard(work, threads=1)(read_shard(item(listing, work, 0), work)))
+    assert note["stage"] == "explain"
+    assert "vae.safetensors" in note["error"]
+
+
+def test_workers_refuse_another_model_than_the_plans(work: Any, model: Model) -> None:
+    work, listing = work
+    save_model(model, Path(work.uri, "model"), card={})  # whole, and with sums of its own
+    note = note_of(ExplainShard(work, threads=1)(read_shard(item(listing, work, 0), work)))
+    assert note["stage"] == "explain"
+    assert "expected the model of the plan" in note["error"]
+
+
+def test_decode_gives_the_pictures_back(work: Any, tiny_digits_model: Path) -> None:
+    work, listing = work
+    write_shard(ExplainShard(work, threads=1)(read_shard(item(listing, work, 0), work)), work)
+    opened = clarity.read_audit(work.uri)
+    rows = opened.counterfactuals.to_table()
+    shown = decode_png(rows["x_cf"], (1, 28, 28))
+    assert (clarity.decode(opened, rows) == shown).all()
+    assert clarity.decode(work.uri, opened.codes.to_table(), column="z").shape == (5, 1, 28, 28)
+
+
+def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tmp_path: Path) -> None:
+    from clarity.model import load_model
+
+    model, dataset = load_model(tiny_digits_model), data.open_dataset("digits", split="test")
+    everything = data.list_images(dataset)
+    ids = everything["image_id"].to_pylist()
+    probs = np.eye(10, dtype=np.float32)[[3, 5, 8]]
+    plans, file = [], str(tmp_path / "predictions.parquet")
+    for shift in (0, 1):
+        told = pa.table({"image_id": [ids[2], ids[0], "stranger"], "probabilities": np.roll(probs, shift, 1).tolist()})
+        pq.write_table(told, file)
+        listing = add_predictions(everything.slice(0, 4), read_predictions(file, everything), model.class_names)
+        config = SearchConfig(max_steps=3)
+        plans.append(make_plan(model, dataset, listing, method="clarity", config=config, shard_rows=2))
+    assert plans[0].fingerprint != plans[1].fingerprint
+    assert Plan.from_json(json.loads(json.dumps(plans[1].to_json()))).codes_schema() == plans[1].codes_schema()
+    uri = str(tmp_path / "audit")
+    with claim(uri, plans[1], str(tiny_digits_model)) as held:
+        work = Work(uri, held.run, plans[1], dataset, model.preprocessing)
+        for shard in range(2):
+            write_shard(ExplainShard(work, threads=1)(read_shard(item(listing, work, shard), work)), work)
+        found = verify(uri, redecode=redecoder(uri))
+        assert found.ok, found.problems
+        codes = read_audit(uri).codes.to_table()
+        assert codes["prediction"].to_pylist() == [6, None, 4, None]
+        assert codes["prediction_probs"].to_pylist()[2] == np.eye(10)[4].tolist()
+        summary = read_audit(uri).summary()
+        agree = sum(a == b for a, b in zip(codes["prediction"].to_pylist(), codes["source"].to_pylist()))
+        assert summary["predictions"] == {"images": 2, "agree": agree}
+        assert summary["left_out"] == {"predictions for images that are not in the data": 1}
