@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
-    "JPEG": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
     "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
     "TIFF": (".tif", ".tiff"),

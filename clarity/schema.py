@@ -128,14 +128,14 @@ def traces_schema(latent_dim: int) -> pa.Schema:
     return arrow_schema(TRACES, D=latent_dim)
 
 
-def shard_schema(image_shape: tuple[int, int, int], attributes: Iterable[str] = ()) -> pa.Schema:
+def shard_schema(image_shape: tuple[int, int, int], attributes: Iterable[pa.Field] = ()) -> pa.Schema:
     """Schema of the images of one shard, in the listing's order.
 
     ``image`` holds the preprocessed pixels (C, H, W), uint8, null where ``error`` says why it could not be read.
 
     Args:
         image_shape: (C, H, W).
-        attributes: extra nullable int8 columns carried into ``codes``.
+        attributes: further columns of the listing, carried into ``codes`` as they are.
     """
     channels, height, width = image_shape
     return pa.schema(
@@ -144,7 +144,7 @@ def shard_schema(image_shape: tuple[int, int, int], attributes: Iterable[str] = 
             pa.field("label_name", pa.string()),
             pa.field("image", pa.list_(pa.uint8(), channels * height * width)),
             pa.field("error", pa.string()),
-            *(pa.field(name, pa.int8()) for name in attributes),
+            *attributes,
         ],
         metadata={"clarity.image_shape": f"{channels},{height},{width}"},
     )

@@ -14,7 +14,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +23,23 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from clarity import schema, storage
-from clarity.data.celeba import celeba_attributes, list_celeba
+from clarity.data.celeba import PARTITIONS, celeba_attributes, list_celeba
 from clarity.data.digits import list_digits, read_digits
 from clarity.data.files import read_files
-from clarity.data.folder import list_folder
-from clarity.data.listing import LISTING_COLUMNS, Dataset, Source, left_out
+from clarity.data.folder import folder_splits, list_folder
+from clarity.data.listing import (
+    LISTING_COLUMNS,
+    SPLIT_NAMES,
+    Dataset,
+    Source,
+    add_notes,
+    left_out,
+    notes,
+    split_named,
+    where_of,
+)
 from clarity.data.mnist import download_mnist, list_mnist, read_mnist
-from clarity.data.parquet import list_parquet, parquet_attributes, read_parquet
+from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
 from clarity.images import Preprocessing, UnreadableImage, open_image, orientation
 
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
@@ -43,47 +54,73 @@ def open_dataset(
     download: bool = False,
     attributes: Sequence[str] = (),
     unlabelled: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
     """A data set, checked at the door.
 
     Args:
         source: a key of SOURCES.
         data: where it lies; a local path is made absolute, for workers in other directories. None for digits.
-        split: "train", "test" or "all"; celeba_hair also has "valid".
+        split: "train", "validation" or "test", by any usual name; "all"; or "held-out": test, and where the data has
+            none, validation. Images that the data does not split are "train" or "test" by their ids.
         download: mnist: fetch what is missing into ``data``.
-        attributes: columns carried along as int8: celeba_hair's 40 (1 or 0), integer columns of parquet; ("all",) is
+        attributes: columns carried along: celeba_hair's 40 (1 or 0), integers and booleans of parquet; ("all",) is
             every one that there is.
         unlabelled: celeba_hair: list the faces without exactly one hair colour too, with a null label. Other sources
             list what has no label in any case.
+        columns: what the data calls the columns image, label, image_id and split, where it calls them otherwise;
+            for a folder those of its table of labels.
 
     Raises:
-        ValueError: an unknown source, split or attribute; data missing, superfluous or not there.
+        ValueError: an unknown source, split, attribute or column; data missing, superfluous or not there.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown data set {source!r}: expected one of {', '.join(SOURCES)}")
     kind = SOURCES[source]
-    if split not in kind.splits:
-        raise ValueError(f"unknown split {split!r} of {source}: expected one of {', '.join(kind.splits)}")
     if download and source != "mnist":
-        raise ValueError(f"expected a download of mnist only, found {source}: name where its data lies instead")
+        raise ValueError(f"download: expected mnist, got {source}: name where its data lies instead")
     if data is not None and not kind.needs_data:
-        raise ValueError(
-            f"expected no data for {source}, which ships its own, found {storage.display(data)}: leave it out"
-        )
+        raise ValueError(f"data: expected none for {source}, which ships its own, got {storage.display(data)}")
     if kind.needs_data:
         if not str(data or "").strip():
-            raise ValueError(f"{source} expects to be told where its data lies ({kind.doc}), found nothing: name it")
+            raise ValueError(f"data: expected where the images of {source} lie ({kind.doc}), got nothing: name it")
         data = check_data(source, str(data), download)
+    columns = dict(columns or {})
+    if unknown := sorted(set(columns) - set(kind.columns)):
+        raise ValueError(
+            f"columns: expected names of {', '.join(kind.columns) or 'none, as ' + source + ' has its own'}, got "
+            f"{', '.join(unknown)}: leave them out"
+        )
+    named = tuple(sorted(columns.items()))
+    dataset = Dataset(source, None if data is None else str(data), split, unlabelled=unlabelled, columns=named)
+    dataset = replace(dataset, split=choose_split(dataset))
     if attributes:
-        choices = [name for name in kind.attributes(str(data)) if name not in TAKEN] if kind.attributes else []
+        choices = [name for name in kind.attributes(dataset) if name not in TAKEN] if kind.attributes else []
         if tuple(attributes) == ("all",):
             attributes = choices
         if unknown := [name for name in attributes if name not in choices]:
             raise ValueError(
-                f"unknown attributes {', '.join(map(repr, unknown))} of {source}: expected some of "
-                f"{', '.join(choices) or 'none, as there are none'}"
+                f"attributes: expected some of {', '.join(choices) or 'none, as there are none'}, got "
+                f"{', '.join(map(repr, unknown))}: choose from these"
             )
-    return Dataset(source, None if data is None else str(data), split, tuple(dict.fromkeys(attributes)), unlabelled)
+    return replace(dataset, attributes=tuple(dict.fromkeys(attributes)))
+
+
+def choose_split(dataset: Dataset) -> str:
+    """The split that a data set has for the one that is asked for by any of its names."""
+    if dataset.split == "all":
+        return "all"
+    wanted = split_named(dataset.split)
+    named = SOURCES[dataset.source].find_splits(replace(dataset, split=wanted or "test"))
+    choices = [split for split in SPLIT_NAMES if split in named] or ["train", "test"]
+    if dataset.split == "held-out":
+        wanted = next((split for split in ("test", "validation") if split in choices), None)
+    if wanted not in choices:
+        raise ValueError(
+            f"split: expected one of {', '.join([*choices, 'all'])}, which {where_of(dataset)} has, got "
+            f"{dataset.split!r}: choose from these"
+        )
+    return wanted
 
 
 def check_data(source: str, data: str, download: bool) -> str:
@@ -111,7 +148,7 @@ def list_images(dataset: Dataset) -> pa.Table:
     """
     listing = SOURCES[dataset.source].list_images(dataset)
     ids = listing["image_id"]
-    where = f"{dataset.source} {storage.display(dataset.data or '')}".strip()
+    where = where_of(dataset)
     if not len(ids):
         reasons = "".join(f"; left out: {count} {reason}" for reason, count in left_out(listing).items())
         raise ValueError(
@@ -127,7 +164,29 @@ def list_images(dataset: Dataset) -> pa.Table:
             f"expected each image_id of {where} once, found {len(double)} more than once "
             f"({', '.join(map(repr, double[:3].to_pylist()))}): rename or drop them"
         )
-    return listing
+    return unify_names(listing)
+
+
+def unify_names(listing: pa.Table) -> pa.Table:
+    """The listing with each class name in one form of Unicode (NFC), and notes of names that look alike."""
+    index = listing.column_names.index("label_name")
+    names = pc.unique(listing["label_name"]).drop_null()
+    composed = pc.utf8_normalize(names, form="NFC").to_pylist()
+    told = [
+        f"the class {name!r} is written in two ways that look alike (Unicode NFC and NFD), read as one"
+        for name in sorted({name for name in composed if composed.count(name) > 1})
+    ]
+    folded: dict[str, set[str]] = {}
+    for name in composed:
+        folded.setdefault(name.casefold(), set()).add(name)
+    told += [
+        f"classes whose names differ in case only: {', '.join(sorted(alike))}; rename one if they are the same"
+        for alike in folded.values()
+        if len(alike) > 1
+    ]
+    if composed != names.to_pylist():
+        listing = listing.set_column(index, "label_name", pc.utf8_normalize(listing["label_name"], form="NFC"))
+    return add_notes(listing, told) if told else listing
 
 
 def class_names_of(listing: pa.Table) -> tuple[str, ...]:
@@ -139,15 +198,17 @@ def class_names_of(listing: pa.Table) -> tuple[str, ...]:
     names = pc.unique(listing["label_name"]).drop_null().to_pylist()
     if len(names) < 2:
         raise ValueError(
-            f"expected images of at least two classes, found {', '.join(map(repr, names)) or 'no labels'}: "
-            "a class is a folder, or a value of the column label"
+            f"expected images of at least two classes, found {', '.join(map(repr, names)) or 'no labels'}: a class is "
+            "a folder, a value of the column label, or a row of labels.csv (file_name,label)"
+            + "".join(f"; {note}" for note in notes(listing))
         )
     return tuple(sorted(names, key=int if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names) else None))
 
 
 def label_indices(label_names: pa.Array | pa.ChunkedArray, class_names: Sequence[str]) -> pa.Array:
     """The index of each label in ``class_names``, int32; null for a missing or an unknown one."""
-    found = pc.index_in(label_names, value_set=pa.array(class_names, pa.string()))
+    known = pc.utf8_normalize(pa.array(class_names, pa.string()), form="NFC")
+    found = pc.index_in(pc.utf8_normalize(label_names, form="NFC"), value_set=known)
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
@@ -162,7 +223,7 @@ def listing_fingerprint(listing: pa.Table) -> str:
             digest.update(pc.binary_length(column.fill_null("")).to_numpy().astype("<i4").tobytes())
             digest.update("".join(text or "" for text in column.to_pylist()).encode())
         else:
-            digest.update(column.fill_null(0).to_numpy().astype("<i8").tobytes())
+            digest.update(column.cast(pa.int64(), safe=False).fill_null(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -237,7 +298,7 @@ def read_images(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) 
             errors[index] = None
         except UnreadableImage as error:
             errors[index] = str(error)
-    fields = schema.shard_schema(preprocessing.image_shape, dataset.attributes)
+    fields = schema.shard_schema(preprocessing.image_shape, [rows.schema.field(name) for name in dataset.attributes])
     images = schema.fixed_size_list(pixels, np.array([error is None for error in errors], bool))
     columns = [rows["image_id"], rows["label_name"], images, pa.array(errors, pa.string())]
     return pa.table([*columns, *(rows[name] for name in dataset.attributes)], schema=fields)
@@ -273,6 +334,7 @@ SOURCES: dict[str, Source] = {
         "5,000 digits of MNIST that ship with the package",
         list_digits,
         read_digits,
+        lambda dataset: {"train", "test"},
         Preprocessing("L", 28, 28),
         needs_data=False,
     ),
@@ -280,26 +342,31 @@ SOURCES: dict[str, Source] = {
         "torchvision's layout, MNIST/raw/*-ubyte[.gz]",
         list_mnist,
         read_mnist,
+        lambda dataset: {"train", "test"},
         Preprocessing("L", 28, 28),
         remote=False,
     ),
     "folder": Source(
-        "class folders of images, with or without train/ and test/ above them",
+        "class folders of images, with or without train/, val/ and test/ above them, or images beside a labels.csv",
         list_folder,
         read_files,
+        folder_splits,
+        columns=("image", "label", "split"),
     ),
     "parquet": Source(
         "a Parquet file or a directory of them, with a column image; optional label, image_id, split",
         list_parquet,
         read_parquet,
+        parquet_splits,
+        columns=("image", "label", "image_id", "split"),
         attributes=parquet_attributes,
     ),
     "celeba_hair": Source(
         "official layout, img_align_celeba/, list_attr_celeba.txt, list_eval_partition.txt",
         list_celeba,
         read_files,
+        lambda dataset: set(PARTITIONS.values()),
         Preprocessing("RGB", 64, 64, center_crop=148),
-        splits=("train", "valid", "test", "all"),
-        attributes=celeba_attributes,
+        attributes=lambda dataset: celeba_attributes(str(dataset.data)),
     ),
 }

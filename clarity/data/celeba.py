@@ -12,7 +12,7 @@ from clarity.data.files import quote
 from clarity.data.listing import Dataset, make_listing, note_left_out
 
 HAIR = {"Black_Hair": "black", "Blond_Hair": "blond", "Brown_Hair": "brown", "Gray_Hair": "gray"}
-PARTITIONS = {"0": "train", "1": "valid", "2": "test"}
+PARTITIONS = {"0": "train", "1": "validation", "2": "test"}
 
 
 def list_celeba(dataset: Dataset) -> pa.Table:
@@ -43,7 +43,13 @@ def list_celeba(dataset: Dataset) -> pa.Table:
     sizes = {file.path: file.size for file in storage.list_files(folder)}
     locations = [f"img_align_celeba/{quote(name)}" for name in ids]
     listing = make_listing(
-        dataset, ids, locations, [0] * len(ids), [sizes.get(name) for name in ids], label_names, attributes
+        dataset,
+        ids,
+        locations,
+        [0] * len(ids),
+        [sizes.get(name) for name in ids],
+        label_names,
+        [pa.array(values, pa.int8()) for values in attributes],
     )
     reason = "faces without exactly one of black, blond, brown, gray hair"
     return note_left_out(listing, {} if dataset.unlabelled else {reason: others})

@@ -17,26 +17,26 @@ from clarity.images import MAX_BYTES, UnreadableImage
 
 def read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
     """Each location as a file below where the data lies; an object store is asked for several at once."""
-
-    def read(location: str, size: int | None) -> Content:
-        if (size or 0) > MAX_BYTES:
-            return UnreadableImage(
-                f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller"
-            )
-        try:
-            return storage.read_bytes(storage.join(str(dataset.data), unquote(location)))
-        except storage.StorageError as error:
-            if error.transient:
-                raise
-            return UnreadableImage(f"expected a file, found none that can be read ({error.reason}): restore it")
-
-    locations, sizes = rows["location"].to_pylist(), rows["size"].to_pylist()
+    uris = [storage.join(str(dataset.data), unquote(location)) for location in rows["location"].to_pylist()]
+    sizes = rows["size"].to_pylist()
     if not storage.is_remote(str(dataset.data)):
-        yield from enumerate(map(read, locations, sizes))
+        yield from enumerate(map(read_file, uris, sizes))
         return
     with ThreadPoolExecutor(16) as pool:
         for start in range(0, len(rows), 64):
-            yield from enumerate(pool.map(read, locations[start : start + 64], sizes[start : start + 64]), start)
+            yield from enumerate(pool.map(read_file, uris[start : start + 64], sizes[start : start + 64]), start)
+
+
+def read_file(uri: str, size: int | None) -> Content:
+    """The bytes of a file, or why it has none; a storage that fails for the moment raises StorageError."""
+    if (size or 0) > MAX_BYTES:
+        return UnreadableImage(f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller")
+    try:
+        return storage.read_bytes(uri)
+    except storage.StorageError as error:
+        if error.transient:
+            raise
+        return UnreadableImage(f"expected a file, found none that can be read ({error.reason}): restore it")
 
 
 def printable(path: str) -> str:

@@ -1,55 +1,171 @@
-"""Folders of image files, one for each class."""
+"""Folders of image files: one for each class, below one for each split or not, or beside a table of labels."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterable
 
 import pyarrow as pa
 
 from clarity import storage
 from clarity.data.files import printable, quote
-from clarity.data.listing import Dataset, make_listing, note_left_out
+from clarity.data.labels import Labels, read_labels, table_splits
+from clarity.data.listing import (
+    Dataset,
+    add_notes,
+    drop_no_label,
+    foreign_format,
+    make_listing,
+    note_left_out,
+    split_named,
+)
 from clarity.ids import split_of
 from clarity.images import EXTENSIONS
 
+#: Folders that systems leave behind, which hold no images of the data set.
+SYSTEM_FOLDERS = {"@eadir", "$recycle.bin", "lost+found", "__macosx", "system volume information", "#recycle"}
+
 
 def list_folder(dataset: Dataset) -> pa.Table:
-    """The image files below a folder, labelled by the first folder of their path."""
+    """The image files below a folder, labelled by a table beside them, else by the first folder of their path."""
     root = str(dataset.data)
     if not storage.is_dir(root):
-        raise ValueError(f"expected a folder, found a file at {storage.display(root)}: name the folder that holds it")
-    files = [(file, tuple(file.path.split("/"))) for file in storage.list_files(root)]
-    shown = [(file, parts) for file, parts in files if not any(part.startswith(".") for part in parts)]
-    images = [(file, parts) for file, parts in shown if file.path.lower().endswith(EXTENSIONS)]
-    missed = {"hidden files": len(files) - len(shown), "files without an image's extension": len(shown) - len(images)}
-    splits = split_folders(images)
-    folders = [root]
-    if splits:
-        chosen = splits if dataset.split == "all" else splits & {dataset.split}
-        if not chosen:
-            raise ValueError(
-                f"expected a folder {dataset.split}/ in {storage.display(root)}, found only {', '.join(splits)}/: "
-                "choose that split, or all"
-            )
-        missed["images outside train/ and test/"] = sum(parts[0] not in splits for _, parts in images)
-        images = [(file, parts[1:]) for file, parts in images if parts[0] in chosen]
-        folders = [storage.join(root, split) for split in chosen]
-    classes = {parts[0] for _, parts in images if len(parts) > 1}
-    named = {label for folder in folders for label in storage.list_dirs(folder) if not label.startswith(".")}
-    missed["class folders without an image"] = len(named - classes)
-    if not splits and dataset.split != "all":
-        images = [(file, parts) for file, parts in images if split_of(printable(file.path)) == dataset.split]
+        foreign = foreign_format([storage.name(root)])
+        raise ValueError(
+            f"expected a folder, {foreign}"
+            if foreign
+            else f"expected a folder, found a file at {storage.display(root)}: name the folder that holds it"
+        )
+    files = storage.list_files(root)
+    shown = [file for file in files if not any(part.startswith(".") for part in file.path.split("/"))]
+    own = [file for file in shown if not is_system(file.path)]
+    images = [file for file in own if file.path.lower().endswith(EXTENSIONS)]
+    if not images and (foreign := foreign_format(file.path for file in own)):
+        raise ValueError(f"expected images in {storage.display(root)}, {foreign}")
+    left_out = {
+        "hidden files": len(files) - len(shown),
+        f"files in folders of the system ({some(system_folders(file.path for file in shown))})": len(shown) - len(own),
+        "files without an image's extension": len(own) - len(images),
+    }
+    tops = split_folders(root)
+    depth = 1 if tops else 0  # of the class in a path
+    if tops:
+        inside = [file for file in images if file.path.split("/")[0] in tops]
+        left_out[f"images beside {', '.join(f'{top}/' for top in tops)}"] = len(images) - len(inside)
+        images = inside
+    else:
+        require_no_inner_splits(root, [file.path for file in images])
+    classes = {parts[depth] for file in images if len(parts := file.path.split("/")) > depth + 1}
+    labels = read_labels(dataset, list(tops), [file.path for file in images], len(classes) > 1)
+    if dataset.split != "all":
+        images = [file for file in images if split_in(file.path, tops, labels) == dataset.split]
+    folders = [storage.join(root, top) for top in tops if dataset.split in ("all", tops[top])] or [root]
+    links, empty = folders_without_images(folders, classes)
+    left_out[f"class folders that are links to others ({some(links)})"] = len(links)
+    left_out[f"class folders without an image ({some(empty)})"] = len(empty)
+    paths = [file.path for file in images]
+    if labels and labels.labels:
+        label_names = [labels.labels.get(path) for path in paths]
+    else:
+        label_names = [printable(parts[depth]) if len(parts := path.split("/")) > depth + 1 else None for path in paths]
     listing = make_listing(
         dataset,
-        [printable(file.path) for file, _ in images],
-        [quote(file.path) for file, _ in images],
-        [0] * len(images),
-        [file.size for file, _ in images],
-        [printable(parts[0]) if len(parts) > 1 else None for _, parts in images],
+        [printable(path) for path in paths],
+        [quote(path) for path in paths],
+        [0] * len(paths),
+        [file.size for file in images],
+        label_names,
     )
-    return note_left_out(listing, missed)
+    if labels:
+        strangers = sum(path not in labels.labels for path in paths) if labels.labels else 0
+        unnamed = [f"{strangers} images are in no table of labels and have no label"] if strangers else []
+        listing = add_notes(drop_no_label(listing), [*labels.notes, *unnamed])
+        left_out |= labels.left_out
+    return note_left_out(listing, left_out)
 
 
-def split_folders(images: list[tuple[storage.FileInfo, tuple[str, ...]]]) -> set[str]:
-    """The split folders at the top: train and test together, or one that is alone; among others it is a class."""
-    tops = {parts[0] for _, parts in images if len(parts) > 1}
-    found = {"train", "test"} & tops
-    return found if len(found) == 2 or found == tops else set()
+def folder_splits(dataset: Dataset) -> set[str]:
+    """The splits that folders at the top, or a table of labels, name."""
+    root = str(dataset.data)
+    if not storage.is_dir(root):
+        return set()
+    if tops := split_folders(root):
+        return set(tops.values())
+    return table_splits(dataset)
+
+
+def split_folders(root: str) -> dict[str, str]:
+    """The folders at the top that are named like splits, and which they are.
+
+    Raises:
+        ValueError: there are other folders with images beside them, so that they may be classes.
+    """
+    tops = [name for name in storage.list_dirs(root) if not name.startswith(".") and not is_system(name)]
+    splits = {name: split for name in tops if (split := split_named(name))}
+    others = [name for name in tops if name not in splits] if splits else []
+    others = [name for name in others if has_image(storage.join(root, name))]
+    if others:
+        named, rest = ", ".join(f"{name}/" for name in splits), ", ".join(f"{name}/" for name in others[:3])
+        raise ValueError(
+            f"expected either splits or classes at the top of {storage.display(root)}, found {named} beside {rest}: if "
+            f"{named} are splits, move {rest} away or below them; if they are classes, rename them, as in "
+            f"{next(iter(splits))}_/"
+        )
+    return splits
+
+
+def has_image(uri: str) -> bool:
+    """Whether there is an image file below a folder."""
+    return any(file.path.lower().endswith(EXTENSIONS) for file in storage.list_files(uri))
+
+
+def require_no_inner_splits(root: str, paths: list[str]) -> None:
+    """Raises ValueError where class folders hold train/ and test/, instead of the other way round."""
+    inner: dict[str, set[str]] = {}
+    for path in paths:
+        parts = path.split("/")
+        if len(parts) > 2 and (split := split_named(parts[1])):
+            inner.setdefault(parts[0], set()).add(split)
+    if top := next((name for name, splits in inner.items() if len(splits) > 1), None):
+        remedy = f"name {storage.display(storage.join(root, top))}" if len(inner) == 1 else "move them to the top"
+        raise ValueError(
+            f"expected splits above class folders in {storage.display(root)}, found them inside {top}/ "
+            f"({', '.join(sorted(inner[top]))}): {remedy}"
+        )
+
+
+def split_in(path: str, tops: dict[str, str], labels: Labels | None) -> str | None:
+    """The split of an image: that of its folder at the top, of its row in a table of labels, or by its id."""
+    if tops:
+        return tops[path.split("/")[0]]
+    if labels and any(labels.splits.values()):
+        return labels.splits.get(path)
+    return split_of(printable(path))
+
+
+def folders_without_images(roots: Iterable[str], classes: set[str]) -> tuple[list[str], list[str]]:
+    """Class folders in which no image is listed: those that are links to others, and those that are empty."""
+    links: set[str] = set()
+    empty: set[str] = set()
+    for root in roots:
+        for name in storage.list_dirs(root):
+            if name not in classes and not name.startswith(".") and not is_system(name):
+                link = not storage.is_remote(root) and os.path.islink(os.path.join(root, name))
+                (links if link else empty).add(printable(name))
+    return sorted(links), sorted(empty)
+
+
+def system_folders(paths: Iterable[str]) -> set[str]:
+    """The folders of the system through which some paths lead."""
+    return {part for path in paths for part in path.split("/") if part.casefold() in SYSTEM_FOLDERS}
+
+
+def is_system(path: str) -> bool:
+    """Whether a path leads through a folder that a system left behind."""
+    return any(part.casefold() in SYSTEM_FOLDERS for part in path.split("/"))
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of some names, for a message."""
+    found = sorted(set(names))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

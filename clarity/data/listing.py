@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
+from clarity import storage
 from clarity.images import Preprocessing, UnreadableImage
 
 LISTING_COLUMNS = ("image_id", "location", "row", "size", "label_name")
+
+#: The usual names of the splits of a data set, in any case.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+
+#: What stands for an image without a label among numbers.
+NO_LABEL = "-1"
 
 #: What a source reads for one row: a file's bytes, decoded pixels, or why there are none.
 Content = bytes | Image.Image | UnreadableImage
@@ -27,6 +40,11 @@ class Dataset:
     split: str = "train"
     attributes: tuple[str, ...] = ()
     unlabelled: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
+
+    def column(self, name: str) -> str:
+        """What the data calls a column."""
+        return dict(self.columns).get(name, name)
 
 
 @dataclass(frozen=True)
@@ -37,21 +55,29 @@ class Source:
         doc: the layout that it reads, in a line.
         list_images: the listing of a data set.
         read_images: for rows of a listing, pairs (index among the rows, content), in any order.
+        find_splits: the splits that the data itself names; none: images are split by their ids.
         default_preprocessing: None: looked up in the images.
         needs_data: whether the user names where the data lies.
         remote: whether the data may lie on an object store.
-        splits: the choices of ``split``.
-        attributes: names of the attributes of the data at a URI; None: the source has none.
+        columns: the columns that may have another name in the data.
+        attributes: the attributes that a data set can carry; None: the source has none.
     """
 
     doc: str
     list_images: Callable[[Dataset], pa.Table]
     read_images: Callable[[Dataset, pa.Table], Iterable[tuple[int, Content]]]
+    find_splits: Callable[[Dataset], set[str]]
     default_preprocessing: Preprocessing | None = None
     needs_data: bool = True
     remote: bool = True
-    splits: tuple[str, ...] = ("train", "test", "all")
-    attributes: Callable[[str], list[str]] | None = None
+    columns: tuple[str, ...] = ()
+    attributes: Callable[[Dataset], list[str]] | None = None
+
+
+def split_named(name: str | None) -> str | None:
+    """The split that a folder, file or value of a column names: train, validation, test, or None."""
+    folded = (name or "").strip().casefold()
+    return next((split for split, names in SPLIT_NAMES.items() if folded in names), None)
 
 
 def make_listing(
@@ -61,20 +87,110 @@ def make_listing(
     rows: Any,
     sizes: Any,
     label_names: Any,
-    attributes: Sequence[Any] = (),
+    attributes: Sequence[pa.Array | pa.ChunkedArray] = (),
 ) -> pa.Table:
     """The listing of a data set: one row for each image."""
-    kinds = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), *[pa.int8()] * len(dataset.attributes)]
-    fields = pa.schema(list(zip((*LISTING_COLUMNS, *dataset.attributes), kinds)))
+    types = [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string(), *(array.type for array in attributes)]
+    fields = pa.schema(list(zip((*LISTING_COLUMNS, *dataset.attributes), types)))
     return pa.table([image_ids, locations, rows, sizes, label_names, *attributes], fields)
 
 
-def note_left_out(listing: pa.Table, counts: dict[str, int]) -> pa.Table:
+def note_left_out(listing: pa.Table, counts: Mapping[str, int]) -> pa.Table:
     """The listing, with the reasons and numbers of what it leaves out; read by ``left_out``."""
     noted = {reason: count for reason, count in counts.items() if count}
-    return listing.replace_schema_metadata({"clarity.left_out": json.dumps(noted)})
+    return listing.replace_schema_metadata({**(listing.schema.metadata or {}), b"clarity.left_out": json.dumps(noted)})
 
 
 def left_out(listing: pa.Table) -> dict[str, int]:
     """What the source saw and did not list: reason -> count."""
     return dict(json.loads((listing.schema.metadata or {}).get(b"clarity.left_out", b"{}")))
+
+
+def add_notes(listing: pa.Table, sentences: Iterable[str]) -> pa.Table:
+    """The listing, with what a user should know of how it was read; read by ``notes``."""
+    noted = [*notes(listing), *sentences]
+    return listing.replace_schema_metadata({**(listing.schema.metadata or {}), b"clarity.notes": json.dumps(noted)})
+
+
+def notes(listing: pa.Table) -> list[str]:
+    """What a user should know of how the images were read: a sentence each."""
+    return list(json.loads((listing.schema.metadata or {}).get(b"clarity.notes", b"[]")))
+
+
+def drop_no_label(listing: pa.Table) -> pa.Table:
+    """The listing with null for labels of -1, and a note of it; where classes are -1 and 1 both are classes."""
+    labels = listing["label_name"]
+    count = pc.sum(pc.equal(labels, NO_LABEL)).as_py() or 0
+    if not count or set(pc.unique(labels).drop_null().to_pylist()) == {NO_LABEL, "1"}:
+        return listing
+    index = listing.column_names.index("label_name")
+    labels = pc.if_else(pc.equal(labels, NO_LABEL), pa.scalar(None, pa.string()), labels)
+    listing = listing.set_column(index, "label_name", labels)
+    return add_notes(listing, [f"{count} images have the label -1, which is read as no label"])
+
+
+def names_of(columns: Iterable[str]) -> str:
+    """Names of columns in a message."""
+    return ", ".join(columns) or "none"
+
+
+def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column of text or whole numbers, of any Arrow type, as strings; NaN becomes null.
+
+    Raises:
+        ValueError: it is of another type, or a number is not whole.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        array, kind = array.cast(kind.value_type), kind.value_type
+    if pa.types.is_floating(kind):
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, kind), array)
+        try:
+            array = array.cast(pa.int64())
+        except pa.ArrowInvalid:
+            part = array.filter(pc.not_equal(pc.floor(array), array))
+            raise ValueError(f"{kind} that are not whole, such as {part[0] if len(part) else array[0]}") from None
+    elif (pa.types.is_decimal(kind) and kind.scale) or not (
+        is_text(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_null(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        raise ValueError(str(kind))
+    return array.cast(pa.string())
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+#: What tells formats that look like a folder of images or of Parquet files, by a name in a path, and what to do.
+FOREIGN = (
+    (r"(^|/)_delta_log/", "a Delta table", "export the current version as plain Parquet files"),
+    (r"(^|/)metadata/[^/]*\.metadata\.json$", "an Iceberg table", "export the current snapshot as plain Parquet files"),
+    (r"(^|/)\.hoodie/", "a Hudi table", "export the current snapshot as plain Parquet files"),
+    (r"\.lance(/|$)", "a Lance data set", "export it as Parquet files"),
+    (r"\.arrow$", "Arrow files, as save_to_disk of Hugging Face's datasets writes", "export it with to_parquet"),
+    (r"(?i)\.tfrecords?(-\d+-of-\d+)?(\.gz)?$", "TFRecord files", "export the images as files or Parquet"),
+    (r"(?i)\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", "tar archives", "unpack them"),
+    (r"(?i)\.(zip|7z|rar)$", "zip archives", "unpack them"),
+    (r"(?i)\.(npz|npy|mat|h5|hdf5|pkl|pickle|pt)$", "files of arrays", "write the images as files or Parquet"),
+)
+TABLE_FORMATS = FOREIGN[:4]
+
+
+def foreign_format(paths: Iterable[str], formats: Sequence[tuple[str, str, str]] = FOREIGN) -> str | None:
+    """What a data set is that no source reads, and the remedy, as the end of a message; None where nothing tells."""
+    paths = list(paths)
+    for pattern, what, remedy in formats:
+        if found := next((path for path in paths if re.search(pattern, path)), None):
+            return f"found {what} ({found}): {remedy}"
+    return None
+
+
+def where_of(dataset: Dataset) -> str:
+    """The source of a data set and where it lies, for a message."""
+    return f"{dataset.source} {storage.display(dataset.data or '')}".strip()

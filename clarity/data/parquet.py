@@ -1,115 +1,314 @@
-"""Parquet files with a column of encoded images."""
+"""Parquet files with a column of encoded images, plain or as Hugging Face lays them out."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
+import urllib.parse
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clarity import storage
-from clarity.data.listing import Content, Dataset, make_listing, note_left_out
+from clarity.data.files import read_file
+from clarity.data.listing import (
+    NO_LABEL,
+    TABLE_FORMATS,
+    Content,
+    Dataset,
+    as_text,
+    drop_no_label,
+    foreign_format,
+    is_text,
+    make_listing,
+    names_of,
+    note_left_out,
+    split_named,
+)
 from clarity.ids import split_of
 from clarity.images import UnreadableImage
 
 #: What reading a broken file raises; Arrow's errors are among them.
 BROKEN = (OSError, ValueError)
 BROKEN_FILE = "expected the Parquet file that was listed, found it broken: restore it"
+NO_BYTES = "expected the bytes of an image, found null: fill or drop the row"
+
+
+@dataclass(frozen=True)
+class ParquetPart:
+    """One file of a data set, and what its path says of all its rows: ``train-0.parquet``, ``split=test/label=3/``.
+
+    Args:
+        path: relative to the data set; empty where that is a single file.
+        uri: of the file.
+        size: in bytes.
+        split: that the path names, or None.
+        keys: of the directories ``key=value`` in the path.
+    """
+
+    path: str
+    uri: str
+    size: int
+    split: str | None
+    keys: dict[str, str | None]
 
 
 def list_parquet(dataset: Dataset) -> pa.Table:
     """The rows of every Parquet file of a data set."""
-    parts, others = [], 0
-    for file, uri in parquet_files(str(dataset.data)):
-        listing, dropped = list_parquet_file(dataset, uri, file)
-        parts.append(listing)
+    tables, others = [], 0
+    for part in list_parts(dataset):
+        table, dropped = list_part(dataset, part)
+        tables.append(table)
         others += dropped
-    listing = pa.concat_tables(parts).combine_chunks()
-    return note_left_out(listing, {"rows whose split is neither train nor test": others})
+    try:
+        listing = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    except pa.ArrowException as error:
+        raise ValueError(f"attributes: expected one type in all files of {dataset.data}, found {error}") from None
+    counts = {"rows whose split is none of train, validation and test": others}
+    return note_left_out(drop_no_label(listing), counts)
 
 
-def parquet_files(root: str) -> list[tuple[storage.FileInfo, str]]:
-    """The files of a data set, each with its URI; a data set of a single file has an empty path."""
-    files = [file for file in storage.list_files(root) if not file.path or file.path.endswith(".parquet")]
-    files = [file for file in files if not re.search(r"(^|/)[._]", file.path)]
-    if not files:
-        raise ValueError(f"expected files *.parquet in {storage.display(root)}, found none: check the path")
-    return [(file, storage.join(root, file.path)) for file in files]
+def list_parts(dataset: Dataset) -> list[ParquetPart]:
+    """The Parquet files of a data set, sorted by path.
+
+    Raises:
+        ValueError: none, a table of another format, or paths that contradict themselves or each other.
+    """
+    root = str(dataset.data)
+    files = storage.list_files(root)
+    if foreign := foreign_format((file.path for file in files), TABLE_FORMATS):
+        raise ValueError(f"expected plain Parquet files in {storage.display(root)}, {foreign}")
+    shown = [file for file in files if not re.search(r"(^|/)[._]", file.path)]
+    parts = []
+    for file in shown:
+        if not file.path or re.search(r"(?i)\.(parquet|pq)$", file.path):
+            split, keys = read_path(dataset, file.path or storage.name(root))
+            parts.append(ParquetPart(file.path, storage.join(root, file.path), file.size, split, keys))
+    if not parts:
+        raise ValueError(
+            f"expected files *.parquet or *.pq in {storage.display(root)}, "
+            f"{foreign_format(file.path for file in shown) or 'found none: check the path'}"
+        )
+    named = [part for part in parts if part.split]
+    if len(parts) > 1 and named and len(named) < len(parts):
+        other = next(part for part in parts if not part.split)
+        raise ValueError(
+            f"expected the name of a split in the paths of all files of {storage.display(root)} or of none, found "
+            f"{named[0].path} for {named[0].split} and {other.path}: rename or move one of them"
+        )
+    return parts
 
 
-def list_parquet_file(dataset: Dataset, uri: str, file: storage.FileInfo) -> tuple[pa.Table, int]:
+def read_path(dataset: Dataset, path: str) -> tuple[str | None, dict[str, str | None]]:
+    """The split that a file's path names, and its keys, with their values unquoted as Hive quotes them."""
+    *folders, name = path.split("/")
+    keys: dict[str, str | None] = {}
+    splits = {}
+    for folder in folders:
+        key, equals, value = folder.partition("=")
+        if equals:
+            keys[key] = None if value == "__HIVE_DEFAULT_PARTITION__" else urllib.parse.unquote(value)
+        elif split := split_named(folder):
+            splits[folder] = split
+    if split := split_named(keys.get(dataset.column("split"))):
+        splits[f"{dataset.column('split')}={split}"] = split
+    if split := split_named(re.split(r"[-_.]", name)[0]):
+        splits[name] = split
+    if len(set(splits.values())) > 1:
+        raise ValueError(f"expected one split in the path {path}, found {' and '.join(splits)}: rename the file")
+    return next(iter(splits.values()), None), keys
+
+
+def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int]:
     """The listing of one file, and how many of its rows belong to no split."""
-    with storage.open_parquet(uri) as parquet:
-        kinds = column_types(uri, parquet)
-        names = [name for name in ("image_id", "label", "split", *dataset.attributes) if name in kinds]
+    names = {name: dataset.column(name) for name in ("image_id", "label", "split")}
+    with storage.open_parquet(part.uri) as parquet:
+        fields = parquet.schema_arrow
+        kind = image_kind(dataset, part.uri, parquet)
+        wanted = [name for name in dict.fromkeys([*names.values(), *dataset.attributes]) if name in fields.names]
+        if missing := [name for key, name in dataset.columns if key != "image" and name not in [*wanted, *part.keys]]:
+            raise ValueError(
+                f"columns: expected {names_of(missing)} in {storage.display(part.uri)}, found columns "
+                f"{names_of(fields.names)}: choose from these"
+            )
         try:
-            table = storage.attempt("read", uri, lambda: parquet.read(names))
+            table = storage.attempt("read", part.uri, lambda: parquet.read(wanted))
         except pa.ArrowException as error:
-            raise ValueError(f"expected a whole Parquet file, found {storage.display(uri)}, broken ({error})") from None
-        rows = np.arange(parquet.metadata.num_rows)
-    columns = {name: cast_column(uri, name, table[name], name in dataset.attributes) for name in names}
-    prefix = f"{file.path}#" if file.path else ""
-    numbered = pa.array([f"{prefix}{row:08d}" for row in rows], pa.string())
+            raise broken_file(part.uri, error) from None
+        if kind == "path":
+            check_paths(dataset, part, parquet)
+    count = table.num_rows if wanted else parquet.metadata.num_rows
+    columns = {name: text_column(part.uri, column, table[column]) for name, column in names.items() if column in wanted}
+    for name in ("label", "split"):
+        if names[name] in part.keys:
+            columns[name] = join_key(part, names[name], columns.get(name), count)
+    if "label" in columns:
+        is_number = names["label"] not in wanted or not is_text(fields.field(names["label"]).type)
+        classes = class_label_names(names["label"], fields.metadata) if is_number else None
+        if classes is not None:
+            columns["label"] = name_labels(part.uri, names["label"], columns["label"], classes)
+    numbered = pa.array([f"{part.path}#{row:08d}" if part.path else f"{row:08d}" for row in range(count)], pa.string())
     ids = columns.get("image_id", numbered)
-    others = 0
-    if dataset.split == "all":
-        keep = np.ones(len(rows), bool)
-    elif "split" in columns:
-        keep = np.array([split == dataset.split for split in columns["split"].to_pylist()], bool)
-        others = sum(split not in ("train", "test") for split in columns["split"].to_pylist())
-    else:
+    keep, others = np.ones(count, bool), 0
+    splits = [split_named(value) for value in columns["split"].to_pylist()] if "split" in columns else []
+    if part.split and (wrong := next((split for split in splits if split not in (None, part.split)), None)):
+        raise ValueError(
+            f"expected one split for each row of {storage.display(part.uri)}, found {part.split} in its path and "
+            f"{wrong} in column {names['split']}: rename the file or drop the column"
+        )
+    if part.split:
+        keep[:] = dataset.split in ("all", part.split)
+    elif dataset.split != "all" and splits:
+        keep = np.array([split == dataset.split for split in splits], bool)
+        others = sum(split is None for split in splits)
+    elif dataset.split != "all":
         keep = np.array([name is None or split_of(name) == dataset.split for name in ids.to_pylist()], bool)
-    empty = pa.nulls(len(rows))
+    kept, mask = int(keep.sum()), pa.array(keep)
     listing = make_listing(
         dataset,
-        ids.filter(pa.array(keep)),
-        [file.path] * int(keep.sum()),
-        rows[keep],
-        [file.size] * int(keep.sum()),
-        columns.get("label", empty).filter(pa.array(keep)).cast(pa.string()),
-        [columns.get(name, empty).filter(pa.array(keep)).cast(pa.int8()) for name in dataset.attributes],
+        ids.filter(mask),
+        [part.path] * kept,
+        np.flatnonzero(keep),
+        [part.size] * kept,
+        columns.get("label", pa.nulls(count, pa.string())).filter(mask),
+        [
+            attribute_column(part.uri, name, table[name]).filter(mask) if name in wanted else pa.nulls(kept)
+            for name in dataset.attributes
+        ],
     )
     return listing, others
 
 
-def column_types(uri: str, parquet: pq.ParquetFile) -> dict[str, pa.DataType]:
-    """The type of each column; that of image has been checked."""
-    kinds = {field.name: field.type for field in parquet.schema_arrow}
-    if "image" not in kinds:
+def image_kind(dataset: Dataset, uri: str, parquet: pq.ParquetFile) -> str:
+    """How a file holds its images: "bytes", "struct" of bytes and path, or "path".
+
+    Raises:
+        ValueError: there is no such column, or it is of another type.
+    """
+    fields, name = parquet.schema_arrow, dataset.column("image")
+    if name not in fields.names:
+        likely = next((field.name for field in fields if kind_of(field.type)), "COLUMN")
         raise ValueError(
-            f"expected a column image in {storage.display(uri)}, found {', '.join(kinds) or 'no columns'}: "
-            "rename the one that holds the files of the images"
+            f"expected a column {name} in {storage.display(uri)}, found columns {names_of(fields.names)}: say which "
+            f"one holds the images, as in columns image={likely}"
         )
-    kind = kinds["image"]
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)):
+    kind = kind_of(fields.field(name).type)
+    if kind is None and is_text(fields.field(name).type):
+        return "path"
+    if kind is None:
         raise ValueError(
-            f"expected a column image of bytes or struct<bytes, path> in {storage.display(uri)}, found "
-            f"{kinds['image']}: store the files of the images in it"
+            f"expected a column {name} of bytes or struct<bytes, path> in {storage.display(uri)}, found "
+            f"{fields.field(name).type}: store the files of the images in it"
         )
-    return kinds
+    if kind == "struct" and fields.field(name).type.get_field_index("path") >= 0:
+        nulls = null_count(parquet, f"{name}.bytes")
+        if nulls and nulls == parquet.metadata.num_rows:
+            return "path"
+    return kind
 
 
-def cast_column(uri: str, name: str, column: pa.ChunkedArray, attribute: bool) -> pa.Array:
-    """A column of the listing: int8 for an attribute, else strings, which integers are written as."""
-    found = column.type
-    if pa.types.is_dictionary(found):
-        column = column.cast(found.value_type)
-    kind = column.type
-    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
-    if not whole and (attribute or not (pa.types.is_string(kind) or pa.types.is_large_string(kind))):
+def kind_of(kind: pa.DataType) -> str | None:
+    """Whether a type holds images as "bytes" or as a "struct" of bytes; None: neither."""
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return "struct" if index >= 0 and kind_of(kind.field(index).type) == "bytes" else None
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return "bytes" if binary or pa.types.is_binary_view(kind) else None
+
+
+def null_count(parquet: pq.ParquetFile, leaf: str) -> int | None:
+    """The nulls of a column by the statistics of its row groups; None where they do not say."""
+    total = 0
+    for group in range(parquet.num_row_groups):
+        info = parquet.metadata.row_group(group)
+        column = next(info.column(i) for i in range(info.num_columns) if info.column(i).path_in_schema == leaf)
+        if column.statistics is None or not column.statistics.has_null_count:
+            return None
+        total += column.statistics.null_count
+    return total
+
+
+def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile) -> None:
+    """Raises ValueError where a file holds paths instead of images, and none of the first is there."""
+    name = dataset.column("image")
+    struct = pa.types.is_struct(parquet.schema_arrow.field(name).type)
+    leaf = f"{name}.path" if struct else name
+    batch = next(parquet.iter_batches(16, columns=[leaf], use_threads=False), None)
+    if batch is None:
+        return
+    column = batch.column(0).field("path") if struct else batch.column(0)
+    paths = [path for path in column.to_pylist() if path]
+    if not any(storage.exists(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
+        what = f"paths such as {paths[0]!r}, with no file there" if paths else "only null"
         raise ValueError(
-            f"expected a column {name} of {'integers' if attribute else 'strings or integers'} in "
-            f"{storage.display(uri)}, found {found}: convert it"
+            f"expected images in column {name} of {storage.display(part.uri)}, found {what}: store the bytes of the "
+            "images, or put the files beside the Parquet file"
         )
+
+
+def path_uris(dataset: Dataset, uri: str, path: str) -> list[str]:
+    """Where a path in a column may lead: as it stands, beside its Parquet file, below the data."""
+    if storage.is_remote(path) or os.path.isabs(path):
+        return [path]
+    head, _, options = uri.rpartition(f"/{storage.name(uri)}")
+    return list(dict.fromkeys([storage.join(head + options, path), storage.join(str(dataset.data), path)]))
+
+
+def join_key(part: ParquetPart, name: str, column: pa.Array | None, count: int) -> pa.Array:
+    """A column that the path of a file gives for all its rows, checked against the one inside."""
+    value = part.keys[name]
+    if column is not None and not pc.all(pc.equal(column, pa.scalar(value, pa.string()))).as_py():
+        raise ValueError(
+            f"expected {name}={value} in every row of {storage.display(part.uri)}, as its path says, found "
+            f"{pc.unique(column).to_pylist()[:3]}: correct the path or drop the column"
+        )
+    return pa.array([value] * count, pa.string())
+
+
+def name_labels(uri: str, name: str, numbers: pa.Array, classes: list[str]) -> pa.Array:
+    """The names of classes for their numbers; -1, which stands for no label, is kept."""
+    known = {str(number): text for number, text in enumerate(classes)} | {NO_LABEL: NO_LABEL}
+    if unknown := [number for number in pc.unique(numbers).drop_null().to_pylist() if number not in known]:
+        raise ValueError(
+            f"expected labels 0 to {len(classes) - 1} in column {name} of {storage.display(uri)}, as its metadata "
+            f"names {len(classes)} classes, found {unknown[0]}: correct the labels or the metadata"
+        )
+    return pa.array([None if number is None else known[number] for number in numbers.to_pylist()], pa.string())
+
+
+def class_label_names(name: str, metadata: dict[bytes, bytes] | None) -> list[str] | None:
+    """The names of a ClassLabel column in the metadata that Hugging Face's datasets writes."""
     try:
-        return column.cast(pa.int8() if attribute else pa.string()).combine_chunks()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"expected values of int8 in column {name} of {storage.display(uri)}, found {error}") from None
+        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][name]
+        return [str(text) for text in feature["names"]] if feature.get("_type") == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def text_column(uri: str, name: str, column: pa.ChunkedArray) -> pa.Array:
+    """A column of the listing as strings, which whole numbers are written as."""
+    try:
+        return as_text(column)
+    except ValueError as error:
+        raise ValueError(
+            f"expected a column {name} of strings or whole numbers in {storage.display(uri)}, found {error}: convert it"
+        ) from None
+
+
+def attribute_column(uri: str, name: str, column: pa.ChunkedArray) -> pa.Array:
+    """A column of integers or booleans, as it is."""
+    array, found = column.combine_chunks(), column.type
+    if pa.types.is_dictionary(found):
+        array = array.cast(found.value_type)
+    if not (pa.types.is_integer(array.type) or pa.types.is_boolean(array.type) or pa.types.is_null(array.type)):
+        raise ValueError(f"expected a column {name} of integers in {storage.display(uri)}, found {found}: convert it")
+    return array
 
 
 def read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
@@ -119,7 +318,7 @@ def read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Conten
         indices = np.flatnonzero(locations == location)
         indices = indices[np.argsort(numbers[indices], kind="stable")]
         try:
-            for index, content in read_parquet_file(storage.join(str(dataset.data), location), numbers[indices]):
+            for index, content in read_part(dataset, storage.join(str(dataset.data), location), numbers[indices]):
                 yield int(indices[index]), content
         except BROKEN as error:  # before the first of its images
             if getattr(error, "transient", False):
@@ -127,25 +326,28 @@ def read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Conten
             yield from ((int(index), UnreadableImage(BROKEN_FILE)) for index in indices)
 
 
-def read_parquet_file(uri: str, numbers: np.ndarray) -> Iterator[tuple[int, Content]]:
+def read_part(dataset: Dataset, uri: str, numbers: np.ndarray) -> Iterator[tuple[int, Content]]:
     """Pairs (index among ``numbers``, content), for ascending numbers of rows."""
     with storage.open_parquet(uri) as parquet:
         ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
         if not len(ends) or numbers[-1] >= ends[-1]:
             raise ValueError("fewer rows than were listed")
-        struct = pa.types.is_struct(column_types(uri, parquet)["image"])
+        name, kind = dataset.column("image"), image_kind(dataset, uri, parquet)
+        leaves = [name]
+        if pa.types.is_struct(parquet.schema_arrow.field(name).type):
+            has_paths = parquet.schema_arrow.field(name).type.get_field_index("path") >= 0
+            paths = [f"{name}.path"] if has_paths and null_count(parquet, f"{name}.bytes") != 0 else []
+            leaves = paths if kind == "path" else [f"{name}.bytes", *paths]
         groups = np.searchsorted(ends, numbers, side="right")
         for group in np.unique(groups):
             pending = np.flatnonzero(groups == group).tolist()
             first = int(ends[group]) - parquet.metadata.row_group(group).num_rows
             try:
-                for batch in read_row_group(uri, parquet, int(group), "image.bytes" if struct else "image"):
-                    column = batch.column(0).field("bytes") if struct else batch.column(0)
+                for batch in read_row_group(uri, parquet, int(group), leaves):
                     while pending and numbers[pending[0]] < first + len(batch):
                         index = pending.pop(0)
-                        content = column[int(numbers[index]) - first].as_py()
-                        missing = UnreadableImage("expected the bytes of an image, found null: fill or drop the row")
-                        yield index, missing if content is None else content
+                        value = batch.column(0)[int(numbers[index]) - first].as_py()
+                        yield index, content_of(dataset, uri, value)
                     first += len(batch)
                     if not pending:
                         break
@@ -155,7 +357,17 @@ def read_parquet_file(uri: str, numbers: np.ndarray) -> Iterator[tuple[int, Cont
                 yield from ((index, UnreadableImage(BROKEN_FILE)) for index in pending)
 
 
-def read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaf: str) -> Iterator[pa.RecordBatch]:
+def content_of(dataset: Dataset, uri: str, value: bytes | str | dict[str, bytes | str | None] | None) -> Content:
+    """The image of one value of the image column: its bytes, or the file that its path leads to."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str):
+        uris = path_uris(dataset, uri, value)
+        return read_file(next((uri for uri in uris[:-1] if storage.exists(uri)), uris[-1]), None)
+    return UnreadableImage(NO_BYTES) if value is None else value
+
+
+def read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaves: list[str]) -> Iterator[pa.RecordBatch]:
     """One row group in batches of about 4 MiB; after a transient error it is read again up to where it was."""
     info = parquet.metadata.row_group(group)
     rows = int(np.clip((4 << 20) * info.num_rows // max(1, info.total_byte_size), 1, 1024))
@@ -165,7 +377,7 @@ def read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaf: str) -> 
     def step() -> pa.RecordBatch | None:
         nonlocal stream
         if stream is None:
-            fresh = parquet.iter_batches(rows, row_groups=[group], columns=[leaf], use_threads=False)
+            fresh = parquet.iter_batches(rows, row_groups=[group], columns=leaves, use_threads=False)
             stream = itertools.islice(fresh, done, None)
         try:
             return next(stream, None)
@@ -178,8 +390,39 @@ def read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaf: str) -> 
         yield batch
 
 
-def parquet_attributes(data: str) -> list[str]:
-    """The columns of integers and booleans."""
-    with storage.open_parquet(parquet_files(data)[0][1]) as parquet:
-        kinds = {field.name: field.type for field in parquet.schema_arrow}
-    return [name for name, kind in kinds.items() if pa.types.is_integer(kind) or pa.types.is_boolean(kind)]
+def parquet_splits(dataset: Dataset) -> set[str]:
+    """The splits that paths or the column of splits name; reading stops where the data set's own is among them."""
+    found: set[str] = set()
+    for part in list_parts(dataset):
+        found |= {part.split} if part.split else column_splits(dataset, part.uri)
+        if dataset.split in found:
+            break
+    return found
+
+
+def column_splits(dataset: Dataset, uri: str) -> set[str]:
+    """The splits that the column of splits in a file names."""
+    name = dataset.column("split")
+    with storage.open_parquet(uri) as parquet:
+        if name not in parquet.schema_arrow.names:
+            return set()
+        try:
+            column = storage.attempt("read", uri, lambda: parquet.read([name]))[name]
+        except pa.ArrowException as error:
+            raise broken_file(uri, error) from None
+    values = pc.unique(text_column(uri, name, column)).to_pylist()
+    return {split for value in values if (split := split_named(value))}
+
+
+def broken_file(uri: str, error: Exception) -> ValueError:
+    """What is said of a file that turns out broken as it is read."""
+    return ValueError(f"expected a whole Parquet file, found {storage.display(uri)}, broken ({error})")
+
+
+def parquet_attributes(dataset: Dataset) -> list[str]:
+    """The columns of integers and booleans that are not the label, the id or the split."""
+    with storage.open_parquet(list_parts(dataset)[0].uri) as parquet:
+        fields = list(parquet.schema_arrow)
+    taken = {dataset.column(name) for name in ("image", "image_id", "label", "split")}
+    kinds = [(field.name, field.type) for field in fields if field.name not in taken]
+    return [name for name, kind in kinds if pa.types.is_integer(kind) or pa.types.is_boolean(kind)]

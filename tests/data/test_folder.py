@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import HEIGHT, WIDTH, encoded, listed, pixels_of, random_pixels, write_images
@@ -23,17 +25,125 @@ def test_folder_takes_its_classes_from_folders(tmp_path: Path) -> None:
 
 
 def test_folder_takes_its_splits_from_folders_where_there_are_any(tmp_path: Path) -> None:
-    write_images(tmp_path, "train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "extra/x.png", "loose.png")
+    write_images(tmp_path, "train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "loose.png")
     assert listed(tmp_path, "train") == {"train/cat/1.png": "cat", "train/dog/1.png": "dog"}
     assert listed(tmp_path, "test") == {"test/cat/1.png": "cat"}
     assert len(listed(tmp_path)) == 3
     listing = data.list_images(data.open_dataset("folder", tmp_path))
-    assert data.left_out(listing) == {"images outside train/ and test/": 2}
+    assert data.left_out(listing) == {"images beside test/, train/": 1}
 
 
-def test_folder_takes_a_train_among_other_classes_for_a_class(tmp_path: Path) -> None:
-    write_images(tmp_path, "train/1.png", "bus/1.png")
-    assert listed(tmp_path) == {"bus/1.png": "bus", "train/1.png": "train"}
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("train", "val", "validation"),
+        ("Train", "Test", "test"),
+        ("training", "validation", "validation"),
+        ("TRAIN", "valid", "validation"),
+        ("train", "dev", "validation"),
+        ("training", "testing", "test"),
+    ],
+)
+def test_folder_knows_the_usual_names_of_splits(train: str, other: str, split: str, tmp_path: Path) -> None:
+    write_images(tmp_path, f"{train}/cat/1.png", f"{train}/dog/1.png", f"{other}/cat/1.png")
+    assert listed(tmp_path, "train") == {f"{train}/cat/1.png": "cat", f"{train}/dog/1.png": "dog"}
+    assert listed(tmp_path, split) == listed(tmp_path, other) == {f"{other}/cat/1.png": "cat"}
+    held_out = data.open_dataset("folder", tmp_path, "held-out")
+    assert held_out.split == split
+    assert set(listed(tmp_path, "all").values()) == {"cat", "dog"}
+
+
+def test_folder_of_three_splits_holds_out_test(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/a/1.png", "val/a/2.png", "test/a/3.png")
+    assert data.open_dataset("folder", tmp_path, "held-out").split == "test"
+    assert listed(tmp_path, "validation") == {"val/a/2.png": "a"}
+
+
+@pytest.mark.parametrize("split", ["test", "held-out", "val"])
+def test_folder_does_not_make_up_a_split(split: str, tmp_path: Path) -> None:
+    write_images(tmp_path, "train/a/1.png", "train/b/2.png")
+    with pytest.raises(ValueError, match=f"split: expected one of train, all, which .* has, got '{split}'"):
+        data.open_dataset("folder", tmp_path, split)
+
+
+@pytest.mark.parametrize("names", [["train/1.png", "bus/1.png"], ["train/c/1.png", "test/c/1.png", "extra/x.png"]])
+def test_folder_refuses_splits_beside_other_folders_with_both_readings(names: list[str], tmp_path: Path) -> None:
+    write_images(tmp_path, *names)
+    with pytest.raises(ValueError, match=r"train/ beside (bus|extra)/: if .* are splits, move .*; if they are classes"):
+        listed(tmp_path)
+
+
+def test_folder_takes_folders_without_images_beside_splits_for_nothing(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/a/1.png", "val/a/1.png")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/readme.txt").touch()
+    assert len(listed(tmp_path)) == 2
+
+
+def test_folder_refuses_splits_below_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, "cat/train/1.png", "cat/test/2.png", "dog/train/1.png", "dog/test/2.png")
+    with pytest.raises(ValueError, match=r"splits above class folders .* inside cat/ .*: move them to the top"):
+        listed(tmp_path)
+    write_images(tmp_path / "w", "images/train/cat/1.png", "images/val/cat/2.png")
+    with pytest.raises(ValueError, match=r"inside images/ .*: name .*/w/images"):
+        listed(tmp_path / "w")
+
+
+def test_folder_leaves_out_what_systems_leave_behind_and_names_it(tmp_path: Path) -> None:
+    write_images(
+        tmp_path, "cat/1.png", "dog/1.png", "@eaDir/1.png", "$RECYCLE.BIN/1.png", "cat/@eaDir/1.png", "__MACOSX/1.png"
+    )
+    (tmp_path / "lost+found").mkdir()
+    assert listed(tmp_path) == {"cat/1.png": "cat", "dog/1.png": "dog"}
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert data.left_out(listing) == {"files in folders of the system ($RECYCLE.BIN, @eaDir, __MACOSX)": 4}
+
+
+def test_folder_says_that_a_class_is_a_link(tmp_path: Path) -> None:
+    write_images(tmp_path, "cat/1.png", "dog/1.png")
+    (tmp_path / "kitty").symlink_to("cat")
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert len(listing) == 2
+    assert data.left_out(listing) == {"class folders that are links to others (kitty)": 1}
+
+
+def test_folder_reads_rare_endings(tmp_path: Path) -> None:
+    for name in ("a/1.jfif", "a/2.jpe", "b/3.JFIF"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(random_pixels(0), "JPEG"))
+    assert len(listed(tmp_path)) == 3
+
+
+def test_folder_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
+    write_images(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "Tea/1.png", "tea/2.png")
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert data.class_names_of(listing) == ("Tea", "caf\u00e9", "tea")
+    unicode, case = data.notes(listing)
+    assert "'caf\u00e9' is written in two ways" in unicode
+    assert "differ in case only: Tea, tea" in case
+    assert data.label_indices(pa.array(["cafe\u0301", "tea"]), ("Tea", "caf\u00e9", "tea")).to_pylist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("images.tar", "tar archives"),
+        ("shard-00.tar.gz", "tar archives"),
+        ("images.zip", "zip archives"),
+        ("data-00000-of-00001.arrow", "Arrow files"),
+        ("x.tfrecord", "TFRecord"),
+        ("a.lance/data/x", "Lance"),
+        ("train.npz", "files of arrays"),
+    ],
+)
+def test_folder_refuses_other_formats_by_name(name: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"found .*{what}.*: (unpack|export|write)"):
+        listed(tmp_path)
+    if "/" not in name:
+        with pytest.raises(ValueError, match=f"expected a folder, found .*{what}"):
+            listed(tmp_path / name)
 
 
 def test_folder_splits_by_hash_and_keeps_each_image_where_it_was(tmp_path: Path) -> None:
@@ -54,7 +164,7 @@ def test_folder_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert data.left_out(listing) == {
         "hidden files": 2,
         "files without an image's extension": 1,
-        "class folders without an image": 2,
+        "class folders without an image (empty, notes)": 2,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import HEIGHT, WIDTH, encoded, listed, parquet_table, pixels_of, random_pixels
+from pictures import HEIGHT, WIDTH, encoded, listed, parquet_table, pixels_of, random_pixels, write_images
 
-from clarity import data, schema, storage
+from clarity import data, storage
 from clarity.images import Preprocessing
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,10 +32,10 @@ def test_parquet_has_optional_labels_ids_and_splits(tmp_path: Path) -> None:
     assert listed(path, "test", "parquet") == {"y": None}
     pq.write_table(parquet_table(3, label=pa.array(["b", None, "a"]).dictionary_encode(), image_id=[7, 8, 9]), path)
     assert listed(path, source="parquet") == {"7": "b", "8": None, "9": "a"}
-    pq.write_table(parquet_table(2, label=[12, None], split=["train", "validation"]), path)
+    pq.write_table(parquet_table(2, label=[12, None], split=["train", "extra"]), path)
     listing = data.list_images(data.open_dataset("parquet", path))
     assert listing["label_name"].to_pylist() == ["12"]
-    assert data.left_out(listing) == {"rows whose split is neither train nor test": 1}
+    assert data.left_out(listing) == {"rows whose split is none of train, validation and test": 1}
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -61,15 +62,26 @@ def test_parquet_directory_is_one_data_set(tmp_path: Path) -> None:
     assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], expected)
 
 
-def test_parquet_carries_integer_columns(tmp_path: Path) -> None:
-    pq.write_table(parquet_table(2, old=[3, None], wild=[True, False], far=[1, 300]), tmp_path / "x.parquet")
-    dataset = data.open_dataset("parquet", tmp_path / "x.parquet", "all", attributes=("wild", "old", "wild"))
+def test_parquet_carries_integers_and_booleans_as_they_are(tmp_path: Path) -> None:
+    columns = {"old": [3, None], "wild": [True, False], "year": pa.array([1999, 2024], pa.uint16()), "w": [1 << 40, 2]}
+    pq.write_table(parquet_table(2, price=[0.5, 1.5], **columns), tmp_path / "x.parquet")
+    dataset = data.open_dataset("parquet", tmp_path / "x.parquet", "all", attributes=("all",))
+    assert dataset.attributes == ("old", "wild", "year", "w")
     listing = data.list_images(dataset)
     shard = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
-    assert shard.schema.equals(schema.shard_schema((1, HEIGHT, WIDTH), ("wild", "old")))
-    assert shard.select(["wild", "old"]).to_pylist() == [{"wild": 1, "old": 3}, {"wild": 0, "old": None}]
-    with pytest.raises(ValueError, match="expected values of int8 in column far"):
-        data.list_images(data.open_dataset("parquet", tmp_path / "x.parquet", "all", attributes=("far",)))
+    assert [shard.schema.field(name).type for name in dataset.attributes] == [
+        pa.int64(),
+        pa.bool_(),
+        pa.uint16(),
+        pa.int64(),
+    ]
+    assert shard.select(dataset.attributes).to_pylist() == [
+        {"old": 3, "wild": True, "year": 1999, "w": 1 << 40},
+        {"old": None, "wild": False, "year": 2024, "w": 2},
+    ]
+    assert data.listing_fingerprint(listing)
+    some = data.open_dataset("parquet", tmp_path / "x.parquet", "all", attributes=("wild", "old", "wild"))
+    assert some.attributes == ("wild", "old")
 
 
 def test_parquet_reads_only_the_row_groups_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +160,148 @@ def test_parquet_of_large_images_is_read_in_small_pieces(tmp_path: Path) -> None
         [sys.executable, "-c", code, tmp_path / "x.parquet"], cwd=ROOT, capture_output=True, check=True
     )
     assert 5 < int(done.stdout) < 70
+
+
+def hugging_face(labels: list[Any], names: list[str], column: str = "label", count: int | None = None) -> pa.Table:
+    """A table as Hugging Face's datasets writes it, with a ClassLabel in the metadata."""
+    table = parquet_table(count or len(labels), **{column: pa.array(labels, pa.int64())})
+    features = {column: {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_parquet_of_hugging_face_has_splits_and_names(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    names = ["shirt", "bag", "boot"]
+    pq.write_table(hugging_face([2, 0, -1], names), tmp_path / "data/train-00000-of-00001.parquet")
+    pq.write_table(hugging_face([1], names), tmp_path / "data/test-00000-of-00001.parquet")
+    prefix = "data/train-00000-of-00001.parquet#0000000"
+    assert listed(tmp_path, "train", "parquet") == {f"{prefix}0": "boot", f"{prefix}1": "shirt", f"{prefix}2": None}
+    assert listed(tmp_path, "held-out", "parquet") == {"data/test-00000-of-00001.parquet#00000000": "bag"}
+    listing = data.list_images(data.open_dataset("parquet", tmp_path, "train"))
+    assert data.notes(listing) == ["1 images have the label -1, which is read as no label"]
+
+
+def test_parquet_names_of_classes_that_are_numbers_are_looked_up_by_index(tmp_path: Path) -> None:
+    pq.write_table(hugging_face([0, 1, 2], ["1", "2", "3"]), tmp_path / "x.parquet")
+    assert list(listed(tmp_path, source="parquet").values()) == ["1", "2", "3"]
+    pq.write_table(hugging_face([0, 7], ["1", "2", "3"]), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"expected labels 0 to 2 in column label .* names 3 classes, found 7"):
+        listed(tmp_path, source="parquet")
+
+
+def test_parquet_minus_one_is_a_class_beside_one_alone(tmp_path: Path) -> None:
+    pq.write_table(parquet_table(2, label=[-1, 1]), tmp_path / "x.parquet")
+    assert list(listed(tmp_path, source="parquet").values()) == ["-1", "1"]
+    pq.write_table(parquet_table(3, label=[-1, 1, 0]), tmp_path / "x.parquet")
+    assert list(listed(tmp_path, source="parquet").values()) == [None, "1", "0"]
+
+
+def test_parquet_takes_split_and_label_from_keys_of_paths(tmp_path: Path) -> None:
+    for number, (split, label) in enumerate([("train", "3"), ("train", "a%20b"), ("val", "3")]):
+        path = tmp_path / f"split={split}/label={label}/part-{number}.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(parquet_table(1), path)
+    assert set(listed(tmp_path, "train", "parquet").values()) == {"3", "a b"}
+    assert set(listed(tmp_path, "held-out", "parquet").values()) == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"train-0.parquet": {"split": ["test"]}}, "found train in its path and test in column split"),
+        ({"split=test/train-0.parquet": {}}, "expected one split in the path .* found split=test and train-0"),
+        ({"label=3/x.parquet": {"label": [4]}}, "expected label=3 in every row"),
+        ({"train-0.parquet": {}, "extra.parquet": {}}, "in the paths of all files .* or of none"),
+        ({"_delta_log/0.parquet": {}, "x.parquet": {}}, "found a Delta table"),
+        ({"metadata/1.metadata.json": {}, "data/x.parquet": {}}, "found an Iceberg table"),
+    ],
+)
+def test_parquet_paths_that_contradict_are_refused(files: dict[str, Any], said: str, tmp_path: Path) -> None:
+    for name, columns in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(parquet_table(1, **columns), tmp_path / name)
+    with pytest.raises(ValueError, match=said):
+        listed(tmp_path, source="parquet")
+
+
+@pytest.mark.parametrize("name", ["X.PARQUET", "x.pq", "a/X.Pq"])
+def test_parquet_files_of_other_endings_are_seen(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    pq.write_table(parquet_table(2), tmp_path / name)
+    assert len(listed(tmp_path, source="parquet")) == 2
+
+
+def test_parquet_columns_of_other_names(tmp_path: Path) -> None:
+    table = hugging_face([1, 0], ["apple", "bear"], "fine_label").append_column("coarse", pa.array([5, 6]))
+    metadata = table.schema.metadata
+    table = table.rename_columns(["img", "fine_label", "coarse"]).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"a column image .* found columns img, fine_label, coarse: .* image=img"):
+        listed(tmp_path, source="parquet")
+    columns = {"image": "img", "label": "fine_label"}
+    dataset = data.open_dataset("parquet", tmp_path, "all", columns=columns, attributes=("all",))
+    listing = data.list_images(dataset)
+    assert listing["label_name"].to_pylist() == ["bear", "apple"]
+    assert dataset.attributes == ("coarse",)
+    assert data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].null_count == 2
+    with pytest.raises(ValueError, match=r"columns: expected kind in .*, found columns img, fine_label, coarse"):
+        data.list_images(data.open_dataset("parquet", tmp_path, "all", columns={"image": "img", "label": "kind"}))
+    with pytest.raises(ValueError, match=r"columns: expected names of image, label, image_id, split, got size"):
+        data.open_dataset("parquet", tmp_path, columns={"size": "img"})
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array([1.0, 2.0, None]),
+        pa.array([1.0, 2.0, float("nan")], pa.float32()),
+        pa.array(["1", "2", None], pa.string_view()),
+        pa.array(["1", "2", None], pa.large_string()),
+        pa.array(["1", "2", None]).dictionary_encode(),
+        pa.array([1, 2, None], pa.uint8()),
+        pa.array([1, 2, None], pa.decimal128(5, 0)),
+    ],
+    ids=lambda labels: str(labels.type),
+)
+def test_parquet_labels_of_any_type_of_text_or_whole_numbers(labels: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(parquet_table(3, label=labels), tmp_path / "x.parquet")
+    assert list(listed(tmp_path, source="parquet").values()) == ["1", "2", None]
+
+
+def test_parquet_images_and_ids_may_be_views(tmp_path: Path) -> None:
+    images = pa.array([encoded(random_pixels(0)), None], pa.binary_view())
+    pq.write_table(pa.table({"image": images, "image_id": pa.array(["x", "y"], pa.string_view())}), tmp_path / "x.pq")
+    dataset = data.open_dataset("parquet", tmp_path, "all")
+    shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
+    assert shard["image_id"].to_pylist() == ["x", "y"]
+    assert shard["error"].is_null().to_pylist() == [True, False]
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet_paths_are_followed_where_the_files_are(struct: bool, tmp_path: Path) -> None:
+    write_images(tmp_path, "files/0.png", "files/sub/1.png")
+    paths = ["0.png", "sub/1.png", str(tmp_path / "files/0.png"), "gone.png"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": None, "path": path} for path in paths], kind) if struct else pa.array(paths)
+    pq.write_table(pa.table({"image": images}), tmp_path / "files/x.parquet")
+    for where in (tmp_path, tmp_path / "files/x.parquet"):
+        dataset = data.open_dataset("parquet", where, "all")
+        shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
+        assert shard["error"].is_null().to_pylist() == [True, True, True, False]
+        found = pixels_of(shard.slice(0, 3), (1, HEIGHT, WIDTH))[:, 0]
+        assert np.array_equal(found, [random_pixels(0), random_pixels(1), random_pixels(0)])
+    pq.write_table(pa.table({"image": images.slice(3)}), tmp_path / "files/x.parquet")
+    with pytest.raises(ValueError, match=r"found paths such as 'gone.png', with no file there: store the bytes"):
+        listed(tmp_path, source="parquet")
+
+
+def test_parquet_follows_a_path_only_where_bytes_are_null(tmp_path: Path) -> None:
+    write_images(tmp_path, "0.png")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": encoded(random_pixels(5)), "path": "0.png"}, {"bytes": None, "path": "0.png"}]
+    pq.write_table(pa.table({"image": pa.array([*rows, None], kind)}), tmp_path / "x.parquet")
+    dataset = data.open_dataset("parquet", tmp_path, "all")
+    shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
+    found = pixels_of(shard.slice(0, 2), (1, HEIGHT, WIDTH))[:, 0]
+    assert np.array_equal(found, [random_pixels(5), random_pixels(0)])
+    assert shard["error"].to_pylist()[2] == "expected the bytes of an image, found null: fill or drop the row"

@@ -1,0 +1,161 @@
+"""Labels of image files from a table beside them: labels.csv, metadata.csv or metadata.jsonl."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import posixpath
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clarity import storage
+from clarity.data.listing import Dataset, names_of, split_named
+from clarity.images import EXTENSIONS
+
+TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv", "metadata.jsonl")
+#: Usual names of the columns, the first that is there counts; ``columns`` names another.
+COLUMNS = {
+    "image": ("file_name", "filename", "file", "image", "image_path", "path", "image_name", "image_id", "name", "id"),
+    "label": ("label", "label_name", "class", "class_name", "category", "target"),
+    "split": ("split",),
+}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What tables beside the images say of them.
+
+    Args:
+        labels: of the images that are in a table, by their paths.
+        splits: the same, where a table has a column of splits.
+        left_out: rows of the tables without an image.
+        notes: what a user should know.
+    """
+
+    labels: dict[str, str | None]
+    splits: dict[str, str | None]
+    left_out: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+
+def find_tables(root: str, folders: Sequence[str]) -> list[str]:
+    """The tables of labels at the top of a data set and in some folders, by their paths."""
+    paths = [posixpath.join(folder, name) for folder in ("", *folders) for name in TABLES]
+    return [path for path in paths if storage.exists(storage.join(root, path))]
+
+
+def table_splits(dataset: Dataset) -> set[str]:
+    """The splits that tables at the top name."""
+    found = set()
+    for path in find_tables(str(dataset.data), ()):
+        rows = read_table(storage.join(str(dataset.data), path))
+        column = find_column(dataset, path, rows, "split")
+        found |= {split for row in rows if column and (split := split_named(row.get(column)))}
+    return found
+
+
+def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], in_classes: bool) -> Labels | None:
+    """What the tables beside some images say of them; None where there is no table, or none that gives labels.
+
+    Args:
+        dataset: a folder.
+        folders: those of splits, which may have tables of their own.
+        paths: of the images.
+        in_classes: whether the images lie in folders that can be classes.
+
+    Raises:
+        ValueError: a table that cannot be read, lacks a column that ``columns`` names, or contradicts itself.
+    """
+    root = str(dataset.data)
+    index = PathIndex(paths)
+    labels: dict[str, str | None] = {}
+    splits: dict[str, str | None] = {}
+    left_out: dict[str, int] = {}
+    notes: list[str] = []
+    for table in find_tables(root, folders):
+        rows = read_table(storage.join(root, table))
+        image, label, split = (find_column(dataset, table, rows, name) for name in ("image", "label", "split"))
+        if image is None or label is None:
+            if not in_classes:
+                missing = "label" if image else "image"
+                notes.append(
+                    f"{table} gives no labels: its columns are {names_of(rows[0] if rows else ())}; say which one "
+                    f"does, as in columns {missing}=NAME"
+                )
+            continue
+        unknown = 0
+        for row in rows:
+            path = index.find(posixpath.dirname(table), row.get(image) or "")
+            if path is None:
+                unknown += 1
+                continue
+            text = row.get(label) or None
+            if labels.setdefault(path, text) != text:
+                raise ValueError(
+                    f"expected one label for each image in {table}, found {labels[path]!r} and {text!r} for {path}: "
+                    "correct it"
+                )
+            if split:
+                splits[path] = split_named(row.get(split))
+        left_out[f"rows of {table} without an image"] = unknown
+        if in_classes:
+            notes.append(f"labels come from {table}, not from the names of folders")
+    if not labels and not notes:
+        return None
+    return Labels(labels, splits, left_out, tuple(notes))
+
+
+def read_table(uri: str) -> list[dict[str, Any]]:
+    """The rows of a table of text: JSON lines, or CSV with a header and commas, semicolons or tabs."""
+    try:
+        text = storage.read_bytes(uri).decode("utf-8-sig")
+        if uri.endswith(".jsonl"):
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [{key: None if value is None else str(value) for key, value in row.items()} for row in found]
+        else:
+            header = text.partition("\n")[0]
+            delimiter = max(",;\t", key=header.count)
+            rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    except (ValueError, AttributeError, csv.Error) as error:
+        raise ValueError(
+            f"expected a table of file names and labels in {storage.display(uri)}, found none that can be read "
+            f"({error}): save it as CSV in UTF-8"
+        ) from None
+    return rows
+
+
+def find_column(dataset: Dataset, table: str, rows: list[dict[str, Any]], name: str) -> str | None:
+    """The column of a table that holds the file names, the labels or the splits; None where there is none."""
+    there = list(rows[0]) if rows else []
+    asked = dict(dataset.columns).get(name)
+    if asked is not None and asked not in there:
+        raise ValueError(f"columns: expected {asked} in {table}, found columns {names_of(there)}: choose from these")
+    folded = {column.strip().casefold(): column for column in there if column}
+    return asked or next((folded[known] for known in COLUMNS[name] if known in folded), None)
+
+
+class PathIndex:
+    """Finds image files by what tables call them: a path, a name, or a name without its extension."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths: dict[str, str] = {}
+        self.names: dict[str, str | None] = {}
+        for path in paths:
+            self.paths[unicodedata.normalize("NFC", path)] = path
+            name = os.path.basename(path)
+            for known in (name, os.path.splitext(name)[0]):
+                known = unicodedata.normalize("NFC", known)
+                self.names[known] = None if known in self.names else path
+
+    def find(self, folder: str, text: str) -> str | None:
+        """The path of an image that a table in a folder calls ``text``; None: none, or more than one."""
+        text = unicodedata.normalize("NFC", text.strip().replace("\\", "/"))
+        path = self.paths.get(posixpath.normpath(posixpath.join(folder, text)))
+        if path is None and not text.lower().endswith(EXTENSIONS):
+            stems = (posixpath.normpath(posixpath.join(folder, text + extension)) for extension in EXTENSIONS)
+            path = next((self.paths[stem] for stem in stems if stem in self.paths), None)
+        return path or self.names.get(os.path.basename(text))

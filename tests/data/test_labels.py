@@ -1,0 +1,105 @@
+"""Tables of labels beside images: labels.csv, metadata.csv and their kin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pictures import listed, write_images
+
+from clarity import data
+
+
+def write_table(root: Path, text: str, name: str = "labels.csv") -> None:
+    (root / name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.csv", "file_name,label\n1.png,cat\n2.png,dog\n3.png,\n"),
+        ("metadata.csv", "\ufefffile_name;label\n1.png;cat\n2.png;dog\n3.png;\n"),
+        ("labels.tsv", "filename\tclass\n./1.png\tcat\n2\tdog\n"),
+        ("labels.csv", "id,category\n1,cat\n2,dog\n"),
+        ("metadata.jsonl", '{"file_name": "1.png", "label": "cat"}\n{"file_name": "2.png", "label": "dog"}\n'),
+    ],
+)
+def test_labels_of_a_flat_folder(name: str, text: str, tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png", "3.png")
+    write_table(tmp_path, text, name)
+    assert listed(tmp_path) == {"1.png": "cat", "2.png": "dog", "3.png": None}
+
+
+def test_labels_of_a_folder_of_images_beside_the_table(tmp_path: Path) -> None:
+    write_images(tmp_path, "images/1.png", "images/2.png")
+    write_table(tmp_path, "image,label\n1.png,0\nimages\\2.png,1\n")
+    assert listed(tmp_path) == {"images/1.png": "0", "images/2.png": "1"}
+
+
+def test_labels_beside_each_split(tmp_path: Path) -> None:
+    """The layout that Hugging Face calls imagefolder."""
+    write_images(tmp_path, "train/1.png", "train/2.png", "test/1.png")
+    write_table(tmp_path / "train", "file_name,label\n1.png,cat\n2.png,dog\n", "metadata.csv")
+    write_table(tmp_path / "test", "file_name,label\n1.png,dog\n", "metadata.csv")
+    assert listed(tmp_path, "train") == {"train/1.png": "cat", "train/2.png": "dog"}
+    assert listed(tmp_path, "test") == {"test/1.png": "dog"}
+
+
+def test_labels_may_name_splits(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png", "3.png")
+    write_table(tmp_path, "file_name,label,split\n1.png,a,train\n2.png,b,Val\n3.png,a,train\n")
+    assert data.open_dataset("folder", tmp_path, "held-out").split == "validation"
+    assert listed(tmp_path, "train") == {"1.png": "a", "3.png": "a"}
+    assert listed(tmp_path, "val") == {"2.png": "b"}
+
+
+def test_labels_in_columns_of_other_names(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png")
+    write_table(tmp_path, "Photo,breed\n1.png,pug\n2.png,collie\n")
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    with pytest.raises(ValueError, match=r"found no labels.*its columns are Photo, breed; say .* columns image=NAME"):
+        data.class_names_of(listing)
+    named = data.open_dataset("folder", tmp_path, "all", columns={"image": "Photo", "label": "breed"})
+    assert data.list_images(named)["label_name"].to_pylist() == ["pug", "collie"]
+    with pytest.raises(ValueError, match=r"columns: expected kind in labels.csv, found columns Photo, breed"):
+        data.list_images(data.open_dataset("folder", tmp_path, "all", columns={"label": "kind"}))
+
+
+def test_labels_count_what_does_not_meet(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png", "3.png")
+    write_table(tmp_path, "file_name,label\n1.png,cat\n2.png,-1\n9.png,dog\n8.png,dog\n")
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert listing["label_name"].to_pylist() == ["cat", None, None]
+    assert data.left_out(listing)["rows of labels.csv without an image"] == 2
+    assert data.notes(listing) == [
+        "1 images have the label -1, which is read as no label",
+        "1 images are in no table of labels and have no label",
+    ]
+
+
+def test_labels_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png")
+    write_table(tmp_path, "file_name,label\n1.png,cat\n1.png,dog\n")
+    with pytest.raises(ValueError, match=r"one label for each image in labels.csv, found 'cat' and 'dog' for 1.png"):
+        listed(tmp_path)
+
+
+def test_labels_of_a_table_count_more_than_folders_and_it_is_said(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "b/2.png")
+    write_table(tmp_path, "file_name,label\na/1.png,cat\nb/2.png,dog\n")
+    assert listed(tmp_path) == {"a/1.png": "cat", "b/2.png": "dog"}
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert data.notes(listing) == ["labels come from labels.csv, not from the names of folders"]
+
+
+def test_labels_are_those_of_folders_where_a_table_holds_something_else(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "b/2.png")
+    write_table(tmp_path, "file_name,license\na/1.png,CC0\n", "metadata.csv")
+    assert listed(tmp_path) == {"a/1.png": "a", "b/2.png": "b"}
+
+
+def test_labels_in_no_text_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png")
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"found none that can be read .*: save it as CSV in UTF-8"):
+        listed(tmp_path)
