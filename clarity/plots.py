@@ -64,13 +64,18 @@ class Picture(Figure):
     def _repr_png_(self) -> bytes:
         return self.render("png")
 
-    def render(self, suffix: str) -> bytes:
-        """The bytes of the figure as a png, pdf or svg file; identical at every call."""
+    def render(self, suffix: str, settings: Mapping[str, Any] | None = None) -> bytes:
+        """The bytes of the figure as a png, pdf or svg file, identical at every call.
+
+        Args:
+            suffix: png, pdf or svg.
+            settings: of matplotlib's rcParams, over ``STYLE``.
+        """
         if suffix not in ("png", "pdf", "svg"):
-            raise ValueError(f"a figure is written as png, pdf or svg, got {suffix!r}")
+            raise ValueError(f"suffix: expected png, pdf or svg, got {suffix!r}")
         metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
         buffer = BytesIO()
-        with style.context(["default", STYLE]):
+        with style.context(["default", STYLE, dict(settings or {})]):
             self.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.04, metadata=metadata)
         return buffer.getvalue()
 

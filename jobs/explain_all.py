@@ -40,7 +40,7 @@ from clarity.model import Model, load_model
 from clarity.notebook import redecoder
 from clarity.planning import choose, make_plan, probe, raw_bytes_per_image
 from clarity.predictions import add_predictions, read_predictions
-from clarity.report import write_report
+from clarity.report.page import write_report
 from clarity.resources import (
     Resources,
     autoscaler_description,

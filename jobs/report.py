@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from clarity import storage
-from clarity.report import write_report
+from clarity.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> int:

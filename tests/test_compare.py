@@ -30,7 +30,7 @@ from clarity.methods import METHODS
 from clarity.paper import comparison, evaluators, metrics
 from clarity.paper.comparison import Bench
 from clarity.planning import make_plan
-from clarity.report import write_report
+from clarity.report.page import write_report
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard

@@ -2,7 +2,7 @@
 (() => {
 const data = JSON.parse(document.getElementById("data").textContent);
 const names = data.names, K = names.length, tile = data.tile;
-const field = Object.fromEntries(data.figures.map((name, i) => [name, i]));
+const field = Object.fromEntries(data.fields.map((name, i) => [name, i]));
 const $ = (id) => document.getElementById(id);
 
 // -- making elements: text never becomes markup ----------------------------------------------------------------------
@@ -16,30 +16,6 @@ function el(tag, attributes, ...children) {
   return node;
 }
 const arrow = (s, t) => `${names[s]} → ${names[t]}`;
-
-// -- numbers -----------------------------------------------------------------------------------------------------------
-function share(x) {
-  if (x === null || x === undefined) return "–";
-  const p = 100 * x;
-  if (p === 0 || p === 100) return p + " %";
-  const text = p > 99.9 || p < 0.1 ? p.toFixed(2) : p > 90 || p < 10 ? p.toFixed(1) : p.toFixed(0);
-  return (text === "100.00" ? ">99.99" : text === "0.00" ? "<0.01" : text) + " %";
-}
-function number(x) {
-  if (x === null || x === undefined) return "–";
-  const a = Math.abs(x);
-  if (a >= 1000) return Math.round(x).toLocaleString("en");
-  if (a >= 100 || Number.isInteger(x)) return x.toFixed(0);
-  if (a >= 10) return x.toFixed(1);
-  if (a >= 0.1) return x.toFixed(2);
-  return a === 0 ? "0" : a >= 0.001 ? x.toFixed(3) : x.toExponential(0);
-}
-function probability(x) {
-  if (x === null || x === undefined) return "–";
-  if (x >= 0.9995) return ">0.999";
-  return x < 0.0005 ? "<0.001" : x.toFixed(3);
-}
-const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
 // -- pictures: cut out of sheets that are decoded when one of their pictures is first wanted ------------------------------
 const sheetTexts = [...document.querySelectorAll("script.sheet")].map((node) => node.textContent);
@@ -55,9 +31,9 @@ function sheet(i) {
 }
 async function paint(canvas, index) {
   const image = await sheet(Math.floor(index / each));
-  const place = index % each;
+  const within = index % each;
   canvas.getContext("2d", { willReadFrequently: true }).drawImage(image,
-    (place % tile.columns) * tile.width, Math.floor(place / tile.columns) * tile.height,
+    (within % tile.columns) * tile.width, Math.floor(within / tile.columns) * tile.height,
     tile.width, tile.height, 0, 0, tile.width, tile.height);
 }
 function blank(size, alt) {
@@ -145,88 +121,63 @@ retheme(document.documentElement.dataset.theme);
 // -- maps ---------------------------------------------------------------------------------------------------------------
 const hasChange = data.audits.some((audit) => audit.change);
 const choices = [...data.maps];
-if (hasChange) choices.push({ key: "change", title: "Mean change", unit: "", doc: "what counterfactuals of this class pair add and take away on average" });
+if (hasChange) choices.push({ key: "change", title: "Mean change", unit: "", doc: "what counterfactuals of this class pair add and remove on average" });
 metric = choices.find((map) => map.key === "median_distance") || choices[0];
 
-function domain(map) {
-  if (map.key === "change") return [-1, 1];
-  let low = Infinity, high = -Infinity;
-  // Before and after share one scale, as do audits side by side: they are there to be compared.
-  const keys = map.key.startsWith("epistemic") ? ["epistemic_initial", "epistemic_final"] : [map.key];
-  for (const audit of data.audits) for (const key of keys) for (const row of audit.maps[key]) for (const value of row) {
-    if (value === null) continue;
-    low = Math.min(low, value); high = Math.max(high, value);
-  }
-  if (low === Infinity) return [0, 1];
-  if (map.share) return [Math.min(0.95, Math.floor(low * 20) / 20), 1];
-  // Of the numbers that are there, not from nothing: differences between pairs are what the map is for. But a fifth of the
-  // highest at least, so that what hardly differs looks alike.
-  return high > 0 ? [Math.min(low, 0.8 * high), high] : [0, 1];
-}
-// All cells of a map carry the same number of decimals, so that they can be compared at a glance.
-function format(map, value) {
-  if (map.share) return share(value);
-  if (value === null || value === undefined) return "–";
-  const high = domain(map)[1];
-  if (Number.isInteger(value) && (map.key === "pairs" || high >= 100) || high >= 1000) return Math.round(value).toLocaleString("en");
-  return value.toFixed(high >= 100 ? 0 : high >= 10 ? 1 : high >= 1 ? 2 : 3);
-}
+const mapOf = Object.fromEntries(data.maps.map((map) => [map.key, map]));
+const textAt = (key, s, t, a) => mapOf[key].audits[a].text[s][t];
+// A shade from 0 to 100.
 function mixed(v) {
-  return v < 0.5 ? `color-mix(in oklab, var(--ramp-1) ${(200 * v).toFixed(1)}%, var(--ramp-0))`
-    : `color-mix(in oklab, var(--ramp-2) ${(200 * v - 100).toFixed(1)}%, var(--ramp-1))`;
+  return v < 50 ? `color-mix(in oklab, var(--ramp-1) ${2 * v}%, var(--ramp-0))`
+    : `color-mix(in oklab, var(--ramp-2) ${2 * v - 100}%, var(--ramp-1))`;
 }
-function mean(values, weights) {
-  let sum = 0, total = 0;
-  values.forEach((value, i) => { if (value !== null && weights[i]) { sum += value * weights[i]; total += weights[i]; } });
-  return total ? sum / total : null;
-}
+const pairsAt = (s, t, a) => `${textAt("pairs", s, t, a)} pair${data.audits[a].pairs[s][t] === 1 ? "" : "s"}`;
 function describe(s, t, a) {
-  const maps = data.audits[a].maps;
-  if (maps.pairs[s][t] === null) return "no pairs";
-  return `${count(maps.pairs[s][t], "pair")}, strict validity ${share(maps.strict_validity[s][t])}, re-encoded agreement ${share(maps.reencoded_agreement[s][t])}, ` +
-    (maps.median_steps[s][t] === null ? "nothing converged" : `median ${number(maps.median_steps[s][t])} steps over a latent distance of ${number(maps.median_distance[s][t])}`) +
-    (maps.epistemic_final[s][t] === null ? "" : `, epistemic ${number(maps.epistemic_initial[s][t])} → ${number(maps.epistemic_final[s][t])} nats`);
+  if (data.audits[a].pairs[s][t] === null) return "no pairs";
+  const text = (key) => textAt(key, s, t, a);
+  return `${pairsAt(s, t, a)}, strict validity ${text("strict_validity")}, re-encoded agreement ${text("reencoded_agreement")}, ` +
+    (text("median_steps") === "–" ? "nothing converged" : `median ${text("median_steps")} steps over a latent distance of ${text("median_distance")}`) +
+    (text("epistemic_final") === "–" ? "" : `, epistemic ${text("epistemic_initial")} → ${text("epistemic_final")} nats`);
 }
-// A median of so few pairs says little: such cells have a corner cut off.
+// A median of fewer pairs is uncertain: such cells are drawn with a cut corner.
 const FEW = 5;
 let fewSeen = false;
 function grid(a) {
-  const audit = data.audits[a], [low, high] = domain(metric), picturesIn = metric.key === "change";
+  const audit = data.audits[a], picturesIn = metric.key === "change", map = picturesIn ? null : metric.audits[a];
   const size = K > 28 ? " tiny" : K > 14 ? " dense" : "", totals = !picturesIn && K <= 28;
   // Many classes: the whole map in sight, with as many of the names as have room.
   const side = Math.max(5, Math.min(9, Math.floor(($("map").clientWidth - 96) / K))), every = K > 28 ? Math.ceil(9 / side) : 1;
   const table = el("table", { class: "grid" + size, style: `--side: ${side}px`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
-  const head = el("tr", {}, el("td", { class: "corner mean" }, K > 28 ? "" : "seen ↓ wanted →"),
+  const head = el("tr", {}, el("td", { class: "corner mean" }, K > 28 ? "" : "source ↓ target →"),
     names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : name)), totals ? el("th", { scope: "col", title: "mean", "aria-label": "mean" }, "ø") : null);
   const body = el("tbody");
-  const meanCell = (values, weights) => el("td", { class: "mean" }, format(metric, mean(values, weights)));
+  const meanCell = (text) => el("td", { class: "mean" }, text.replace(" %", ""));
   for (let s = 0; s < K; s++) {
     const row = el("tr", {}, el("th", { scope: "row", title: names[s], "aria-label": names[s] }, s % every ? [] : names[s]));
     for (let t = 0; t < K; t++) {
-      const value = picturesIn ? null : audit.maps[metric.key][s][t], asked = audit.maps.pairs[s][t] !== null;
+      const asked = audit.pairs[s][t] !== null;
       const cell = el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a });
       if (s === t) { cell.className = "own"; cell.setAttribute("aria-label", `${names[s]}: the class itself`); }
       else if (!asked) { cell.className = "none"; cell.textContent = K > 28 ? "" : "·"; cell.setAttribute("aria-label", `${arrow(s, t)}: no pairs`); }
       else if (picturesIn) { cell.append(audit.change ? meanChange(audit.change[s][t], 40, `mean change ${arrow(s, t)}`) : ""); cell.setAttribute("aria-label", `${arrow(s, t)}: mean change`); }
       else {
-        const v = value === null ? 0 : (value - low) / (high - low || 1);
-        const few = audit.maps.pairs[s][t] < FEW;
+        const v = map.shade[s][t], text = map.text[s][t];
+        const few = audit.pairs[s][t] < FEW;
         fewSeen ||= few;
-        cell.className = "value" + (few ? " few" : "") + (v > (document.documentElement.dataset.theme === "dark" ? 0.58 : 0.7) ? " high" : "");
-        cell.style.setProperty("--heat", mixed(Math.max(0, Math.min(1, v))));
-        // Inside a cell the legend's unit is understood.
-        cell.textContent = K > 28 ? "" : format(metric, value).replace(" %", "");
-        cell.setAttribute("aria-label", `${arrow(s, t)}: ${format(metric, value)}${few ? `, of ${count(audit.maps.pairs[s][t], "pair")} only` : ""}`);
+        cell.className = "value" + (few ? " few" : "") + (v > (document.documentElement.dataset.theme === "dark" ? 58 : 70) ? " high" : "");
+        cell.style.setProperty("--heat", mixed(v));
+        // The unit of a cell stands in the legend.
+        cell.textContent = K > 28 ? "" : text.replace(" %", "");
+        cell.setAttribute("aria-label", `${arrow(s, t)}: ${text}${few ? `, of ${pairsAt(s, t, a)} only` : ""}`);
       }
       row.append(cell);
     }
-    if (totals) row.append(meanCell(audit.maps[metric.key][s], audit.maps.pairs[s]));
+    if (totals) row.append(meanCell(map.row_means[s]));
     body.append(row);
   }
   if (totals) {
-    const column = (maps, t) => maps.map((row) => row[t]);
     body.append(el("tr", {}, el("th", { scope: "row", title: "mean", "aria-label": "mean" }, "ø"),
-      names.map((_, t) => meanCell(column(audit.maps[metric.key], t), column(audit.maps.pairs, t))), el("td", { class: "mean" })));
+      map.column_means.map(meanCell), el("td", { class: "mean" })));
   }
   table.append(el("thead", {}, head), body);
   return el("div", { class: "map" }, data.audits.length > 1 ? el("h3", {}, audit.name) : null, el("div", { class: "scroller" }, table));
@@ -235,10 +186,9 @@ const cellAt = (s, t, a = 0) => $("map").querySelector(`td[data-s="${s}"][data-t
 function drawMaps() {
   fewSeen = false;
   $("map").replaceChildren(...data.audits.map((_, a) => grid(a)));
-  const [low, high] = domain(metric);
   $("legend").replaceChildren(...(metric.key === "change"
-    ? [el("span", {}, "taken away"), el("span", { class: "bar signed", role: "img", "aria-label": "blue to orange" }), el("span", {}, "added")]
-    : [el("span", {}, format(metric, low)), el("span", { class: "bar", role: "img", "aria-label": "light to dark" }), el("span", {}, format(metric, high)), el("b", {}, metric.unit)]),
+    ? [el("span", {}, "removed"), el("span", { class: "bar signed", role: "img", "aria-label": "blue to orange" }), el("span", {}, "added")]
+    : [el("span", {}, metric.low), el("span", { class: "bar", role: "img", "aria-label": "light to dark" }), el("span", {}, metric.high), el("b", {}, metric.unit)]),
     el("span", {}, metric.doc), ...(fewSeen && metric.key !== "pairs" ? [el("span", {}, el("i", { class: "few" }), `fewer than ${FEW} pairs`)] : []));
   mark();
 }
@@ -295,35 +245,36 @@ function command(text) {
 const quoted = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : "'" + text.replaceAll("'", `'"'"'`) + "'";
 function rowFacts(row, t, extra) {
   const get = (name) => row[field[name]];
-  const again = get("reencoded_class");
+  const again = get("reencoded");
   return el("dl", { class: "facts" }, extra,
     get("status") === "ok" ? null : fact("status", get("status"), true),
-    fact("steps", number(get("steps")) + (get("converged") ? "" : ", not converged"), !get("converged")),
-    fact("distance", number(get("distance_z_l1"))),
-    fact(`p(${names[t]})`, `${probability(get("target_prob_initial"))} → ${probability(get("target_prob_final"))}`),
-    get("epistemic_final") === null ? null : fact("epistemic", `${number(get("epistemic_initial"))} → ${number(get("epistemic_final"))}`),
-    fact("aleatoric", `${number(get("aleatoric_initial"))} → ${number(get("aleatoric_final"))}`),
+    fact("steps", get("steps") + (get("converged") ? "" : ", not converged"), !get("converged")),
+    fact("distance", get("distance")),
+    fact(`p(${names[t]})`, get("target_prob")),
+    get("epistemic") === null ? null : fact("epistemic", get("epistemic")),
+    fact("aleatoric", get("aleatoric")),
     again === null ? null : fact("re-encoded", `${names[again]}${again === t ? " ✓" : ""}`, again !== t));
 }
 function strip(row, s, t, size = small) {
-  const tiles = row[field.path], probs = row[field.path_prob], steps = row[field.path_step];
+  const tiles = row[field.path], probs = row[field.path_prob], texts = row[field.path_text], steps = row[field.path_step];
   if (!tiles || !tiles.length) return null;
   const traced = steps.length > 0;
   const frames = tiles.map((index, i) => {
     const where = traced ? `step ${steps[i]} of ${row[field.steps]}` : `${Math.round(100 * (i + 1) / (tiles.length + 1))} % of the way`;
     const bar = el("i");
     bar.style.width = 100 * probs[i] + "%";
-    return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${probability(probs[i])}`),
-      el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, probability(probs[i])));
+    return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${texts[i]}`),
+      el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, texts[i]));
   });
   return figure(el("div", { class: "strip" }, frames), `${traced ? "recorded trace" : "straight path"}, p(${names[t]})`);
 }
+const rowOf = (audit, id, t) => audit.rows[id]?.find((row) => row[field.target] === t);
 function example(id, s, t) {
   const image = data.images[id];
   if (!image) return null;
   const box = el("article", { class: "example", "aria-label": `image ${id}` });
   data.audits.forEach((audit, a) => {
-    const row = audit.rows[id]?.[t];
+    const row = rowOf(audit, id, t);
     const many = data.audits.length > 1;
     if (many) box.append(el("p", { class: "audit-tag" }, audit.name));
     if (!row) { box.append(el("p", { class: "quiet-text" }, "this audit has no such pair")); return; }
@@ -331,7 +282,7 @@ function example(id, s, t) {
     const start = row[field.source];
     box.append(el("div", { class: "frames" },
       a === 0 ? figure(picture(image.x, large, `image ${id}, original`), "original") : null,
-      from === undefined ? null : figure(picture(from, large, `image ${id}, reconstruction, seen as ${names[start]}`), "reconstruction"),
+      from === undefined ? null : figure(picture(from, large, `image ${id}, reconstruction, classified as ${names[start]}`), "reconstruction"),
       strip(row, start, t),
       figure(picture(to, large, `image ${id}, counterfactual ${names[t]}`), "counterfactual"),
       // Without a model there is no reconstruction, and the image itself has to do.
@@ -357,8 +308,8 @@ function gallery(s, t) {
     figure(meanChange(audit.change[s][t], large, `mean change ${arrow(s, t)}`), "mean change", data.audits.length > 1 ? ", " + audit.name : ""))));
   notes.append(about);
   if (!list) {
-    const asked = data.audits[0].maps.pairs[s][t] !== null;
-    box.append(el("div", { class: "empty" }, asked ? "The examples of this class pair are beyond what this page embeds. This command adds them:" : "No image was explained this way.",
+    const asked = data.audits[0].pairs[s][t] !== null;
+    box.append(el("div", { class: "empty" }, asked ? "This page does not embed the examples of this class pair. This command adds them:" : "No image of this source was explained towards this target.",
       asked ? command(`${data.command} --pair ${quoted(names[s] + ":" + names[t])}`) : null));
   } else {
     for (const kind of Object.keys(kinds)) {
@@ -386,7 +337,7 @@ $("contact").append(...data.lookup.map((id) => {
   const image = data.images[id];
   if (!image) return "";
   const differs = image.label !== null && image.source !== null && image.label !== image.source;
-  const seen = image.source === null ? "not read" : `seen as ${names[image.source]}`;
+  const seen = image.source === null ? "not read" : `classified as ${names[image.source]}`;
   const text = `image ${id}, ${seen}${differs ? `, labelled ${names[image.label]}` : ""}`;
   return el("button", { type: "button", class: differs ? "differs" : null, "data-id": id, title: text, "aria-label": text, on: { click: () => look(id) } },
     picture(image.x, tile.width <= 34 ? tile.width : 34 * Math.max(1, tile.width / tile.height), text));
@@ -406,25 +357,23 @@ function look(id) {
   if (image.error !== null) { box.replaceChildren(el("div", { class: "empty" }, `“${id}” could not be read: ${image.error}.`)); return; }
   const left = el("div", { class: "frames" }, figure(picture(image.x, scaled(112), `image ${id}, original`), "original"),
     data.audits.map((audit) => audit.reconstructions[id] === undefined ? null : figure(picture(audit.reconstructions[id], scaled(112), `image ${id}, reconstruction`), data.audits.length > 1 ? `reconstruction, ${audit.name}` : "reconstruction")));
-  const order = image.probs.map((p, i) => [p, i]).sort((x, y) => y[0] - x[0]).slice(0, 10);
-  const probs = el("div", { class: "probs" }, order.map(([p, i]) => {
+  const probs = el("div", { class: "probs" }, image.probs.map(([i, p, text]) => {
     const bar = el("i");
     bar.style.width = 100 * p + "%";
-    return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, probability(p))];
+    return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, text)];
   }).flat());
-  const facts = el("dl", { class: "facts" }, fact("seen as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, image.label !== image.source),
+  const facts = el("dl", { class: "facts" }, fact("classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, image.label !== image.source),
     image.prediction === null || image.prediction === undefined ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
-    fact("epistemic", number(image.epistemic) + " nats"), fact("aleatoric", number(image.aleatoric) + " nats"), fact("reconstruction error, L1", number(image.reconstruction_l1)));
+    fact("epistemic", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));
   const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("div", { style: "height:.5rem" }), probs))];
   data.audits.forEach((audit) => {
-    const rows = Object.entries(audit.rows[id] || {}).map(([t, row]) => [+t, row]);
-    rows.sort((x, y) => (y[1][field.converged] - x[1][field.converged]) || x[1][field.distance_z_l1] - y[1][field.distance_z_l1]);
+    const rows = audit.rows[id] || [];
     if (data.audits.length > 1) parts.push(el("p", { class: "audit-tag" }, audit.name));
-    parts.push(el("ol", { class: "towards", "aria-label": "Counterfactuals, nearest first" }, rows.map(([t, row]) =>
+    parts.push(el("ol", { class: "towards", "aria-label": "Counterfactuals, nearest first" }, rows.map((row) => [row[field.target], row]).map(([t, row]) =>
       el("li", {}, el("h4", {}, `→ ${names[t]}`), el("div", { class: "duo" }, picture(row[field.cf], large, `image ${id}, counterfactual ${names[t]}`),
         difference(audit.reconstructions[id] ?? image.x, row[field.cf], large, `image ${id}, what changes towards ${names[t]}`)),
         rowFacts(row, t, []), strip(row, row[field.source], t, Math.min(small, 28))))));
-    if (!rows.length) parts.push(el("p", { class: "quiet-text" }, "No counterfactual of this image was asked for."));
+    if (!rows.length) parts.push(el("p", { class: "quiet-text" }, "This image has no counterfactuals."));
   });
   box.replaceChildren(...parts);
 }

@@ -38,3 +38,9 @@ def number(value: float) -> str:
 def listed(words: Sequence[str]) -> str:
     """Joins words: a; a and b; a, b and c."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def decimals(largest: float) -> int:
+    """Digits after the point of numbers that are compared with each other, for the largest of them."""
+    return 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 1 else 3
+

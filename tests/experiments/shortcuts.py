@@ -25,7 +25,7 @@ from clarity.audit.commits import commit_shard
 from clarity.explainer import Explainer
 from clarity.images import encode_png
 from clarity.planning import make_plan
-from clarity.report import write_report
+from clarity.report.page import write_report
 from clarity.search import SearchConfig
 from clarity.training.local import train
 

@@ -1,0 +1,223 @@
+"""Decodes and encodes what the page's script shows of each audit: images, counterfactuals, paths and mean changes.
+
+Every number that the script writes is passed to it as text.
+
+Shapes: T steps of a path, D latent, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clarity.images import decode_png
+from clarity.report.sample import Sample
+from clarity.report.text import number, probability
+from clarity.report.tiles import Tiles
+from clarity.report.view import Decoder, View
+
+#: What a row of ``rows`` holds, in order.
+FIELDS = (
+    *("target", "source", "status", "converged", "steps", "distance", "target_prob", "epistemic", "aleatoric"),
+    *("reencoded", "cf", "path", "path_prob", "path_text", "path_step"),
+)
+#: Mean changes by class pair are embedded up to this number of classes.
+MAX_CHANGE_CLASSES = 24
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the page embeds of one audit.
+
+    ``rows``: rows of FIELDS by image, the nearest converged first. ``tiles``: of the counterfactuals, by (image_id,
+    target). ``reconstructions``: tiles by image. ``change``: tiles of mean changes by source and target, or None.
+    """
+
+    rows: dict[str, list[list[Any]]]
+    tiles: dict[tuple[str, int], int]
+    reconstructions: dict[str, int]
+    change: list[list[int]] | None
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Codes (T, D) along the way of a pair; target probabilities and steps where the search was recorded."""
+
+    z: np.ndarray
+    target_prob: np.ndarray | None = None
+    steps: tuple[int, ...] = ()
+
+
+def text_of(value: float | None, write: Callable[[float], str] = number) -> str:
+    """A number as text; a dash where it is missing or not finite."""
+    return write(value) if value is not None and math.isfinite(value) else "–"
+
+
+def change_of(row: dict[str, Any], name: str, write: Callable[[float], str] = number) -> str:
+    """A quantity before and after the search."""
+    return f"{text_of(row[name + '_initial'], write)} → {text_of(row[name + '_final'], write)}"
+
+
+def read_picture(picture: bytes | None, view: View) -> np.ndarray | None:
+    """A stored PNG as (C, H, W) uint8."""
+    return None if picture is None else decode_png([picture], view.audit.plan.image_shape)[0]
+
+
+def embed_images(views: Sequence[View], image_ids: Sequence[str], tiles: Tiles) -> dict[str, dict[str, Any]]:
+    """What the page says of each image, by the first audit that holds it."""
+    images: dict[str, dict[str, Any]] = {}
+    for view in views:
+        for code in codes_of(view, image_ids):
+            if code["image_id"] not in images:
+                images[code["image_id"]] = embed_image(code, read_picture(code["x"], view), tiles)
+    return images
+
+
+def embed_image(code: dict[str, Any], picture: np.ndarray | None, tiles: Tiles) -> dict[str, Any]:
+    """One row of ``codes``, with the ten most probable classes."""
+    probs = np.array(code["probs"] or [])
+    likely = np.argsort(-probs, kind="stable")[:10].tolist()
+    return {
+        **{name: code.get(name) for name in ("label", "label_name", "source", "error", "prediction")},
+        **{name: text_of(code[name]) for name in ("aleatoric", "epistemic", "reconstruction_l1")},
+        "probs": [[k, round(float(probs[k]), 4), probability(probs[k])] for k in likely],
+        "x": tiles.add(picture),
+    }
+
+
+def codes_of(view: View, image_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of ``codes`` in the order of their ids."""
+    view.con.register("wanted_images", pa.table({"image_id": pa.array(image_ids, pa.string())}))
+    return view.table("SELECT * FROM codes SEMI JOIN wanted_images USING (image_id) ORDER BY image_id").to_pylist()
+
+
+def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded:
+    """Decodes what the audit does not store, and adds its pictures to the tiles.
+
+    Args:
+        view: the audit.
+        sample: what is embedded.
+        path: pictures of the path of a recorded search.
+        tiles: of the page.
+    """
+    keys = list(sample.frames)
+    ids, targets = pa.array([key[0] for key in keys], pa.string()), pa.array([key[1] for key in keys], pa.int32())
+    view.con.register("wanted", pa.table({"image_id": ids, "target": targets}))
+    rows = view.table(
+        "SELECT * FROM counterfactuals SEMI JOIN wanted USING (image_id, target) "
+        "ORDER BY image_id, converged DESC, distance_z_l1, target"
+    ).to_pylist()
+    codes = {code["image_id"]: code["z"] for code in codes_of(view, sample.image_ids) if code["status"] == "ok"}
+    reconstructions = {}
+    if view.decoder is not None:
+        decoded = view.decoder.pictures(np.array(list(codes.values()), np.float32).reshape(len(codes), -1))
+        reconstructions = {image_id: tiles.add(picture) for image_id, picture in zip(codes, decoded)}
+    paths = {} if view.decoder is None else embed_paths(view, view.decoder, rows, codes, sample, path, tiles)
+    pictures = counterfactual_tiles(view, rows, tiles)
+    by_image: dict[str, list[list[Any]]] = {}
+    for row in rows:
+        key = (row["image_id"], row["target"])
+        by_image.setdefault(row["image_id"], []).append(
+            [
+                *(row[name] for name in ("target", "source", "status")),
+                int(row["converged"]),
+                f"{row['steps']:,}",
+                text_of(row["distance_z_l1"]),
+                change_of(row, "target_prob", probability),
+                None if row["epistemic_final"] is None else change_of(row, "epistemic"),
+                change_of(row, "aleatoric"),
+                row["reencoded_class"],
+                pictures[key],
+                *paths.get(key, ([], [], [], [])),
+            ]
+        )
+    return Embedded(by_image, pictures, reconstructions, embed_change(view, tiles))
+
+
+def counterfactual_tiles(view: View, rows: list[dict[str, Any]], tiles: Tiles) -> dict[tuple[str, int], int]:
+    """The counterfactuals' pictures: stored ones, else decoded from their codes."""
+    lacking = [row for row in rows if row["x_cf"] is None and row["z_cf"] is not None and view.decoder is not None]
+    decoded = {}
+    if lacking and view.decoder is not None:
+        pictures = view.decoder.pictures(np.array([row["z_cf"] for row in lacking], np.float32))
+        decoded = {(row["image_id"], row["target"]): picture for row, picture in zip(lacking, pictures)}
+    found = {}
+    for row in rows:
+        key = (row["image_id"], row["target"])
+        found[key] = tiles.add(decoded[key] if key in decoded else read_picture(row["x_cf"], view))
+    return found
+
+
+def embed_change(view: View, tiles: Tiles) -> list[list[int]] | None:
+    """Tiles of the mean changes by class pair, -1 where there is none."""
+    differences, classes = view.facts.differences, range(len(view.class_names))
+    if differences is None or len(classes) > MAX_CHANGE_CLASSES:
+        return None
+    return [
+        [tiles.add_change(differences.mean[s, t]) if differences.count[s, t] else -1 for t in classes] for s in classes
+    ]
+
+
+def embed_paths(
+    view: View,
+    decoder: Decoder,
+    rows: list[dict[str, Any]],
+    codes: dict[str, list[float]],
+    sample: Sample,
+    path: int,
+    tiles: Tiles,
+) -> dict[tuple[str, int], tuple[list[int], list[float | None], list[str], list[int]]]:
+    """Tiles, target probabilities, their texts, and steps along the way of each pair whose path is embedded.
+
+    The recorded steps of the search where the audit traced the image; else equal parts of the segment from z to z_cf,
+    and no steps.
+    """
+    traces = traces_of(view)
+    walks: dict[tuple[str, int], Walk] = {}
+    for row in rows:
+        key = (row["image_id"], row["target"])
+        frames = sample.frames[key] or (path if key in traces else 0)
+        if not frames or row["z_cf"] is None or row["image_id"] not in codes:
+            continue
+        along = np.arange(1, frames + 1) / (frames + 1)
+        if key in traces:
+            trace = traces[key]
+            chosen = np.unique(np.round(along * (len(trace["steps"]) - 1)).astype(int))
+            z, probs = np.array(trace["codes"], np.float32)[chosen], np.array(trace["probs"])[chosen]
+            walks[key] = Walk(z, probs, tuple(trace["steps"][i] for i in chosen))
+        else:
+            z, z_cf = np.array(codes[row["image_id"]], np.float32), np.array(row["z_cf"], np.float32)
+            walks[key] = Walk(z + along[:, None].astype(np.float32) * (z_cf - z))
+    if not walks:
+        return {}
+    points = np.concatenate([walk.z for walk in walks.values()])
+    pictures = decoder.pictures(points)
+    probs = decoder.probabilities(points, [key[0] for key, walk in walks.items() for _ in walk.z])
+    paths, end = {}, 0
+    for (image_id, target), walk in walks.items():
+        start, end = end, end + len(walk.z)
+        along = probs[start:end, target] if walk.target_prob is None else walk.target_prob
+        paths[image_id, target] = (
+            [tiles.add(picture) for picture in pictures[start:end]],
+            [round(float(p), 3) if math.isfinite(p) else None for p in along],
+            [text_of(float(p), probability) for p in along],
+            list(walk.steps),
+        )
+    return paths
+
+
+def traces_of(view: View) -> dict[tuple[str, int], dict[str, Any]]:
+    """Steps, target probabilities and codes of the wanted pairs whose search the audit recorded."""
+    if view.audit.traces is None:
+        return {}
+    view.con.register("traces", view.audit.traces)
+    table = view.table(
+        "SELECT image_id, target, list(step ORDER BY step) AS steps, list(target_prob ORDER BY step) AS probs, "
+        "list(z ORDER BY step) AS codes FROM traces SEMI JOIN wanted USING (image_id, target) GROUP BY ALL"
+    )
+    return {(row["image_id"], row["target"]): row for row in table.to_pylist()}

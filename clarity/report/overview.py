@@ -1,0 +1,184 @@
+"""The first screen of the page: what was explained, what is missing, the key figures, and the findings with pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from clarity import storage
+from clarity.findings import Finding
+from clarity.report.embed import Embedded
+from clarity.report.sample import Sample
+from clarity.report.text import listed, number, percent, plural
+from clarity.report.tiles import Tiles
+from clarity.report.view import View
+
+#: Findings that are about images, so that the page links these and not class pairs.
+ABOUT_IMAGES = ("labels", "edge", "predictions")
+
+
+def dataset_name(dataset: dict[str, Any]) -> str:
+    """The source and the split; for a folder or Parquet files the name of the directory or file."""
+    source, data, split = (str(dataset.get(name) or "") for name in ("source", "data", "split"))
+    name = storage.name(data).rsplit(".", 1)[0] if source in ("folder", "parquet") and data else source
+    return f"{name or 'images'}, {split}" if split else name or "images"
+
+
+def headline(views: Sequence[View]) -> str:
+    """The title of the page."""
+    what = dataset_name(views[0].audit.plan.dataset)
+    if len(views) > 1:
+        return f"{what}: {listed([view.name for view in views])}"
+    return f"{what}: what would each image need to be another class?"
+
+
+def lead(view: View) -> str:
+    """The paragraph below the title: images, method, model and configuration."""
+    plan, classes = view.audit.plan, len(view.class_names)
+    images, pairs = view.rows(
+        "SELECT (SELECT count(*) FROM codes WHERE status = 'ok'), (SELECT count(*) FROM counterfactuals)"
+    )[0]
+    towards = "every other class" if plan.targets is None else f"{len(plan.targets)} of {classes} classes"
+    which = "misclassified image" if plan.only == "misclassified" else "image"
+    text = (
+        f"{plural(images, which)} of {classes} classes, explained towards {towards}: "
+        f"{plural(pairs, 'search', 'searches')} with the method {plan.method} in the {plan.model['latent_dim']}-dimensional "
+        "code of a variational autoencoder"
+    )
+    card = view.decoder.model.card if view.decoder is not None else {}
+    if members := card.get("ensemble", {}).get("num_members"):
+        text += f", under an ensemble of {plural(members, 'classifier')}"
+    if (gamma := plan.config.get("min_target_prob")) is not None:
+        text += f", until the mean target probability exceeded {gamma:g}"
+    if (limit := plan.config.get("max_steps")) is not None:
+        text += f" or {limit:,} steps were spent"
+    text += "."
+    if left_out := plan.dataset.get("left_out"):
+        text += f" Left out: {', '.join(f'{count:,} {what}' for what, count in left_out.items())}."
+    return text
+
+
+def problem(view: View, named: bool) -> dict[str, Any] | None:
+    """What is missing from an audit that is not complete; with its name where several are on the page."""
+    plan, commits = view.audit.plan, view.audit.commits
+    if view.audit.complete:
+        return None
+    pending = [shard for shard in range(len(plan.shards)) if shard not in commits]
+    images = sum(plan.shards[shard]["stop"] - plan.shards[shard]["start"] for shard in pending)
+    failures: list[str] = []
+    for shard in pending:
+        path = storage.join(view.audit.uri, "_failures", f"shard-{shard:05d}.json")
+        if len(failures) < 3 and storage.exists(path):
+            failures.append(f"shard {shard}: {storage.read_json(path).get('error', 'failed')}")
+    text = (
+        f"{len(pending):,} of {plural(len(plan.shards), 'shard')} are not committed, so "
+        f"{plural(images, 'image')} of {plan.num_images:,} are absent from everything below. "
+    )
+    text += f"What failed: {'; '.join(failures)}. " if failures else "The run was stopped or is still at work. "
+    text += "Repeat jobs/explain_all.py with the same flags to finish it; committed shards are not computed again."
+    some = ", ".join(f"shard {shard}" for shard in pending[:8])
+    return {
+        "title": f"{view.name + ': this' if named else 'This'} audit is {'failed' if failures else 'unfinished'}.",
+        "text": text,
+        "missing": some + (f" and {len(pending) - 8:,} more" if len(pending) > 8 else ""),
+    }
+
+
+def key_figures(view: View) -> list[dict[str, str]]:
+    """The figures of the first screen, each with a line that explains it."""
+    images, failed, labelled, agree = view.rows(
+        "SELECT count(*), count(*) FILTER (status <> 'ok'), count(label) FILTER (status = 'ok'), "
+        "count(*) FILTER (status = 'ok' AND label = source) FROM codes"
+    )[0]
+    pairs, converged, survived, steps, distance, before, after, broken = view.rows(
+        "SELECT count(*), count(*) FILTER (converged), count(*) FILTER (reencoded_class = target), "
+        "median(steps) FILTER (converged), median(distance_z_l1) FILTER (converged), "
+        "median(epistemic_initial), median(epistemic_final), count(*) FILTER (status <> 'ok') FROM counterfactuals"
+    )[0]
+    not_converged = f"{pairs - converged:,} did not converge" if converged < pairs else "all converged"
+    figures = [
+        ("Images", f"{images - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
+        ("Counterfactuals", f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),
+        ("Strict validity", percent(converged, pairs), not_converged if pairs else "no pairs yet"),
+        ("Re-encoded agreement", percent(survived, pairs), "still the target once decoded and encoded"),
+        (
+            "Median steps",
+            f"{steps:,.0f}" if steps is not None else "–",
+            f"median latent distance {distance:.1f}" if steps is not None else "nothing converged",
+        ),
+        (
+            "Epistemic, nats",
+            number(after) if after is not None else "–",
+            f"median after; before {number(before)}" if after is not None else "a single classifier has none",
+        ),
+    ]
+    if labelled:
+        others = f"{labelled - agree:,} {'is' if labelled - agree == 1 else 'are'} not" if agree < labelled else "all"
+        figures.append(("Classified as labelled", percent(agree, labelled), others))
+    return [{"name": name, "value": value, "sub": sub} for name, value, sub in figures]
+
+
+def plan_text(view: View) -> str:
+    """The plan as JSON, without its long table of shards."""
+    plan = view.audit.plan.to_json()
+    plan["shards"] = f"{len(view.audit.plan.shards)} shards, {len(view.audit.commits)} committed"
+    return json.dumps(plan, indent=2, ensure_ascii=False)
+
+
+def told_findings(
+    views: Sequence[View], embedded: Sequence[Embedded], images: dict[str, Any], sample: Sample, tiles: Tiles
+) -> list[dict[str, Any]]:
+    """The findings of all audits, most severe first, with pictures and links."""
+    ranked = [(finding, i) for i, view in enumerate(views) for finding in view.findings]
+    ranked.sort(key=lambda entry: -entry[0].severity)
+    names = views[0].class_names
+    return [
+        {
+            "kind": finding.kind,
+            "level": finding.level,
+            "title": finding.title,
+            # A class pair stays on one line.
+            "sentence": finding.sentence.replace(" → ", "\u00a0→\u00a0"),
+            "audit": views[i].name,
+            "evidence": evidence(finding, views[i], embedded[i], images, sample, tiles),
+            "pairs": [
+                {"source": s, "target": t, "text": f"{names[s]} → {names[t]}"}
+                for s, t in (() if finding.kind in ("labels", "edge") else finding.pairs[:6])
+            ],
+            "images": [image_id for image_id, _ in finding.examples[:6]] if finding.kind in ABOUT_IMAGES else [],
+        }
+        for finding, i in ranked
+    ]
+
+
+def evidence(
+    finding: Finding, view: View, embedded: Embedded, images: dict[str, Any], sample: Sample, tiles: Tiles
+) -> list[dict[str, Any]]:
+    """Pictures beside a finding: its examples, else an example of each of its class pairs."""
+    names, shown = view.class_names, []
+    if finding.kind == "shortcut" and view.facts.differences is not None:
+        target = finding.figures["target"]
+        caption = f"mean change towards {names[target]}"
+        tile = tiles.add_change(view.facts.differences.target_mean[target])
+        picture = {"tile": tile, "alt": caption, "size": tiles.width_at(84), "signed": True}
+        shown.append({"pictures": [picture], "caption": caption})
+    examples = [example for example in finding.examples if example[1] >= 0][:4] or [
+        (sample.examples[pair][0][0], pair[1]) for pair in finding.pairs[:3] if pair in sample.examples
+    ]
+    for image_id, target in examples:
+        if (image := images.get(image_id)) is None:
+            continue
+        source = "?" if image["source"] is None else names[image["source"]]
+        pictures = [(image["x"], f"image {image_id}")]
+        caption = f"{image_id}: {source}"
+        if (image_id, target) in embedded.tiles:
+            pictures.append((embedded.tiles[image_id, target], f"its counterfactual, {names[target]}"))
+            caption += f" → {names[target]}"
+        if finding.kind == "labels":
+            caption = f"{image_id}: labelled {names[target]}, classified as {source}"
+        if any(tile >= 0 for tile, _ in pictures):
+            size = tiles.width_at(46)
+            drawn = [{"tile": tile, "alt": alt, "size": size, "signed": False} for tile, alt in pictures]
+            shown.append({"pictures": drawn, "caption": caption})
+    return shown

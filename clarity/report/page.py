@@ -1,0 +1,238 @@
+"""The audit report: one self-contained HTML page from one audit or several side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from clarity import __version__, findings, storage
+from clarity.report import charts, overview, tables
+from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
+from clarity.report.maps import pair_maps
+from clarity.report.sample import Bounds, Sample, choose
+from clarity.report.text import plural
+from clarity.report.tiles import Tiles
+from clarity.report.view import View, open_views
+
+#: Words of the page and their meaning.
+TERMS = (
+    (
+        "source, target, label",
+        "the class that the ensemble predicts for an image, the class that was wanted, and the class that the data set "
+        "gives",
+    ),
+    ("counterfactual", "the picture decoded from a nearby code that the ensemble classifies as the target"),
+    (
+        "reconstruction",
+        "the picture decoded from the image's own code: the start of the search, and the base of differences",
+    ),
+    ("converged", "the mean target probability over the members exceeded the wanted one within the allowed steps"),
+    ("strict validity", "share of all requested pairs that converged; a pair that failed counts against it"),
+    (
+        "re-encoded agreement",
+        "share of all pairs still classified as their target after decoding, rounding to 8 bits and encoding again",
+    ),
+    ("latent distance", "sum of absolute differences between the two codes (L1)"),
+    ("epistemic, aleatoric", "uncertainty in nats: disagreement of the members, and uncertainty that they agree on"),
+    (
+        "path",
+        "pictures decoded at equal steps of the straight line between the two codes, with the target probability "
+        "there; the steps of the search itself only where it says trace",
+    ),
+    ("difference", "counterfactual minus reconstruction, channels averaged: orange was added, blue removed"),
+    (
+        "closest, median, hardest",
+        "by latent distance among the pairs of a class pair that converged; failed: the lowest final probability",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The written page: its URI, size in bytes, number of pictures, seconds it took, and the findings on it."""
+
+    uri: str
+    size: int
+    tiles: int
+    seconds: float
+    findings: list[findings.Finding]
+    complete: bool
+
+
+def write_report(
+    audits: Sequence[str],
+    out: str | None = None,
+    *,
+    images: Sequence[str] = (),
+    pairs: Sequence[tuple[str, str]] = (),
+    bounds: Bounds | None = None,
+) -> Report:
+    """Writes the page of one audit, or of several side by side.
+
+    Args:
+        audits: their URIs; several must share class names and image shape. The first one's sample is shown of all.
+        out: URI of the page; report.html in the first audit by default.
+        images: ids of images to embed besides the sample, each with its counterfactuals to every class.
+        pairs: (source, target) class names whose examples are embedded first, where not all fit.
+        bounds: how much is embedded.
+
+    Raises:
+        ValueError: for audits that cannot stand side by side, and unknown images or classes.
+    """
+    start = time.perf_counter()
+    bounds = bounds or Bounds()
+    if not audits:
+        raise ValueError("audits: expected at least one directory or s3:// URI, got none")
+    views = open_views(audits, bounds.sample)
+    first = views[0]
+    tiles = Tiles(first.audit.plan.image_shape, bounds.side)
+    budget = bounds.budget(tiles.height * tiles.width)
+    sample = choose(views, bounds, budget, images, [class_pair(pair, first.class_names) for pair in pairs])
+    embedded = [embed_audit(view, sample, bounds.path, tiles) for view in views]
+    html = render(views, sample, embedded, embed_images(views, sample.image_ids, tiles), tiles, bounds)
+    uri, data = out or storage.join(first.audit.uri, "report.html"), html.encode()
+    storage.write_bytes(uri, data)
+    return Report(
+        uri=uri,
+        size=len(data),
+        tiles=len(tiles),
+        seconds=time.perf_counter() - start,
+        findings=[finding for view in views for finding in view.findings],
+        complete=all(view.audit.complete for view in views),
+    )
+
+
+def class_pair(pair: tuple[str, str], names: Sequence[str]) -> tuple[int, int]:
+    """Indices of the classes of a pair."""
+    for name in pair:
+        if name not in names:
+            raise ValueError(f"pairs: unknown class {name!r} in {':'.join(pair)}; choose from {', '.join(names)}")
+    return names.index(pair[0]), names.index(pair[1])
+
+
+def render(
+    views: Sequence[View],
+    sample: Sample,
+    embedded: Sequence[Embedded],
+    images: dict[str, Any],
+    tiles: Tiles,
+    bounds: Bounds,
+) -> str:
+    """Fills the template."""
+    first, several = views[0], len(views) > 1
+    files = resources.files("clarity.report")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
+    sections = {
+        "findings": overview.told_findings(views, embedded, images, sample, tiles),
+        "quiet": [f"{view.name}: {text}" if several else text for view in views for _, text in view.quiet],
+        "labels": tables.labels(first, images, bounds.listed, tiles),
+        "predictions": tables.predictions(first, sample, images, embedded[0], bounds.listed),
+    }
+    return template.render(
+        **sections,
+        version=__version__,
+        title=overview.dataset_name(first.audit.plan.dataset),
+        headline=overview.headline(views),
+        lead=overview.lead(first),
+        problems=[problem for view in views if (problem := overview.problem(view, several))],
+        audits=[
+            {
+                "name": view.name,
+                "figures": overview.key_figures(view),
+                "histograms": [
+                    charts.histogram(view, "steps", "Steps to the counterfactual"),
+                    charts.histogram(view, "distance_z_l1", "Latent distance (L1 between the codes)"),
+                ],
+                "ranges": charts.ranges(view),
+                "plan": overview.plan_text(view),
+            }
+            for view in views
+        ],
+        looked_up=looked_up(first, sample),
+        views_sql=views_sql(first.audit.uri),
+        queries={
+            name: {"doc": query.doc, "sql": query.sql.strip()}
+            for name, query in findings.QUERIES.items()
+            if name != "predictions" or first.has_predictions
+        },
+        terms=TERMS,
+        method_note=method_note(first, sample, tiles, bounds),
+        footer=f"Made by clarity {__version__} from {', '.join(storage.display(view.audit.uri) for view in views)}. "
+        "This page sends and loads nothing.",
+        css=markupsafe.Markup((files / "report.css").read_text("utf-8")),
+        js=markupsafe.Markup((files / "report.js").read_text("utf-8")),
+        data=markupsafe.Markup(embedded_json(script_data(views, sample, embedded, images, tiles))),
+        sheets=tiles.sheets(),
+    )
+
+
+def script_data(
+    views: Sequence[View], sample: Sample, embedded: Sequence[Embedded], images: dict[str, Any], tiles: Tiles
+) -> dict[str, Any]:
+    """What the page's script reads."""
+    uris = " ".join(shlex.quote(storage.display(view.audit.uri)) for view in views)
+    return {
+        "names": list(views[0].class_names),
+        "maps": pair_maps(views),
+        "fields": FIELDS,
+        "audits": [
+            {
+                "name": view.name,
+                "pairs": [[None if n != n else int(n) for n in line] for line in view.facts.pairs["pairs"].tolist()],
+                "change": each.change,
+                "reconstructions": each.reconstructions,
+                "rows": each.rows,
+            }
+            for view, each in zip(views, embedded)
+        ],
+        "images": images,
+        "lookup": sample.lookup,
+        "examples": {f"{s}-{t}": examples for (s, t), examples in sorted(sample.examples.items())},
+        "command": f"python jobs/report.py {uris}",
+        "tile": tiles.layout(),
+    }
+
+
+def embedded_json(value: Any) -> str:
+    """JSON that no text in it can end the script element of."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def looked_up(view: View, sample: Sample) -> str:
+    """How many of the images can be looked up on the page."""
+    (total,) = view.rows("SELECT count(*) FROM codes")[0]
+    number = len(sample.lookup)
+    text = f"{plural(number, 'image')} of {total:,} can be looked up here"
+    return text + (": those of the findings and some of each class." if number < total else ".")
+
+
+def method_note(view: View, sample: Sample, tiles: Tiles, bounds: Bounds) -> str:
+    """What of the audit is embedded in the page."""
+    most = bounds.budget(tiles.height * tiles.width) + len(view.class_names) ** 2
+    text = (
+        f"The figures are over every row of the audit. Pictures are a fixed sample: {len(tiles):,} of at most {most:,}; "
+        f"up to {bounds.examples} closest, median, hardest and failed examples of each class pair, for "
+        f"{len(sample.examples):,} of {sample.num_pairs:,} class pairs, and every counterfactual of "
+        f"{plural(len(sample.lookup), 'image')}."
+    )
+    if view.facts.differences is not None:
+        text += f" Mean changes are over {int(view.facts.differences.count.sum()):,} pairs."
+    if view.decoder is None:
+        text += " The audit holds no model, so there are no reconstructions and no paths."
+    return text
+
+
+def views_sql(uri: str) -> str:
+    """SQL that makes the audit's tables known to DuckDB."""
+    path = storage.display(uri).rstrip("/").replace("'", "''")
+    return "\n".join(f"CREATE VIEW {name} AS FROM '{path}/{name}/*.parquet';" for name in ("codes", "counterfactuals"))

@@ -1,0 +1,223 @@
+"""Chooses what a page embeds of an audit of any size: examples of class pairs, images to look up.
+
+The choice depends on the tables alone, so that a page is the same at each call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clarity import storage
+from clarity.report.view import View
+
+KINDS = ("closest", "median", "hardest", "failed")
+#: Examples of each kind for each class pair, and pictures of the path to each: the most generous choice first.
+GENEROSITY = ((3, 5), (3, 3), (2, 3), (1, 3), (1, 0))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much of an audit a page embeds: the same for a thousand pairs and for a million.
+
+    Args:
+        pixels: all embedded pictures together, in pixels; what fits of them is chosen in a fixed order.
+        min_tiles: pictures embedded even where they have more pixels than that.
+        max_tiles: pictures embedded even where they have fewer.
+        side: larger pictures are reduced to this side.
+        examples: of each kind (closest, median, hardest, failed) for each class pair.
+        path: decoded steps between the two codes of an example.
+        sample: pairs behind the mean changes.
+        listed: rows of the tables of suspicious labels, and of disagreements with the predictions handed in.
+    """
+
+    pixels: int = 8_000_000
+    min_tiles: int = 2_000
+    max_tiles: int = 10_000
+    side: int = 96
+    examples: int = 3
+    path: int = 5
+    sample: int = 4_500
+    listed: int = 40
+
+    def budget(self, pixels: int) -> int:
+        """How many pictures of that many pixels are embedded."""
+        return max(self.min_tiles, min(self.max_tiles, self.pixels // pixels))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a page embeds.
+
+    ``examples``: image_id and kind by class pair. ``lookup``: images shown with all their counterfactuals.
+    ``disagreements``: rows where predictions and ensemble differ. ``frames``: (image_id, target) of every embedded pair,
+    with the number of pictures of its path. ``num_pairs``: class pairs that have any example.
+    """
+
+    examples: dict[tuple[int, int], list[tuple[str, str]]]
+    lookup: list[str]
+    disagreements: list[dict[str, Any]]
+    frames: dict[tuple[str, int], int]
+    num_pairs: int
+
+    @property
+    def image_ids(self) -> list[str]:
+        """Every image of which something is embedded."""
+        return sorted({image_id for image_id, _ in self.frames} | set(self.lookup))
+
+
+def choose(
+    views: Sequence[View], bounds: Bounds, budget: int, images: Sequence[str], pairs: Sequence[tuple[int, int]]
+) -> Sample:
+    """Chooses from the first audit, of at most ``budget`` pictures.
+
+    Args:
+        views: the page's audits.
+        bounds: of the page.
+        budget: pictures to embed.
+        images: ids to look up besides those chosen.
+        pairs: class pairs whose examples come first.
+    """
+    first = views[0]
+    ranked = ranked_examples(first, bounds.examples)
+    chosen, used = fitting_examples(views, ranked, bounds, budget, pairs)
+    lookup = choose_images(views, images, max(budget - used, budget // 6))
+    disagreements = choose_disagreements(first, bounds.listed)
+    frames = {(row["image_id"], row["target"]): row["frames"] for row in chosen}
+    others = [example for view in views for finding in view.findings for example in finding.examples[:6]]
+    others += [(row["image_id"], row["prediction"]) for row in disagreements]
+    others += [(image_id, target) for image_id in lookup for target in range(len(first.class_names))]
+    for key in others:
+        if key[1] >= 0:
+            frames.setdefault(key, 0)
+    examples: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    for row in chosen:
+        examples.setdefault((row["source"], row["target"]), []).append((row["image_id"], row["kind"]))
+    return Sample(examples, lookup, disagreements, frames, len(ranked))
+
+
+def ranked_examples(view: View, count: int) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """Up to ``count`` examples of each kind for each class pair, by latent distance; failed ones by probability."""
+    table = view.table(
+        """
+        WITH ranked AS (
+            SELECT image_id, source, target, converged,
+                   row_number() OVER near AS near, count(*) OVER (PARTITION BY source, target, converged) AS n
+            FROM counterfactuals WHERE converged IS NOT NULL
+            WINDOW near AS (PARTITION BY source, target, converged
+                            ORDER BY CASE WHEN converged THEN distance_z_l1 ELSE target_prob_final END, image_id)
+        )
+        SELECT image_id, source, target,
+               CASE WHEN NOT converged THEN 'failed' WHEN near <= $each THEN 'closest'
+                    WHEN near > n - $each THEN 'hardest' ELSE 'median' END AS kind,
+               CASE WHEN NOT converged OR near <= $each THEN near WHEN near > n - $each THEN n + 1 - near
+                    ELSE abs(2 * near - n - 1) END AS rank
+        FROM ranked
+        WHERE near <= $each OR (converged AND (near > n - $each OR abs(2 * near - n - 1) < $each + n % 2))
+        ORDER BY source, target, list_position($kinds, kind), rank, near
+        """,
+        {"each": count, "kinds": list(KINDS)},
+    )
+    by_pair: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        by_pair.setdefault((row["source"], row["target"]), []).append(row)
+    return by_pair
+
+
+def fitting_examples(
+    views: Sequence[View],
+    ranked: dict[tuple[int, int], list[dict[str, Any]]],
+    bounds: Bounds,
+    budget: int,
+    pairs: Sequence[tuple[int, int]],
+) -> tuple[list[dict[str, Any]], int]:
+    """The examples that fit, with the frames of their paths, and how many pictures they are.
+
+    Class pairs asked for come first, then those of findings, then the nearest. All are treated with the most generous
+    choice that fits them all; where none does, the first get the smallest. The first dozen always get everything.
+    """
+    told = [pair for view in views for finding in view.findings for pair in finding.pairs]
+    distance = views[0].facts.pairs["median_distance"]
+    near = sorted(ranked, key=lambda pair: (np.nan_to_num(distance[pair], nan=np.inf), pair))
+    order = [pair for pair in dict.fromkeys([*pairs, *told[:24], *near]) if pair in ranked]
+    kinds = {pair: Counter(row["kind"] for row in ranked[pair]) for pair in order}
+    room = int(budget * 0.8) // len(views)
+
+    def cost(pair: tuple[int, int], count: int, frames: int) -> int:
+        return sum(min(n, count) for n in kinds[pair].values()) * (3 + frames)
+
+    choices = [(min(count, bounds.examples), min(frames, bounds.path)) for count, frames in GENEROSITY]
+    usual = next((c for c in choices if sum(cost(pair, *c) for pair in order) <= room), choices[-1])
+    chosen, used = [], 0
+    for i, pair in enumerate(order):
+        special = i < len(pairs) + 12
+        count, frames = (bounds.examples, bounds.path) if special else usual
+        if used + cost(pair, count, frames) > (budget if special else room):
+            continue
+        used += cost(pair, count, frames)
+        taken: Counter[str] = Counter()
+        for row in ranked[pair]:
+            taken[row["kind"]] += 1
+            if taken[row["kind"]] <= count:
+                chosen.append({**row, "frames": frames})
+    return chosen, used
+
+
+def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> list[str]:
+    """Images embedded with all their counterfactuals: those asked for, of findings, traced, then some of each class."""
+    first = views[0]
+    asked = known_images(first, images)
+    number = max(len(asked), min(240, room // (2 + (len(first.class_names) - 1) * len(views))))
+    told = [example[0] for view in views for finding in view.findings for example in finding.examples[:6]]
+    spread = first.rows(
+        """
+        WITH turns AS (
+            SELECT image_id, source, row_number() OVER (PARTITION BY source ORDER BY md5(image_id), image_id) AS turn
+            FROM codes WHERE status = 'ok'
+        )
+        SELECT image_id FROM turns WHERE turn <= $each ORDER BY turn, source, image_id
+        """,
+        {"each": max(1, math.ceil(number / len(first.class_names)))},
+    )
+    traced = []
+    if first.audit.traces is not None:
+        first.con.register("traces", first.audit.traces)
+        traced = first.rows("SELECT DISTINCT image_id FROM traces ORDER BY 1 LIMIT 8")
+    chosen = dict.fromkeys([*asked, *told, *(row[0] for row in traced), *(row[0] for row in spread)])
+    return list(chosen)[:number]
+
+
+def known_images(view: View, images: Sequence[str]) -> list[str]:
+    """The ids without repetition; raises ValueError for one that the audit does not hold."""
+    view.con.register("asked", pa.table({"image_id": pa.array(images, pa.string())}))
+    found = {row[0] for row in view.rows("SELECT image_id FROM codes SEMI JOIN asked USING (image_id)")}
+    if missing := [image for image in images if image not in found]:
+        some = ", ".join(row[0] for row in view.rows("SELECT image_id FROM codes ORDER BY 1 LIMIT 5"))
+        raise ValueError(
+            f"images: no image {missing[0]!r} in {storage.display(view.audit.uri)}; its ids look like {some}"
+        )
+    return list(dict.fromkeys(images))
+
+
+def choose_disagreements(view: View, count: int) -> list[dict[str, Any]]:
+    """Images whose prediction is not the class that the ensemble sees, in order of the ensemble's certainty."""
+    if not view.has_predictions:
+        return []
+    theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in view.audit.codes.schema.names else "NULL"
+    return view.table(
+        f"""
+        SELECT c.image_id, c.label_name, prediction, c.source, {theirs} AS their_prob,
+               probs[c.source + 1] AS source_prob, probs[prediction + 1] AS prediction_prob, distance_z_l1 AS distance
+        FROM codes AS c LEFT JOIN counterfactuals AS p
+             ON p.image_id = c.image_id AND target = prediction AND converged
+        WHERE c.status = 'ok' AND prediction <> c.source
+        ORDER BY probs[c.source + 1] DESC, c.image_id LIMIT $count
+        """,
+        {"count": count},
+    ).to_pylist()

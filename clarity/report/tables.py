@@ -1,0 +1,152 @@
+"""The page's tables: suspicious labels, agreement with the labels, agreement with the user's own predictions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from clarity import findings
+from clarity.report.embed import Embedded, read_picture
+from clarity.report.sample import Sample
+from clarity.report.text import percent, plural, probability
+from clarity.report.tiles import Tiles
+from clarity.report.view import View
+
+#: Less suspicious labels are not listed.
+MIN_SUSPICION = 0.01
+
+
+def labels(view: View, images: dict[str, Any], count: int, tiles: Tiles) -> dict[str, Any]:
+    """Suspicious labels, and how the ensemble agrees with the labels."""
+    rows = suspicious_labels(view, images, count, tiles)
+    note = (
+        "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "
+        f"{findings.NEIGHBOURS} nearest codes; from 0.5 on it is among the findings."
+    )
+    if rows and rows[0]["suspicion"] <= 0.5:
+        note += " None is as high here: these labels are doubtful, not wrong."
+    if folds := int(view.audit.plan.model.get("num_folds") or 0):
+        note += f" Each image was explained by the one of {folds} ensembles that was not trained on it."
+    elif view.audit.plan.dataset.get("split") == "train":
+        note += " The ensemble may have been trained on these images and then trusts their labels: train with folds."
+    return {"rows": rows, "confusion": confusion(view), "note": note}
+
+
+def suspicious_labels(view: View, images: dict[str, Any], count: int, tiles: Tiles) -> list[dict[str, Any]]:
+    """The most suspicious labels with their pictures."""
+    names, rows = view.class_names, []
+    table = view.facts.suspicion
+    for row in [] if table is None else table.slice(0, count).to_pylist():
+        if row["suspicion"] < MIN_SUSPICION:
+            break
+        image_id = row["image_id"]
+        if image_id in images:
+            tile = images[image_id]["x"]
+        else:
+            stored = view.rows("SELECT x FROM codes WHERE image_id = $id", {"id": image_id})
+            tile = tiles.add(read_picture(stored[0][0], view))
+        rows.append(
+            {
+                "image_id": image_id,
+                "tile": tile,
+                "label": names[row["label"]],
+                "source": names[row["source"]],
+                "suspicion": row["suspicion"],
+                "label_prob": probability(row["label_prob"]),
+                "neighbours": "–" if row["neighbours"] is None else percent(row["neighbours"]),
+                "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
+            }
+        )
+    return rows
+
+
+def confusion(view: View) -> dict[str, Any] | None:
+    """Agreement by label, and the most frequent disagreements; None where nothing is labelled."""
+    counts = np.zeros((len(view.class_names),) * 2, np.int64)
+    for label, source, count in view.rows(
+        "SELECT label, source, count(*) FROM codes WHERE status = 'ok' AND label IS NOT NULL GROUP BY ALL"
+    ):
+        counts[label, source] = count
+    if not counts.any():
+        return None
+    by_label = [(k, int(counts[k].sum()), int(counts[k, k])) for k in range(len(counts)) if counts[k].any()]
+    by_label.sort(key=lambda row: row[2] / row[1])
+    wrong = counts - np.diag(np.diag(counts))
+    cells = [divmod(int(cell), len(counts)) for cell in np.argsort(-wrong, axis=None, kind="stable")[:8]]
+    return {
+        "recall": [share_row(view.class_names[k], count, agree) for k, count, agree in by_label],
+        "worst": [
+            {
+                "label": view.class_names[label],
+                "source": view.class_names[source],
+                "count": f"{wrong[label, source]:,}",
+                "pair": f"{source}-{label}" if view.facts.pairs["pairs"][source, label] > 0 else None,
+            }
+            for label, source in cells
+            if wrong[label, source]
+        ],
+    }
+
+
+def share_row(name: str, count: int, agree: int) -> dict[str, Any]:
+    """One class of a table of agreement."""
+    return {"name": name, "count": f"{count:,}", "share": percent(agree, count), "meter": round(100 * agree / count, 1)}
+
+
+def predictions(
+    view: View, sample: Sample, images: dict[str, Any], embedded: Embedded, num_listed: int
+) -> dict[str, Any] | None:
+    """How the ensemble and the user's own model agree, by class, and where they do not."""
+    if not view.has_predictions:
+        return None
+    names = view.class_names
+    shares = view.rows(
+        "SELECT prediction, count(*), count(*) FILTER (prediction = source) AS agree FROM codes "
+        "WHERE status = 'ok' AND prediction IS NOT NULL GROUP BY 1 ORDER BY agree / count(*), 1"
+    )
+    missing, labelled, theirs, ours = view.rows(
+        "SELECT count(*) FILTER (prediction IS NULL), "
+        "count(*) FILTER (prediction IS NOT NULL AND label IS NOT NULL), count(*) FILTER (prediction = label), "
+        "count(*) FILTER (prediction IS NOT NULL AND source = label) FROM codes WHERE status = 'ok'"
+    )[0]
+    total, same = sum(row[1] for row in shares), sum(row[2] for row in shares)
+    note = (
+        f"Your model's predictions for {plural(total, 'image')}: the ensemble predicts the same class for {same:,} "
+        f"({percent(same, total)}). "
+    )
+    note += f"{plural(missing, 'image')} came without a prediction. " if missing else ""
+    if labelled:
+        note += (
+            f"On the {labelled:,} labelled ones, your model is right in {percent(theirs, labelled)}, the ensemble in "
+            f"{percent(ours, labelled)}. "
+        )
+    note += "The explained model is the ensemble: where the two differ, an explanation does not speak for your model."
+    crossed = view.rows(
+        "SELECT prediction, source, count(*) FROM codes WHERE status = 'ok' AND prediction <> source "
+        "GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 8"
+    )
+    return {
+        "note": note,
+        "shares": [share_row(names[k], count, agree) for k, count, agree in shares],
+        "crossed": [
+            {"prediction": names[p], "source": names[s], "count": f"{count:,}", "pair": f"{s}-{p}"}
+            for p, s, count in crossed
+        ],
+        "rows": [
+            {
+                "image_id": row["image_id"],
+                "tile": images[row["image_id"]]["x"],
+                "cf": embedded.tiles.get((row["image_id"], row["prediction"])),
+                "label": row["label_name"],
+                "prediction": names[row["prediction"]],
+                "their_prob": None if row["their_prob"] is None else probability(row["their_prob"]),
+                "source": names[row["source"]],
+                "source_prob": probability(row["source_prob"]),
+                "prediction_prob": probability(row["prediction_prob"]),
+                "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
+            }
+            for row in sample.disagreements
+        ],
+        "more": f"{total - same - len(sample.disagreements):,}" if total - same > num_listed else None,
+    }

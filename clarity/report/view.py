@@ -1,0 +1,192 @@
+"""Opens the audits of a page: their tables in DuckDB, their model, their findings.
+
+Shapes: B rows, P pairs of (image, target), C, H, W image, D latent, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clarity import findings, storage
+from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
+from clarity.images import decode_png
+
+if TYPE_CHECKING:
+    from clarity.model import Model
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Pictures and class probabilities at codes, by the model that an audit holds."""
+
+    model: Model
+    image_shape: tuple[int, int, int]
+    num_folds: int
+
+    def pictures(self, z: np.ndarray) -> np.ndarray:
+        """Images (B, C, H, W) float32 of codes (B, D)."""
+        import torch
+
+        from clarity.rows import decode_rows
+
+        if not len(z):
+            return np.zeros((0, *self.image_shape), np.float32)
+        return decode_rows(self.model.vae, torch.from_numpy(np.ascontiguousarray(z, np.float32))).numpy()
+
+    def probabilities(self, z: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
+        """Mean class probabilities (B, K) at codes (B, D), each by the ensemble that explained its image."""
+        import torch
+
+        from clarity.ids import fold_of
+        from clarity.rows import logits_rows, mean_probs
+
+        probs = np.zeros((len(z), len(self.model.class_names)), np.float32)
+        ensembles = self.model.folds if self.num_folds else (self.model.ensemble,)
+        folds = np.array([fold_of(name, self.num_folds) if self.num_folds else 0 for name in image_ids], np.int64)
+        for fold, ensemble in enumerate(ensembles):
+            mine = folds == fold
+            if mine.any():
+                probs[mine] = mean_probs(logits_rows(ensemble, torch.from_numpy(np.asarray(z[mine], np.float32))))
+        return probs
+
+
+@dataclass(frozen=True)
+class View:
+    """One audit of the page, and the name under which the page shows it."""
+
+    name: str
+    audit: Audit
+    con: duckdb.DuckDBPyConnection
+    decoder: Decoder | None
+    facts: findings.Facts
+    findings: list[findings.Finding]
+    quiet: list[tuple[str, str]]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by index."""
+        return self.audit.class_names
+
+    @cached_property
+    def has_predictions(self) -> bool:
+        """Whether predictions of the user's own model were handed in."""
+        return "prediction" in self.audit.codes.schema.names
+
+    def rows(self, sql: str, parameters: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Runs a query over the views ``codes`` and ``counterfactuals``."""
+        return self.con.execute(sql, parameters or {}).fetchall()
+
+    def table(self, sql: str, parameters: dict[str, Any] | None = None) -> pa.Table:
+        """Runs a query, as an Arrow table."""
+        return self.con.sql(sql, params=parameters or {}).to_arrow_table()
+
+
+def open_views(uris: Sequence[str], sample: int) -> list[View]:
+    """Opens audits that share class names and image shape.
+
+    Args:
+        uris: of the audits.
+        sample: pairs behind the mean changes.
+    """
+    audits = [read_audit(uri) for uri in uris]
+    for other in audits[1:]:
+        for what in ("class_names", "image_shape"):
+            expected, got = getattr(audits[0].plan, what), getattr(other.plan, what)
+            if expected != got:
+                raise ValueError(
+                    f"audits: expected audits with the same {what.replace('_', ' ')}, but "
+                    f"{storage.display(audits[0].uri)} has {expected} and {storage.display(other.uri)} has {got}; "
+                    "make two reports"
+                )
+    return [open_view(audit, name, sample) for audit, name in zip(audits, names_of(audits))]
+
+
+def names_of(audits: Sequence[Audit]) -> list[str]:
+    """Distinct names: the methods where these differ, else the directories, else these with a number."""
+    directories = [storage.name(audit.uri) for audit in audits]
+    for names in ([audit.plan.method for audit in audits], directories):
+        if len(set(names)) == len(names) and all(names):
+            return names
+    return [f"{name} {i + 1}" for i, name in enumerate(directories)]
+
+
+def open_view(audit: Audit, name: str, sample: int) -> View:
+    """Opens one audit; without a model in its directory the page has tables only."""
+    attributes, model = (storage.join(audit.uri, part) for part in (ATTRIBUTES_FILE, "model"))
+    others = {"attributes": pq.read_table(io.BytesIO(storage.read_bytes(attributes)))} if storage.exists(attributes) else {}
+    con = findings.connect(local_files(audit.codes), local_files(audit.counterfactuals), **others)
+    decoder = None
+    if storage.exists(storage.join(model, "model.json")):
+        from clarity.model import load_model
+
+        decoder = Decoder(load_model(model), audit.plan.image_shape, int(audit.plan.model.get("num_folds") or 0))
+    facts = findings.gather(con, audit.class_names, audit.plan.config, mean_changes(con, audit, decoder, sample))
+    found, quiet = findings.find(facts)
+    return View(name, audit, con, decoder, facts, found, quiet)
+
+
+def local_files(dataset: Any) -> Any:
+    """Paths where all files are local, which DuckDB reads faster itself; else the Arrow data set."""
+    files = getattr(dataset, "files", None)
+    return list(files) if files and getattr(dataset.filesystem, "type_name", None) == "local" else dataset
+
+
+def mean_changes(
+    con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder | None, sample: int
+) -> findings.Differences | None:
+    """Mean changes over a sample: as many pairs of each target, evenly over sources, chosen by a hash of the id."""
+    num_classes = len(audit.class_names)
+    table = con.sql(
+        """
+        WITH turns AS (
+            SELECT image_id, source, target, md5(image_id) AS lot,
+                   row_number() OVER (PARTITION BY source, target ORDER BY md5(image_id), image_id) AS turn
+            FROM counterfactuals WHERE converged
+        ), chosen AS (
+            SELECT image_id, target FROM turns WHERE turn <= $each
+            QUALIFY row_number() OVER (PARTITION BY target ORDER BY turn, lot, image_id) <= $each
+        )
+        SELECT image_id, p.source, target, c.z, p.z_cf, c.x, p.x_cf
+        FROM counterfactuals AS p SEMI JOIN chosen USING (image_id, target) JOIN codes AS c USING (image_id)
+        ORDER BY source, target, image_id
+        """,
+        params={"each": max(20, sample // num_classes)},
+    ).to_arrow_table()
+    if not table.num_rows:
+        return None
+    # An image is in many pairs: its own picture is made once.
+    ids = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first, row_of = np.unique(ids, return_index=True, return_inverse=True)
+    own = table.take(pa.array(first))
+    # The search starts from the reconstruction, so its code comes before the stored image.
+    before = pictures(own["z"], own["x"], decoder, audit.plan.image_shape, decode=True)
+    after = pictures(table["z_cf"], table["x_cf"], decoder, audit.plan.image_shape, decode=False)
+    if before is None or after is None:
+        return None
+    source, target = table["source"].to_numpy(), table["target"].to_numpy()
+    return findings.mean_differences(before[row_of], after, source, target, num_classes)
+
+
+def pictures(
+    codes: pa.ChunkedArray,
+    stored: pa.ChunkedArray,
+    decoder: Decoder | None,
+    image_shape: tuple[int, int, int],
+    *,
+    decode: bool,
+) -> np.ndarray | None:
+    """Pictures (P, C, H, W) in [0, 1]: decoded if asked or if some are not stored; None where neither is possible."""
+    if decoder is not None and (decode or stored.null_count):
+        return decoder.pictures(np.array(codes.to_pylist(), np.float32))
+    if stored.null_count:
+        return None
+    return decode_png(stored.combine_chunks(), image_shape).astype(np.float32) / 255
