@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -75,7 +76,8 @@ class Picture(Figure):
             raise ValueError(f"suffix: expected png, pdf or svg, got {suffix!r}")
         metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
         buffer = BytesIO()
-        with style.context(["default", STYLE, dict(settings or {})]):
+        with style.context(["default", STYLE, dict(settings or {})]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
             self.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.04, metadata=metadata)
         return buffer.getvalue()
 

@@ -43,7 +43,7 @@ def segment_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
     Args:
         panels: title -> (curve in the image space (T,), curve in the latent space (T,)).
     """
-    latent = {"color": MIDDLE}
+    latent: dict[str, Any] = {"color": MIDDLE}
     handles = [
         Line2D([], [], **IMAGE_CURVE, label="walked in the image space"),
         Line2D([], [], **latent, label="walked in the latent space"),

@@ -73,7 +73,7 @@ def scale_of(values: np.ndarray, share: bool) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     if share:
         return min(0.95, np.floor(low * 20) / 20), 1.0
-    # Starting at the smallest value shows differences between pairs; a fifth of the scale at least keeps small ones light.
+    # The scale starts at the smallest value, which shows differences, but spans a fifth, which keeps small ones small.
     return (min(low, 0.8 * high), high) if high > 0 else (0.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""The first screen of the page: what was explained, what is missing, the key figures, and the findings with pictures."""
+"""The first screen of the page: what was explained, what is missing, the key figures, the findings with pictures."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def lead(view: View) -> str:
     which = "misclassified image" if plan.only == "misclassified" else "image"
     text = (
         f"{plural(images, which)} of {classes} classes, explained towards {towards}: "
-        f"{plural(pairs, 'search', 'searches')} with the method {plan.method} in the {plan.model['latent_dim']}-dimensional "
-        "code of a variational autoencoder"
+        f"{plural(pairs, 'search', 'searches')} with the method {plan.method} in the "
+        f"{plan.model['latent_dim']}-dimensional code of a variational autoencoder"
     )
     card = view.decoder.model.card if view.decoder is not None else {}
     if members := card.get("ensemble", {}).get("num_members"):

@@ -14,6 +14,7 @@ import jinja2
 import markupsafe
 
 from clarity import __version__, findings, storage
+from clarity.audit.queries import load_queries, load_views
 from clarity.report import charts, overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
@@ -160,8 +161,8 @@ def render(
         looked_up=looked_up(first, sample),
         views_sql=views_sql(first.audit.uri),
         queries={
-            name: {"doc": query.doc, "sql": query.sql.strip()}
-            for name, query in findings.QUERIES.items()
+            name: {"doc": query.doc, "sql": query.sql}
+            for name, query in load_queries().items()
             if name != "predictions" or first.has_predictions
         },
         terms=TERMS,
@@ -220,8 +221,8 @@ def method_note(view: View, sample: Sample, tiles: Tiles, bounds: Bounds) -> str
     """What of the audit is embedded in the page."""
     most = bounds.budget(tiles.height * tiles.width) + len(view.class_names) ** 2
     text = (
-        f"The figures are over every row of the audit. Pictures are a fixed sample: {len(tiles):,} of at most {most:,}; "
-        f"up to {bounds.examples} closest, median, hardest and failed examples of each class pair, for "
+        f"The figures are over every row of the audit. Pictures are a fixed sample: {len(tiles):,} of at most "
+        f"{most:,}; up to {bounds.examples} closest, median, hardest and failed examples of each class pair, for "
         f"{len(sample.examples):,} of {sample.num_pairs:,} class pairs, and every counterfactual of "
         f"{plural(len(sample.lookup), 'image')}."
     )
@@ -235,4 +236,5 @@ def method_note(view: View, sample: Sample, tiles: Tiles, bounds: Bounds) -> str
 def views_sql(uri: str) -> str:
     """SQL that makes the audit's tables known to DuckDB."""
     path = storage.display(uri).rstrip("/").replace("'", "''")
-    return "\n".join(f"CREATE VIEW {name} AS FROM '{path}/{name}/*.parquet';" for name in ("codes", "counterfactuals"))
+    tables = [f"CREATE VIEW {name} AS FROM '{path}/{name}/*.parquet';" for name in ("codes", "counterfactuals")]
+    return "\n".join([*tables, load_views()["class_pair_figures"].strip()])

@@ -56,8 +56,8 @@ class Sample:
     """What a page embeds.
 
     ``examples``: image_id and kind by class pair. ``lookup``: images shown with all their counterfactuals.
-    ``disagreements``: rows where predictions and ensemble differ. ``frames``: (image_id, target) of every embedded pair,
-    with the number of pictures of its path. ``num_pairs``: class pairs that have any example.
+    ``disagreements``: rows where predictions and ensemble differ. ``frames``: pictures of the path of every embedded
+    pair, by (image_id, target). ``num_pairs``: class pairs that have any example.
     """
 
     examples: dict[tuple[int, int], list[tuple[str, str]]]

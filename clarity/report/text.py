@@ -43,4 +43,3 @@ def listed(words: Sequence[str]) -> str:
 def decimals(largest: float) -> int:
     """Digits after the point of numbers that are compared with each other, for the largest of them."""
     return 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 1 else 3
-

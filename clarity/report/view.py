@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clarity import findings, storage
+from clarity.audit.queries import connect
 from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
 from clarity.images import decode_png
 
@@ -122,8 +123,10 @@ def names_of(audits: Sequence[Audit]) -> list[str]:
 def open_view(audit: Audit, name: str, sample: int) -> View:
     """Opens one audit; without a model in its directory the page has tables only."""
     attributes, model = (storage.join(audit.uri, part) for part in (ATTRIBUTES_FILE, "model"))
-    others = {"attributes": pq.read_table(io.BytesIO(storage.read_bytes(attributes)))} if storage.exists(attributes) else {}
-    con = findings.connect(local_files(audit.codes), local_files(audit.counterfactuals), **others)
+    others = (
+        {"attributes": pq.read_table(io.BytesIO(storage.read_bytes(attributes)))} if storage.exists(attributes) else {}
+    )
+    con = connect(audit.codes, audit.counterfactuals, **others)
     decoder = None
     if storage.exists(storage.join(model, "model.json")):
         from clarity.model import load_model
@@ -132,12 +135,6 @@ def open_view(audit: Audit, name: str, sample: int) -> View:
     facts = findings.gather(con, audit.class_names, audit.plan.config, mean_changes(con, audit, decoder, sample))
     found, quiet = findings.find(facts)
     return View(name, audit, con, decoder, facts, found, quiet)
-
-
-def local_files(dataset: Any) -> Any:
-    """Paths where all files are local, which DuckDB reads faster itself; else the Arrow data set."""
-    files = getattr(dataset, "files", None)
-    return list(files) if files and getattr(dataset.filesystem, "type_name", None) == "local" else dataset
 
 
 def mean_changes(
