@@ -7,44 +7,55 @@ Shapes: B rows, K classes.
 
 from __future__ import annotations
 
+import json
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import csv
 
 from clarity import data, schema, storage
-from clarity.data.listing import note_left_out
+from clarity.data.listing import as_text, is_text, note_left_out
+from clarity.data.parquet import class_label_names
 
 
 def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
     """Read predictions of the user's own model: columns image_id, and class or probabilities or both.
 
     Args:
-        uri: a Parquet file, local or s3://. ``class`` holds names or indices, ``probabilities`` lists of numbers.
+        uri: a Parquet or CSV file, local or s3://. ``class`` holds names or indices, ``probabilities`` lists of
+            numbers; in place of both there may be a column of probabilities for each class, under its name. What
+            indices and lists refer to is told by the file's metadata (``classes``, or a ClassLabel), or by
+            FILE.classes.txt beside it, a name a line.
         listing: all images; rows of the file about others are dropped and counted (``data.left_out``).
 
     Raises:
         ValueError: columns are missing or of another type, ids are null or duplicate, or none belongs to an image.
     """
     file = f"predictions: {storage.display(uri)}"
-    with storage.open_parquet(uri) as parquet:
-        found = parquet.schema_arrow.names
-        names = [name for name in ("image_id", "class", "probabilities") if name in found]
-        if names[:1] != ["image_id"] or len(names) < 2:
-            raise ValueError(
-                f"{file}: expected columns image_id and class or probabilities, found {', '.join(found) or 'none'}: "
-                "rename them"
-            )
-        table = storage.attempt("read", uri, lambda: parquet.read(names))
+    table = read_csv(uri) if re.search(r"(?i)\.(csv|tsv)$", storage.name(uri)) else read_parquet(uri)
+    found = table.column_names
+    if "image_id" not in found or len(found) < 2:
+        raise ValueError(
+            f"{file}: expected columns image_id and class or probabilities, found {', '.join(found) or 'none'}: "
+            "rename them"
+        )
+    names = [name for name in ("image_id", "class", "probabilities") if name in found]
+    if names[1:]:
+        table = table.select(names)
+    classes = read_classes(uri, table)
     for number, column in enumerate(table.itercolumns()):
-        if pa.types.is_dictionary(column.type):
-            table = table.set_column(number, names[number], column.cast(column.type.value_type))
-    kind = table["image_id"].type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{file}: expected image_id as text or integers, found {kind}: convert it")
-    ids = table["image_id"].cast(pa.string()).combine_chunks()
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        kind = pa.string() if is_text(kind) else kind
+        table = table.set_column(number, table.column_names[number], column.cast(kind))
+    try:
+        ids = as_text(table["image_id"])
+    except ValueError as error:
+        raise ValueError(f"{file}: expected image_id as text or integers, found {error}: convert it") from None
     if ids.null_count:
         raise ValueError(f"{file}: expected an image_id in every row, found null in {ids.null_count}: fill them")
     if double := len(ids) - len(pc.unique(ids)):
@@ -58,8 +69,52 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
     if strangers == len(ids):
         example = f", such as {ids[0]}; its own are like {listing['image_id'][0]}" if len(ids) else ""
         raise ValueError(f"{file}: none of its {len(ids)} ids is an image of the data{example}: check both")
-    table = table.set_column(0, "image_id", ids).filter(known)
+    table = table.set_column(table.column_names.index("image_id"), "image_id", ids).filter(known)
+    table = table.replace_schema_metadata(
+        {"clarity.classes": json.dumps(classes), "clarity.file": storage.display(uri)}
+    )
     return note_left_out(table, {"predictions for images that are not in the data": strangers})
+
+
+def read_parquet(uri: str) -> pa.Table:
+    """The columns of a Parquet file that may be predictions."""
+    with storage.open_parquet(uri) as parquet:
+        found = parquet.schema_arrow.names
+        names = [name for name in ("image_id", "class", "probabilities") if name in found]
+        return storage.attempt("read", uri, lambda: parquet.read(names if len(names) > 1 else found))
+
+
+def read_csv(uri: str) -> pa.Table:
+    """A table of text with a header; ids stay as they are written."""
+    content = storage.read_bytes(uri)
+    header = content.partition(b"\n")[0]
+    delimiter = max(",;\t", key=lambda sign: header.count(sign.encode()))
+    try:
+        return csv.read_csv(
+            pa.BufferReader(content),
+            parse_options=csv.ParseOptions(delimiter=delimiter),
+            convert_options=csv.ConvertOptions(
+                column_types={"image_id": pa.string()}, strings_can_be_null=True, null_values=[""]
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"predictions: expected a CSV file, found {storage.display(uri)} ({error})") from None
+
+
+def read_classes(uri: str, table: pa.Table) -> list[str] | None:
+    """The classes in the order to which indices and probabilities refer, where the file or one beside it tells."""
+    metadata = table.schema.metadata or {}
+    if b"classes" in metadata:
+        found = json.loads(metadata[b"classes"])
+    elif (found := class_label_names("class", metadata)) is None:
+        beside = re.sub(r"\.\w+(?=\?|$)", ".classes.txt", uri)
+        if beside == uri or not storage.exists(beside):
+            return None
+        found = storage.read_bytes(beside).decode("utf-8-sig").splitlines()
+    classes = [str(name).strip() for name in found]
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"predictions: expected each class once in the order of classes, found {classes}: correct it")
+    return [unicodedata.normalize("NFC", name) for name in classes]
 
 
 def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
@@ -73,6 +128,7 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
     Raises:
         ValueError: unknown classes, invalid probabilities, or no image has a prediction.
     """
+    predictions = gather_probabilities(predictions, class_names)
     rows = len(predictions)
     classes, probs = np.zeros(rows, np.int32), np.zeros((rows, len(class_names)), np.float32)
     has_class, has_probs = np.zeros(rows, bool), np.zeros(rows, bool)
@@ -99,16 +155,52 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
     return note_left_out(listing, data.left_out(listing) | data.left_out(predictions))
 
 
+def class_order(predictions: pa.Table, class_names: Sequence[str], what: str) -> list[int]:
+    """The index in ``class_names`` of each class, in the order of the user's model.
+
+    Raises:
+        ValueError: the order is not told, and the usual two, by number and by text, differ.
+    """
+    metadata = predictions.schema.metadata or {}
+    classes = json.loads(metadata.get(b"clarity.classes", b"null"))
+    if classes is None:
+        numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in class_names)
+        if list(class_names) == sorted(class_names) and (
+            what != "indices" or not numbers or [str(index) for index in range(len(class_names))] == list(class_names)
+        ):
+            return list(range(len(class_names)))
+        by_text = ", ".join(sorted(class_names)[:4])
+        raise ValueError(
+            f"predictions: expected the order of the classes to which {what} refer, as names that are numbers have "
+            f"more than one ({', '.join(class_names[:4])} ... or {by_text} ...), found none in the file: write names, "
+            "or list the classes in that order, one a line, in a file of the same name that ends in .classes.txt"
+        )
+    names = [unicodedata.normalize("NFC", name) for name in class_names]
+    if unknown := [name for name in classes if name not in names]:
+        raise ValueError(
+            f"predictions: expected the order of classes that the model knows ({', '.join(class_names)}), found "
+            f"{', '.join(map(repr, unknown))} in it: correct it"
+        )
+    if what != "indices" and len(classes) < len(names):
+        raise ValueError(
+            f"predictions: expected the order of all {len(names)} classes, found {', '.join(classes)}: complete it"
+        )
+    return [names.index(name) for name in classes]
+
+
 def class_column(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
     """The column ``class`` as class indices; null stays null."""
-    column, count = predictions["class"].combine_chunks(), len(class_names)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    column = predictions["class"].combine_chunks()
+    if is_text(column.type):
         found = data.label_indices(column.cast(pa.string()), class_names)
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         # An integer column with gaps reaches Parquet as floats from pandas.
+        order = pa.array(class_order(predictions, class_names, "indices"), pa.int32())
         whole = pc.and_(pc.equal(pc.floor(column), column), pc.is_finite(column))
-        inside = pc.and_(whole, pc.and_(pc.greater_equal(column, 0), pc.less(column, count)))
-        found = pc.if_else(inside, column, pa.scalar(None, column.type)).cast(pa.int32())
+        inside = pc.and_(whole, pc.and_(pc.greater_equal(column, 0), pc.less(column, len(order))))
+        found = order.take(pc.if_else(inside, column, pa.scalar(None, column.type)).cast(pa.int32()))
+    elif pa.types.is_null(column.type):
+        return pa.nulls(len(column), pa.int32())
     else:
         raise ValueError(f"predictions: expected class as names or indices, found {column.type}: convert it")
     wrong = np.flatnonzero(pc.and_(found.is_null(), column.is_valid()))
@@ -116,9 +208,26 @@ def class_column(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
         raise ValueError(
             f"predictions: expected classes that the model knows, found {column[wrong[0]]} for image "
             f"{predictions['image_id'][wrong[0]]} and {len(wrong) - 1} others; choose from {', '.join(class_names)}, "
-            f"or indices 0 to {count - 1}"
+            f"or indices 0 to {len(class_names) - 1}"
         )
     return found
+
+
+def gather_probabilities(predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
+    """The table with a column ``probabilities`` made of those that are named like the classes, where they all are."""
+    known = {unicodedata.normalize("NFC", name): name for name in predictions.column_names}
+    names = [known.get(unicodedata.normalize("NFC", name)) for name in class_names]
+    if "class" in predictions.column_names or "probabilities" in predictions.column_names:
+        return predictions
+    if None in names:
+        raise ValueError(
+            "predictions: expected a column class or probabilities, or one for each class, found "
+            f"{', '.join(predictions.column_names)}: rename them"
+        )
+    values = np.column_stack([predictions[name].cast(pa.float64()).to_numpy() for name in names])
+    classes = {**(predictions.schema.metadata or {}), b"clarity.classes": json.dumps(list(class_names))}
+    table = predictions.append_column("probabilities", schema.fixed_size_list(values))
+    return table.replace_schema_metadata(classes)
 
 
 def probability_column(predictions: pa.Table, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,5 +254,5 @@ def probability_column(predictions: pa.Table, class_names: Sequence[str]) -> tup
     outside = (values < 0).any(1) | (np.abs(values.sum(1) - 1) > 0.01)
     check(outside, "probabilities that are not negative and sum to 1", lambda row: f"a sum of {values[row].sum():.4g}")
     probs = np.zeros((len(column), count), np.float32)
-    probs[valid] = values
+    probs[np.ix_(valid, class_order(predictions, class_names, "probabilities"))] = values
     return probs, valid

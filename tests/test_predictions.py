@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
     [
         ({"id": ["a"], "class": ["ant"]}, "expected columns image_id and class or probabilities, found id, class"),
         ({"image_id": ["a"]}, "found image_id: rename"),
+        (
+            {"image_id": ["a"], "score": [0.5]},
+            "or one for each class, found image_id, ",
+        ),
         ({"image_id": [0.5], "class": ["ant"]}, "image_id as text or integers"),
         ({"image_id": ["a", None], "class": ["ant", "ant"]}, "found null in 1"),
         ({"image_id": ["a", "b", "a"], "class": ["ant"] * 3}, "1 duplicates, the first a"),
@@ -91,6 +96,95 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
 def test_predictions_that_are_invalid_are_rejected(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         predicted(tmp_path, **columns)
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_predictions_take_text_of_any_type(kind: pa.DataType, tmp_path: Path) -> None:
+    ids = pa.array(["a", "b"]).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(["a", "b"], kind)
+    classes = (
+        pa.array(["cow", "ant"]).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(["cow", "ant"], kind)
+    )
+    found = predicted(tmp_path, image_id=ids, **{"class": classes})
+    assert found["prediction_name"].to_pylist() == ["cow", "ant", None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.csv", "image_id,class\na,cow\nb,\nc,ant\n", ["cow", None, "ant", None]),
+        ("p.CSV", "class;image_id\n2;a\n0;c\n", ["cow", None, "ant", None]),
+        ("p.tsv", "image_id\tcow\tbee\tant\na\t0.7\t0.2\t0.1\nc\t0\t0\t1\n", ["cow", None, "ant", None]),
+    ],
+)
+def test_predictions_may_be_csv(name: str, text: str, expected: list[str | None], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    found = add_predictions(LISTING, read_predictions(str(tmp_path / name), LISTING), NAMES)
+    assert found["prediction_name"].to_pylist() == expected
+    if name == "p.tsv":
+        assert found["prediction_probs"][0].as_py() == pytest.approx([0.1, 0.2, 0.7])
+
+
+def test_predictions_keep_ids_of_csv_as_they_are_written(tmp_path: Path) -> None:
+    listing = LISTING.set_column(0, "image_id", pa.array(["0001", "0002", "3", "x"]))
+    (tmp_path / "p.csv").write_text("image_id,class\n0001,ant\n0002,bee\n")
+    found = add_predictions(listing, read_predictions(str(tmp_path / "p.csv"), listing), NAMES)
+    assert found["prediction"].to_pylist() == [0, 1, None, None]
+
+
+ELEVEN = tuple(str(number) for number in range(11))
+#: In the order of torchvision's ImageFolder.
+AS_TEXT = sorted(ELEVEN)
+
+
+@pytest.mark.parametrize("way", ["metadata", "ClassLabel", "beside"])
+def test_predictions_by_index_follow_the_order_that_is_told(way: str, tmp_path: Path) -> None:
+    table = pa.table({"image_id": ["a", "b"], "class": [2, None], "probabilities": [None, [0.0] * 10 + [1.0]]})
+    if way == "metadata":
+        table = table.replace_schema_metadata({"classes": json.dumps(AS_TEXT)})
+    elif way == "ClassLabel":
+        features = {"class": {"_type": "ClassLabel", "names": AS_TEXT}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    else:
+        (tmp_path / "p.classes.txt").write_text("\n".join(AS_TEXT) + "\n")
+    pq.write_table(table, tmp_path / "p.parquet")
+    found = add_predictions(LISTING, read_predictions(str(tmp_path / "p.parquet"), LISTING), ELEVEN)
+    assert found["prediction_name"].to_pylist() == ["10", "9", None, None]
+    assert found["prediction"].to_pylist() == [10, 9, None, None]
+    assert found["prediction_probs"][1].as_py() == [0.0] * 9 + [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (ELEVEN, {"class": [2]}),
+        (ELEVEN, {"probabilities": [[1.0] + [0.0] * 10]}),
+        (("1", "2", "3"), {"class": [1]}),  # the index of 2, or the name 1
+    ],
+)
+def test_predictions_whose_order_is_ambiguous_are_refused(
+    names: tuple[str, ...], columns: dict[str, Any], tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"image_id": ["a"], **columns}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"expected the order of the classes .*: write names, or list .*classes\.txt"):
+        add_predictions(LISTING, read_predictions(str(tmp_path / "p.parquet"), LISTING), names)
+    named = pa.table({"image_id": ["a"], "class": ["2"]})
+    pq.write_table(named, tmp_path / "p.parquet")
+    found = add_predictions(LISTING, read_predictions(str(tmp_path / "p.parquet"), LISTING), names)
+    assert found["prediction_name"].to_pylist() == ["2", None, None, None]
+
+
+def test_predictions_of_ten_digits_need_no_order(tmp_path: Path) -> None:
+    names = tuple("0123456789")
+    pq.write_table(pa.table({"image_id": ["a"], "class": [7]}), tmp_path / "p.parquet")
+    found = add_predictions(LISTING, read_predictions(str(tmp_path / "p.parquet"), LISTING), names)
+    assert found["prediction_name"].to_pylist() == ["7", None, None, None]
+
+
+@pytest.mark.parametrize(("classes", "said"), [(["ant", "bee", "cat"], "found 'cat' in it"), (["ant"], "of all 3")])
+def test_predictions_with_another_set_of_classes_are_refused(classes: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "predictions.classes.txt").write_text("\n".join(classes))
+    with pytest.raises(ValueError, match=said):
+        predicted(tmp_path, image_id=["a"], probabilities=[[1.0, 0.0, 0.0]])
 
 
 def test_predictions_may_lie_on_an_object_store(tmp_path: Path) -> None:
