@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from clarity import schema, storage
 from clarity.audit.plan import read_plan
 from clarity.audit.read import Audit
 from clarity.explainer import Explainer, quantise
-from clarity.images import UnreadableImage
+from clarity.images import UnreadableImage, decode_png
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.planning import class_indices
@@ -96,6 +97,36 @@ def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", 
     model = load_model(storage.join(uri, "model"), device)
     codes = torch.tensor(schema.matrix(rows[column]), device=device)
     return quantise(decode_rows(model.vae, codes))
+
+
+def trace(audit: Audit, image_id: str, target: int) -> pa.Table:
+    """The search of one pair, one row for each step: as the audit recorded it, else searched again by the plain engine.
+
+    Raises:
+        ValueError: neither the search nor the image to search from is stored.
+    """
+    mine = pc.field("image_id") == image_id
+    if audit.traces is not None:
+        recorded = audit.traces.to_table(filter=mine & (pc.field("target") == target))
+        if len(recorded):
+            return recorded.sort_by("step")
+    png = audit.codes.to_table(columns=["x"], filter=mine)["x"]
+    if png.null_count:
+        raise ValueError("audit: it stores neither this search nor the image to repeat it from; explain with traces")
+    plan = audit.plan
+    explainer = Explainer(
+        load_model(storage.join(audit.uri, "model")),
+        plan.method,
+        SearchConfig(**plan.config),
+        targets=[target],
+        by_fold=bool(plan.model.get("num_folds")),
+        engine="plain",
+    )
+    pixels = schema.fixed_size_list(decode_png(png, plan.image_shape).reshape(1, -1))
+    shard = pa.table([[image_id], [None], pixels, [None]], schema=schema.shard_schema(plan.image_shape))
+    traces = explainer.explain_shard(shard, trace=1).traces
+    assert traces is not None
+    return traces.sort_by("step")
 
 
 def redecoder(uri: str | Path) -> Callable[[np.ndarray], np.ndarray] | None:

@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -26,8 +27,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from clarity import schema, storage
+from clarity import storage
+from clarity.audit.queries import connect
 from clarity.images import decode_png
+from clarity.report.text import decimals
 
 if TYPE_CHECKING:
     from clarity.audit.read import Audit
@@ -306,13 +309,13 @@ def class_pair_map(
         low, high = min(0.95, np.floor(low * 20) / 20), 1.0
     low, high = bounds or (low, high)
     scale = Normalize(low, high if high > low else low + 1)
-    decimals = 0 if high >= 100 else 1 if high >= 10 else 2 if high >= 1 else 3
+    digits = decimals(high)
     cmap = matplotlib.colormaps["gray" if low_is_bad else "gray_r"]
     shown = ax.imshow(np.ma.masked_invalid(values), cmap=cmap, norm=scale)
     for i in range(count):
         for j in range(count):
             if np.isfinite(values[i, j]):
-                text = f"{100 * values[i, j]:.0f}" if percent else f"{values[i, j]:.{decimals}f}"
+                text = f"{100 * values[i, j]:.0f}" if percent else f"{values[i, j]:.{digits}f}"
                 dark = cmap(scale(values[i, j]))[0] < 0.5
                 ax.text(j, i, text, color="white" if dark else "black", fontsize=6, **TEXT)
             else:
@@ -386,13 +389,37 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
     return picture
 
 
-#: What ``class_pairs`` can show: title, label with its unit, whether it is a share, whether low values are bad.
+class PairFigure(NamedTuple):
+    """One figure of class pairs: its title, its unit, what it says, and how it is shaded."""
+
+    title: str
+    label: str
+    doc: str
+    share: bool = False
+    low_is_bad: bool = False
+
+
+#: Columns of the view class_pair_figures that ``class_pairs`` and the report show.
 PAIR_FIGURES = {
-    "strict_validity": ("Strict validity", "share of pairs that converged", True, True),
-    "reencoded_agreement": ("Re-encoded agreement", "share of pairs still seen as the target", True, True),
-    "median_steps": ("Steps", "updates, median of converged pairs", False, False),
-    "median_distance": ("Latent distance", "L1, median of converged pairs", False, False),
-    "epistemic_final": ("Epistemic uncertainty after", "nats, median", False, False),
+    "strict_validity": PairFigure(
+        "Strict validity", "share of pairs that converged", "pairs that reached the target probability", True, True
+    ),
+    "reencoded_agreement": PairFigure(
+        "Re-encoded agreement",
+        "share of pairs still classified as the target",
+        "pairs still classified as their target after decoding, rounding to 8 bits and encoding",
+        True,
+        True,
+    ),
+    "median_steps": PairFigure("Steps", "updates, median of converged pairs", "length of the search"),
+    "median_distance": PairFigure(
+        "Latent distance", "L1 between codes, median of converged pairs", "size of the change"
+    ),
+    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "disagreement of the members about the image"),
+    "epistemic_final": PairFigure(
+        "Epistemic after", "nats, median", "disagreement of the members about the counterfactual"
+    ),
+    "pairs": PairFigure("Pairs", "count", "pairs that were searched"),
 }
 
 
@@ -400,27 +427,12 @@ def class_pairs(audit: Audit, what: str = "median_distance") -> Picture:
     """One of PAIR_FIGURES by source and target class of an audit, as a K x K map."""
     if what not in PAIR_FIGURES:
         raise ValueError(f"what: unknown figure {what!r}; choose from {', '.join(PAIR_FIGURES)}")
-    column = {"median_steps": "steps", "median_distance": "distance_z_l1", "epistemic_final": "epistemic_final"}
-    names = ["source", "target", "converged", "reencoded_class", *([column[what]] if what in column else [])]
-    table = audit.counterfactuals.to_table(columns=names)
-    source, target, converged, again = (table[name].to_numpy() for name in names[:4])
-    if what in column:
-        values = table[column[what]].to_numpy()
-        kept = converged if what.startswith("median") else np.isfinite(values)
-        source, target, values = source[kept], target[kept], values[kept]
-    else:
-        values = converged if what == "strict_validity" else again == target
-    count = len(audit.class_names)
-    cell = source * count + target
-    order = np.argsort(cell, kind="stable")
-    cells, starts = np.unique(cell[order], return_index=True)
-    middle = np.median if what in column else np.mean
-    shown = np.full(count * count, np.nan)
-    for ax, part in zip(cells, np.split(values[order], starts[1:])):
-        shown[ax] = middle(part)
-    title, label, percent, low_is_bad = PAIR_FIGURES[what]
-    square = shown.reshape(count, count)
-    return class_pair_map(square, audit.class_names, title=title, label=label, percent=percent, low_is_bad=low_is_bad)
+    con = connect(audit.codes, audit.counterfactuals)
+    rows = con.sql(f"SELECT source, target, {what} FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
+    values = np.full((len(audit.class_names),) * 2, np.nan)
+    values[rows["source"], rows["target"]] = np.ma.filled(rows[what].astype(float), np.nan)
+    title, label, _, share, low_is_bad = PAIR_FIGURES[what]
+    return class_pair_map(values, audit.class_names, title=title, label=label, percent=share, low_is_bad=low_is_bad)
 
 
 class Counterfactual:
@@ -436,36 +448,36 @@ class Counterfactual:
     """
 
     def __init__(self, audit: Audit, image_id: str, target: str) -> None:
-        import pyarrow.compute as pc
-
         mine = pc.field("image_id") == image_id
         rows = audit.counterfactuals.to_table(filter=mine & (pc.field("target_name") == target))
         if not len(rows):
             seen = audit.codes.to_table(columns=["source_name", "status"], filter=mine).to_pylist()
-            why = f"it is seen as {seen[0]['source_name'] or seen[0]['status']}" if seen else "there is no such image"
+            why = f"it is classified as {seen[0]['source_name'] or seen[0]['status']}" if seen else "no such image"
             raise ValueError(f"no counterfactual of image {image_id!r} towards {target!r}: {why}")
         self.audit = audit
         #: The pair's row of ``counterfactuals``, and the image's of ``codes``.
         self.row: dict[str, Any] = rows.to_pylist()[0]
         self.code: dict[str, Any] = audit.codes.to_table(filter=mine).to_pylist()[0]
-        self._tables = {"z_cf": rows, "z": audit.codes.to_table(filter=mine)}
+        self.tables = {"z_cf": rows, "z": audit.codes.to_table(filter=mine)}
 
-    def _decoded(self, column: str) -> Array:
+    def decoded(self, column: str) -> Array:
+        """The picture of the pair's code in ``z`` or ``z_cf``."""
         from clarity.notebook import decode
 
-        return decode(self.audit, self._tables[column], column=column)[0]
+        return decode(self.audit, self.tables[column], column=column)[0]
 
-    def _stored(self, value: bytes | None, column: str) -> Array:
-        return self._decoded(column) if value is None else decode_png([value], self.audit.plan.image_shape)[0]
+    def stored(self, value: bytes | None, column: str) -> Array:
+        """A stored picture; decoded from a code where there is none."""
+        return self.decoded(column) if value is None else decode_png([value], self.audit.plan.image_shape)[0]
 
     def picture(self) -> Picture:
         """Original, reconstruction, counterfactual and difference; decoded from the codes where none is stored."""
-        row, reconstruction = self.row, self._decoded("z")
+        row, reconstruction = self.row, self.decoded("z")
         p = f"p({row['target_name']}) = {row['target_prob_final']:.3f}, {row['steps']} steps"
-        x = self._stored(self.code["x"], "z")
+        x = self.stored(self.code["x"], "z")
         return counterfactual(
             x,
-            self._stored(row["x_cf"], "z_cf"),
+            self.stored(row["x_cf"], "z_cf"),
             source=row["source_name"],
             target=row["target_name"],
             reconstruction=reconstruction,
@@ -477,35 +489,10 @@ class Counterfactual:
 
     @functools.cached_property
     def trace(self) -> pa.Table:
-        """The search, one row a step: as the audit recorded it, else searched once more by the plain engine."""
-        import pyarrow.compute as pc
+        """The search, one row for each step: as the audit recorded it, else searched again by the plain engine."""
+        from clarity.notebook import trace
 
-        row, audit = self.row, self.audit
-        if audit.traces is not None:
-            here = (pc.field("image_id") == row["image_id"]) & (pc.field("target") == row["target"])
-            if len(table := audit.traces.to_table(filter=here)):
-                return table.sort_by("step")
-        from clarity.explainer import Explainer
-        from clarity.model import load_model
-        from clarity.search import SearchConfig
-
-        if self.code["x"] is None:
-            raise ValueError("an audit with --images none lacks the image to search from: make it with --trace")
-        plan = audit.plan
-        explainer = Explainer(
-            load_model(storage.join(audit.uri, "model")),
-            plan.method,
-            SearchConfig(**plan.config),
-            targets=[row["target"]],
-            by_fold=bool(plan.model.get("num_folds")),
-            engine="plain",
-        )
-        pixels = decode_png([self.code["x"]], plan.image_shape)
-        columns = [[row["image_id"]], [None], schema.fixed_size_list(pixels.reshape(1, -1)), [None]]
-        shard = pa.table(columns, schema=schema.shard_schema(plan.image_shape))
-        traces = explainer.explain_shard(shard, trace=1).traces
-        assert traces is not None
-        return traces.sort_by("step")
+        return trace(self.audit, self.row["image_id"], self.row["target"])
 
     def path(self, frames: int = 8) -> Picture:
         """Pictures at ``frames`` steps of the search, with the target probability under each."""
@@ -524,6 +511,6 @@ class Counterfactual:
         if self.trace["epistemic"].null_count:
             raise ValueError(f"the method {self.row['method']} has a single classifier: no epistemic uncertainty")
         probs, aleatoric, epistemic = (self.trace[n].to_numpy() for n in ("target_prob", "aleatoric", "epistemic"))
-        ends = (self._decoded("z"), self._stored(self.row["x_cf"], "z_cf"))
+        ends = (self.decoded("z"), self.stored(self.row["x_cf"], "z_cf"))
         names = {"source": self.row["source_name"], "target": self.row["target_name"]}
         return search_traces({f"image {self.row['image_id']}": Trace(probs, aleatoric, epistemic, ends)}, **names)

@@ -139,7 +139,9 @@ def test_class_pairs_are_those_of_a_loop(tmp_path: Path) -> None:
                     ),
                     "median_steps": lambda good=good: np.median([row["steps"] for row in good]),
                     "median_distance": lambda good=good: np.median([row["distance_z_l1"] for row in good]),
+                    "epistemic_initial": lambda mine=mine: np.median([row["epistemic_initial"] for row in mine]),
                     "epistemic_final": lambda mine=mine: np.median([row["epistemic_final"] for row in mine]),
+                    "pairs": lambda mine=mine: len(mine),
                 }[what]
                 if source == target:
                     assert np.ma.is_masked(shown[source, target])
@@ -168,7 +170,7 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
     strip = found.path(frames=4)
     assert len([ax for ax in strip.axes if ax.images]) == min(4, len(steps))
     assert found.uncertainty().axes[0].get_xlabel() == "step"
-    with pytest.raises(ValueError, match="it is seen as"):
+    with pytest.raises(ValueError, match="it is classified as"):
         plots.Counterfactual(opened, row["image_id"], row["source_name"])
     with pytest.raises(ValueError, match="no such image"):
         plots.Counterfactual(opened, "nobody", "dog")

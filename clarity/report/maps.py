@@ -6,59 +6,34 @@ Shapes: K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from clarity.plots import PAIR_FIGURES
 from clarity.report.text import decimals, percent
 from clarity.report.view import View
-
-
-class PairMap(NamedTuple):
-    """One map: a column of the class pairs' figures, its title, its unit, and what it says."""
-
-    key: str
-    title: str
-    unit: str
-    doc: str
-    share: bool = False
-
-
-MAPS = (
-    PairMap("strict_validity", "Strict validity", "share of pairs", "pairs that reached the target probability", True),
-    PairMap(
-        "reencoded_agreement",
-        "Re-encoded agreement",
-        "share of pairs",
-        "pairs still classified as their target after decoding, rounding to 8 bits and encoding",
-        True,
-    ),
-    PairMap("median_steps", "Steps", "updates, median of converged pairs", "length of the search"),
-    PairMap("median_distance", "Latent distance", "L1 between codes, median of converged pairs", "size of the change"),
-    PairMap("epistemic_initial", "Epistemic before", "nats, median", "disagreement of the members about the image"),
-    PairMap(
-        "epistemic_final", "Epistemic after", "nats, median", "disagreement of the members about the counterfactual"
-    ),
-    PairMap("pairs", "Pairs", "count", "pairs that were searched"),
-)
 
 
 def pair_maps(views: Sequence[View]) -> list[dict[str, Any]]:
     """Every map as the script draws it, with one entry of ``audits`` for each audit."""
     maps = []
-    for kind in MAPS:
+    for key, figure in PAIR_FIGURES.items():
         # Before and after share one scale, as do audits side by side, so that they can be compared.
-        keys = ["epistemic_initial", "epistemic_final"] if kind.key.startswith("epistemic") else [kind.key]
-        values = np.concatenate([view.facts.pairs[key].ravel() for view in views for key in keys])
-        low, high = scale_of(values[np.isfinite(values)], kind.share)
-        digits = 0 if kind.key == "pairs" else decimals(high)
+        keys = ["epistemic_initial", "epistemic_final"] if key.startswith("epistemic") else [key]
+        values = np.concatenate([view.facts.pairs[name].ravel() for view in views for name in keys])
+        low, high = scale_of(values[np.isfinite(values)], figure.share)
+        digits = 0 if key == "pairs" else decimals(high)
         maps.append(
             {
-                **{name: getattr(kind, name) for name in ("key", "title", "unit", "doc")},
-                "low": cell_text(low, kind.share, digits),
-                "high": cell_text(high, kind.share, digits),
+                "key": key,
+                "title": figure.title,
+                "unit": figure.label,
+                "doc": figure.doc,
+                "low": cell_text(low, figure.share, digits),
+                "high": cell_text(high, figure.share, digits),
                 "audits": [
-                    audit_map(view.facts.pairs[kind.key], view.facts.pairs["pairs"], (low, high), kind.share, digits)
+                    audit_map(view.facts.pairs[key], view.facts.pairs["pairs"], (low, high), figure.share, digits)
                     for view in views
                 ],
             }
