@@ -1,4 +1,4 @@
--- Figures of every class pair; the row whose classes are null is over all pairs.
+-- Figures of every class pair; the row without classes is over all pairs.
 -- Distances and median steps are of the pairs that converged, mean steps of all.
 CREATE VIEW class_pair_figures AS
 SELECT source, source_name, target, target_name,
