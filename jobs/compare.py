@@ -10,26 +10,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from clarity import data, storage
-from clarity import model as checkpoints
 from clarity.audit.commits import to_parquet
 from clarity.audit.read import ATTRIBUTES_FILE
 from clarity.ids import in_judges_half
 from clarity.methods import METHODS
-from clarity.paper import comparison, evaluators, metrics
-from clarity.paper.comparison import CONTROLS, NAMES, Bench
+from clarity.model import Model, load_model
+from clarity.paper import claims, compare, evaluators, figures, metrics, tables, timings
+from clarity.paper.cache import Cache, key_of
+from clarity.paper.compare import CONTROLS, NAMES
+from clarity.plots import Picture
 from clarity.resources import job_path
 from clarity.search import SearchConfig
+
+log = logging.getLogger("clarity.paper")
 
 JOBS = Path(__file__).resolve().parent
 #: Pairs of a shard of a method with image classifiers.
@@ -61,11 +64,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for field in dataclasses.fields(SearchConfig):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         add(flag, type=kind, default=field.default, help=f"of the search ({field.default})")
-    add("--speed-pairs", type=int, default=Bench.speed_pairs, help=f"pairs of a timed batch ({Bench.speed_pairs})")
-    add("--draws", type=int, default=Bench.draws, help=f"of the bootstrap ({Bench.draws})")
+    add("--speed-pairs", type=int, default=36, help="pairs of a timed batch (36)")
+    add("--draws", type=int, default=1000, help="resamples of the bootstrap (1000)")
     add("--no-figures", action="store_true", help="tables alone")
     add("--differences", action="store_true", help="difference maps in the grids of Tables 1 and 2")
-    add("--formats", nargs="+", default=list(Bench.formats), choices=["png", "pdf", "svg"], help="of figures (png pdf)")
+    add("--formats", nargs="+", default=["png", "pdf"], choices=["png", "pdf", "svg"], help="of figures (png pdf)")
     return parser.parse_args(argv)
 
 
@@ -88,13 +91,13 @@ class JobFailed(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare, and turn what went wrong into an exit code."""
     args = parse(argv)
-    start = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - start:5.0f} s] {text}", file=sys.stderr, flush=True)
-
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     try:
-        return compare(args, say)
+        return run_comparison(args)
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -106,20 +109,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+def run_comparison(args: argparse.Namespace) -> int:
     """The whole comparison, step by step; the exit code."""
     methods = list(METHODS) if args.methods == ["all"] else list(dict.fromkeys(args.methods))
     if unknown := [name for name in (*methods, *(name for name, _ in args.audit)) if name not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
     config = SearchConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SearchConfig)})
-    out = job_path(args.out, f"runs/{args.dataset}/compare", "--out")
+    cache = Cache(job_path(args.out, f"runs/{args.dataset}/compare", "--out"))
     tested = data.open_dataset(args.dataset, args.data, args.split)
     unlabelled = bool(args.attributes) and args.dataset == "celeba_hair"
     trained = data.open_dataset(args.dataset, args.data, "train", attributes=args.attributes, unlabelled=unlabelled)
 
-    model_uri = job_path(args.model, storage.join(out, "model"), "--model")
-    train_model(args, model_uri, say, "--image-members", str(args.image_members), given=args.model is not None)
-    model = checkpoints.load_model(model_uri)
+    model_uri = job_path(args.model, cache.path("model"), "--model")
+    train_model(args, model_uri, "--image-members", str(args.image_members), given=args.model is not None)
+    model = load_model(model_uri)
     if lacking := [
         name for name in methods if METHODS[name].classifier.startswith("image") and not model.image_ensemble
     ]:
@@ -127,44 +130,53 @@ def compare(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             f"methods {', '.join(lacking)} need image classifiers, which {storage.display(model_uri)} lacks: train it "
             f"with --image-members, or choose --methods {' '.join(name for name in methods if name not in lacking)}"
         )
-    bench = make_bench(args, model, config, out, trained, tested, say)
+    judges, real = find_judges(args, model, cache, trained, tested)
 
-    audits, given = {}, dict(args.audit)
-    samples: dict[int, str] = {}
-    for method in methods:
-        limit = args.image_method_limit if METHODS[method].classifier.startswith("image") else None
-        count = args.images if limit is None else limit
-        if method not in given and count not in samples:
-            samples[count] = storage.join(out, f"sample-{count}.parquet")
-            comparison.sample(tested, model.preprocessing, count, samples[count])
-        audits[method] = given.get(method) or explain(method, samples[count], count, model_uri, bench)
-
-    results = {method: comparison.results_of_audit(bench, method, uri) for method, uri in audits.items()}
+    audits = find_audits(args, methods, tested, model, model_uri, config, cache)
+    results = {method: compare.results_of_audit(model, method, uri) for method, uri in audits.items()}
     widest = max(results.values(), key=lambda found: len(found.of))
-    chosen = comparison.chosen_images(list(results.values()))
-    asked = comparison.only(widest, chosen)
+    chosen = compare.choose_images(list(results.values()))
+    asked = compare.restrict(widest, chosen)
     for name in CONTROLS:
-        results[name] = comparison.control(bench, name, asked)
+        results[name] = compare.control_results(name, asked, model, real)
     for name, uri in args.external:
         if name in results:
             raise ValueError(f"--external {name}: the name is taken; choose another")
-        results[name] = comparison.external(bench, name, uri, widest)
-    tables = {name: comparison.judged(bench, found, chosen) for name, found in results.items()}
-
-    for method, uri in (audits if bench.judges.attributes else {}).items():
-        table = comparison.attribute_table(bench, results[method])
+        results[name] = compare.external_results(name, uri, widest, model)
+    scored = {name: compare.score(found, judges, real, cache, chosen) for name, found in results.items()}
+    for method, uri in (audits if judges.attributes else {}).items():
+        table = compare.attribute_table(results[method], judges)
         storage.write_bytes(storage.join(uri, ATTRIBUTES_FILE), to_parquet(table))
 
-    test_images = labelled(tested, model, say)
-    found = comparison.measure(bench, results, tables, *test_images[:2])
-    kinds = {name: result.kind for name, result in results.items()}
-    rows = comparison.summary(bench, tables, kinds, found["speed"])
-    flat = None if args.no_figures else flat_model(args, model, out, say)
+    test_images = labelled(tested, model)
+    depends = [compare.fingerprint_of(model), args.speed_pairs, dataclasses.asdict(config)]
+    # Kept on their own, so that nothing but the removal of the file times anything again.
+    timed = cache.json(
+        "timings.json",
+        key_of(*depends, methods),
+        lambda: timings.measure_times(model, config, widest.images, methods, args.speed_pairs),
+    )
+    measured = cache.json(
+        "measurements.json",
+        key_of(*depends, judges.fingerprint, args.draws, [results[name].key for name in methods]),
+        lambda: claims.measure_claims(model, judges.oracle, widest.images, scored, *test_images[:2], args.draws),
+    )
+    measured |= {name: timed[name] for name in ("speed", "steps")}
+    kinds = {name: found.kind for name, found in results.items()}
+    rows = tables.summary(scored, kinds, timed["speed"], real, model.class_names, args.draws)
     if not args.no_figures:
-        found["figure 10"] = comparison.draw(bench, results, rows, widest.images, flat, test_images)
-        storage.write_json(bench.place("measurements.json"), found)
-    comparison.write_tables(bench, rows, found)
-    say(f"written: {storage.display(storage.join(out, 'comparison.md'))}, .csv, .parquet, measurements.json, figures/")
+
+        def write(name: str, picture: Picture) -> None:
+            picture.write(cache.path("figures", name), args.formats)
+            log.info("figure %s", name)
+
+        figures.draw_tables(write, model.class_names, results, rows, args.differences)
+        flat = flat_model(args, model, cache.out)
+        measured["figure 10"] = figures.draw_searches(write, model, config, widest.images, flat, test_images)
+    storage.write_json(cache.path("measurements.json"), measured)
+    head = tables.introduction(model, config, judges, real, measured["accuracy"])
+    tables.write_tables(cache, rows, head, timed["steps"])
+    log.info("written: %s, .csv, .parquet, measurements.json, figures/", storage.display(cache.path("comparison.md")))
     return 0
 
 
@@ -179,107 +191,120 @@ def run(job: str, *arguments: str) -> None:
         raise JobFailed(job, code)
 
 
-def train_model(args: argparse.Namespace, uri: str, say: Callable[[str], None], *more: str, given: bool) -> None:
+def train_model(args: argparse.Namespace, uri: str, *more: str, given: bool) -> None:
     """Train the model, unless it is there; one that the user named must be."""
     if storage.exists(storage.join(uri, "model.json")):
         return
     if given:
         raise ValueError(f"no model in {storage.display(uri)}: train it with jobs/train.py, or leave --model out")
-    say(f"training {storage.display(uri)}")
-    place = ["--data", args.data] if args.data else []
-    run("train.py", "--dataset", args.dataset, *place, "--out", uri, *more)
+    log.info("training %s", storage.display(uri))
+    where = ["--data", args.data] if args.data else []
+    run("train.py", "--dataset", args.dataset, *where, "--out", uri, *more)
 
 
-def explain(method: str, sample: str, count: int, model_uri: str, bench: Bench) -> str:
-    """The audit of a method on the sample, resumed where it was cut; its place."""
-    out = bench.place("audits", method)
-    bench.say(
-        f"{NAMES.get(method, method)}: {bench.model.num_classes - 1} targets for each image of {Path(sample).name}"
-    )
-    fields = dataclasses.asdict(bench.config).items()
+def find_audits(
+    args: argparse.Namespace,
+    methods: Sequence[str],
+    tested: data.Dataset,
+    model: Model,
+    model_uri: str,
+    config: SearchConfig,
+    cache: Cache,
+) -> dict[str, str]:
+    """The audit of each method: the one that was given, or one of a sample, resumed where it was cut."""
+    audits = dict(args.audit)
+    for method in methods:
+        image = METHODS[method].classifier.startswith("image")
+        count = args.image_method_limit if image and args.image_method_limit is not None else args.images
+        sample = cache.path(f"sample-{count}.parquet")
+        if method not in audits:
+            compare.sample_images(tested, model.preprocessing, count, sample)
+            audits[method] = explain(method, sample, count if image else 0, model_uri, model.num_classes, config, cache)
+    return {method: audits[method] for method in methods}
+
+
+def explain(
+    method: str, sample: str, count: int, model_uri: str, num_classes: int, config: SearchConfig, cache: Cache
+) -> str:
+    """Run the audit of a method on a sample, in small shards where a ``count`` of images is given; its directory."""
+    out = cache.path("audits", method)
+    log.info("%s: %d targets for each image of %s", NAMES.get(method, method), num_classes - 1, Path(sample).name)
+    fields = dataclasses.asdict(config).items()
     search = [text for name, value in fields for text in (f"--{name.replace('_', '-')}", str(value))]
-    place = ["--dataset", "parquet", "--data", sample, "--split", "test"]
-    if count and METHODS[method].classifier.startswith("image"):
+    where = ["--dataset", "parquet", "--data", sample, "--split", "test"]
+    if count:
         # Enough pairs in each that few slots idle beside the longest search, enough shards to see and keep progress.
-        enough = -(-SHARD_PAIRS // (bench.model.num_classes - 1))
-        place += ["--shard-rows", str(min(enough, -(-count // 8)))]
-    run("explain_all.py", *place, "--model", model_uri, "--out", out, "--method", method, "--no-report", *search)
+        enough = -(-SHARD_PAIRS // (num_classes - 1))
+        where += ["--shard-rows", str(min(enough, -(-count // 8)))]
+    run("explain_all.py", *where, "--model", model_uri, "--out", out, "--method", method, "--no-report", *search)
     return out
 
 
-def make_bench(
-    args: argparse.Namespace,
-    model: checkpoints.Model,
-    config: SearchConfig,
-    out: str,
-    trained: data.Dataset,
-    tested: data.Dataset,
-    say: Any,
-) -> Bench:
-    """Read the training images, train the judges on their half unless they are there, and look at real images."""
+def find_judges(
+    args: argparse.Namespace, model: Model, cache: Cache, trained: data.Dataset, tested: data.Dataset
+) -> tuple[evaluators.Judges, metrics.Reality]:
+    """The held-out networks, trained on their half of the training images unless they are there, and real images."""
     listing = data.list_images(trained)
-    say(f"reading {len(listing)} training images")
+    log.info("reading %d training images", len(listing))
     pixels, ids, labels, truth = read(trained, listing, model)
-    uri = job_path(args.judges, storage.join(out, "judges"), "--judges")
+    uri = job_path(args.judges, cache.path("judges"), "--judges")
     if storage.exists(storage.join(uri, evaluators.JUDGES_JSON)):
-        found = evaluators.load_judges(uri)
+        judges = evaluators.load_judges(uri)
     elif args.judges:
         raise ValueError(f"no judges in {storage.display(uri)}: leave --judges out, and they are trained")
     else:
         half = in_judges_half(ids)
-        found = evaluators.build_judges(model.image_shape, model.class_names, trained.attributes)
-        judged = dataclasses.replace(tested, attributes=trained.attributes)
-        images, _, kinds, answers = read(judged, data.list_images(judged), model)
+        judges = evaluators.build_judges(model.image_shape, model.class_names, trained.attributes)
+        labelled_test = dataclasses.replace(tested, attributes=trained.attributes)
+        images, _, kinds, answers = read(labelled_test, data.list_images(labelled_test), model)
         known = kinds >= 0
         for report in evaluators.train_judges(
-            found, pixels[half], labels[half], attributes=truth[half] if trained.attributes else None,
-            held_out=(images[known], kinds[known]), held_out_attributes=answers[known] if trained.attributes else None,
-        ):  # fmt: skip
-            say("judges: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in report.items()))
-        evaluators.save_judges(found, uri)
-    if found.image_shape != model.image_shape or found.class_names != model.class_names:
+            judges,
+            pixels[half],
+            labels[half],
+            attributes=truth[half] if trained.attributes else None,
+            held_out=(images[known], kinds[known]),
+            held_out_attributes=answers[known] if trained.attributes else None,
+        ):
+            values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in report.items())
+            log.info("judges: %s", ", ".join(values))
+        evaluators.save_judges(judges, uri)
+    if judges.image_shape != model.image_shape or judges.class_names != model.class_names:
         raise ValueError(
-            f"judges in {storage.display(uri)} are of {found.image_shape} images and classes {found.class_names}, the "
-            f"model of {model.image_shape} and {model.class_names}: give judges of the same data"
+            f"judges in {storage.display(uri)} are of {judges.image_shape} images and classes {judges.class_names}, "
+            f"the model of {model.image_shape} and {model.class_names}: give judges of the same data"
         )
-    real = metrics.reality(found, pixels[labels >= 0], labels[labels >= 0])
-    return Bench(
-        model, found, real, config, out, data.listing_fingerprint(listing), args.draws, args.speed_pairs,
-        tuple(args.formats), args.differences, say,
-    )  # fmt: skip
+    key = data.listing_fingerprint(listing)
+    return judges, metrics.split_reality(judges, pixels[labels >= 0], labels[labels >= 0], key)
 
 
 def read(
-    dataset: data.Dataset, listing: pa.Table, model: checkpoints.Model
+    dataset: data.Dataset, listing: pa.Table, model: Model
 ) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
     """Images that can be read, their ids, classes (B,) and attributes (B, A); -1 where one is unknown."""
     pixels, ids, names, _ = data.read_all(dataset, listing, model.preprocessing)
     labels = data.label_indices(pa.array(names, pa.string()), model.class_names).fill_null(-1).to_numpy()
-    row = {name: place for place, name in enumerate(listing["image_id"].to_pylist())}
+    row = {name: index for index, name in enumerate(listing["image_id"].to_pylist())}
     taken = listing.take(pa.array([row[name] for name in ids], pa.int64()))
     columns = [taken[name].fill_null(-1).to_numpy() for name in dataset.attributes]
     return pixels, ids, labels, np.stack(columns, axis=1) if columns else np.empty((len(ids), 0))
 
 
-def labelled(
-    tested: data.Dataset, model: checkpoints.Model, say: Callable[[str], None]
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def labelled(tested: data.Dataset, model: Model) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """All images of the tested split, their labels and their ids."""
     listing = data.list_images(tested)
-    say(f"reading {len(listing)} images of split {tested.split}")
+    log.info("reading %d images of split %s", len(listing), tested.split)
     pixels, ids, labels, _ = read(tested, listing, model)
     return pixels, labels, ids
 
 
-def flat_model(
-    args: argparse.Namespace, model: checkpoints.Model, out: str, say: Callable[[str], None]
-) -> checkpoints.Model | None:
+def flat_model(args: argparse.Namespace, model: Model, out: str) -> Model | None:
     """The model of Figure 10: a 2-D latent space, with the image classifiers of the model compared."""
     if model.image_ensemble is None or (args.flat_model is None and args.dataset != "digits"):
         return None
     uri = job_path(args.flat_model, storage.join(out, "flat-model"), "--flat-model")
-    train_model(args, uri, say, "--latent-dim", "2", given=False)
-    flat = checkpoints.load_model(uri)
+    train_model(args, uri, "--latent-dim", "2", given=False)
+    flat = load_model(uri)
     if flat.latent_dim != 2 or flat.image_shape != model.image_shape or flat.class_names != model.class_names:
         raise ValueError(
             f"{storage.display(uri)} has {flat.latent_dim} latent dimensions, images {flat.image_shape} and classes "

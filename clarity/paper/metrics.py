@@ -1,32 +1,20 @@
-"""What the comparison counts: each metric a pure function, and the summary of rows with bootstrap intervals.
+"""The metrics of the comparison: each a pure function of images, features or probabilities, and their intervals.
 
-Knows definitions and units. Does not know audits or files. Which nets answer comes in as their answers;
-``judge_images`` asks the judges in one place, and the last section measures a model's classifiers and searches. All
-images are judged after rounding to 8 bits, whoever made them.
+Knows definitions and units. Does not know audits or files. All images are scored after rounding to 8 bits.
 
 Shapes: B rows, C, H, W image in [0, 1], D latent, K classes, M members, F features, A attributes, T points of a curve.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.judges import predict_features, predict_probs, probs_of_features
-from clarity.methods import METHODS, Pairs
-from clarity.model import Model
 from clarity.paper.evaluators import Judges, reconstruct
-from clarity.rows import logits_rows
-from clarity.search import SearchConfig
-from clarity.uncertainty import decompose
 
 #: Neighbours over which implausibility averages, and pixels that count as moved.
 NEIGHBOURS = 5
@@ -70,9 +58,6 @@ METRICS_DOC = {
 FLIP = "flip_"
 
 Array = np.ndarray
-
-
-# --- one number a row -------------------------------------------------------------------------------------------------
 
 
 def l1(a: Array, b: Array) -> Array:
@@ -166,14 +151,6 @@ def attribute_flips(probs_x: Array, probs_cf: Array) -> Array:
     return (probs_x > 0.5) != (probs_cf > 0.5)
 
 
-def gradient_evaluations(steps: Array, num_members: int) -> Array:
-    """Gradients of one classifier that a search of ``steps`` (B,) took."""
-    return np.asarray(steps, dtype=np.float64) * num_members
-
-
-# --- numbers of many rows ---------------------------------------------------------------------------------------------
-
-
 def frechet_distance(a: Array, b: Array, minimum: int = FRECHET_MINIMUM) -> float | None:
     """Squared Frechet distance of the Gaussians with the moments of features a (N, F) and b (N', F).
 
@@ -215,9 +192,9 @@ def bootstrap_interval(
     for start in range(0, draws, 100):
         picks = generator.integers(0, number, (min(100, draws - start), number)) if number else np.zeros((1, 0), int)
         weights = np.stack([np.bincount(row, minlength=number) for row in picks]).astype(np.float64)
-        means.append(_ratio(weights @ sums, weights @ counts))
+        means.append(ratio(weights @ sums, weights @ counts))
     drawn, tail = np.concatenate(means), (1 - level) / 2
-    mean = _ratio(sums.sum(0), counts.sum(0))
+    mean = ratio(sums.sum(0), counts.sum(0))
     low, high = np.full(len(mean), np.nan), np.full(len(mean), np.nan)
     known = ~np.isnan(mean)
     if known.any():
@@ -225,57 +202,29 @@ def bootstrap_interval(
     return mean, low, high
 
 
-def _ratio(sums: Array, counts: Array) -> Array:
-    return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.nan)
+def share_interval(values: Array, groups: Array, *, z: float = 1.96) -> tuple[float, float, float]:
+    """A share of 0 and 1 in ``values`` (N,), and Wilson's interval around it, which is not empty at 0 or 1 either.
 
-
-def summarise(
-    columns: Mapping[str, Array],
-    frechet: Callable[[Array], float | None] | None = None,
-    *,
-    draws: int = 1000,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """One dict for all rows, then one for each (source, target): every metric with ``_low`` and ``_high`` around it.
-
-    Args:
-        columns: ``image_id``, ``source``, ``target``, and any of ``METRICS_DOC`` and flips (NaN where unknown), (N,).
-        frechet: distance of the rows with the given indices (all of one target), or None.
-        draws: of the bootstrap; 0 leaves the intervals out.
-        seed: of the bootstrap.
-
-    The Frechet distance of all rows is the mean over targets; it has no interval, since resampling biases it.
+    Its sample size is the effective one: the N rows divided by the design effect of their groups (images), whose rows
+    are not independent; the number of groups where nothing varies. NaN where no value is.
     """
-    names = [name for name in METRICS_DOC if name in columns]
-    names += [name for name in columns if name.startswith(FLIP)]
-    values = np.stack([np.asarray(columns[name], dtype=np.float64) for name in names], axis=1)
-    source, target = np.asarray(columns["source"]), np.asarray(columns["target"])
-    ids = np.asarray(columns["image_id"])
-
-    def row(chosen: Array, distance: float | None) -> dict[str, Any]:
-        mean, low, high = bootstrap_interval(values[chosen], ids[chosen], draws=max(draws, 1), seed=seed)
-        out: dict[str, Any] = {"num_images": len(np.unique(ids[chosen])), "num_pairs": len(chosen)}
-        for q, name in enumerate(names):
-            out[name] = _null(mean[q])
-            out[f"{name}_low"], out[f"{name}_high"] = (_null(low[q]), _null(high[q])) if draws else (None, None)
-        return out | {"frechet_distance": distance}
-
-    per_target = [frechet(np.flatnonzero(target == k)) if frechet else None for k in np.unique(target)]
-    known = [distance for distance in per_target if distance is not None]
-    overall = float(np.mean(known)) if known and len(known) == len(per_target) else None
-    rows = [{"source": None, "target": None} | row(np.arange(len(ids)), overall)]
-    for pair in sorted(set(zip(source.tolist(), target.tolist()))):
-        chosen = np.flatnonzero((source == pair[0]) & (target == pair[1]))
-        distance = frechet(chosen) if frechet else None
-        rows.append({"source": pair[0], "target": pair[1]} | row(chosen, distance))
-    return rows
+    known = ~np.isnan(values)
+    values, index = values[known], np.unique(np.asarray(groups)[known], return_inverse=True)[1]
+    if not len(values):
+        return math.nan, math.nan, math.nan
+    count, number = len(values), int(index.max()) + 1
+    share = float(values.mean())
+    sums = np.bincount(index, weights=values - share)
+    variance = (sums**2).sum() / count**2 * number / max(number - 1, 1)
+    effective = min(share * (1 - share) / variance, count) if variance > 0 else number
+    middle = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
+    return share, max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)
 
 
-def _null(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-# --- asking the judges ------------------------------------------------------------------------------------------------
+def ratio(sums: Array, counts: Array) -> Array:
+    """Means, NaN where nothing was counted."""
+    return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.nan)
 
 
 @dataclass(frozen=True)
@@ -283,20 +232,21 @@ class Reality:
     """Real training images of each class, in two disjoint halves: K entries each, in the order of the classes.
 
     ``features`` (n, F) of one half are what implausibility and Frechet distances compare with; ``images`` of the other
-    half (n, C, H, W) uint8 are where the control row draws its random real images.
+    half (n, C, H, W) uint8 are where the control row draws its random real images. ``key`` names the data.
     """
 
     features: Sequence[Array]
     images: Sequence[Array]
+    key: str = ""
 
 
-def reality(judges: Judges, images: Array, labels: Array) -> Reality:
+def split_reality(judges: Judges, images: Array, labels: Array, key: str = "") -> Reality:
     """Split real images (N, C, H, W) uint8 of each class by turns: even ones to compare with, odd ones to draw."""
     rows = [np.flatnonzero(np.asarray(labels) == k) for k in range(len(judges.class_names))]
     features = [
         predict_features(judges.oracle, images[chosen[::2]]) if len(chosen) else np.zeros((0, 1)) for chosen in rows
     ]
-    return Reality(features, [images[chosen[1::2]] for chosen in rows])
+    return Reality(features, [images[chosen[1::2]] for chosen in rows], key)
 
 
 def judge_images(
@@ -365,9 +315,6 @@ def judge_images(
     return out
 
 
-# --- curves and gradients (Figures 5, 7, 8, 10) -----------------------------------------------------------------------
-
-
 def monotonicity(curves: Array) -> Array:
     """Net rise over total variation of each curve (..., T): 1 where it only rises, lower the more it turns back."""
     moves = np.diff(np.asarray(curves, dtype=np.float64), axis=-1)
@@ -402,144 +349,3 @@ def gradient_spread(gradients: Array) -> dict[str, float]:
     units = gradients / np.maximum(np.linalg.norm(gradients, axis=-1, keepdims=True), 1e-300)
     cosine = ((units.sum(axis=0) ** 2).sum(axis=-1) - members) / (members * (members - 1))
     return {"noise_to_signal": float(np.median(variance / signal)), "mean_cosine": float(cosine.mean())}
-
-
-# --- measurements on a model ------------------------------------------------------------------------------------------
-
-
-def along_segment(start: Tensor, end: Tensor, points: int = 201) -> Tensor:
-    """Points (T, ...) at equal distances on the segment from ``start`` to ``end``, both included."""
-    t = torch.linspace(0, 1, points).view(-1, *([1] * start.dim()))
-    return start + t * (end - start)
-
-
-@torch.inference_mode()
-def target_curves(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor, target: int) -> Array:
-    """Each member's probability of ``target`` (M, T) at codes or images (T, ...)."""
-    return torch.softmax(logits_rows(ensemble, points), dim=-1)[..., target].numpy()
-
-
-def member_gradients(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> Array:
-    """Gradient (M, B, D) of each member's cross-entropy to ``target`` (B,) at codes z (B, D).
-
-    ``logits_of`` maps codes to logits (M, B, K): the latent ensemble itself (Eq. 5), or the image ensemble on decoded
-    codes (Eq. 3). Rows must not look at one another.
-    """
-    point = z.detach().clone().requires_grad_()
-    logits = logits_of(point)
-    gradients = []
-    for m in range(len(logits)):
-        loss = F.cross_entropy(logits[m], target, reduction="sum")
-        gradients.append(torch.autograd.grad(loss, point, retain_graph=m + 1 < len(logits))[0])
-    return torch.stack(gradients).numpy()
-
-
-def own_steps(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> list[dict[str, Array]]:
-    """Each pair's search step by step (Figures 8 and 10): ``point`` (T, ...), ``target_prob``, ``predictive``,
-    ``aleatoric`` and ``epistemic`` (T,), the start included. Runs the plain engine.
-    """
-    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(len(pairs))]
-
-    def on_step(step: Tensor, indices: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
-        uncertainty = decompose(logits)
-        values = (target_prob, uncertainty.predictive, uncertainty.aleatoric, uncertainty.epistemic)
-        columns = [value.detach().clone().numpy() for value in (step, point, *values)]
-        for place, index in enumerate(indices.tolist()):
-            seen[index].append(tuple(column[place] for column in columns))
-
-    METHODS[method].search(model, pairs, config, on_step=on_step)
-    names = ("step", "point", "target_prob", "predictive", "aleatoric", "epistemic")
-    return [
-        {name: np.stack(values) for name, values in zip(names, zip(*sorted(rows, key=lambda row: int(row[0]))))}
-        for rows in seen
-    ]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a search was: ``pairs`` searched in ``seconds`` with ``steps`` updates in all, by ``engine``."""
-
-    pairs: int
-    seconds: float
-    steps: int
-    engine: str
-
-    @property
-    def counterfactuals_per_second(self) -> float:
-        """Pairs a second, converged or not."""
-        return self.pairs / self.seconds
-
-    @property
-    def milliseconds_per_step(self) -> float:
-        """Time of one update of one pair."""
-        return 1000 * self.seconds / max(self.steps, 1)
-
-
-def time_search(
-    model: Model, method: str, pairs: Pairs, config: SearchConfig, *, at_least: float = 0.5, **run: Any
-) -> Speed:
-    """Time whole searches over the same pairs, again and again until ``at_least`` seconds are full.
-
-    The first search of a fast method warms up caches and is not counted; one that takes longer counts itself.
-    """
-    search, total, spent, steps, engine = METHODS[method].search, 0, 0.0, 0, ""
-    warm = False
-    while spent < at_least:
-        begin = time.perf_counter()
-        found = search(model, pairs, config, **run)
-        seconds = time.perf_counter() - begin
-        if not warm and seconds < at_least:
-            warm = True
-            continue
-        warm, spent, total = True, spent + seconds, total + len(pairs)
-        steps, engine = steps + int(found.steps.sum()), found.engine
-    return Speed(total, spent, steps, engine)
-
-
-def gradient_work(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> Callable[[], int]:
-    """One gradient of the mean cross-entropy over members with respect to codes z (B, D) in plain PyTorch, as work.
-
-    ``logits_of`` as in ``member_gradients``.
-    """
-    point = z.detach().clone().requires_grad_()
-
-    def gradient() -> int:
-        logits = logits_of(point)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum") / len(logits)
-        torch.autograd.grad(loss, point)
-        return 1
-
-    return gradient
-
-
-def seconds_in_turns(
-    works: Mapping[str, Callable[[], int]], *, repeats: int = 7, at_least: float = 0.1
-) -> dict[str, Array]:
-    """Seconds of one unit of each work, (``repeats``,).
-
-    A work is a function that returns how many units it has done. In each repeat all works have their turn of at least
-    ``at_least`` seconds, so that what else the machine does meets all of them: compare within a repeat.
-    """
-    for work in works.values():
-        work()  # what the first call alone costs
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            units, begin = 0, time.perf_counter()
-            while (spent := time.perf_counter() - begin) < at_least:
-                units += work()
-            seconds[name].append(spent / units)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def parameters_of_one_member(model: Model) -> dict[str, int]:
-    """Parameters of encoder and latent classifier together, and of the image classifier (Figure 3 says equal)."""
-
-    def count(module: Any) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    members = model.ensemble.config.num_members
-    out = {"latent": count(model.vae.encoder_layers) + count(model.vae.mean) + count(model.ensemble) // members}
-    if model.image_ensemble is not None:
-        out["image"] = count(model.image_ensemble) // model.image_ensemble.config.num_members
-    return out

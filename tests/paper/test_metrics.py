@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import log
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clarity import schema
 from clarity.judges import predict_probs
-from clarity.paper import metrics
+from clarity.paper import metrics, tables
 from clarity.paper.evaluators import build_judges
 
 B, C, H, W, K, F = 3, 2, 8, 12, 4, 5
@@ -117,10 +120,6 @@ def test_label_variation_leaves_the_wanted_attribute_out() -> None:
     assert metrics.attribute_flips(before, after).tolist() == [[True, False, False]]
 
 
-def test_gradient_evaluations_count_members() -> None:
-    assert metrics.gradient_evaluations(np.array([0, 3]), 50).tolist() == [0, 150]
-
-
 def test_frechet_distance_of_whitened_samples_is_the_closed_form() -> None:
     rng = np.random.default_rng(0)
     rows = 600
@@ -188,32 +187,63 @@ def test_bootstrap_interval_holds_its_mean_between_the_extremes(rows: int, seed:
     assert mean == pytest.approx(values.mean(0))
 
 
-def test_summarise_gives_all_pairs_then_each() -> None:
-    columns = {
-        "image_id": np.array(["a", "a", "b", "c"]),
-        "source": np.array([0, 0, 0, 1]),
-        "target": np.array([1, 2, 1, 2]),
-        "strict_validity": np.array([1.0, 0.0, 1.0, 1.0]),
-        "epistemic_final": np.full(4, np.nan),
-    }
-    rows = metrics.summarise(columns, lambda chosen: float(len(chosen)), draws=50)
+def test_share_interval_is_wide_where_rows_of_an_image_agree() -> None:
+    values = np.repeat(np.array([1.0, 0.0, 1.0, 1.0]), 25)
+    share, low, high = metrics.share_interval(values, np.arange(100))
+    assert share == 0.75 and 0 < low < share < high < 1
+    _, wide_low, wide_high = metrics.share_interval(values, np.repeat(np.arange(20), 5))
+    assert (wide_high - wide_low) > 1.8 * (high - low)
+
+
+def test_share_interval_of_all_or_none_is_not_empty() -> None:
+    groups = np.repeat(np.arange(100), 9)
+    share, low, high = metrics.share_interval(np.ones(900), groups)
+    assert (share, high) == (1, 1) and low == pytest.approx(100 / (100 + 1.96**2))
+    share, low, high = metrics.share_interval(np.zeros(900), groups)
+    assert (share, low) == (0, 0) and high == pytest.approx(1.96**2 / (100 + 1.96**2))
+    assert np.isnan(metrics.share_interval(np.array([np.nan]), np.array(["a"]))).all()
+
+
+@given(st.integers(2, 40), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_share_interval_holds_its_share(rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    share, low, high = metrics.share_interval(rng.integers(0, 2, rows).astype(float), rng.integers(0, 5, rows))
+    assert 0 <= low <= share <= high <= 1
+
+
+def scored_table(**columns: Any) -> pa.Table:
+    rows = len(columns["image_id"])
+    return pa.table(columns | {"features": schema.fixed_size_list(np.zeros((rows, 2), np.float32))})
+
+
+def test_rows_by_pair_are_all_pairs_then_each() -> None:
+    table = scored_table(
+        image_id=["a", "a", "b", "c"],
+        source=[0, 0, 0, 1],
+        target=[1, 2, 1, 2],
+        strict_validity=[1.0, 0.0, 1.0, 1.0],
+        epistemic_final=[float("nan")] * 4,
+    )
+    real = metrics.Reality([np.zeros((9, 2))] * 3, [])
+    rows = tables.rows_by_pair(table, real, draws=50)
     assert [(row["source"], row["target"]) for row in rows] == [(None, None), (0, 1), (0, 2), (1, 2)]
     assert [row["num_pairs"] for row in rows] == [4, 2, 1, 1] and rows[0]["num_images"] == 3
     assert [row["strict_validity"] for row in rows] == [0.75, 1, 0, 1]
-    assert rows[0]["frechet_distance"] == 2 and rows[1]["frechet_distance"] == 2
+    assert rows[0]["frechet_distance"] is None  # of too few images
     assert rows[0]["epistemic_final"] is None and rows[0]["epistemic_final_low"] is None
     assert 0 <= rows[0]["strict_validity_low"] < 0.75 < rows[0]["strict_validity_high"] <= 1
 
 
-def test_summarise_leaves_a_mean_over_targets_out_when_one_is_unknown() -> None:
-    columns = {
-        "image_id": np.array(["a", "b"]),
-        "source": np.array([0, 0]),
-        "target": np.array([1, 2]),
-        "steps": np.array([3.0, 4.0]),
-    }
-    rows = metrics.summarise(columns, lambda chosen: 1.0 if chosen[0] else None, draws=0)
-    assert rows[0]["frechet_distance"] is None and rows[0]["steps"] == 3.5 and rows[0]["steps_low"] is None
+def test_rows_by_pair_leave_a_mean_over_targets_out_when_one_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = scored_table(image_id=["a", "b", "c"], source=[0, 0, 0], target=[1, 1, 2], steps=[3.0, 3.0, 4.0])
+    real = metrics.Reality([np.zeros((9, 2)), np.zeros((7, 2)), np.zeros((8, 2))], [])
+    monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: float(len(b)))
+    assert tables.rows_by_pair(table, real, draws=0)[0]["frechet_distance"] == 7.5
+    monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: 1.0 if len(a) > 1 and len(b) == 7 else None)
+    rows = tables.rows_by_pair(table, real, draws=0)
+    assert rows[0]["frechet_distance"] is None and rows[1]["frechet_distance"] == 1
+    assert rows[0]["steps"] == pytest.approx(10 / 3) and rows[0]["steps_low"] is None
 
 
 def test_judge_images_answers_for_every_row() -> None:
@@ -221,7 +251,7 @@ def test_judge_images_answers_for_every_row() -> None:
     judges = build_judges((C, H, W), "abcd", ("hat", "beard"))
     rng = np.random.default_rng(0)
     real_images = rng.integers(0, 256, (60, C, H, W)).astype(np.uint8)
-    real = metrics.reality(judges, real_images, np.arange(60) % K)
+    real = metrics.split_reality(judges, real_images, np.arange(60) % K)
     assert [len(features) for features in real.features] == [8, 8, 8, 8] == [len(drawn) + 1 for drawn in real.images]
     x, drawn, x_cf = (rng.integers(0, 256, (B, C, H, W)).astype(np.uint8) for _ in range(3))
     source, target = np.array([0, 1, 3]), np.array([2, 0, 1])
@@ -248,7 +278,7 @@ def test_judge_images_answers_for_every_row() -> None:
 def test_reality_keeps_its_halves_apart() -> None:
     judges = build_judges((C, H, W), "abcd")
     pixels = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, C, H, W), dtype=np.uint8)
-    real = metrics.reality(judges, pixels, np.arange(40) % K)
+    real = metrics.split_reality(judges, pixels, np.arange(40) % K)
     drawn = {int(image[0, 0, 0]) for images in real.images for image in images}
     assert drawn == {i for i in range(40) if (i // K) % 2 == 1}
 

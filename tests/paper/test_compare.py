@@ -27,15 +27,15 @@ from clarity.audit.read import ATTRIBUTES_FILE, read_audit
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
 from clarity.images import Preprocessing, encode_png
 from clarity.methods import METHODS
-from clarity.paper import comparison, evaluators, metrics
-from clarity.paper.comparison import Bench
+from clarity.paper import claims, compare, evaluators, figures, metrics, tables, timings
+from clarity.paper.cache import Cache
 from clarity.planning import make_plan
 from clarity.report.page import write_report
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COUNT, METHODS_TRIED = 10, ("clarity", "revise_e", "fgsm", "schut", "latent", "revise", "revise_e_latent")
 CONFIG = SearchConfig(max_steps=6, min_target_prob=0.4)
 
@@ -68,7 +68,7 @@ def place(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         model.image_ensemble = ImageEnsemble(shape, model.vae.config).eval()
     checkpoints.save_model(model, root / "model", card={})
     tested = data.open_dataset("digits", None, "test")
-    comparison.sample(tested, model.preprocessing, COUNT, str(root / "sample.parquet"))
+    compare.sample_images(tested, model.preprocessing, COUNT, str(root / "sample.parquet"))
     for method in METHODS_TRIED:
         explained(root, method)
     jury = evaluators.build_judges(model.image_shape, model.class_names)
@@ -92,17 +92,29 @@ def explained(root: Path, method: str) -> None:
             write_shard(explain(read_shard(item, work)), work)
 
 
+@dataclasses.dataclass
+class Bench:
+    """A model, untrained judges, real images, and where scored rows are kept."""
+
+    model: Any
+    judges: evaluators.Judges
+    real: metrics.Reality
+    cache: Cache
+
+    def results(self, root: Path, method: str = "clarity") -> compare.Results:
+        return compare.results_of_audit(self.model, method, str(root / "audits" / method))
+
+    def score(self, results: compare.Results, chosen: set[str] | None = None) -> pa.Table:
+        return compare.score(results, self.judges, self.real, self.cache, chosen)
+
+
 @pytest.fixture()
 def bench(place: Path, tmp_path: Path) -> Bench:
-    return make_bench(place, tmp_path / "out")
-
-
-def make_bench(place: Path, out: Path) -> Bench:
     model = checkpoints.load_model(place / "model")
-    jury = evaluators.load_judges(str(place / "judges"))
+    judges = evaluators.load_judges(str(place / "judges"))
     pixels = np.random.default_rng(0).integers(0, 256, (120, *model.image_shape)).astype(np.uint8)
-    real = metrics.reality(jury, pixels, np.arange(120) % 10)
-    return Bench(model, jury, real, CONFIG, str(out), draws=20, speed_pairs=4, formats=("png",))
+    real = metrics.split_reality(judges, pixels, np.arange(120) % 10)
+    return Bench(model, judges, real, Cache(str(tmp_path / "out")))
 
 
 def test_sample_takes_as_many_of_each_class(place: Path) -> None:
@@ -122,15 +134,15 @@ def test_sample_takes_as_many_of_each_class(place: Path) -> None:
 def test_sample_of_something_else_is_not_taken(place: Path) -> None:
     uri, preprocessing = str(place / "sample.parquet"), Preprocessing("L", 28, 28)
     before = Path(uri).read_bytes()
-    comparison.sample(data.open_dataset("digits", None, "test"), preprocessing, COUNT, uri)
+    compare.sample_images(data.open_dataset("digits", None, "test"), preprocessing, COUNT, uri)
     assert Path(uri).read_bytes() == before
-    with pytest.raises(ValueError, match="choose another --out"):
-        comparison.sample(data.open_dataset("digits", None, "train"), preprocessing, COUNT, uri)
+    with pytest.raises(ValueError, match="choose another directory"):
+        compare.sample_images(data.open_dataset("digits", None, "train"), preprocessing, COUNT, uri)
 
 
 def test_results_of_an_audit_are_what_it_holds(bench: Bench, place: Path) -> None:
     for method in ("clarity", "fgsm", "revise"):
-        found = comparison.results_of_audit(bench, method, str(place / "audits" / method))
+        found = bench.results(place, method)
         table = read_audit(place / "audits" / method).counterfactuals.to_table()
         assert len(found.of) == len(table) == COUNT * 9
         assert [found.images.ids[b] for b in found.of] == table["image_id"].to_pylist()
@@ -148,10 +160,10 @@ def test_results_of_an_audit_are_what_it_holds(bench: Bench, place: Path) -> Non
 
 def test_audit_of_another_model_or_method_is_refused(bench: Bench, place: Path) -> None:
     with pytest.raises(ValueError, match="audit of latent"):
-        comparison.results_of_audit(bench, "latent", str(place / "audits" / "clarity"))
+        compare.results_of_audit(bench.model, "latent", str(place / "audits" / "clarity"))
     bench.model.fingerprint = "another"
     with pytest.raises(ValueError, match="another"):
-        comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+        bench.results(place, "clarity")
 
 
 def test_attributes_of_an_audit_are_what_the_net_sees(bench: Bench, place: Path) -> None:
@@ -159,8 +171,8 @@ def test_attributes_of_an_audit_are_what_the_net_sees(bench: Bench, place: Path)
     bench.judges = evaluators.build_judges(bench.model.image_shape, bench.model.class_names, attributes)
     net = bench.judges.attribute_net
     assert net is not None
-    found = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
-    table = comparison.attribute_table(bench, found)
+    found = bench.results(place, "clarity")
+    table = compare.attribute_table(found, bench.judges)
     assert table.num_rows == 2 * len(found.of) and set(table["attribute"].to_pylist()) == {"smiling", "young"}
     row = {name: values[5] for name, values in table.to_pydict().items()}  # of the third pair
     place_of = found.images.ids.index(row["image_id"])
@@ -187,53 +199,53 @@ def test_report_says_which_attributes_of_an_audit_drift(tmp_path: Path) -> None:
 
 
 def test_controls_answer_the_same_questions(bench: Bench, place: Path) -> None:
-    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
-    original, drawn, real = (comparison.control(bench, name, like) for name in comparison.CONTROLS)
+    like = bench.results(place, "clarity")
+    original, drawn, real = (compare.control_results(name, like, bench.model, bench.real) for name in compare.CONTROLS)
     assert np.array_equal(original.x_cf, like.images.x[like.of])
     assert original.columns["reencoded_agreement"].sum() == 0 and np.allclose(original.columns["l1_z"], 0, atol=1e-4)
     assert np.array_equal(drawn.x_cf, like.images.reconstruction[like.of])
     for p in range(0, len(real.of), 7):
         assert any(np.array_equal(real.x_cf[p], image) for image in bench.real.images[real.target[p]])
-    again = comparison.control(bench, "real image", like)
+    again = compare.control_results("real image", like, bench.model, bench.real)
     assert np.array_equal(real.x_cf, again.x_cf) and len(np.unique(real.x_cf.reshape(len(real.of), -1), axis=0)) > 20
-    table = comparison.judged(bench, drawn)
+    table = bench.score(drawn)
     assert np.allclose(table["l1_reconstruction"].to_numpy(), 0) and (table["l1_x"].to_numpy() > 0).all()
 
 
 def test_common_images_are_chosen_first(bench: Bench, place: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(comparison, "CHOSEN_IMAGES", 4)
-    wide = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    monkeypatch.setattr(compare, "CHOSEN_IMAGES", 4)
+    wide = bench.results(place, "clarity")
     ids = wide.images.ids
-    narrow = comparison.only(wide, {ids[2], ids[5]})
+    narrow = compare.restrict(wide, {ids[2], ids[5]})
     assert set(narrow.of.tolist()) == {2, 5} and len(narrow.x_cf) == len(narrow.columns["steps"]) == 2 * 9
     assert np.array_equal(narrow.x_cf, wide.x_cf[np.isin(wide.of, [2, 5])]) and narrow.key != wide.key
-    chosen = comparison.chosen_images([narrow, wide])
+    chosen = compare.choose_images([narrow, wide])
     assert len(chosen) == 4 and {ids[2], ids[5]} <= chosen
-    assert chosen == comparison.chosen_images([wide, narrow])
+    assert chosen == compare.choose_images([wide, narrow])
     # However many images the methods share, the slowest metric has a limit.
-    some = comparison.chosen_images([wide, wide])
-    assert len(some) == 4 and some < set(ids) and comparison.only(wide, set(ids)) is wide
-    swap = comparison.judged(bench, wide, chosen)["cout"].to_numpy()
+    some = compare.choose_images([wide, wide])
+    assert len(some) == 4 and some < set(ids) and compare.restrict(wide, set(ids)) is wide
+    swap = bench.score(wide, chosen)["cout"].to_numpy()
     assert np.array_equal(np.isnan(swap), ~np.isin(np.array(ids)[wide.of], list(chosen)))
-    assert np.allclose(comparison.judged(bench, narrow)["cout"].to_numpy(), swap[np.isin(wide.of, [2, 5])], atol=1e-5)
+    assert np.allclose(bench.score(narrow)["cout"].to_numpy(), swap[np.isin(wide.of, [2, 5])], atol=1e-5)
 
 
 def test_judged_rows_are_kept_until_something_changes(bench: Bench, place: Path, monkeypatch: Any) -> None:
-    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
-    first = comparison.judged(bench, like)
+    like = bench.results(place, "clarity")
+    first = bench.score(like)
     monkeypatch.setattr(metrics, "judge_images", lambda *_: 1 / 0)
-    assert comparison.judged(bench, like).equals(first)
+    assert bench.score(like).equals(first)
     with pytest.raises(ZeroDivisionError):
-        comparison.judged(bench, dataclasses.replace(like, key="changed"))
+        bench.score(dataclasses.replace(like, key="changed"))
     with torch.no_grad():
         bench.judges.oracle.head.bias.add_(1e-3)
     with pytest.raises(ZeroDivisionError):
-        comparison.judged(dataclasses.replace(bench), like)
+        bench.score(like)
 
 
 @pytest.mark.parametrize("kind", ["npz", "parquet", "png"])
 def test_outside_images_are_judged_in_the_same_table(bench: Bench, place: Path, tmp_path: Path, kind: str) -> None:
-    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    like = bench.results(place, "clarity")
     chosen = np.arange(0, len(like.of), 5)
     ids = [like.images.ids[like.of[p]] for p in chosen] + ["nobody"]
     target = [*(int(k) for k in like.target[chosen]), 3]
@@ -245,9 +257,9 @@ def test_outside_images_are_judged_in_the_same_table(bench: Bench, place: Path, 
         uri = tmp_path / "theirs.parquet"
         image = encode_png(pixels) if kind == "png" else [p.ravel().tolist() for p in pixels / 255]
         pq.write_table(pa.table({"image_id": ids, "target": [str(k) for k in target], "image": image}), uri)
-    found = comparison.external(bench, "theirs", str(uri), like)
+    found = compare.external_results("theirs", str(uri), like, bench.model)
     assert np.array_equal(found.x_cf, like.x_cf[chosen]) and np.array_equal(found.target, like.target[chosen])
-    ours, theirs = comparison.judged(bench, like).take(chosen), comparison.judged(bench, found)
+    ours, theirs = bench.score(like).take(chosen), bench.score(found)
     for name in ("oracle_agreement", "im1", "im2", "implausibility", "l1_x", "cout"):
         assert np.allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=1e-3, atol=1e-4), name
     assert np.array_equal(ours["reencoded_agreement"].to_numpy(), theirs["reencoded_agreement"].to_numpy())
@@ -255,31 +267,32 @@ def test_outside_images_are_judged_in_the_same_table(bench: Bench, place: Path, 
 
 
 def test_outside_images_that_cannot_be_judged_are_refused(bench: Bench, place: Path, tmp_path: Path) -> None:
-    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
+    like = bench.results(place, "clarity")
     uri = tmp_path / "theirs.npz"
     image = np.zeros((1, 28, 28), np.uint8)
     np.savez(uri, image_id=np.array(["a"]), target=np.array([1]))
     with pytest.raises(ValueError, match="missing: image"):
-        comparison.external(bench, "theirs", str(uri), like)
+        compare.external_results("theirs", str(uri), like, bench.model)
     np.savez(uri, image_id=np.array([like.images.ids[0]]), target=np.array(["eleven"]), image=image)
     with pytest.raises(ValueError, match="eleven"):
-        comparison.external(bench, "theirs", str(uri), like)
+        compare.external_results("theirs", str(uri), like, bench.model)
     np.savez(uri, image_id=np.array(["nobody"]), target=np.array([1]), image=image)
     with pytest.raises(ValueError, match="no counterfactual"):
-        comparison.external(bench, "theirs", str(uri), like)
+        compare.external_results("theirs", str(uri), like, bench.model)
 
 
 def test_summary_tells_common_images_from_all(bench: Bench, place: Path) -> None:
-    wide = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
-    narrow = comparison.results_of_audit(bench, "fgsm", str(place / "audits" / "fgsm"))
+    wide = bench.results(place, "clarity")
+    narrow = bench.results(place, "fgsm")
     some = np.flatnonzero(np.isin(narrow.of, [0, 1, 2]))
     narrow = dataclasses.replace(
         narrow, of=narrow.of[some], target=narrow.target[some], x_cf=narrow.x_cf[some], key="narrow",
         columns={name: values[some] for name, values in narrow.columns.items()},
     )  # fmt: skip
-    tables = {"clarity": comparison.judged(bench, wide), "fgsm": comparison.judged(bench, narrow)}
-    speeds = {"fgsm": dataclasses.asdict(metrics.Speed(10, 2.0, 40, "plain"))}
-    rows = comparison.summary(bench, tables, {"clarity": "method", "fgsm": "method"}, speeds)
+    scored = {"clarity": bench.score(wide), "fgsm": bench.score(narrow)}
+    speeds = {"fgsm": dataclasses.asdict(timings.Speed(10, 2.0, 40, "plain"))}
+    kinds = {"clarity": "method", "fgsm": "method"}
+    rows = tables.summary(scored, kinds, speeds, bench.real, bench.model.class_names, draws=20)
     overall = {(row["method"], row["images"]): row for row in rows if row["source"] is None}
     assert {key: row["num_images"] for key, row in overall.items()} == {
         ("clarity", "common"): 3, ("clarity", "all"): COUNT, ("fgsm", "common"): 3
@@ -299,9 +312,9 @@ def test_paired_difference_is_over_shared_pairs() -> None:
     names = ("oracle_agreement", "reencoded_agreement", "im1", "implausibility", "l1_x", "steps")
     a = pa.table({"image_id": ["a", "a", "b"], "target": [1, 2, 1], **{name: [1.0, 2.0, 3.0] for name in names}})
     b = pa.table({"image_id": ["b", "a", "c"], "target": [1, 1, 1], **{name: [1.0, 0.5, 9.0] for name in names}})
-    found = comparison.paired({"a": a, "b": b}, "a", "b", 30)
+    found = claims.paired_difference({"a": a, "b": b}, "a", "b", 30)
     assert found is not None and found["pairs"] == 2 and found["steps"][0] == pytest.approx((2 + 0.5) / 2)
-    assert comparison.paired({"a": a}, "a", "b", 30) is None
+    assert claims.paired_difference({"a": a}, "a", "b", 30) is None
 
 
 def test_one_member_of_either_ensemble_has_the_same_parameters(bench: Bench) -> None:
@@ -310,17 +323,17 @@ def test_one_member_of_either_ensemble_has_the_same_parameters(bench: Bench) -> 
     assert model.image_ensemble is not None and dataclasses.asdict(model.image_ensemble.config) | hidden == (
         dataclasses.asdict(model.ensemble.config) | hidden | {"num_members": 2}
     )
-    counts = metrics.parameters_of_one_member(model)
+    counts = claims.parameters_of_one_member(model)
     assert counts["latent"] == counts["image"] > 1000
 
 
-def test_own_steps_follow_the_search(bench: Bench, place: Path) -> None:
-    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
-    of, target = comparison.question(like.images, 5, 10)
-    pairs = comparison.pairs_of(bench.model, like.images, of, target)
+def test_trace_search_follows_the_search(bench: Bench, place: Path) -> None:
+    like = bench.results(place, "clarity")
+    of, target = timings.first_pairs(like.images, 5, 10)
+    pairs = compare.pairs_of(bench.model, like.images, of, target)
     for method in ("clarity", "schut"):
         found = METHODS[method].search(bench.model, pairs, CONFIG, engine="plain")
-        for p, steps in enumerate(metrics.own_steps(bench.model, method, pairs, CONFIG)):
+        for p, steps in enumerate(claims.trace_search(bench.model, method, pairs, CONFIG)):
             assert len(steps["point"]) == int(found.steps[p]) + 1
             assert np.allclose(steps["point"][-1], found.point[p].numpy(), atol=1e-5)
             assert steps["target_prob"][0] == pytest.approx(float(found.target_prob_initial[p]), abs=1e-5)
@@ -332,7 +345,7 @@ def test_own_steps_follow_the_search(bench: Bench, place: Path) -> None:
 def test_member_gradients_are_those_of_each_alone(bench: Bench) -> None:
     z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     target = torch.tensor([0, 3, 9, 1])
-    found = metrics.member_gradients(bench.model.ensemble, z, target)
+    found = claims.member_gradients(bench.model.ensemble, z, target)
     for m in range(3):
         for b in range(4):
             point = z[b : b + 1].clone().requires_grad_()
@@ -343,17 +356,17 @@ def test_member_gradients_are_those_of_each_alone(bench: Bench) -> None:
 
 def test_segments_hold_their_ends(bench: Bench) -> None:
     a, b = torch.zeros(5), torch.arange(5.0)
-    points = metrics.along_segment(a, b, 5)
+    points = claims.along_segment(a, b, 5)
     assert torch.equal(points[0], a) and torch.equal(points[-1], b) and torch.allclose(points[1], b / 4)
-    curves = metrics.target_curves(bench.model.ensemble, points, 7)
+    curves = claims.target_curves(bench.model.ensemble, points, 7)
     probs = torch.softmax(bench.model.ensemble(points), -1)[..., 7]
     assert curves.shape == (3, 5) and np.allclose(curves, probs.detach().numpy(), atol=1e-6)
 
 
 def test_timing_counts_whole_searches(bench: Bench, place: Path) -> None:
-    like = comparison.results_of_audit(bench, "clarity", str(place / "audits" / "clarity"))
-    pairs = comparison.pairs_of(bench.model, like.images, *comparison.question(like.images, 7, 10))
-    speed = metrics.time_search(bench.model, "clarity", pairs, CONFIG, at_least=0.01, engine="plain")
+    like = bench.results(place, "clarity")
+    pairs = compare.pairs_of(bench.model, like.images, *timings.first_pairs(like.images, 7, 10))
+    speed = timings.time_search(bench.model, "clarity", pairs, CONFIG, at_least=0.01, engine="plain")
     steps = int(METHODS["clarity"].search(bench.model, pairs, CONFIG, engine="plain").steps.sum())
     assert speed.pairs % 7 == 0 and speed.steps == steps * speed.pairs // 7 and speed.engine == "plain"
     assert speed.counterfactuals_per_second == pytest.approx(speed.pairs / speed.seconds)
@@ -372,7 +385,7 @@ def test_timed_works_take_turns_and_count_their_units(bench: Bench) -> None:
         time.sleep(0.002)
         return 1
 
-    found = metrics.seconds_in_turns({"slow": slow, "fast": fast}, repeats=3, at_least=0.03)
+    found = timings.seconds_in_turns({"slow": slow, "fast": fast}, repeats=3, at_least=0.03)
     assert found["slow"].shape == found["fast"].shape == (3,)
     assert (found["slow"] >= 0.01).all() and (found["fast"] >= 0.002).all()
     changes = [name for name, before in zip(turns, ["", *turns]) if name != before]
@@ -387,13 +400,13 @@ def test_gradient_work_is_one_gradient_of_all_members(bench: Bench) -> None:
         calls.append(len(point))
         return bench.model.ensemble(point)
 
-    work = metrics.gradient_work(logits_of, z, target)
+    work = timings.gradient_work(logits_of, z, target)
     assert work() == work() == 1 and calls == [64, 64]
 
 
 def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    quick = functools.partial(metrics.seconds_in_turns, repeats=2, at_least=0.01)
-    monkeypatch.setattr(metrics, "seconds_in_turns", quick)
+    quick = functools.partial(timings.seconds_in_turns, repeats=2, at_least=0.01)
+    monkeypatch.setattr(timings, "seconds_in_turns", quick)
     audits = [f"{method}={place / 'audits' / method}" for method in METHODS_TRIED]
     out = tmp_path / "out"
     theirs = tmp_path / "theirs.npz"
@@ -411,7 +424,7 @@ def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: 
     flat_vae = dataclasses.replace(flat.vae.config, latent_dim=2)
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        flat.vae = comparison_vae(flat_vae)
+        flat.vae = untrained_vae(flat_vae)
         flat.ensemble = type(flat.ensemble)(dataclasses.replace(flat.ensemble.config, latent_dim=2)).eval()
     flat.image_ensemble = None
     checkpoints.save_model(flat, tmp_path / "flat", card={})
@@ -419,7 +432,7 @@ def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: 
     assert module.main(command) == 0, capsys.readouterr().err
     table = pq.read_table(out / "comparison.parquet")
     names = table["method"].unique().to_pylist()
-    assert names == [*METHODS, *comparison.CONTROLS, "theirs"]
+    assert names == [*METHODS, *compare.CONTROLS, "theirs"]
     rows = table.to_pylist()
     overall = {row["method"]: row for row in rows if row["source"] is None and row["images"] == "common"}
     assert all(overall[name]["milliseconds_per_step"] > 0 for name in METHODS)
@@ -447,7 +460,7 @@ def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: 
     assert (out / "comparison.parquet").read_bytes() == first
 
 
-def comparison_vae(config: Any) -> Any:
+def untrained_vae(config: Any) -> Any:
     from clarity.vae import VAE
 
     return VAE(config).eval()
@@ -471,7 +484,7 @@ def test_flat_model_must_be_flat_and_of_the_same_data(place: Path) -> None:
     model, module = checkpoints.load_model(place / "model"), job()
     args = module.parse(["--flat-model", str(place / "model")])
     with pytest.raises(ValueError, match="Figure 10 needs 2"):
-        module.flat_model(args, model, "unused", print)
+        module.flat_model(args, model, "unused")
 
 
 def test_paths_end_inside_the_cloud_or_not(place: Path, bench: Bench) -> None:
@@ -480,14 +493,16 @@ def test_paths_end_inside_the_cloud_or_not(place: Path, bench: Bench) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         ensemble = type(bench.model.ensemble)(dataclasses.replace(bench.model.ensemble.config, latent_dim=2)).eval()
-        flat = dataclasses.replace(bench.model, vae=comparison_vae(config), ensemble=ensemble)
+        flat = dataclasses.replace(bench.model, vae=untrained_vae(config), ensemble=ensemble)
     rng = np.random.default_rng(0)
     label = np.array([5] * 12 + [1] * 40)
     x = rng.integers(0, 3, (52, 1, 28, 28)).astype(np.uint8)
     x[label == 5, :, :14] += 200
-    still = dataclasses.replace(bench, config=dataclasses.replace(bench.config, max_steps=0))
+    still = dataclasses.replace(CONFIG, max_steps=0)
     ids, drawn = [f"image-{place}" for place in range(52)], []
-    found = comparison.latent_map(still, flat, (x, label, ids), ("5", "1"), lambda name, _: drawn.append(name), paths=3)
+    found = figures.draw_latent_map(
+        lambda name, _: drawn.append(name), flat, still, (x, label, ids), ("5", "1"), paths=3
+    )
     assert drawn == ["figure10"]
     # REVISE-E starts from a draw around the code, which the untrained encoder makes wide.
     assert all(found["paths"][name]["end_in_cloud"] == 0 for name in ("FGSM", "Schut", "Clarity")), found["paths"]
@@ -495,7 +510,7 @@ def test_paths_end_inside_the_cloud_or_not(place: Path, bench: Bench) -> None:
     assert found["paths"]["Clarity"]["moved"] == 0
     same = np.array([5] + [1] * 51)
     x[0] = x[1] = x[20]
-    found = comparison.latent_map(still, flat, (x, same, ids), ("5", "1"), lambda name, _: None)
+    found = figures.draw_latent_map(lambda name, _: None, flat, still, (x, same, ids), ("5", "1"))
     assert found["paths"]["Clarity"]["end_in_cloud"] == 1
 
 

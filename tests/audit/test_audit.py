@@ -40,7 +40,7 @@ from clarity.audit.read import read_audit
 from clarity.audit.verify import verify
 from clarity.images import decode_png, encode_png
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IDS = ["b", "a", "d e", "ü\n", "c"]
 
 

@@ -1,0 +1,235 @@
+"""What the paper claims beside its tables, measured on a model and its searches.
+
+Shapes: B images, P pairs (image, target), D latent, K classes, M members, T points of a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clarity import judges
+from clarity.classifiers import ImageEnsemble, LatentEnsemble
+from clarity.explainer import quantise
+from clarity.methods import METHODS, Pairs
+from clarity.model import Model
+from clarity.paper import metrics
+from clarity.paper.compare import Images, parts
+from clarity.paper.timings import first_pairs
+from clarity.rows import decode_rows, encode_rows, logits_rows
+from clarity.search import SearchConfig
+from clarity.uncertainty import decompose
+
+
+def measure_claims(
+    model: Model,
+    oracle: judges.JudgeNet,
+    images: Images,
+    tables: Mapping[str, pa.Table],
+    x: np.ndarray,
+    label: np.ndarray,
+    draws: int,
+) -> dict[str, Any]:
+    """Accuracies, parameters, curves, gradients, uncertainty far from the data, and methods pair by pair.
+
+    Args:
+        model: whose classifiers are measured.
+        oracle: the held-out network.
+        images: evaluated images.
+        tables: scored results by name.
+        x: (N, C, H, W) uint8, all test images.
+        label: (N,), -1 where unknown.
+        draws: of the bootstrap.
+    """
+    return {
+        "accuracy": accuracies(model, oracle, x, label),
+        "parameters of one member": parameters_of_one_member(model),
+        "curves": curve_measures(model, images),
+        "gradients": gradient_measures(model, images),
+        "far from the data": far_measures(model, images),
+        "REVISE-E minus REVISE": paired_difference(tables, "revise_e", "revise", draws),
+        "REVISE-E (latent) minus REVISE-E": paired_difference(tables, "revise_e_latent", "revise_e", draws),
+        "Clarity minus Latent": paired_difference(tables, "clarity", "latent", draws),
+    }
+
+
+def accuracies(model: Model, oracle: judges.JudgeNet, x: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Shares of the test images that each classifier sees as labelled; images without a label are left out."""
+    known = label >= 0
+    images, label = x[known], label[known]
+    z = torch.cat(
+        [encode_rows(model.vae, torch.from_numpy(images[part]).float() / 255)[0] for part in parts(len(images))]
+    )
+    latent = torch.softmax(logits_rows(model.ensemble, z), -1)
+    seen = [quantise(decode_rows(model.vae, z[part])) for part in parts(len(z))]
+
+    def share(found: Any) -> float:
+        return float((np.asarray(found) == label).mean())
+
+    out = {
+        "images": float(len(label)),
+        "latent_ensemble": share(latent.mean(0).argmax(-1)),
+        "latent_member": float(np.mean([share(member.argmax(-1)) for member in latent])),
+        "oracle": share(judges.predict_probs(oracle, images).argmax(1)),
+        "oracle_on_reconstructions": share(judges.predict_probs(oracle, np.concatenate(seen)).argmax(1)),
+    }
+    if model.image_ensemble is not None:
+        logits = [
+            logits_rows(model.image_ensemble, torch.from_numpy(images[part]).float() / 255)
+            for part in parts(len(images), 1024)
+        ]
+        probs = torch.softmax(torch.cat(logits, dim=1), -1)
+        out["image_ensemble"] = share(probs.mean(0).argmax(-1))
+        out["image_member"] = float(np.mean([share(member.argmax(-1)) for member in probs]))
+    return out
+
+
+def curve_measures(model: Model, images: Images, segments: int = 100) -> dict[str, dict[str, float]]:
+    """Figures 5 and 7 over many segments between images of different classes, means over segments and members."""
+    known = np.flatnonzero((images.label >= 0) & (images.label == images.source))
+    ends = [(a, b) for a, b in zip(known, np.roll(known, 1)) if images.label[a] != images.label[b]][:segments]
+    curves: dict[str, list[np.ndarray]] = {}
+    for a, b in ends:
+        z = along_segment(torch.from_numpy(images.z[a]), torch.from_numpy(images.z[b]), 101)
+        target = int(images.label[b])
+        curves.setdefault("latent classifiers", []).append(target_curves(model.ensemble, z, target))
+        if model.image_ensemble is not None:
+            decoded = decode_rows(model.vae, z)
+            curves.setdefault("image classifiers", []).append(target_curves(model.image_ensemble, decoded, target))
+            walk = along_segment(decoded[0], decoded[-1], 101)
+            curves.setdefault("image classifiers, image space", []).append(
+                target_curves(model.image_ensemble, walk, target)
+            )
+    out = {}
+    for name, members in curves.items():
+        each, together = np.stack(members), np.stack([curve.mean(0) for curve in members])
+        for label, values in ((name, each), (f"{name}, mean of the ensemble", together)):
+            out[label] = {
+                "segments": float(len(ends)),
+                "monotonicity": float(metrics.monotonicity(values).mean()),
+                "plateau_width": float(metrics.plateau_width(values).mean()),
+                "steepest_slope": float(np.median(metrics.steepest(values))),
+            }
+    return out
+
+
+def gradient_measures(model: Model, images: Images, count: int = 90) -> dict[str, dict[str, float]]:
+    """How much the members' gradients with respect to the code disagree, on the same codes and targets."""
+    of, target = first_pairs(images, count, model.num_classes)
+    z, wanted = torch.from_numpy(images.z[of]), torch.from_numpy(target)
+    members = [model.ensemble.config.num_members]
+    if model.image_ensemble is not None:
+        members.append(model.image_ensemble.config.num_members)
+    if min(members) < 2:
+        return {}
+    latent = model.ensemble.select(range(min(members)))
+    out = {"latent classifiers": metrics.gradient_spread(member_gradients(latent, z, wanted))}
+    image = model.image_ensemble
+    if image is not None:
+        image = image.select(range(min(members)))
+        blocks = [
+            member_gradients(lambda code: image(model.vae.decode(code)), z[part], wanted[part])
+            for part in parts(len(z), 30)
+        ]
+        out["image classifiers"] = metrics.gradient_spread(np.concatenate(blocks, axis=1))
+    return out
+
+
+def far_measures(model: Model, images: Images, draws: int = 200) -> list[dict[str, float]]:
+    """Mean epistemic uncertainty and certainty at random codes of growing norm, in units of the images' codes' norm."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(draws, model.latent_dim, generator=generator), dim=1)
+    norm = float(np.median(np.linalg.norm(images.z, axis=1)))
+    out = []
+    for radius in (1.0, 2.0, 4.0):
+        z = direction * norm * radius
+        row = {"radius": radius}
+        seen = {"latent": logits_rows(model.ensemble, z)}
+        if model.image_ensemble is not None:
+            seen["image"] = logits_rows(model.image_ensemble, decode_rows(model.vae, z))
+        for name, logits in seen.items():
+            row[f"{name}_epistemic"] = float(decompose(logits).epistemic.mean())
+            row[f"{name}_certainty"] = float(torch.softmax(logits, -1).mean(0).max(-1).values.mean())
+        out.append(row)
+    return out
+
+
+def paired_difference(tables: Mapping[str, pa.Table], better: str, than: str, draws: int) -> dict[str, Any] | None:
+    """Difference of two methods on the pairs that both answered, for a few metrics, with intervals."""
+    if better not in tables or than not in tables:
+        return None
+    names = ["oracle_agreement", "reencoded_agreement", "im1", "implausibility", "l1_x", "steps"]
+    first, second = (tables[name].select(["image_id", "target", *names]).to_pandas() for name in (better, than))
+    both = first.merge(second, on=["image_id", "target"], suffixes=("", "_than"))
+    if both.empty:
+        return None
+    difference = both[names].to_numpy(float) - both[[f"{name}_than" for name in names]].to_numpy(float)
+    mean, low, high = metrics.bootstrap_interval(difference, both["image_id"].to_numpy(), draws=draws)
+    return {"pairs": len(both), **{name: [mean[q], low[q], high[q]] for q, name in enumerate(names)}}
+
+
+def along_segment(start: Tensor, end: Tensor, points: int = 201) -> Tensor:
+    """Points (T, ...) at equal distances on the segment from ``start`` to ``end``, both included."""
+    t = torch.linspace(0, 1, points).view(-1, *([1] * start.dim()))
+    return start + t * (end - start)
+
+
+@torch.inference_mode()
+def target_curves(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor, target: int) -> np.ndarray:
+    """Each member's probability of ``target`` (M, T) at codes or images (T, ...)."""
+    return torch.softmax(logits_rows(ensemble, points), dim=-1)[..., target].numpy()
+
+
+def member_gradients(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> np.ndarray:
+    """Gradient (M, B, D) of each member's cross-entropy to ``target`` (B,) at codes z (B, D).
+
+    ``logits_of`` maps codes to logits (M, B, K): the latent ensemble itself (Eq. 5), or the image ensemble on decoded
+    codes (Eq. 3). Rows must not look at one another.
+    """
+    point = z.detach().clone().requires_grad_()
+    logits = logits_of(point)
+    gradients = []
+    for m in range(len(logits)):
+        loss = F.cross_entropy(logits[m], target, reduction="sum")
+        gradients.append(torch.autograd.grad(loss, point, retain_graph=m + 1 < len(logits))[0])
+    return torch.stack(gradients).numpy()
+
+
+def trace_search(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> list[dict[str, np.ndarray]]:
+    """Each pair's search step by step (Figures 8 and 10): ``point`` (T, ...), ``target_prob``, ``predictive``,
+    ``aleatoric`` and ``epistemic`` (T,), the start included. Runs the plain engine.
+    """
+    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(len(pairs))]
+
+    def on_step(step: Tensor, indices: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
+        uncertainty = decompose(logits)
+        values = (target_prob, uncertainty.predictive, uncertainty.aleatoric, uncertainty.epistemic)
+        columns = [value.detach().clone().numpy() for value in (step, point, *values)]
+        for row, pair in enumerate(indices.tolist()):
+            seen[pair].append(tuple(column[row] for column in columns))
+
+    METHODS[method].search(model, pairs, config, on_step=on_step)
+    names = ("step", "point", "target_prob", "predictive", "aleatoric", "epistemic")
+    return [
+        {name: np.stack(values) for name, values in zip(names, zip(*sorted(steps, key=lambda values: int(values[0]))))}
+        for steps in seen
+    ]
+
+
+def parameters_of_one_member(model: Model) -> dict[str, int]:
+    """Parameters of encoder and latent classifier together, and of the image classifier (Figure 3 says equal)."""
+
+    def count(module: Any) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    members = model.ensemble.config.num_members
+    out = {"latent": count(model.vae.encoder_layers) + count(model.vae.mean) + count(model.ensemble) // members}
+    if model.image_ensemble is not None:
+        out["image"] = count(model.image_ensemble) // model.image_ensemble.config.num_members
+    return out

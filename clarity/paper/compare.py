@@ -1,0 +1,388 @@
+"""What is compared: the results of audits, control rows and other tools' images, scored by the same networks.
+
+Knows audits and the held-out networks. Does not know how audits come about: that is the job's.
+
+Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from clarity import data, judges, schema, storage
+from clarity.audit.commits import to_parquet
+from clarity.audit.read import read_audit
+from clarity.explainer import quantise
+from clarity.ids import noise
+from clarity.images import Preprocessing, decode_png, encode_png
+from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.model import Model
+from clarity.paper import metrics
+from clarity.paper.cache import Cache, key_of
+from clarity.paper.evaluators import Judges
+from clarity.rows import decode_rows, encode_rows, logits_rows, predict
+
+log = logging.getLogger(__name__)
+
+#: Part of what scored rows depend on: raise it when a metric changes.
+VERSION = 1
+#: Images for which controls answer and COUT, the slowest metric, is taken: at most so many.
+CHOSEN_IMAGES = 1000
+CONTROLS = {
+    "original": "the image itself",
+    "reconstruction": "decode(z) of the image",
+    "real image": "a random real training image of the target class",
+}
+#: Methods as the paper writes them.
+NAMES = {
+    "clarity": "Clarity",
+    "latent": "Latent",
+    "revise": "REVISE",
+    "revise_e": "REVISE-E",
+    "revise_e_latent": "REVISE-E (latent)",
+    "fgsm": "FGSM",
+    "schut": "Schut",
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Evaluated images with what the model makes of them."""
+
+    ids: list[str]
+    x: np.ndarray  # (B, C, H, W) uint8
+    z: np.ndarray  # (B, D)
+    log_var: np.ndarray
+    reconstruction: np.ndarray  # (B, C, H, W) uint8
+    source: np.ndarray  # (B,)
+    label: np.ndarray  # (B,), -1 where unknown
+    certainty: np.ndarray  # (B,), probability of the source
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Index of each image by its id."""
+        return {name: index for index, name in enumerate(self.ids)}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Images to score under one name: P pairs; ``columns`` hold what is known of them already, (P,) each.
+
+    ``kind`` is method, control or external; ``of`` (P,) are the indices of the originals; ``key`` changes when any
+    of this does.
+    """
+
+    name: str
+    kind: str
+    images: Images
+    of: np.ndarray
+    target: np.ndarray
+    x_cf: np.ndarray  # (P, C, H, W) uint8
+    columns: dict[str, np.ndarray]
+    key: str
+
+
+def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: int, uri: str) -> None:
+    """Write the Parquet file of the images to compare on, unless it is there.
+
+    ``count`` images (0: all) with as many of each class as there are, the first of each class in the listing's order,
+    preprocessed. As a test split, whatever they are: the ensemble explains them, not classifiers by fold.
+
+    Raises:
+        ValueError: the file holds a sample of something else.
+    """
+    listing = data.list_images(dataset)
+    key = key_of(data.listing_fingerprint(listing), preprocessing.to_json(), count).encode()
+    if storage.exists(uri):
+        with storage.open_parquet(uri) as kept:
+            if (kept.schema_arrow.metadata or {}).get(b"clarity.key") != key:
+                raise ValueError(
+                    f"out: expected a sample of {dataset.source} {dataset.split} in {storage.display(uri)}, found "
+                    "another: choose another directory"
+                )
+        return
+    rank: dict[Any, int] = {}
+    order = []
+    for index, label in enumerate(listing["label_name"].to_pylist()):
+        rank[label] = rank.get(label, -1) + 1
+        order.append((rank[label], index))
+    chosen = np.array([index for _, index in sorted(order)[: count or None]])
+    pixels, ids, labels, _ = data.read_all(dataset, listing.take(np.sort(chosen)), preprocessing)
+    columns = {"image_id": ids, "image": encode_png(pixels), "label": pa.array(labels, pa.string())}
+    table = pa.table(columns | {"split": ["test"] * len(ids)})
+    turn = {name: index for index, name in enumerate(listing["image_id"].take(chosen).to_pylist())}
+    table = table.take(np.argsort([turn[name] for name in ids]))
+    storage.write_bytes(uri, to_parquet(table.replace_schema_metadata({b"clarity.key": key})))
+
+
+def encode_images(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Images:
+    """Encode, reconstruct and classify images, row by row as the audit does."""
+    z, log_var = encode_rows(model.vae, torch.from_numpy(x).float() / 255)
+    reconstruction = quantise(decode_rows(model.vae, z))
+    probs = predict(logits_rows(model.ensemble, z)).probs
+    return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, probs.argmax(1), label, probs.max(1))
+
+
+def pairs_of(model: Model, images: Images, of: np.ndarray, target: np.ndarray) -> Pairs:
+    """Search pairs: ``of`` names the images, ``target`` what each is to become."""
+    draws = noise([images.ids[index] for index in of], model.latent_dim)
+    arrays = (images.x[of].astype(np.float32) / 255, images.z[of], images.log_var[of], draws, target.astype(np.int64))
+    return Pairs(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+def results_of_audit(model: Model, method: str, uri: str) -> Results:
+    """What an audit holds, with the class that the method's own classifier sees in each result.
+
+    Raises:
+        ValueError: the audit is of another method or model, or holds no images.
+    """
+    audit = read_audit(uri)
+    made_by = str(audit.plan.model["fingerprint"])
+    if audit.plan.method != method or made_by != model.fingerprint:
+        raise ValueError(
+            f"expected an audit of {method} with model {model.fingerprint[:12]} in {storage.display(uri)}, found one "
+            f"of {audit.plan.method} with {made_by[:12]}: give the model that made it, or leave the audit out"
+        )
+    codes = audit.codes.to_table()
+    codes = codes.filter(pc.equal(codes["status"], "ok"))
+    if audit.plan.images != "png" or audit.plan.model.get("num_folds") or not len(codes):
+        raise ValueError(
+            f"expected an audit with images, by the whole ensemble, in {storage.display(uri)}: explain the test split, "
+            "with pictures"
+        )
+    label = codes["label"].fill_null(-1).to_numpy()
+    images = encode_images(model, codes["image_id"].to_pylist(), decode_png(codes["x"], model.image_shape), label)
+    images = replace(images, source=codes["source"].to_numpy().astype(np.int64))
+    table = audit.counterfactuals.to_table()
+    of = np.array([images.row[name] for name in table["image_id"].to_pylist()], dtype=np.int64)
+    target = table["target"].to_numpy().astype(np.int64)
+    x_cf = decode_png(table["x_cf"], model.image_shape)
+    points = schema.matrix(table["z_cf"]) if METHODS[method].space == "latent" else x_cf.astype(np.float32) / 255
+    seen = np.zeros(len(points), np.int64)
+    for part in parts(len(points)):
+        logits = classifier_logits(model, method, torch.from_numpy(points[part].copy()))
+        seen[part] = predict(logits).probs.argmax(1)
+    steps = table["steps"].to_numpy().astype(float)
+    columns: dict[str, np.ndarray] = {
+        "strict_validity": table["converged"].to_numpy(zero_copy_only=False).astype(float),
+        "argmax_validity": (seen == target).astype(float),
+        "reencoded_agreement": (table["reencoded_class"].to_numpy() == target).astype(float),
+        "l1_z": table["distance_z_l1"].to_numpy(),
+        "steps": steps,
+        "gradient_evaluations": steps * members_of(model, method),
+    }
+    for kind in ("predictive", "aleatoric", "epistemic"):
+        for end in ("initial", "final"):
+            columns[f"{kind}_{end}"] = table[f"{kind}_{end}"].fill_null(float("nan")).to_numpy()
+    files = [file["sha256"] for _, commit in sorted(audit.commits.items()) for file in commit["files"].values()]
+    key = key_of(fingerprint_of(model), audit.plan.fingerprint, files)
+    return Results(method, "method", images, of, target, x_cf, columns, key)
+
+
+def fingerprint_of(model: Model) -> str:
+    """Digest of a model with its image classifiers, which its own fingerprint leaves out."""
+    digest = hashlib.sha256(model.fingerprint.encode())
+    for tensor in model.image_ensemble.state_dict().values() if model.image_ensemble else ():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def members_of(model: Model, method: str) -> int:
+    """Members whose gradients one step of a method takes."""
+    kind = METHODS[method].classifier
+    if kind.endswith("member"):
+        return 1
+    ensemble = model.image_ensemble if kind.startswith("image") else model.ensemble
+    assert ensemble is not None
+    return ensemble.config.num_members
+
+
+def choose_images(results: Sequence[Results]) -> set[str]:
+    """Ids of CHOSEN_IMAGES images, drawn from their ids: of those that all results answer for, then of others."""
+    ids = [{found.images.ids[b] for b in np.unique(found.of)} for found in results]
+    common = set.intersection(*ids)
+    order = sorted(set.union(*ids), key=lambda name: (name not in common, hashlib.sha256(name.encode()).digest()))
+    return set(order[:CHOSEN_IMAGES])
+
+
+def restrict(results: Results, ids: set[str]) -> Results:
+    """The part of some results that is about the images with these ids."""
+    kept = np.isin(np.array(results.images.ids)[results.of], list(ids))
+    if kept.all():
+        return results
+    return replace(
+        results,
+        of=results.of[kept],
+        target=results.target[kept],
+        x_cf=results.x_cf[kept],
+        columns={name: values[kept] for name, values in results.columns.items()},
+        key=key_of(results.key, np.flatnonzero(kept).tolist()),
+    )
+
+
+def control_results(name: str, like: Results, model: Model, real: metrics.Reality) -> Results:
+    """The control row ``name`` for the same pairs as ``like``."""
+    images, of, target = like.images, like.of, like.target
+    if name == "original":
+        x_cf = images.x[of]
+    elif name == "reconstruction":
+        x_cf = images.reconstruction[of]
+    else:
+        # The share of normal numbers below a draw is uniform, and depends on the pair alone.
+        draws = torch.from_numpy(noise([f"{images.ids[index]} {k}" for index, k in zip(of, target)], 1)[:, 0])
+        x_cf = np.zeros((len(of), *images.x.shape[1:]), np.uint8)
+        for p, (share, k) in enumerate(zip(torch.special.ndtr(draws).tolist(), target)):
+            pool = real.images[k]
+            if len(pool):
+                x_cf[p] = pool[min(int(share * len(pool)), len(pool) - 1)]
+    return Results(name, "control", images, of, target, x_cf, reencoded(model, images, of, target, x_cf), like.key)
+
+
+def external_results(name: str, uri: str, like: Results, model: Model) -> Results:
+    """Counterfactual images made elsewhere: an npz or a Parquet file with image_id, target and image.
+
+    image: uint8 or floats in [0, 1], (C, H, W) or (H, W); in Parquet a list, or the bytes of an image file. target: a
+    class name, or its index. Rows whose image is not compared here, or is of the target already, are left out and
+    counted.
+
+    Raises:
+        ValueError: columns are missing, a target is unknown, or no row is left.
+    """
+    raw = storage.read_bytes(uri)
+    if storage.name(uri).endswith(".npz"):
+        arrays = np.load(io.BytesIO(raw), allow_pickle=False)
+        content: dict[str, Any] = {column: arrays[column] for column in arrays.files}
+    else:
+        content = pq.read_table(pa.BufferReader(raw)).to_pydict()
+    if missing := sorted({"image_id", "target", "image"} - set(content)):
+        raise ValueError(f"{storage.display(uri)} needs image_id, target and image, missing: {', '.join(missing)}")
+    classes = {class_name: k for k, class_name in enumerate(model.class_names)}
+    of, target, pictures = [], [], []
+    for image_id, wanted, image in zip(content["image_id"], content["target"], content["image"]):
+        index, k = like.images.row.get(str(image_id)), classes.get(str(wanted))
+        if k is None and isinstance(wanted, int | np.integer) and 0 <= wanted < len(classes):
+            k = int(wanted)
+        if k is None:
+            raise ValueError(f"{storage.display(uri)}: unknown target {wanted!r}; classes are {', '.join(classes)}")
+        if index is None or k == like.images.source[index]:
+            continue
+        picture = image if isinstance(image, bytes) else np.asarray(image).reshape(model.image_shape)
+        of.append(index)
+        target.append(k)
+        pictures.append(model.preprocessing.apply(picture))
+    left_out = len(content["image_id"]) - len(of)
+    log.info("%s: %d images, %d left out as their image is not compared or is of the target", name, len(of), left_out)
+    if not of:
+        raise ValueError(f"{storage.display(uri)} holds no counterfactual of an image that is compared here")
+    indices, targets, x_cf = np.array(of), np.array(target, dtype=np.int64), np.stack(pictures)
+    columns = reencoded(model, like.images, indices, targets, x_cf)
+    key = key_of(fingerprint_of(model), hashlib.sha256(raw).hexdigest())
+    return Results(name, "external", like.images, indices, targets, x_cf, columns, key)
+
+
+def reencoded(
+    model: Model, images: Images, of: np.ndarray, target: np.ndarray, x_cf: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What the latent ensemble makes of images that come without codes."""
+    agreement, moved = np.zeros(len(of)), np.zeros(len(of))
+    for part in parts(len(of)):
+        z, _ = encode_rows(model.vae, torch.from_numpy(x_cf[part]).float() / 255)
+        seen = predict(logits_rows(model.ensemble, z)).probs.argmax(1)
+        agreement[part], moved[part] = seen == target[part], metrics.l1(z.numpy(), images.z[of[part]])
+    return {"reencoded_agreement": agreement, "l1_z": moved}
+
+
+def score(
+    results: Results, jury: Judges, real: metrics.Reality, cache: Cache, chosen: set[str] | None = None
+) -> pa.Table:
+    """One row for each pair with every metric; kept in pieces under ``judged/``.
+
+    COUT is null for images whose id is not ``chosen``; None chooses all.
+    """
+    images, names = results.images, np.array(results.images.ids)[results.of]
+    source = images.source[results.of]
+    swapped = np.ones(len(names), bool) if chosen is None else np.isin(names, list(chosen))
+    depends = [VERSION, results.name, results.key, jury.fingerprint, real.key]
+    pieces = []
+    for number, part in enumerate(parts(len(names))):
+
+        def rows(part: slice = part) -> pa.Table:
+            of = results.of[part]
+            columns: dict[str, Any] = {
+                "image_id": names[part],
+                "label": images.label[of],
+                "source": source[part],
+                "target": results.target[part],
+                **{name: values[part] for name, values in results.columns.items()},
+                **metrics.judge_images(
+                    jury,
+                    real,
+                    images.x[of],
+                    images.reconstruction[of],
+                    results.x_cf[part],
+                    source[part],
+                    results.target[part],
+                    other_attributes(jury),
+                    swapped[part],
+                ),
+            }
+            columns["features"] = schema.fixed_size_list(columns["features"].astype(np.float32))
+            log.info("scored %s: %d of %d", NAMES.get(results.name, results.name), part.start + len(of), len(names))
+            return pa.table(columns)
+
+        key = key_of(*depends, names[part].tolist(), np.flatnonzero(~swapped[part]).tolist())
+        pieces.append(cache.table(f"judged/{results.name.replace(' ', '_')}/{number:05d}.parquet", key, rows))
+    return pa.concat_tables(pieces)
+
+
+def other_attributes(jury: Judges) -> np.ndarray:
+    """Attributes (A,) that should stay: not what a class is made of, as Black_Hair where a class is black."""
+    classes = [name.lower() for name in jury.class_names]
+    return np.array([not any(name in attribute.lower() for name in classes) for attribute in jury.attributes])
+
+
+def attribute_table(results: Results, jury: Judges) -> pa.Table:
+    """The attributes of each pair that should stay, as the attribute network sees them, one row each.
+
+    ``prob_image`` in the image, ``prob_initial`` in its reconstruction, where a search in the latent space starts, and
+    ``prob_final`` in the counterfactual.
+    """
+    net = jury.attribute_net
+    assert net is not None
+    stay = np.flatnonzero(other_attributes(jury))
+
+    def seen(images: np.ndarray) -> np.ndarray:
+        return judges.predict_probs(net, images, sigmoid=True)[:, stay]
+
+    before = {"prob_image": seen(results.images.x), "prob_initial": seen(results.images.reconstruction)}
+    probs = {name: found[results.of] for name, found in before.items()} | {"prob_final": seen(results.x_cf)}
+    return pa.table(
+        {
+            "image_id": pa.array(np.repeat(np.array(results.images.ids)[results.of], len(stay))),
+            "target": pa.array(np.repeat(results.target.astype(np.int32), len(stay))),
+            "attribute": pa.array(np.tile(np.array(jury.attributes)[stay], len(results.of))),
+            **{name: pa.array(found.astype(np.float32).ravel()) for name, found in probs.items()},
+        }
+    )
+
+
+def common_images(tables: Mapping[str, pa.Table]) -> set[str]:
+    """Ids of the images that all of these tables answer for."""
+    return set.intersection(*(set(table["image_id"].to_pylist()) for table in tables.values()))
+
+
+def parts(count: int, size: int = 4096) -> list[slice]:
+    """Slices of ``size`` that cover ``count`` rows."""
+    return [slice(start, start + size) for start in range(0, count, size)]
