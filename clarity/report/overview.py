@@ -8,9 +8,9 @@ from typing import Any
 
 from clarity import storage
 from clarity.findings import Finding
-from clarity.report.embed import Embedded
+from clarity.report.embed import Embedded, text_of
 from clarity.report.sample import Sample
-from clarity.report.text import listed, number, percent, plural
+from clarity.report.text import listed, percent, plural
 from clarity.report.tiles import Tiles
 from clarity.report.view import View
 
@@ -31,32 +31,6 @@ def headline(views: Sequence[View]) -> str:
     if len(views) > 1:
         return f"{what}: {listed([view.name for view in views])}"
     return f"{what}: what would each image need to be another class?"
-
-
-def lead(view: View) -> str:
-    """The paragraph below the title: images, method, model and configuration."""
-    plan, classes = view.audit.plan, len(view.class_names)
-    images, pairs = view.rows(
-        "SELECT (SELECT count(*) FROM codes WHERE status = 'ok'), (SELECT count(*) FROM counterfactuals)"
-    )[0]
-    towards = "every other class" if plan.targets is None else f"{len(plan.targets)} of {classes} classes"
-    which = "misclassified image" if plan.only == "misclassified" else "image"
-    text = (
-        f"{plural(images, which)} of {classes} classes, explained towards {towards}: "
-        f"{plural(pairs, 'search', 'searches')} with the method {plan.method} in the "
-        f"{plan.model['latent_dim']}-dimensional code of a variational autoencoder"
-    )
-    card = view.decoder.model.card if view.decoder is not None else {}
-    if members := card.get("ensemble", {}).get("num_members"):
-        text += f", under an ensemble of {plural(members, 'classifier')}"
-    if (gamma := plan.config.get("min_target_prob")) is not None:
-        text += f", until the mean target probability exceeded {gamma:g}"
-    if (limit := plan.config.get("max_steps")) is not None:
-        text += f" or {limit:,} steps were spent"
-    text += "."
-    if left_out := plan.dataset.get("left_out"):
-        text += f" Left out: {', '.join(f'{count:,} {what}' for what, count in left_out.items())}."
-    return text
 
 
 def problem(view: View, named: bool) -> dict[str, Any] | None:
@@ -85,37 +59,49 @@ def problem(view: View, named: bool) -> dict[str, Any] | None:
     }
 
 
-def key_figures(view: View) -> list[dict[str, str]]:
+def totals(view: View) -> dict[str, Any]:
+    """Counts and medians over all rows of the audit."""
+    (row,) = view.table(
+        """
+        SELECT * FROM (
+            SELECT count(*) AS images, count(*) FILTER (status <> 'ok') AS failed,
+                   count(label) FILTER (status = 'ok') AS labelled,
+                   count(*) FILTER (status = 'ok' AND label = source) AS agree
+            FROM codes
+        ), (
+            SELECT count(*) AS pairs, count(*) FILTER (converged) AS converged,
+                   count(*) FILTER (reencoded_class = target) AS survived,
+                   count(*) FILTER (status <> 'ok') AS nonfinite,
+                   median(steps) FILTER (converged) AS steps, median(distance_z_l1) FILTER (converged) AS distance,
+                   median(epistemic_initial) AS epistemic_initial, median(epistemic_final) AS epistemic_final
+            FROM counterfactuals
+        )
+        """
+    ).to_pylist()
+    return row
+
+
+def key_figures(total: dict[str, Any]) -> list[dict[str, str]]:
     """The figures of the first screen, each with a line that explains it."""
-    images, failed, labelled, agree = view.rows(
-        "SELECT count(*), count(*) FILTER (status <> 'ok'), count(label) FILTER (status = 'ok'), "
-        "count(*) FILTER (status = 'ok' AND label = source) FROM codes"
-    )[0]
-    pairs, converged, survived, steps, distance, before, after, broken = view.rows(
-        "SELECT count(*), count(*) FILTER (converged), count(*) FILTER (reencoded_class = target), "
-        "median(steps) FILTER (converged), median(distance_z_l1) FILTER (converged), "
-        "median(epistemic_initial), median(epistemic_final), count(*) FILTER (status <> 'ok') FROM counterfactuals"
-    )[0]
-    not_converged = f"{pairs - converged:,} did not converge" if converged < pairs else "all converged"
+    failed, broken, lost = total["failed"], total["nonfinite"], total["pairs"] - total["converged"]
+    others, after = total["labelled"] - total["agree"], total["epistemic_final"]
+    distance = f"median latent distance {text_of(total['distance'])}" if total["converged"] else "nothing converged"
+    before = f"median after; before {text_of(total['epistemic_initial'])}" if after else "a single classifier has none"
     figures = [
-        ("Images", f"{images - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
-        ("Counterfactuals", f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),
-        ("Strict validity", percent(converged, pairs), not_converged if pairs else "no pairs yet"),
-        ("Re-encoded agreement", percent(survived, pairs), "still the target once decoded and encoded"),
+        ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
+        ("Counterfactuals", f"{total['pairs']:,}", f"{broken:,} not finite" if broken else "all finite"),
         (
-            "Median steps",
-            f"{steps:,.0f}" if steps is not None else "–",
-            f"median latent distance {distance:.1f}" if steps is not None else "nothing converged",
+            "Strict validity",
+            percent(total["converged"], total["pairs"]),
+            f"{lost:,} did not converge" if lost else "all converged" if total["pairs"] else "no pairs yet",
         ),
-        (
-            "Epistemic, nats",
-            number(after) if after is not None else "–",
-            f"median after; before {number(before)}" if after is not None else "a single classifier has none",
-        ),
+        ("Re-encoded agreement", percent(total["survived"], total["pairs"]), "still the target once encoded again"),
+        ("Median steps", text_of(total["steps"]), distance),
+        ("Epistemic, nats", text_of(after), before),
     ]
-    if labelled:
-        others = f"{labelled - agree:,} {'is' if labelled - agree == 1 else 'are'} not" if agree < labelled else "all"
-        figures.append(("Classified as labelled", percent(agree, labelled), others))
+    if total["labelled"]:
+        differ = f"{others:,} {'is' if others == 1 else 'are'} not" if others else "all of them"
+        figures.append(("Classified as labelled", percent(total["agree"], total["labelled"]), differ))
     return [{"name": name, "value": value, "sub": sub} for name, value, sub in figures]
 
 

@@ -19,41 +19,9 @@ from clarity.report import charts, overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
 from clarity.report.sample import Bounds, Sample, choose
-from clarity.report.text import plural
+from clarity.report.text import percent, plural
 from clarity.report.tiles import Tiles
 from clarity.report.view import View, open_views
-
-#: Words of the page and their meaning.
-TERMS = (
-    (
-        "source, target, label",
-        "the class that the ensemble predicts for an image, the class that was wanted, and the class that the data set "
-        "gives",
-    ),
-    ("counterfactual", "the picture decoded from a nearby code that the ensemble classifies as the target"),
-    (
-        "reconstruction",
-        "the picture decoded from the image's own code: the start of the search, and the base of differences",
-    ),
-    ("converged", "the mean target probability over the members exceeded the wanted one within the allowed steps"),
-    ("strict validity", "share of all requested pairs that converged; a pair that failed counts against it"),
-    (
-        "re-encoded agreement",
-        "share of all pairs still classified as their target after decoding, rounding to 8 bits and encoding again",
-    ),
-    ("latent distance", "sum of absolute differences between the two codes (L1)"),
-    ("epistemic, aleatoric", "uncertainty in nats: disagreement of the members, and uncertainty that they agree on"),
-    (
-        "path",
-        "pictures decoded at equal steps of the straight line between the two codes, with the target probability "
-        "there; the steps of the search itself only where it says trace",
-    ),
-    ("difference", "counterfactual minus reconstruction, channels averaged: orange was added, blue removed"),
-    (
-        "closest, median, hardest",
-        "by latent distance among the pairs of a class pair that converged; failed: the lowest final probability",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -131,6 +99,7 @@ def render(
     first, several = views[0], len(views) > 1
     files = resources.files("clarity.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"plural": plural, "percent": percent, "display": storage.display}
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
     sections = {
         "findings": overview.told_findings(views, embedded, images, sample, tiles),
@@ -138,17 +107,25 @@ def render(
         "labels": tables.labels(first, images, bounds.listed, tiles),
         "predictions": tables.predictions(first, sample, images, embedded[0], bounds.listed),
     }
+    script = script_data(views, sample, embedded, images, tiles)
+    totals = [overview.totals(view) for view in views]
     return template.render(
         **sections,
         version=__version__,
         title=overview.dataset_name(first.audit.plan.dataset),
         headline=overview.headline(views),
-        lead=overview.lead(first),
+        first=first,
+        total=totals[0],
+        sample=sample,
+        bounds=bounds,
+        num_tiles=len(tiles),
+        max_tiles=bounds.budget(tiles.height * tiles.width) + len(first.class_names) ** 2,
         problems=[problem for view in views if (problem := overview.problem(view, several))],
         audits=[
             {
                 "name": view.name,
-                "figures": overview.key_figures(view),
+                "uri": view.audit.uri,
+                "figures": overview.key_figures(total),
                 "histograms": [
                     charts.histogram(view, "steps", "Steps to the counterfactual"),
                     charts.histogram(view, "distance_z_l1", "Latent distance (L1 between the codes)"),
@@ -156,22 +133,15 @@ def render(
                 "ranges": charts.ranges(view),
                 "plan": overview.plan_text(view),
             }
-            for view in views
+            for view, total in zip(views, totals)
         ],
-        looked_up=looked_up(first, sample),
         views_sql=views_sql(first.audit.uri),
         queries={
-            name: {"doc": query.doc, "sql": query.sql}
-            for name, query in load_queries().items()
-            if name != "predictions" or first.has_predictions
+            name: query for name, query in load_queries().items() if name != "predictions" or first.has_predictions
         },
-        terms=TERMS,
-        method_note=method_note(first, sample, tiles, bounds),
-        footer=f"Made by clarity {__version__} from {', '.join(storage.display(view.audit.uri) for view in views)}. "
-        "This page sends and loads nothing.",
         css=markupsafe.Markup((files / "report.css").read_text("utf-8")),
         js=markupsafe.Markup((files / "report.js").read_text("utf-8")),
-        data=markupsafe.Markup(embedded_json(script_data(views, sample, embedded, images, tiles))),
+        data=markupsafe.Markup(embedded_json(script)),
         sheets=tiles.sheets(),
     )
 
@@ -207,30 +177,6 @@ def embedded_json(value: Any) -> str:
     """JSON that no text in it can end the script element of."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def looked_up(view: View, sample: Sample) -> str:
-    """How many of the images can be looked up on the page."""
-    (total,) = view.rows("SELECT count(*) FROM codes")[0]
-    number = len(sample.lookup)
-    text = f"{plural(number, 'image')} of {total:,} can be looked up here"
-    return text + (": those of the findings and some of each class." if number < total else ".")
-
-
-def method_note(view: View, sample: Sample, tiles: Tiles, bounds: Bounds) -> str:
-    """What of the audit is embedded in the page."""
-    most = bounds.budget(tiles.height * tiles.width) + len(view.class_names) ** 2
-    text = (
-        f"The figures are over every row of the audit. Pictures are a fixed sample: {len(tiles):,} of at most "
-        f"{most:,}; up to {bounds.examples} closest, median, hardest and failed examples of each class pair, for "
-        f"{len(sample.examples):,} of {sample.num_pairs:,} class pairs, and every counterfactual of "
-        f"{plural(len(sample.lookup), 'image')}."
-    )
-    if view.facts.differences is not None:
-        text += f" Mean changes are over {int(view.facts.differences.count.sum()):,} pairs."
-    if view.decoder is None:
-        text += " The audit holds no model, so there are no reconstructions and no paths."
-    return text
 
 
 def views_sql(uri: str) -> str:
