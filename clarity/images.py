@@ -34,8 +34,11 @@ EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in
 MAX_PIXELS = 64 << 20
 MAX_BYTES = 1 << 30
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {
+#: Largest values of images of 8, 10, 12, 14 and 16 bits, whatever the bits of the file that holds them.
+RANGES = (255, 1023, 4095, 16383, 65535)
+
+ORIENTATION_TAG = 0x0112  # of EXIF
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -54,7 +57,7 @@ class UnreadableImage(ValueError):
 class Preprocessing:
     """How an image becomes the model's pixels, the same in training and explaining; stored in model.json.
 
-    In this order: first frame; orientation by EXIF; 16-bit and float pixels scaled to 8 bits; transparency laid on
+    In this order: first frame; orientation by EXIF; wider integers and floats scaled to 8 bits; transparency on
     white; mode (grey: ITU-R 601-2 luma); centre crop; resize (bilinear, antialiased, the aspect is not kept).
 
     Args:
@@ -62,12 +65,15 @@ class Preprocessing:
         height: H in pixels.
         width: W in pixels.
         center_crop: side of the centred square taken first, from images that are not (height, width) already.
+        max_value: what is white in grey images of more than 8 bits; larger values are white too. None: 65535 for
+            16 bits, 255 for 32.
     """
 
     mode: str
     height: int
     width: int
     center_crop: int | None = None
+    max_value: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("L", "RGB"):
@@ -75,6 +81,10 @@ class Preprocessing:
         for name, value in (("height", self.height), ("width", self.width), ("center_crop", self.center_crop or 1)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 8192:
                 raise ValueError(f"expected {name} in pixels, 1 to 8192, found {value!r}: choose one in that range")
+        if self.max_value is not None and (type(self.max_value) is not int or not 0 < self.max_value < 1 << 31):
+            raise ValueError(
+                f"expected max_value of 1 to {(1 << 31) - 1}, found {self.max_value!r}: choose one of them"
+            )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -91,11 +101,20 @@ class Preprocessing:
         Raises:
             UnreadableImage: it is none, or cannot be used; says why.
         """
+        return self.apply_within_range(image)[0]
+
+    def apply_within_range(self, image: bytes | np.ndarray | Image.Image) -> tuple[np.ndarray, bool]:
+        """As ``apply``; and whether no value is above the range of the model, ``max_value``."""
         if isinstance(image, np.ndarray):
-            return self._from_array(image)
+            return self.from_array(image)
         picture = image if isinstance(image, Image.Image) else open_image(image)
-        pixels = np.asarray(_decode(lambda: self._fit(_convert(_upright(picture), self.mode))))
-        return pixels.reshape(self.image_shape) if self.mode == "L" else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        picture = decode(lambda: upright(picture))
+        largest = max_value_of(picture)
+        within = largest is None or self.max_value is None or largest <= self.max_value
+        pixels = np.asarray(decode(lambda: self.fit(convert(picture, self.mode, self.max_value))))
+        if self.mode == "L":
+            return pixels.reshape(self.image_shape), within
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), within
 
     def to_json(self) -> dict[str, Any]:
         """The fields, for model.json."""
@@ -113,7 +132,8 @@ class Preprocessing:
             raise ValueError(f"expected preprocessing with {', '.join(names)}, found {fields!r}: restore the file")
         return cls(**fields)
 
-    def _fit(self, picture: Image.Image) -> Image.Image:
+    def fit(self, picture: Image.Image) -> Image.Image:
+        """The picture cropped and resized to the size of the model."""
         width, height = picture.size
         if (width, height) == (self.width, self.height):
             return picture
@@ -127,7 +147,8 @@ class Preprocessing:
             picture = picture.crop((left, top, left + side, top + side))
         return picture.resize((self.width, self.height), Image.Resampling.BILINEAR)
 
-    def _from_array(self, array: np.ndarray) -> np.ndarray:
+    def from_array(self, array: np.ndarray) -> tuple[np.ndarray, bool]:
+        """The pixels of an array of the model's size, and whether no value is above the range of the model."""
         channels, height, width = self.image_shape
         if array.shape != self.image_shape and array.shape == (height, width, channels):
             array = array.transpose(2, 0, 1)
@@ -138,7 +159,9 @@ class Preprocessing:
                 f"expected an array of shape {self.image_shape}, found {array.shape}: resize it, or give a PIL image, "
                 "which is cropped and resized as in training"
             )
-        return np.ascontiguousarray(_to_uint8(array, whole=255))
+        wide = array.dtype.kind in "iu" and array.dtype.itemsize > 1 and self.max_value is not None
+        within = not wide or int(array.max()) <= self.max_value  # type: ignore[operator]
+        return np.ascontiguousarray(to_uint8(array, self.max_value)), within
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -146,18 +169,22 @@ def open_image(data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImage("expected an image, found an empty file: copy it again")
     try:
-        return _decode(lambda: Image.open(io.BytesIO(data), formats=list(FORMATS)))
+        return decode(lambda: Image.open(io.BytesIO(data), formats=list(FORMATS)))
     except UnidentifiedImageError:
         start = data[:12]
-        what = "text" if all(9 <= byte <= 13 or 32 <= byte < 127 for byte in start) else "bytes"
+        if start[:4] in (b"II*\0", b"MM\0*"):
+            found = "a TIFF of pixels that are not read, such as floats of several channels or more than 32 bits"
+        elif all(9 <= byte <= 13 or 32 <= byte < 127 for byte in start):
+            found = f"text beginning with {start!r}"
+        else:
+            found = f"bytes beginning with {start!r}"
         raise UnreadableImage(
-            f"expected an image ({', '.join(FORMATS)}), found {what} beginning with {start!r}: "
-            "convert it or leave it out"
+            f"expected an image ({', '.join(FORMATS)}), found {found}: convert it or leave it out"
         ) from None
 
 
-def _decode(action: Callable[[], Image.Image]) -> Image.Image:
-    """Do something with Pillow, whose decoders raise what they like on broken bytes, and warn of what they mend."""
+def decode(action: Callable[[], Image.Image]) -> Image.Image:
+    """Do something with Pillow, whose decoders raise anything on broken bytes, and warn of what they mend."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -165,47 +192,74 @@ def _decode(action: Callable[[], Image.Image]) -> Image.Image:
     except (UnreadableImage, UnidentifiedImageError, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise _too_large("more") from None
+        raise too_large("more") from None
     except Exception as error:
         # Neither an address in memory nor a whole file in the message: a row's reason is the same in each run.
         reason = re.sub(r"\s*<[^>]*>", "", str(error) or type(error).__name__)[:120]
         raise UnreadableImage(f"expected a whole image, found a broken one ({reason}): copy it again") from None
 
 
-def _too_large(found: str) -> UnreadableImage:
+def too_large(found: str) -> UnreadableImage:
+    """Why an image is not decoded."""
     return UnreadableImage(f"expected at most {MAX_PIXELS} pixels, found {found}: make the image smaller")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def upright(picture: Image.Image) -> Image.Image:
     """The first frame, decoded, turned as its EXIF orientation says."""
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise _too_large(f"{width} x {height}")
-    picture.load()
-    turn = _TURNS.get(orientation(picture))
+        raise too_large(f"{width} x {height}")
+    picture.load()  # which turns a TIFF itself, and forgets its orientation
+    turn = TURNS.get(orientation(picture))
     return picture if turn is None else picture.transpose(turn)
 
 
 def orientation(picture: Image.Image) -> int:
-    """What EXIF says of how the camera was held: 1 to 8, of which 5 to 8 swap height and width."""
+    """How the camera was held by EXIF: 1 to 8, of which 5 to 8 swap height and width."""
     try:
-        return int(picture.getexif().get(_ORIENTATION, 1))
+        return int(picture.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # broken EXIF does not make the pixels unreadable
         return 1
 
 
-def _convert(picture: Image.Image, mode: str) -> Image.Image:
-    """The picture in mode "L" or "RGB", 8 bits."""
+def max_value_of(picture: Image.Image) -> int | None:
+    """The largest value of a decoded grey image of more than 8 bits; None for others."""
+    return int(np.asarray(picture).max()) if picture.mode.startswith("I") else None
+
+
+def is_deep_colour(picture: Image.Image) -> bool:
+    """Whether an image that is not decoded yet holds colours of 16 bits, of which Pillow keeps the upper 8."""
+    return picture.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
+
+
+def range_of(largest: int) -> int:
+    """What is white among images whose largest value is this: the end of 8, 10, 12, 14, 16 or more bits."""
+    return next((top for top in RANGES if largest <= top), (1 << largest.bit_length()) - 1)
+
+
+def convert(picture: Image.Image, mode: str, max_value: int | None) -> Image.Image:
+    """The decoded picture in mode "L" or "RGB", 8 bits."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        picture = Image.fromarray(_to_uint8(np.asarray(picture), whole=65535))
+        values = np.asarray(picture)
+        # Pillow scales the wide values of PPM files to 16 bits.
+        scaled = to_uint8(values, 65535 if picture.format in ("PPM", "PNG") and max_value is None else max_value)
+        transparent = picture.info.get("transparency")
+        if isinstance(transparent, int):
+            scaled = np.where(values == transparent, np.uint8(255), scaled)
+        picture = Image.fromarray(scaled)
+    if picture.mode == "LAB":  # which becomes grey by way of RGB alone
+        picture = picture.convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _to_uint8(values: np.ndarray, whole: int) -> np.ndarray:
-    """Pixels as 8 bits, rounded: floats of [0, 1], 16-bit integers of [0, 65535], others of [0, whole]."""
+def to_uint8(values: np.ndarray, max_value: int | None) -> np.ndarray:
+    """Pixels as 8 bits, rounded: floats of [0, 1], 16-bit integers of [0, 65535], others of [0, 255].
+
+    With ``max_value``, integers of more than 8 bits are of [0, max_value], and those above it are white.
+    """
     kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
     if values.dtype == np.uint8:
         return values
@@ -213,11 +267,11 @@ def _to_uint8(values: np.ndarray, whole: int) -> np.ndarray:
         raise UnreadableImage(f"expected pixels of type uint8 or float32, found {values.dtype}: convert them")
     if bad := int(np.size(values) - np.isfinite(values).sum()):
         raise UnreadableImage(f"expected finite pixels, found {bad} of {values.size} NaN or infinite: mend or drop it")
-    top = 1 if kind in "bf" else 65535 if (kind, bits) == ("u", 16) else whole
+    top = 1 if kind in "bf" else max_value or (65535 if (kind, bits) == ("u", 16) else 255)
     low, high = values.min(), values.max()
-    if low < 0 or high > top:
+    if low < 0 or (high > top and (kind in "bf" or max_value is None)):
         raise UnreadableImage(f"expected {values.dtype} pixels in [0, {top}], found {low} to {high}: scale them")
-    return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+    return np.rint(np.minimum(values.astype(np.float64), top) * (255 / top)).astype(np.uint8)
 
 
 def encode_png(images: np.ndarray) -> list[bytes]:

@@ -109,7 +109,7 @@ def make_plan(
     """
     require_classifier(model, method)
     indices = class_indices(targets, model.class_names)
-    num_folds = len(model.folds) if dataset.split != "test" else 0
+    num_folds = len(model.folds) if dataset.split in ("train", "all") else 0
     needed = {
         "image_ensemble.safetensors": METHODS[method].classifier.startswith("image"),
         "folds.safetensors": num_folds > 0,
@@ -126,6 +126,8 @@ def make_plan(
             "listing": data.listing_fingerprint(listing.select(list(data.LISTING_COLUMNS))),
             "extra": [[field.name, str(field.type), column_digest(listing[field.name])] for field in extra],
             "left_out": data.left_out(listing),
+            "notes": data.notes(listing),
+            **({"columns": dict(dataset.columns)} if dataset.columns else {}),
         },
         model={
             "fingerprint": model.fingerprint,

@@ -50,7 +50,8 @@ def read_shard(batch: pa.Table, work: Work) -> pa.Table:
         start = time.perf_counter()
         images = data.read_images(work.dataset, unpack(row["listing"]), work.preprocessing)
         seconds = {"read": time.perf_counter() - start}
-        return {"note": {"seconds": seconds}, "listing": row["listing"], "images": pack(images)}
+        note = {"seconds": seconds, "clipped": data.clipped_of(images)}
+        return {"note": note, "listing": row["listing"], "images": pack(images)}
 
     return attempted(work, row["shard"], "read", read, ("listing", "images"))
 
@@ -184,6 +185,8 @@ class ExplainShard:
             trace = plan.trace - plan.shards[row["shard"]]["start"]
             explained = self.explainer.search_shard(unpack(row["images"]), extra, max(0, trace))
             explained.stats["seconds"] |= row["note"]["seconds"]
+            if row["note"].get("clipped"):
+                explained.stats["clipped"] = row["note"]["clipped"]
             tables = (explained.codes, explained.counterfactuals, explained.traces)
             packed = {name: None if table is None else pack(table) for name, table in zip(names, tables)}
             return {"note": explained.stats, **packed}

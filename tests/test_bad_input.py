@@ -353,7 +353,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
         "at least 100 x 100",
     ),
     ("TIFF of floats with NaN", image(encoded(NANS, "TIFF"), "tif"), "error row", "96 of 96 NaN or infinite"),
-    ("TIFF of integers over 65,535", image(encoded(LARGE, "TIFF"), "tif"), "error row", "in [0, 65535], found 70000"),
+    ("TIFF of integers over 65,535", image(encoded(LARGE, "TIFF"), "tif"), "error row", "in [0, 255], found 70000"),
     ("CMYK JPEG", image(encoded(Image.new("CMYK", (W, H)), "JPEG"), "jpg"), "read", "its colours converted"),
     ("16-bit grey PNG", image(encoded(pixels().astype(np.uint16) * 257)), "read", "scaled to 8 bits"),
     ("PNG with alpha", image(encoded(pixels(H, W, 4))), "read", "laid on white"),

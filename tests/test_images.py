@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pictures import HEIGHT, WIDTH, encoded, random_pixels
-from PIL import Image
+from pictures import HEIGHT, WIDTH, encoded, pixels_of, random_pixels
+from PIL import Image, ImageOps
 
 from clarity import data
-from clarity.images import Preprocessing, UnreadableImage
+from clarity.images import Preprocessing, UnreadableImage, png_chunk
 
 
 def test_apply_gives_the_pixels_of_an_image_that_fits() -> None:
@@ -137,3 +139,105 @@ def test_preprocessing_comes_back_from_json() -> None:
     ):
         with pytest.raises(ValueError, match="expected"):
             Preprocessing.from_json(fields)
+
+
+def tiff(pixels: np.ndarray, photometric: int, sample_format: int) -> bytes:
+    """An uncompressed TIFF (H, W, C) of kinds that Pillow does not write; formats are 1 unsigned, 2 signed, 3 float."""
+    height, width, channels = pixels.shape
+    fields = {256: width, 257: height, 259: 1, 262: photometric, 277: channels, 278: height, 279: pixels.nbytes}
+    start = 8 + 2 + 12 * 10 + 4
+    lists = {258: 8 * pixels.dtype.itemsize, 339: sample_format}
+    entries, extra = [], b""
+    for tag in sorted({*fields, *lists, 273}):
+        if tag == 273:
+            entries.append(struct.pack("<HHII", tag, 4, 1, start + 4 * channels))
+        elif tag in lists and channels > 2:
+            entries.append(struct.pack("<HHII", tag, 3, channels, start + len(extra)))
+            extra += struct.pack(f"<{channels}H", *[lists[tag]] * channels)
+        else:
+            entries.append(struct.pack("<HHII", tag, 4, 1, fields.get(tag, lists.get(tag, 0))))
+    extra = extra.ljust(4 * channels, b"\0")
+    return b"II*\0" + struct.pack("<IH", 8, 10) + b"".join(entries) + bytes(4) + extra + pixels.tobytes()
+
+
+def png_with_transparency(pixels: np.ndarray, value: int) -> bytes:
+    """A grey PNG in which one value is transparent."""
+    content = encoded(pixels)
+    start = content.index(b"IDAT") - 4
+    return content[:start] + png_chunk(b"tRNS", struct.pack(">H", value)) + content[start:]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_apply_makes_a_transparent_grey_white_at_any_depth(kind: Any) -> None:
+    pixels = np.array([[0, 1, 2]], kind)
+    found = Preprocessing("L", 1, 3).apply(png_with_transparency(pixels, 1))
+    assert found.ravel().tolist() == ([0, 255, 2] if kind == np.uint8 else [0, 255, 0])
+
+
+@pytest.mark.parametrize("kind", ["<u4", "<i4", "<i2"])
+def test_apply_reads_wide_integers_of_files_as_those_of_arrays(kind: str) -> None:
+    pixels = np.arange(96).reshape(HEIGHT, WIDTH, 1).astype(kind)
+    found = Preprocessing("L", HEIGHT, WIDTH).apply(tiff(pixels, 1, 1 if kind == "<u4" else 2))
+    assert np.array_equal(found, pixels.transpose(2, 0, 1))
+    assert np.array_equal(found, Preprocessing("L", HEIGHT, WIDTH).apply(pixels[..., 0]))
+    with pytest.raises(UnreadableImage, match=r"pixels in \[0, 255\], found 0 to 300: scale them"):
+        Preprocessing("L", HEIGHT, WIDTH).apply(tiff(np.where(pixels == 95, 300, pixels).astype(kind), 1, 2))
+
+
+@pytest.mark.parametrize(("largest", "top"), [(200, 255), (1023, 1023), (4000, 4095), (9000, 16383), (40000, 65535)])
+def test_the_range_of_wide_images_is_found_in_training_and_kept(largest: int, top: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, largest, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(ramp // (3 - number)))
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    listing = data.list_images(dataset)
+    preprocessing = data.infer_preprocessing(dataset, listing)
+    assert preprocessing == Preprocessing("L", HEIGHT, WIDTH, max_value=top)
+    assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json()))) == preprocessing
+    expected = np.rint(ramp * (255 / top)).astype(np.uint8)
+    assert np.array_equal(preprocessing.apply(encoded(ramp))[0], expected)
+    assert np.array_equal(preprocessing.apply(ramp)[0], expected)
+    assert data.clipped_of(data.read_images(dataset, listing, preprocessing)) == 0
+
+
+def test_images_above_the_range_are_clipped_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(encoded(np.full((HEIGHT, WIDTH), 4095, np.uint16)))
+    (tmp_path / "1.png").write_bytes(encoded(np.full((HEIGHT, WIDTH), 4096, np.uint16)))
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    images = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH, max_value=4095))
+    assert data.clipped_of(images) == 1
+    assert set(pixels_of(images, (1, HEIGHT, WIDTH)).ravel().tolist()) == {255}
+
+
+def test_models_without_a_range_read_sixteen_bits_as_before() -> None:
+    assert Preprocessing.from_json({"mode": "L", "height": 1, "width": 2}).max_value is None
+    assert Preprocessing("L", 1, 2).apply(encoded(np.array([[257, 65535]], np.uint16))).ravel().tolist() == [1, 255]
+
+
+def test_dark_colours_of_sixteen_bits_are_refused_in_training(tmp_path: Path) -> None:
+    (tmp_path / "0.tiff").write_bytes(tiff(np.full((HEIGHT, WIDTH, 3), 4095, "<u2"), 2, 1))
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    with pytest.raises(ValueError, match=r"colours of 16 bits that use their range, found none above 4095"):
+        data.infer_preprocessing(dataset, data.list_images(dataset))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
+def test_the_inferred_size_is_that_after_turning_once(kind: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / f"x.{kind.lower()}").write_bytes(encoded(random_pixels(0, 8, 12, 3), kind, exif=exif))
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    found = data.infer_preprocessing(dataset, data.list_images(dataset))
+    assert found == Preprocessing("RGB", 12, 8)
+    upright = Image.open(tmp_path / f"x.{kind.lower()}")
+    expected = np.asarray(ImageOps.exif_transpose(upright)).transpose(2, 0, 1)
+    assert np.array_equal(found.apply((tmp_path / f"x.{kind.lower()}").read_bytes()), expected)
+
+
+def test_apply_reads_lab_and_says_what_other_tiffs_are() -> None:
+    lab = tiff(random_pixels(0, HEIGHT, WIDTH, 3), 8, 1)
+    for mode, channels in (("RGB", 3), ("L", 1)):
+        assert Preprocessing(mode, HEIGHT, WIDTH).apply(lab).shape == (channels, HEIGHT, WIDTH)
+    floats = tiff(np.random.default_rng(0).random((HEIGHT, WIDTH, 3), np.float32), 2, 3)
+    with pytest.raises(UnreadableImage, match="found a TIFF of pixels that are not read, such as floats of several"):
+        Preprocessing("RGB", HEIGHT, WIDTH).apply(floats)

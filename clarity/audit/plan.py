@@ -122,6 +122,8 @@ class Plan:
         """What decides the content of the data files."""
         content = {k: v for k, v in asdict(self).items() if k not in ("created", "dataset", "shards")}
         content["data"] = {k: self.dataset.get(k) for k in ("listing", "num_images", "extra")}
+        if "columns" in self.dataset:  # which column holds the images is not seen in the listing
+            content["data"]["columns"] = self.dataset["columns"]
         content["shards"] = {"count": len(self.shards), "table": digest(self.shards)}
         return content
 

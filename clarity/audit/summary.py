@@ -12,7 +12,9 @@ from clarity import storage
 from clarity.audit.plan import Plan
 from clarity.audit.queries import connect, has_predictions
 
-IMAGES = "SELECT count(*), count(error), count(*) FILTER (label IS NULL AND label_name IS NOT NULL) FROM codes"
+IMAGES = """
+SELECT count(*), count(error), count(*) FILTER (label IS NULL AND label_name IS NOT NULL), count(label_name)
+FROM codes"""
 ERRORS = """
 SELECT error, count(*) AS images FROM codes
 WHERE error IS NOT NULL GROUP BY error ORDER BY images DESC, error LIMIT 20"""
@@ -37,17 +39,19 @@ def summarise(
     def rows(sql: str) -> list[tuple[Any, ...]]:
         return con.execute(sql).fetchall()
 
-    images, unread, unknown = rows(IMAGES)[0]
+    images, unread, unknown, labelled = rows(IMAGES)[0]
     pairs, converged, nonfinite, reencoded, mean_steps, median_steps = rows(PAIRS)[0]
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
     return {
+        "warnings": warnings(plan, labelled, unknown, sum(commit.get("clipped", 0) for commit in commits.values())),
         "images": images,
         "errors": dict(rows(ERRORS)),
         "unread": unread,
         "unknown_labels": unknown,
         "left_out": plan.dataset.get("left_out", {}),
+        "notes": plan.dataset.get("notes", []),
         "predictions": dict(zip(("images", "agree"), rows(PREDICTIONS)[0])) if has_predictions(con) else None,
         "pairs": pairs,
         "converged": converged,
@@ -63,6 +67,20 @@ def summarise(
     }
 
 
+def warnings(plan: Plan, labelled: int, unknown: int, clipped: int) -> list[str]:
+    """What makes the figures of an audit doubtful, the gravest first: a sentence each."""
+    found = []
+    if labelled and unknown == labelled:
+        names = plan.model["class_names"]
+        found.append(
+            f"none of the {labelled} labels of the data is a class of the model ({', '.join(names[:5])}"
+            f"{' ...' if len(names) > 5 else ''}): it was trained on another data set"
+        )
+    if clipped:
+        found.append(f"{clipped} images hold values above the range of the images that the model was trained on")
+    return found
+
+
 def describe(summary: Mapping[str, Any]) -> str:
     """A summary as text."""
     slow = [f"{pair['source']}->{pair['target']} {pair['mean_steps']:.0f}" for pair in summary["slowest_class_pairs"]]
@@ -73,9 +91,11 @@ def describe(summary: Mapping[str, Any]) -> str:
         agree = share(given["agree"], given["images"])
         predictions = [f"predicted  {given['images']}; the ensemble sees the same in {agree}"]
     lines = [
+        *(f"WARNING    {warning}" for warning in summary.get("warnings", [])),
         f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
         *(f"           {count} x {reason}" for reason, count in summary["errors"].items()),
         *(f"left out   {count} {reason}" for reason, count in summary.get("left_out", {}).items()),
+        *(f"note       {note}" for note in summary.get("notes", [])),
         *predictions,
         f"pairs      {summary['pairs']}, {summary['nonfinite']} not finite",
         f"converged  {share(summary['converged'], summary['pairs'])}",

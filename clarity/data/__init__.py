@@ -40,7 +40,16 @@ from clarity.data.listing import (
 )
 from clarity.data.mnist import download_mnist, list_mnist, read_mnist
 from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
-from clarity.images import Preprocessing, UnreadableImage, open_image, orientation
+from clarity.images import (
+    Preprocessing,
+    UnreadableImage,
+    decode,
+    is_deep_colour,
+    max_value_of,
+    open_image,
+    range_of,
+    upright,
+)
 
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
 TAKEN = {*LISTING_COLUMNS, *schema.CODES, *schema.PREDICTIONS, "image", "split"}
@@ -121,6 +130,11 @@ def choose_split(dataset: Dataset) -> str:
             f"{dataset.split!r}: choose from these"
         )
     return wanted
+
+
+def held_out_of(dataset: Dataset) -> Dataset:
+    """The labelled images of a data set to measure on: its test split, or validation where it has no test."""
+    return replace(dataset, split=choose_split(replace(dataset, split="held-out")), unlabelled=False)
 
 
 def check_data(source: str, data: str, download: bool) -> str:
@@ -237,7 +251,8 @@ def infer_preprocessing(
 ) -> Preprocessing:
     """The preprocessing for training: what is given, else the source's own, else looked up in 64 of the images.
 
-    Looked up: grey if all of them are, else RGB; their size if all have one and no side is above 128, else 64 x 64.
+    Looked up: grey if all of them are, else RGB; their size if all have one and no side is above 128, else 64 x 64;
+    what is white where images have more than 8 bits, in 1,024 of the images.
 
     Args:
         dataset: where the images are.
@@ -253,55 +268,82 @@ def infer_preprocessing(
     if known := SOURCES[dataset.source].default_preprocessing:
         height, width = size or (known.height, known.width)
         return Preprocessing(mode or known.mode, height, width, center_crop or known.center_crop)
-    if size is None or mode is None:
-        sizes, grey = sample_images(dataset, listing)
-        mode = mode or ("L" if grey else "RGB")
-        common = sizes.pop() if len(sizes) == 1 and not center_crop else (64, 64)
-        size = size or (common if max(common) <= 128 else (64, 64))
-    return Preprocessing(mode, *size, center_crop)
+    sizes, grey, largest = sample_images(dataset, listing, 64)
+    if largest is not None:
+        largest = sample_images(dataset, listing, 1024)[2]
+    mode = mode or ("L" if grey else "RGB")
+    common = sizes.pop() if len(sizes) == 1 and not center_crop else (64, 64)
+    size = size or (common if max(common) <= 128 else (64, 64))
+    return Preprocessing(mode, *size, center_crop, None if largest is None else range_of(largest))
 
 
-def sample_images(dataset: Dataset, listing: pa.Table) -> tuple[set[tuple[int, int]], bool]:
-    """The sizes (height, width) in 64 of the images, and whether all of these are grey."""
-    indices = np.unique(np.linspace(0, len(listing) - 1, 64).astype(int))
-    sizes, grey, reasons = set(), True, []
+def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[tuple[int, int]], bool, int | None]:
+    """What some of the images are like.
+
+    Returns:
+        Their sizes (height, width), turned upright; whether all are grey; the largest value where some have more than
+        8 bits, else None.
+    """
+    indices = np.unique(np.linspace(0, len(listing) - 1, count).astype(int))
+    sizes, grey, largest, reasons = set(), True, None, []
+    deep: list[int] = []
     for _, content in SOURCES[dataset.source].read_images(dataset, listing.take(indices)):
         try:
             if isinstance(content, UnreadableImage):
                 raise content
-            picture = content if isinstance(content, Image.Image) else open_image(content)
-            width, height = picture.size
-            sizes.add((width, height) if orientation(picture) >= 5 else (height, width))
+            opened = content if isinstance(content, Image.Image) else open_image(content)
+            is_deep = is_deep_colour(opened)
+            picture = decode(lambda opened=opened: upright(opened))  # type: ignore[misc]
+            deep += [int(np.asarray(picture)[..., :3].max())] if is_deep else []
+            sizes.add((picture.height, picture.width))
             grey = grey and (picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I"))
+            if (value := max_value_of(picture)) is not None:
+                largest = max(largest or 0, value)
         except UnreadableImage as error:
             reasons.append(str(error))
     if not sizes:
         raise ValueError(f"expected images, found none that can be read among {len(indices)}; the first: {reasons[0]}")
-    return sizes, grey
+    if deep and max(deep) < 64:
+        raise ValueError(
+            f"expected colours of 16 bits that use their range, found none above {256 * max(deep) + 255} in "
+            f"{len(deep)} images, which would be almost black: convert them to 8 bits a channel"
+        )
+    return sizes, grey, largest
 
 
 def read_images(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) -> pa.Table:
     """Rows of the listing with their pixels (``schema.shard_schema``), in the same order.
 
-    An image that cannot be read is a row with a null image and its reason; its neighbours are unharmed.
+    An image that cannot be read is a row with a null image and its reason; its neighbours are unharmed. ``clipped_of``
+    counts those with values above the range of the model.
 
     Raises:
         StorageError: the storage itself fails for the moment: no image's fault, so the rows are to be read again.
     """
     pixels = np.zeros((len(rows), math.prod(preprocessing.image_shape)), np.uint8)
     errors: list[str | None] = ["expected an image, found that its source gave none: report this"] * len(rows)
+    clipped = 0
     for index, content in SOURCES[dataset.source].read_images(dataset, rows):
         try:
             if isinstance(content, UnreadableImage):
                 raise content
-            pixels[index] = preprocessing.apply(content).reshape(-1)
+            image, within_range = preprocessing.apply_within_range(content)
+            pixels[index] = image.reshape(-1)
             errors[index] = None
+            clipped += not within_range
         except UnreadableImage as error:
             errors[index] = str(error)
     fields = schema.shard_schema(preprocessing.image_shape, [rows.schema.field(name) for name in dataset.attributes])
     images = schema.fixed_size_list(pixels, np.array([error is None for error in errors], bool))
     columns = [rows["image_id"], rows["label_name"], images, pa.array(errors, pa.string())]
+    if clipped:
+        fields = fields.with_metadata({**fields.metadata, b"clarity.clipped": str(clipped)})
     return pa.table([*columns, *(rows[name] for name in dataset.attributes)], schema=fields)
+
+
+def clipped_of(images: pa.Table) -> int:
+    """How many images that ``read_images`` gave hold values above the range of the model."""
+    return int((images.schema.metadata or {}).get(b"clarity.clipped", 0))
 
 
 def read_all(

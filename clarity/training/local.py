@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from clarity import storage
-from clarity.data import Dataset, open_dataset
+from clarity.data import Dataset, held_out_of, open_dataset
 from clarity.images import encode_png
 from clarity.model import Model, load_model
 from clarity.training.plan import begin, plan_training
@@ -41,7 +41,7 @@ def train(
             (N, H, W), with one label each.
         out: the model directory; None keeps the model in memory only.
         data: path or URI of a named source's data.
-        held_out: for the metrics; by default the test split, or one in ten of the arrays.
+        held_out: for the metrics; by default test, or validation where there is no test; one in ten of the arrays.
         device: "auto" takes a GPU when there is one.
         log: receives lines about the progress; ``print`` shows them.
         fields: as in ``plan_training``.
@@ -56,7 +56,7 @@ def train(
         elif isinstance(dataset, str):
             dataset = open_dataset(dataset, data, unlabelled=True)
         if not isinstance(held_out, Dataset):
-            held_out = replace(dataset, split="test", unlabelled=False)
+            held_out = held_out_of(dataset)
         if out is None:
             out = os.path.join(scratch, "model")
         plan = plan_training(str(out), dataset, held_out, **fields)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pytest
 
 from clarity import schema, storage
@@ -37,6 +38,7 @@ from clarity.audit.commits import (
 from clarity.audit.lock import AuditBusy, FileLock, Lease
 from clarity.audit.plan import Plan, ids_digest, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
+from clarity.audit.summary import describe, summarise
 from clarity.audit.verify import verify
 from clarity.images import decode_png, encode_png
 
@@ -735,6 +737,21 @@ def test_summarise_counts(plan: Plan, filled: str) -> None:
         pc.and_(pc.equal(pairs["source_name"], slowest["source"]), pc.equal(pairs["target_name"], slowest["target"]))
     )
     assert slowest["pairs"] == len(mine) and slowest["mean_steps"] == round(pc.mean(mine["steps"]).as_py(), 1)
+
+
+def test_summarise_warns_of_a_model_of_another_data_set(plan: Plan, filled: str) -> None:
+    audit = read_audit(filled)
+    codes = audit.codes.to_table()
+    assert audit.summary()["warnings"] == []
+    nothing = pa.nulls(len(codes), pa.int32())
+    strange = codes.set_column(codes.column_names.index("label"), codes.schema.field("label"), nothing)
+    commits = {0: {"clipped": 2}, 1: {}, 2: {"clipped": 1}}
+    found = summarise(audit.plan, commits, pads.dataset(strange), audit.counterfactuals)
+    labelled = len(codes) - codes["label_name"].null_count
+    assert found["warnings"][0].startswith(f"none of the {labelled} labels of the data is a class of the model (")
+    assert found["warnings"][1].startswith("3 images hold values above the range")
+    told = dict.fromkeys(("pairs_per_second", "seconds", "redecoded"), 0) | {"problems": []}
+    assert describe(found | told).splitlines()[0].startswith("WARNING    none of the")
 
 
 def test_summarise_of_nothing_is_empty(plan: Plan, model_dir: str, tmp_path: Path) -> None:
