@@ -99,10 +99,10 @@ def make_plan(
     images: str = "png",
     only: str = "all",
     trace: int = 0,
-    shard_rows: int,
+    shard_rows: int | None = None,
     where: Sequence[str] = (),
 ) -> Plan:
-    """The plan of an audit over the images of a listing.
+    """The plan of an audit over the images of a listing, in shards of ``shard_rows`` images; in one shard by default.
 
     Where the model has folds, each image of the training split is explained by the ensemble of the fold that has not
     seen it.
@@ -142,7 +142,7 @@ def make_plan(
         config=dataclasses.asdict(config),
         targets=None if indices is None else list(indices),
         images=images,
-        shards=shard_table(listing["image_id"].to_pylist(), shard_rows),
+        shards=shard_table(listing["image_id"].to_pylist(), len(listing) if shard_rows is None else shard_rows),
         only=only,
         trace=trace,
         versions={

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import driver
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ from clarity.audit.commits import claim
 from clarity.audit.plan import rows_per_shard
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.planning import choose, make_plan, raw_bytes_per_image
-from clarity.resources import job_path
 from clarity.rows import encode_rows
 from clarity.search import LatentObjective, SearchConfig, descend
 from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure the parts that are asked for; the exit code."""
     args = parse(argv)
     try:
-        args.out = job_path(args.out, "runs/benchmark", "--out")
-        args.model = args.model and job_path(args.model, "", "--model")
+        args.out = driver.job_path(args.out, "runs/benchmark", "--out")
+        args.model = args.model and driver.job_path(args.model, "", "--model")
         if not args.model and set(args.parts) & {"stages", "job", "memory"}:
             raise ValueError("--model: the parts stages, job and memory need one; train it with jobs/train.py")
         torch.set_num_threads(args.threads)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import driver
 import numpy as np
 import pyarrow as pa
 
@@ -29,7 +30,6 @@ from clarity.paper import claims, compare, evaluators, figures, metrics, tables,
 from clarity.paper.cache import Cache, key_of
 from clarity.paper.compare import CONTROLS, NAMES
 from clarity.plots import Picture
-from clarity.resources import job_path
 from clarity.search import SearchConfig
 
 log = logging.getLogger("clarity.paper")
@@ -61,9 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--audit", nargs="+", type=named, default=[], metavar="METHOD=URI", help="take this audit for the method")
     add("--external", nargs="+", type=named, default=[], metavar="NAME=URI",
         help="judge images made elsewhere too: npz or Parquet with image_id, target, image")  # fmt: skip
-    for field in dataclasses.fields(SearchConfig):
-        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-        add(flag, type=kind, default=field.default, help=f"of the search ({field.default})")
+    driver.add_config_flags(parser.add_argument_group("search"), SearchConfig())
     add("--speed-pairs", type=int, default=36, help="pairs of a timed batch (36)")
     add("--draws", type=int, default=1000, help="resamples of the bootstrap (1000)")
     add("--no-figures", action="store_true", help="tables alone")
@@ -114,13 +112,13 @@ def run_comparison(args: argparse.Namespace) -> int:
     methods = list(METHODS) if args.methods == ["all"] else list(dict.fromkeys(args.methods))
     if unknown := [name for name in (*methods, *(name for name, _ in args.audit)) if name not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
-    config = SearchConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SearchConfig)})
-    cache = Cache(job_path(args.out, f"runs/{args.dataset}/compare", "--out"))
+    config = driver.config_from(args, SearchConfig)
+    cache = Cache(driver.job_path(args.out, f"runs/{args.dataset}/compare", "--out"))
     tested = data.open_dataset(args.dataset, args.data, args.split)
     unlabelled = bool(args.attributes) and args.dataset == "celeba_hair"
     trained = data.open_dataset(args.dataset, args.data, "train", attributes=args.attributes, unlabelled=unlabelled)
 
-    model_uri = job_path(args.model, cache.path("model"), "--model")
+    model_uri = driver.job_path(args.model, cache.path("model"), "--model")
     train_model(args, model_uri, "--image-members", str(args.image_members), given=args.model is not None)
     model = load_model(model_uri)
     if lacking := [
@@ -247,7 +245,7 @@ def find_judges(
     listing = data.list_images(trained)
     log.info("reading %d training images", len(listing))
     pixels, ids, labels, truth = read(trained, listing, model)
-    uri = job_path(args.judges, cache.path("judges"), "--judges")
+    uri = driver.job_path(args.judges, cache.path("judges"), "--judges")
     if storage.exists(storage.join(uri, evaluators.JUDGES_JSON)):
         judges = evaluators.load_judges(uri)
     elif args.judges:
@@ -302,7 +300,7 @@ def flat_model(args: argparse.Namespace, model: Model, out: str) -> Model | None
     """The model of Figure 10: a 2-D latent space, with the image classifiers of the model compared."""
     if model.image_ensemble is None or (args.flat_model is None and args.dataset != "digits"):
         return None
-    uri = job_path(args.flat_model, storage.join(out, "flat-model"), "--flat-model")
+    uri = driver.job_path(args.flat_model, storage.join(out, "flat-model"), "--flat-model")
     train_model(args, uri, "--latent-dim", "2", given=False)
     flat = load_model(uri)
     if flat.latent_dim != 2 or flat.image_shape != model.image_shape or flat.class_names != model.class_names:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import driver
 import ray
 import ray.train
 import ray.train.torch
@@ -25,7 +25,6 @@ import ray.train.torch
 from clarity import data, storage
 from clarity.classifiers import EnsembleConfig
 from clarity.model import read_card
-from clarity.resources import autoscaler_description, interruptible, job_path, nodes_to_come
 from clarity.training.loops import IMAGE_TRAINING, PRECISIONS, EnsembleTraining, VAETraining
 from clarity.training.plan import TrainingPlan, begin, plan_training
 from clarity.training.stages import Worker, finish, run_stages, stage_done
@@ -64,10 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--folds", type=int, default=0, help="ensembles that each leave a part of the training split out (0)")
     add("--seed", type=int, default=VAETraining.seed, help=f"of everything drawn ({VAETraining.seed})")
     for prefix, training in TRAININGS.items():
-        for name, value in dataclasses.asdict(training).items():
-            if name != "seed":
-                flag = f"--{prefix}-{name.replace('_', '-')}"
-                add(flag, type=type(value), default=value, help=f"see {type(training).__name__} ({value})")
+        driver.add_config_flags(
+            parser.add_argument_group(f"training of the {prefix}"), training, f"{prefix}_", ["seed"]
+        )
     add("--precision", default="auto", choices=PRECISIONS, help="of convolutions; auto: bf16 on GPUs, else fp32 (auto)")
     add("--workers", type=int, help="training processes (one for each GPU; else one for each CPU, or node for the VAE)")
     return parser.parse_args(argv)
@@ -82,10 +80,7 @@ def of_vaes(name: str) -> str:
 def make_plan(args: argparse.Namespace) -> TrainingPlan:
     """Everything that can be wrong is found here, before anything starts."""
     trainings = {
-        f"{prefix}_training": type(training)(
-            seed=args.seed,
-            **{name: getattr(args, f"{prefix}_{name}") for name in dataclasses.asdict(training) if name != "seed"},
-        )
+        f"{prefix}_training": driver.config_from(args, type(training), f"{prefix}_", seed=args.seed)
         for prefix, training in TRAININGS.items()
     }
     if args.workers is not None and args.workers < 1:
@@ -93,7 +88,7 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
     if args.image_size and len(args.image_size) > 2:
         raise ValueError(f"--image-size: expected a side, or height and width, got {args.image_size}")
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
-    out = job_path(args.out, f"runs/{args.dataset}/model", "--out")
+    out = driver.job_path(args.out, f"runs/{args.dataset}/model", "--out")
     held_out = None
     # The unlabelled images of a source teach the VAE, though not the classifiers.
     dataset = data.open_dataset(args.dataset, args.data, args.split, download=args.download, unlabelled=True)
@@ -128,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"finished already\n{describe(plan)}\nmodel      {place}")
             return 0
         print(f"training {place} on {about_images(plan)}", flush=True)
-        start_ray()
+        driver.start_ray(OBJECT_STORE_BYTES)
         fit(plan, ("vae", "encode"), args.workers, 0)
         fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
         finish(plan, log=say)
@@ -199,17 +194,6 @@ def _some(names: Sequence[str]) -> str:
 # ---- on Ray --------------------------------------------------------------------------------------------------------
 
 
-def start_ray() -> None:
-    """Join the Ray that runs here (RAY_ADDRESS, or ray start), else start one."""
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    try:
-        ray.init(object_store_memory=OBJECT_STORE_BYTES, **quiet)
-    except ValueError:  # one that runs already brings its own store
-        ray.init(**quiet)
-
-
 def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: int) -> None:
     """Run stages on all workers, in one trainer; nothing where nothing is left to do.
 
@@ -222,9 +206,7 @@ def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: 
     """
     if all(stage_done(plan, stage) for stage in stages):
         return
-    joined = any(name in os.environ for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"))
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = nodes_to_come(alive, autoscaler_description() if joined else None)
+    nodes = driver.offered_nodes()
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     most = gpus or (sum(cpus) if useful or workers else min(len(cpus), 4))
@@ -294,7 +276,7 @@ class Lines:
 @contextmanager
 def progress() -> Iterator[Any]:
     """An actor for the workers to speak to; what they say is printed while the block runs."""
-    interruptible()
+    driver.interruptible()
     actor = ray.remote(num_cpus=0)(Lines).remote()
     done = threading.Event()
 

@@ -14,7 +14,14 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import jobfiles
 import pytest
+
+
+@pytest.fixture(scope="session")
+def load_job() -> Any:
+    """Loads a program in jobs/ as a module, by its name."""
+    return jobfiles.load_job
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from levels above its own line; modules of one line may not import each other, those of one
 # package may.
 LEVELS = [
-    {"ids", "images", "storage", "vae", "uncertainty", "schema", "resources", "report.text"},
+    {"ids", "images", "storage", "vae", "uncertainty", "schema", "report.text"},
     {"data", "classifiers", "audit", "kernels"},
     {"rows"},
     {"model", "search", "predictions"},
@@ -78,13 +78,15 @@ def test_library_never_imports_ray_nor_prints(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
-def test_job_does_not_import_another_job(path: Path) -> None:
-    jobs = {other.stem for other in (ROOT / "jobs").glob("*.py")}
+def test_job_imports_no_other_job_but_what_they_share(path: Path) -> None:
+    jobs = {other.stem for other in (ROOT / "jobs").glob("*.py")} - {"driver"}
     assert not {module for module in imports_of(path) if module.split(".")[0] == "jobs" or module in jobs}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
 def test_job_can_be_run_by_its_name(path: Path) -> None:
+    if path.stem == "driver":
+        return
     assert path.read_text().startswith("#!/usr/bin/env python")
     assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
 

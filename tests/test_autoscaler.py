@@ -6,7 +6,6 @@ a GPU. Nothing here has a GPU: the planted job below asks for one and computes w
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_submit import ROOT, head_of, submit
+from jobfiles import load_job
+from test_submit import head_of, submit
 
 WORKER = {"CPU": 2, "GPU": 1, "object_store_memory": 200_000_000}
 
@@ -29,10 +29,7 @@ def cluster() -> Iterator[dict[str, str]]:
 
 def on_cpus(argv: list[str]) -> int:
     """The job, whose actors hold a GPU in the scheduler's books and do not use it."""
-    spec = importlib.util.spec_from_file_location("explain_all_job", ROOT / "jobs/explain_all.py")
-    assert spec and spec.loader
-    job: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
+    job = load_job("explain_all")
     base = job.ExplainShard
 
     class OnCPU(base):  # type: ignore[misc, valid-type]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import importlib.util
 import io
 import os
 import re
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobfiles import load_job
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -542,14 +542,14 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("unknown engine", ["--engine", "warp"], "invalid choice: 'warp'"),
     ("unknown form of pictures", ["--images", "jpeg"], "invalid choice: 'jpeg'"),
     ("unknown flag", ["--treshold", "1"], "unrecognized arguments: --treshold"),
-    ("probability of 1", ["--min-target-prob", "1"], "SearchConfig.min_target_prob: expected"),
-    ("probability that is not a number", ["--min-target-prob", "nan"], "SearchConfig.min_target_prob: expected"),
-    ("negative number of steps", ["--max-steps", "-1"], "SearchConfig.max_steps: expected"),
+    ("probability of 1", ["--min-target-prob", "1"], "--min-target-prob: expected"),
+    ("probability that is not a number", ["--min-target-prob", "nan"], "--min-target-prob: expected"),
+    ("negative number of steps", ["--max-steps", "-1"], "--max-steps: expected"),
     ("number of steps in words", ["--max-steps", "ten"], "invalid int value: 'ten'"),
-    ("learning rate of zero", ["--learning-rate", "0"], "SearchConfig.learning_rate: expected"),
-    ("infinite learning rate", ["--learning-rate", "inf"], "SearchConfig.learning_rate: expected"),
-    ("negative weight of the distance", ["--distance-weight", "-1"], "SearchConfig.distance_weight: expected"),
-    ("step size of zero", ["--step-size", "0"], "SearchConfig.step_size: expected"),
+    ("learning rate of zero", ["--learning-rate", "0"], "--learning-rate: expected"),
+    ("infinite learning rate", ["--learning-rate", "inf"], "--learning-rate: expected"),
+    ("negative weight of the distance", ["--distance-weight", "-1"], "--distance-weight: expected"),
+    ("step size of zero", ["--step-size", "0"], "--step-size: expected"),
     ("no images asked for", ["--limit", "0"], "--limit: expected at least 1, got 0"),
     ("shards of no images", ["--shard-rows", "-1"], "--shard-rows: expected at least 1, got -1"),
     ("condition that is none", ["--where", "size=8"], "expected label=NAME[,NAME...], ids=FILE or misclassified"),
@@ -578,16 +578,17 @@ def refusal(model: Path, argv: list[str] | Callable[[Path], list[str]], root: Pa
     """Exit code and last line of the job on a bad request; nothing is left of it where --out was free."""
     import ray
 
-    spec = importlib.util.spec_from_file_location("explain_all_refusing", ROOT / "jobs/explain_all.py")
-    assert spec and spec.loader
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
-    job.start_ray = lambda: pytest.fail("Ray was started")
+    job = load_job("explain_all")
     assert ray is job.ray
     free = root / "free"
     more = argv(root) if callable(argv) else argv
     said, printed = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+    with (
+        contextlib.redirect_stderr(said),
+        contextlib.redirect_stdout(printed),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(job.driver, "start_ray", lambda *_: pytest.fail("Ray was started"))
         try:
             code = job.main(["--model", str(model), "--out", str(free), "--limit", "4", *more])
         except SystemExit as error:  # argparse

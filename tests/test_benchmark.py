@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,12 +20,9 @@ JOB = Path(__file__).parent.parent / "jobs" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_job", JOB)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.CONFIG = SearchConfig(min_target_prob=0.9, max_steps=25)  # type: ignore[attr-defined]
+def benchmark(load_job: Any) -> Any:
+    module = load_job("benchmark")
+    module.CONFIG = SearchConfig(min_target_prob=0.9, max_steps=25)
     return module
 
 

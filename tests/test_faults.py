@@ -8,7 +8,6 @@ the marker ``faults``; ``python tests/test_faults.py`` runs them all and prints 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -28,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jobfiles import load_job
 
 ROOT = Path(__file__).parent.parent
 LIMIT, SHARD_ROWS = 40, 7
@@ -260,19 +260,16 @@ def node_sees_nothing(job: Any) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100_000_000})
     blind = cluster.add_node(num_cpus=2, object_store_memory=100_000_000).node_id
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    real = job.unreachable_paths
+    real = job.driver.unreachable_paths
 
     def unreachable_paths(*args: Any) -> list[str]:
         return ["out"] if ray.get_runtime_context().get_node_id() == blind else real(*args)
 
-    job.unreachable_paths = unreachable_paths
+    job.driver.unreachable_paths = unreachable_paths
 
 
 def run_planted(fault: str, marker: str, argv: list[str]) -> int:
-    spec = importlib.util.spec_from_file_location("explain_all_job", ROOT / "jobs/explain_all.py")
-    assert spec and spec.loader
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
+    job = load_job("explain_all")
     plant(job, fault, marker)
     return int(job.main(argv))
 

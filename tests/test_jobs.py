@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobfiles import load_job
 
 import clarity
 from clarity.audit.verify import verify
@@ -24,14 +24,6 @@ from clarity.notebook import redecoder
 ROOT = Path(__file__).parent.parent
 LIMIT = 40
 FLAGS = ["--limit", str(LIMIT), "--shard-rows", "7", "--max-steps", "25", "--min-target-prob", "0.4", "--no-report"]
-
-
-def load_job(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -139,7 +131,7 @@ def test_job_refuses_another_plan(
         (["--data", "/x"], "ships its own"),
         (["--split", "middle"], "unknown split"),
         (["--targets", "11"], "unknown class '11'"),
-        (["--min-target-prob", "1.5"], "SearchConfig.min_target_prob"),
+        (["--min-target-prob", "1.5"], "--min-target-prob: expected"),
         (["--where", "label=x"], "no image has the label"),
         (["--limit", "0"], "at least 1"),
         (["--shard-rows", "-1"], "at least 1"),

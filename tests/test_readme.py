@@ -16,7 +16,7 @@ from clarity.schema import CODES, COUNTERFACTUALS, PREDICTIONS, TRACES, Column
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
-JOBS = sorted((ROOT / "jobs").glob("*.py"))
+JOBS = sorted(path for path in (ROOT / "jobs").glob("*.py") if path.stem != "driver")
 
 
 @functools.cache

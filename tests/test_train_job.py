@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -27,13 +26,9 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def job() -> Any:
+def job(load_job: Any) -> Any:
     """jobs/train.py as a module, for what needs no Ray."""
-    spec = importlib.util.spec_from_file_location("train_job", ROOT / "jobs" / "train.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_job("train")
 
 
 @pytest.fixture(scope="module")

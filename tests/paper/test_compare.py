@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from audits import make_tables, write_audit
+from jobfiles import load_job
 
 from clarity import data, judges
 from clarity import model as checkpoints
@@ -41,11 +41,7 @@ CONFIG = SearchConfig(max_steps=6, min_target_prob=0.4)
 
 
 def job() -> Any:
-    spec = importlib.util.spec_from_file_location("compare_job", ROOT / "jobs" / "compare.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_job("compare")
 
 
 @pytest.fixture(scope="module", autouse=True)

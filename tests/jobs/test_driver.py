@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from clarity.resources import Resources, autoscaler_description, job_path, nodes_to_come, plan_resources
+from jobfiles import driver
 
 
 def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
@@ -24,8 +23,8 @@ def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
         ([node(1)], (1, 0.5, 0.0, 1)),
         ([node(4)], (4, 0.75, 0.0, 1)),
         ([node(16)], (8, 1.75, 0.0, 2)),
-        ([node(2), node(2)], (4, 0.25, 0.0, 1)),
-        ([node(0), node(2), node(2)], (4, 0.25, 0.0, 1)),
+        ([node(2), node(2)], (4, 0.31, 0.0, 1)),
+        ([node(0), node(2), node(2)], (4, 0.31, 0.0, 1)),
         ([node(8, 1)], (1, 1.0, 1.0, 8)),
         ([node(4), node(32, 8)], (8, 1.0, 1.0, 4)),
         ([node(4, 8)], (8, 0.37, 1.0, 1)),
@@ -34,47 +33,47 @@ def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
 def test_plan_resources_knows_common_machines(
     nodes: list[dict[str, float]], expected: tuple[int, float, float, int]
 ) -> None:
-    found = plan_resources(nodes, num_shards=1000)
+    found = driver.plan_resources(nodes, num_shards=1000)
     assert (found.num_actors, found.cpus_per_actor, found.gpus_per_actor, found.threads_per_actor) == expected
 
 
 def test_plan_resources_uses_a_cluster_of_hundreds() -> None:
-    found = plan_resources([node(0)] + [node(16)] * 300, num_shards=20_000)
+    found = driver.plan_resources([node(0)] + [node(16)] * 300, num_shards=20_000)
     assert (found.num_actors, found.cpus_per_actor) == (1800, 2.33)
-    found = plan_resources([node(4)] + [node(64, 8)] * 200, num_shards=20_000)
+    found = driver.plan_resources([node(4)] + [node(64, 8)] * 200, num_shards=20_000)
     assert (found.num_actors, found.gpus_per_actor) == (1600, 1)
 
 
 def test_plan_resources_is_at_once_done_with_a_mixed_cluster() -> None:
     """Trying one number of actors after another took minutes here."""
     start = time.process_time()
-    found = plan_resources([node(16)] * 300 + [node(32)] * 100 + [node(96)] * 50, num_shards=20_000)
+    found = driver.plan_resources([node(16)] * 300 + [node(32)] * 100 + [node(96)] * 50, num_shards=20_000)
     assert (found.num_actors, found.cpus_per_actor) == (800, 14.0)
     assert time.process_time() - start < 5
 
 
 def test_nodes_to_come_are_those_of_the_clusters_description() -> None:
-    description = autoscaler_description(Path(__file__).parent.parent / "cluster.yaml")
+    description = driver.autoscaler_description(Path(__file__).parent.parent.parent / "cluster.yaml")
     assert description is not None
     most, head = description["max_workers"], node(0)
-    assert nodes_to_come([head], description) == [head] + [{"CPU": 8.0, "GPU": 1.0}] * most
-    planned = plan_resources(nodes_to_come([head], description), 1000)
+    assert driver.nodes_to_come([head], description) == [head] + [{"CPU": 8.0, "GPU": 1.0}] * most
+    planned = driver.plan_resources(driver.nodes_to_come([head], description), 1000)
     assert (planned.num_actors, planned.gpus_per_actor) == (most, 1)
     # Those that are there already are not counted twice, and others leave less room.
-    assert len(nodes_to_come([head, node(8, 1), node(8, 1)], description)) == 1 + most
-    assert len(nodes_to_come([head, node(16), node(8, 1)], description)) == 1 + most
-    assert nodes_to_come([head], {"max_workers": 3, "available_node_types": {"gpu": {"resources": {"GPU": 1}}}}) == [
-        head
-    ]
+    assert len(driver.nodes_to_come([head, node(8, 1), node(8, 1)], description)) == 1 + most
+    assert len(driver.nodes_to_come([head, node(16), node(8, 1)], description)) == 1 + most
+    assert driver.nodes_to_come(
+        [head], {"max_workers": 3, "available_node_types": {"gpu": {"resources": {"GPU": 1}}}}
+    ) == [head]
 
 
 def test_nodes_to_come_follow_the_largest_where_only_their_number_is_known() -> None:
-    assert nodes_to_come([node(0), node(8), node(4, 1)], None, 3) == [node(0), node(8), node(4, 1), node(4, 1)]
-    assert nodes_to_come([node(0), node(8), node(8)], None, 1) == [node(0), node(8), node(8)]
-    assert nodes_to_come([node(0)], None, 4) == [node(0)]
-    assert nodes_to_come([node(2)], None) == [node(2)]
-    with pytest.raises(ValueError, match="--max-nodes: expected at least 1, got 0"):
-        nodes_to_come([node(2)], None, 0)
+    assert driver.nodes_to_come([node(0), node(8), node(4, 1)], None, 3) == [node(0), node(8), node(4, 1), node(4, 1)]
+    assert driver.nodes_to_come([node(0), node(8), node(8)], None, 1) == [node(0), node(8), node(8)]
+    assert driver.nodes_to_come([node(0)], None, 4) == [node(0)]
+    assert driver.nodes_to_come([node(2)], None) == [node(2)]
+    with pytest.raises(ValueError, match="max_nodes: expected at least 1, got 0"):
+        driver.nodes_to_come([node(2)], None, 0)
 
 
 @pytest.mark.parametrize("text", [None, "", "[1, 2]", "a: [", "\x00"])
@@ -82,12 +81,12 @@ def test_autoscaler_description_is_none_where_there_is_none(tmp_path: Path, text
     file = tmp_path / "ray_bootstrap_config.yaml"
     if text is not None:
         file.write_text(text)
-    assert autoscaler_description(file) is None
+    assert driver.autoscaler_description(file) is None
 
 
 def test_plan_resources_gives_no_more_actors_than_shards_or_memory() -> None:
-    assert plan_resources([node(64)], num_shards=3).num_actors == 3
-    assert plan_resources([node(64, memory=5e9)], num_shards=100).num_actors == 5
+    assert driver.plan_resources([node(64)], num_shards=3).num_actors == 3
+    assert driver.plan_resources([node(64, memory=5e9)], num_shards=100).num_actors == 5
 
 
 cluster = st.lists(st.integers(1, 96), min_size=1, max_size=8)
@@ -95,7 +94,7 @@ cluster = st.lists(st.integers(1, 96), min_size=1, max_size=8)
 
 @given(cluster, st.integers(1, 500))
 def test_plan_resources_never_lets_a_placement_take_the_last_cpu(cpus: list[int], num_shards: int) -> None:
-    found = plan_resources([node(c) for c in cpus], num_shards=num_shards)
+    found = driver.plan_resources([node(c) for c in cpus], num_shards=num_shards)
     size = found.cpus_per_actor
     for c in cpus:
         most = min(found.num_actors, int(c / size + 1e-9))  # all that Ray could put there
@@ -110,7 +109,7 @@ def test_plan_resources_never_lets_a_placement_take_the_last_cpu(cpus: list[int]
 @given(st.lists(st.tuples(st.integers(1, 96), st.integers(0, 8)), min_size=1, max_size=6))
 def test_plan_resources_leaves_gpu_nodes_a_cpu(shapes: list[tuple[int, int]]) -> None:
     try:
-        found = plan_resources([node(c, g) for c, g in shapes], num_shards=1000)
+        found = driver.plan_resources([node(c, g) for c, g in shapes], num_shards=1000)
     except ValueError as error:
         assert "CPU" in str(error)
         return
@@ -123,7 +122,7 @@ def test_plan_resources_leaves_gpu_nodes_a_cpu(shapes: list[tuple[int, int]]) ->
     ("nodes", "asked", "remedy"),
     [
         ([node(0)], {}, "--num-cpus"),
-        ([node(2)], {"actors": 64}, "--actors 5 or fewer"),
+        ([node(2)], {"actors": 64}, "--actors 4 or fewer"),
         ([node(2)], {"gpus_per_actor": 1}, "--gpus-per-actor 0"),
         ([node(16, 4)], {"actors": 5}, "--actors 4"),
         ([node(16, 4)], {"gpus_per_actor": 1.5}, "whole number"),
@@ -135,16 +134,17 @@ def test_plan_resources_refuses_what_cannot_be_scheduled(
     nodes: list[dict[str, float]], asked: dict[str, float], remedy: str
 ) -> None:
     with pytest.raises(ValueError, match=remedy):
-        plan_resources(nodes, num_shards=100, **asked)  # type: ignore[arg-type]
+        driver.plan_resources(nodes, num_shards=100, **asked)  # type: ignore[arg-type]
 
 
 def test_plan_resources_shares_a_gpu() -> None:
-    assert plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0.25).num_actors == 4
-    assert plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0, actors=2).gpus_per_actor == 0
+    assert driver.plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0.25).num_actors == 4
+    assert driver.plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0, actors=2).gpus_per_actor == 0
 
 
 def test_resources_describe_themselves() -> None:
-    assert Resources(2, 0.5, 0.0, 2, 0.5, 2).describe().startswith("2 actors on 2 nodes, each 0.5 CPU, 2 threads")
+    described = driver.Resources(2, 0.5, 0.0, 2, 0.5, 2).describe()
+    assert described.startswith("2 actors on 2 nodes, each 0.5 CPU, 2 threads")
 
 
 def test_job_path_keeps_away_from_a_temporary_working_directory(
@@ -153,11 +153,11 @@ def test_job_path_keeps_away_from_a_temporary_working_directory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert job_path(None, "runs/digits/model", "--model") == str(tmp_path / "runs/digits/model")
-    assert job_path("model", "", "--model") == str(tmp_path / "model")
+    assert driver.job_path(None, "runs/digits/model", "--model") == str(tmp_path / "runs/digits/model")
+    assert driver.job_path("model", "", "--model") == str(tmp_path / "model")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert job_path(None, "runs/digits/model", "--model") == "/home/somebody/runs/digits/model"
-    assert job_path("/data/model", "", "--model") == "/data/model"
-    assert job_path("s3://bucket/model", "", "--model") == "s3://bucket/model"
+    assert driver.job_path(None, "runs/digits/model", "--model") == "/home/somebody/runs/digits/model"
+    assert driver.job_path("/data/model", "", "--model") == "/data/model"
+    assert driver.job_path("s3://bucket/model", "", "--model") == "s3://bucket/model"
     with pytest.raises(ValueError, match=r"--out audit: .* give an absolute path"):
-        job_path("audit", "", "--out")
+        driver.job_path("audit", "", "--out")
