@@ -19,7 +19,7 @@ LEVELS = [
     {"ids", "images", "storage", "vae", "uncertainty", "schema", "report.text"},
     {"data", "classifiers", "audit", "kernels"},
     {"rows"},
-    {"model", "search", "predictions"},
+    {"model", "search", "predictions", "predictor"},
     {"training", "methods"},
     {"explainer", "judges"},
     {"planning", "worker"},

@@ -1,0 +1,314 @@
+"""The predictor: the user's own model, which an audit can explain and which then has the last word on each image.
+
+An ONNX file, of which nothing is executed but its graph, or a Python function of the user's. It is asked for
+probabilities only, never for gradients, and sees 8-bit images through its own preprocessing. Does not know our models.
+
+Shapes: B images, C, H, W image, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clarity import storage
+from clarity.images import Preprocessing
+
+#: Images of one call, the last one padded with zeros, so that an answer does not depend on how many are asked about.
+BLOCK = 64
+#: Seconds that one call may take.
+TIMEOUT_S = 300.0
+#: Difference of the probabilities of an image alone and among others that is worth a warning.
+BATCH_TOLERANCE = 1e-4
+OUTPUTS = ("logits", "probabilities")
+EXAMPLE = '{"classes": ["cat", "dog"], "mode": "RGB", "size": [224, 224], "output": "logits"}'
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model of the user's, as a function from images to probabilities.
+
+    Args:
+        name: for messages.
+        call: uint8 (B, C, H, W) of its own mode and size -> probabilities (B, K).
+        class_names: K names, in the order of its output.
+        preprocessing: mode and size of its images.
+        digest: of the file, or of a function's answers to fixed images.
+        block: images of one call.
+        order: output columns, in the order in which ``predict`` returns them; None for its own.
+    """
+
+    name: str
+    call: Callable[[np.ndarray], np.ndarray]
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    digest: str
+    block: int = BLOCK
+    order: tuple[int, ...] | None = None
+
+    def ordered(self, class_names: Sequence[str]) -> Predictor:
+        """The predictor with its output in the order of these names; ValueError where its classes are others."""
+        if missing := [name for name in class_names if name not in self.class_names]:
+            raise ValueError(
+                f"predictor: {self.name} has no class {missing[0]!r}; it has {', '.join(self.class_names)}"
+            )
+        if further := [name for name in self.class_names if name not in class_names]:
+            raise ValueError(
+                f"predictor: {self.name} has the class {further[0]!r}, which the model does not know; it knows "
+                f"{', '.join(class_names)}: train the model with this predictor's classes"
+            )
+        return replace(self, order=tuple(self.class_names.index(name) for name in class_names))
+
+    def predict(self, pixels: np.ndarray, threads: int = 1) -> np.ndarray:
+        """Probabilities (B, K) float32 of images (B, C, H, W) uint8 of any mode and size.
+
+        Raises:
+            ValueError: the predictor failed, answered too late, or not with one probability for each class.
+        """
+        pixels = self.prepare(pixels)
+
+        def block(start: int) -> np.ndarray:
+            part = pixels[start : start + self.block]
+            padded = np.zeros((self.block, *pixels.shape[1:]), np.uint8)
+            padded[: len(part)] = part
+            return self.check(in_time(self.call, padded, self.name))[: len(part)]
+
+        starts = range(0, len(pixels), self.block)
+        with ThreadPoolExecutor(max(1, min(threads, len(starts)))) as pool:
+            probs = np.concatenate([np.zeros((0, len(self.class_names)), np.float32), *pool.map(block, starts)])
+        return probs if self.order is None else np.ascontiguousarray(probs[:, list(self.order)])
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Images in the predictor's own mode and size."""
+        if pixels.shape[1:] == self.preprocessing.image_shape:
+            return pixels
+        resized = [
+            self.preprocessing.apply(Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
+            for image in pixels
+        ]
+        return np.stack(resized) if resized else np.zeros((0, *self.preprocessing.image_shape), np.uint8)
+
+    def check(self, probs: Any) -> np.ndarray:
+        """The answer to one block, where it holds probabilities."""
+        values, expected = np.asarray(probs), (self.block, len(self.class_names))
+        if values.shape != expected or values.dtype.kind != "f":
+            raise ValueError(
+                f"predictor: expected {self.name} to answer floats of shape {expected}, one column for each of its "
+                f"classes, got {values.dtype} of shape {values.shape}"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"predictor: {self.name} answered NaN or infinity")
+        if (values < 0).any() or (np.abs(values.sum(1) - 1) > 0.01).any():
+            raise ValueError(
+                f"predictor: expected {self.name} to answer probabilities, got rows that sum to {values.sum(1)[0]:.4g} "
+                f"with a least value of {values.min():.4g}; where they are logits, apply a softmax"
+            )
+        return values.astype(np.float32)
+
+
+def load_predictor(source: Any, device: str = "cpu") -> Predictor:
+    """The predictor of an ONNX file, of ``module:function``, or of a function.
+
+    Args:
+        source: path or s3:// URI of a .onnx file with a .onnx.json beside it; ``module:function`` in the working
+            directory; a function with the attributes ``classes``, ``mode`` and ``size``; or a Predictor.
+        device: cpu or cuda, for ONNX.
+
+    Raises:
+        ValueError: it cannot be loaded, or its description does not fit: says what was expected and found.
+    """
+    if isinstance(source, Predictor):
+        return source
+    if callable(source):
+        return function_predictor(source, getattr(source, "__qualname__", type(source).__name__), {})
+    text = str(source)
+    if text.endswith(".onnx"):
+        return onnx_predictor(text, device)
+    module, separator, function = text.rpartition(":")
+    if not separator or not all(part.isidentifier() for part in [*module.split("."), function]):
+        raise ValueError(f"predictor: expected a file ending in .onnx, or module:function, got {text!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        loaded = importlib.import_module(module)
+        call = getattr(loaded, function)
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(f"predictor: {text} cannot be imported: {type(error).__name__}: {error}") from None
+    beside = f"{loaded.__file__}.json"
+    return function_predictor(call, text, storage.read_json(beside) if Path(beside).exists() else {})
+
+
+def function_predictor(call: Callable[..., Any], name: str, described: Mapping[str, Any]) -> Predictor:
+    """The predictor of a function from uint8 (B, C, H, W) to probabilities (B, K)."""
+    attributes = {key: getattr(call, key) for key in ("classes", "mode", "size") if hasattr(call, key)}
+    fields = parse_description({**described, **attributes}, name, ("classes", "mode", "size"))
+    predictor = Predictor(name, call, fields["classes"], fields["preprocessing"], "")
+    # Two functions are taken for the same where they answer the same to fixed images.
+    images = np.random.default_rng(0).integers(0, 256, (8, *predictor.preprocessing.image_shape), np.uint8)
+    answers = np.round(predictor.predict(images).astype(np.float64), 4)
+    return replace(predictor, digest=hashlib.sha256(answers.tobytes()).hexdigest())
+
+
+def onnx_predictor(uri: str, device: str) -> Predictor:
+    """The predictor of an ONNX file and the JSON beside it."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError:
+        raise ValueError("predictor: ONNX files need onnx and onnxruntime: pip install '.[onnx]'") from None
+    name = storage.display(uri)
+    if not storage.exists(f"{uri}.json"):
+        raise ValueError(f"predictor: expected {name}.json beside the model, such as {EXAMPLE}")
+    described = storage.read_json(f"{uri}.json")
+    fields = parse_description(described, f"{name}.json", ("classes", "mode", "size", "output"), ("mean", "std"))
+    content = storage.read_bytes(uri)
+    try:
+        graph = onnx.load_model_from_string(content)
+        external = external_files(graph)
+        if external and storage.is_remote(uri):
+            raise ValueError("it keeps weights in further files, which are read from a local directory only: copy it")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        wanted = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+        providers = [*(p for p in wanted if p in onnxruntime.get_available_providers()), "CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(uri if external else content, options, providers=providers)
+        sums = [hashlib.sha256(part).hexdigest() for part in (content, *(beside(uri, file) for file in external))]
+    except Exception as error:  # of protobuf and of the runtime, whose types are not public
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"predictor: {name} cannot be loaded: {reason[:300]}") from None
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    shape, count = fields["preprocessing"].image_shape, len(fields["classes"])
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not fits(inputs[0].shape, (None, *shape)):
+        found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in inputs)
+        raise ValueError(f"predictor: {name}: expected one input tensor(float) [B, *{shape}], found {found}")
+    chosen = [put.name for put in outputs if put.type in FLOATS and fits(put.shape, (None, count))]
+    if len(chosen) != 1:
+        found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in outputs)
+        raise ValueError(f"predictor: {name}: expected one output of floats [B, {count} classes], found {found}")
+    batch = inputs[0].shape[0]
+    mean, std = (np.array(fields[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
+
+    def call(pixels: np.ndarray) -> np.ndarray:
+        x = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        (values,) = session.run(chosen, {inputs[0].name: x})
+        return softmax(values) if fields["output"] == "logits" else values
+
+    digest = hashlib.sha256(repr((sums, sorted(described.items()))).encode()).hexdigest()
+    block = batch if isinstance(batch, int) else BLOCK
+    return Predictor(name, call, fields["classes"], fields["preprocessing"], digest, block)
+
+
+FLOATS = ("tensor(float)", "tensor(double)", "tensor(float16)")
+
+
+def fits(shape: Sequence[Any], expected: Sequence[int | None]) -> bool:
+    """Whether an ONNX shape, in which names stand for free axes, can be the expected one."""
+    return len(shape) == len(expected) and all(
+        not isinstance(found, int) or size is None or found == size for found, size in zip(shape, expected)
+    )
+
+
+def external_files(model: Any) -> list[str]:
+    """Names of the files beside an ONNX file that hold its weights; ValueError for one that lies elsewhere."""
+    entries = (entry for tensor in tensors_of(model.graph) for entry in tensor.external_data)
+    names = {entry.value for entry in entries if entry.key == "location"}
+    if elsewhere := sorted(name for name in names if os.path.basename(name) != name or name in ("", ".", "..")):
+        raise ValueError(f"its weights lie in {elsewhere[0]!r}: expected them in a file beside it")
+    return sorted(names)
+
+
+def tensors_of(graph: Any) -> Iterator[Any]:
+    """Every tensor that an ONNX graph and its subgraphs hold."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from [attribute.t, *attribute.tensors]
+        for part in [attribute.g, *attribute.graphs]:
+            if part.node or part.initializer:
+                yield from tensors_of(part)
+
+
+def beside(uri: str, name: str) -> bytes:
+    """A file in the directory of another one."""
+    return Path(uri).with_name(name).read_bytes()
+
+
+def parse_description(found: Any, name: str, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The description of a predictor: classes, mode, size, and for ONNX output, mean and std.
+
+    Raises:
+        ValueError: an entry is missing, unknown or of another form.
+    """
+
+    def require(fit: bool, expected: str, value: Any) -> None:
+        if not fit:
+            raise ValueError(f"predictor: {name}: expected {expected}, got {value!r}; an example: {EXAMPLE}")
+
+    require(isinstance(found, Mapping), "an object", found)
+    for key in needed:
+        require(key in found, f"an entry {key!r}", sorted(found))
+    unknown = sorted(set(found) - {*needed, *optional})
+    require(not unknown, f"the entries {', '.join([*needed, *optional])} and no other", unknown)
+    classes, size = found["classes"], found["size"]
+    names = isinstance(classes, list | tuple) and all(isinstance(label, str) and label for label in classes)
+    require(names and len(set(classes)) == len(classes) >= 2, "classes as two or more distinct names", classes)
+    pair = isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    require(pair, "size as [height, width] in pixels", size)
+    require(found["mode"] in ("L", "RGB"), "mode L (grey) or RGB", found["mode"])
+    preprocessing = Preprocessing(found["mode"], *size)
+    fields: dict[str, Any] = {"classes": tuple(classes), "preprocessing": preprocessing}
+    if "output" in needed:
+        require(found["output"] in OUTPUTS, f"output as one of {', '.join(OUTPUTS)}", found["output"])
+        fields["output"] = found["output"]
+    channels = preprocessing.image_shape[0]
+    for key, default in (("mean", 0.0), ("std", 1.0)):
+        values = found.get(key, [default] * channels)
+        numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        require(numbers and len(values) == channels, f"{key} as {channels} numbers, one for each channel", values)
+        require(key == "mean" or min(values) > 0, "std of more than 0", values)
+        fields[key] = values
+    return fields
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    values = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return (values / values.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def in_time(call: Callable[[np.ndarray], Any], pixels: np.ndarray, name: str) -> Any:
+    """The answer of a call that is given up after ``TIMEOUT_S``, its thread left behind."""
+    answer: list[Any] = []
+
+    def run() -> None:
+        try:
+            answer.append((call(pixels), None))
+        except BaseException as error:  # the user's code may raise anything
+            answer.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    if not answer:
+        raise ValueError(f"predictor: {name} gave no answer to {len(pixels)} images for {TIMEOUT_S:.0f} s")
+    result, error = answer[0]
+    if error is not None:
+        raise ValueError(f"predictor: {name} failed: {type(error).__name__}: {error}") from error
+    return result
+
+
+def batch_difference(predictor: Predictor, pixels: np.ndarray) -> float:
+    """Largest difference between the probabilities of the first image alone and among the others."""
+    together, alone = predictor.predict(pixels[: predictor.block]), predictor.predict(pixels[:1])
+    return float(np.abs(together[:1] - alone).max())

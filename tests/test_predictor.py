@@ -1,0 +1,214 @@
+"""The user's own model: an ONNX file or a function, its description, its answers, and what is rejected."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from clarity import predictor
+from clarity.predictor import batch_difference, load_predictor
+
+H, W, K = 4, 6, 3
+CLASSES = ["ant", "bee", "cow"]
+DESCRIPTION = {"classes": CLASSES, "mode": "L", "size": [H, W], "mean": [0.5], "std": [0.25], "output": "logits"}
+WEIGHT = np.random.default_rng(5).normal(size=(H * W, K)).astype(np.float32)
+
+
+def write_onnx(
+    directory: Path, shape: tuple[Any, ...] = ("batch", 1, H, W), external: str | None = None, **changes: Any
+) -> str:
+    """A linear classifier of images as model.onnx, and model.onnx.json."""
+    weight = numpy_helper.from_array(WEIGHT, "weight")
+    if external:
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", external), ("offset", "0"), ("length", str(WEIGHT.nbytes))):
+            entry = weight.external_data.add()
+            entry.key, entry.value = key, value
+    nodes = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (shape[0], K))],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (directory / "model.onnx").write_bytes(model.SerializeToString())
+    (directory / "model.onnx.json").write_text(json.dumps({**DESCRIPTION, **changes}))
+    return str(directory / "model.onnx")
+
+
+def images(count: int, shape: tuple[int, int, int] = (1, H, W)) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, *shape), np.uint8)
+
+
+def expected(pixels: np.ndarray) -> np.ndarray:
+    logits = ((pixels.reshape(len(pixels), -1) / 255 - 0.5) / 0.25) @ WEIGHT.astype(np.float64)
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    return odds / odds.sum(1, keepdims=True)
+
+
+def as_function(call: Callable[[np.ndarray], Any], **attributes: Any) -> Callable[[np.ndarray], Any]:
+    def function(pixels: np.ndarray) -> Any:
+        return call(pixels)
+
+    for name, value in {"classes": CLASSES, "mode": "L", "size": (H, W), **attributes}.items():
+        setattr(function, name, value)
+    return function
+
+
+def test_onnx_answers_probabilities_of_preprocessed_pixels(tmp_path: Path) -> None:
+    loaded = load_predictor(write_onnx(tmp_path))
+    assert loaded.class_names == ("ant", "bee", "cow")
+    pixels = images(70)
+    assert np.allclose(loaded.predict(pixels), expected(pixels), atol=1e-5)
+    assert loaded.predict(pixels[:0]).shape == (0, K)
+
+
+def test_onnx_answers_do_not_depend_on_the_batch_or_the_threads(tmp_path: Path) -> None:
+    loaded = load_predictor(write_onnx(tmp_path))
+    pixels = images(150)
+    whole = loaded.predict(pixels, threads=3)
+    assert (np.concatenate([loaded.predict(pixels[row : row + 1]) for row in range(150)]) == whole).all()
+    assert batch_difference(loaded, pixels) == 0
+    assert (load_predictor(write_onnx(tmp_path, shape=(1, 1, H, W))).predict(pixels[:3]) == whole[:3]).all()
+
+
+def test_onnx_takes_probabilities_as_they_are(tmp_path: Path) -> None:
+    loaded = load_predictor(write_onnx(tmp_path, output="probabilities"))
+    with pytest.raises(ValueError, match=r"to answer probabilities, got rows that sum to .*apply a softmax"):
+        loaded.predict(images(2))
+
+
+def test_predictor_resizes_and_converts_to_its_own_mode_and_size(tmp_path: Path) -> None:
+    loaded = load_predictor(write_onnx(tmp_path))
+    colour = images(3, (3, 8, 12))
+    prepared = loaded.prepare(colour)
+    assert prepared.shape == (3, 1, H, W)
+    assert (loaded.predict(colour) == loaded.predict(prepared)).all()
+
+
+def test_ordered_predictor_answers_in_the_order_of_names(tmp_path: Path) -> None:
+    loaded, pixels = load_predictor(write_onnx(tmp_path)), images(5)
+    turned = loaded.ordered(["cow", "ant", "bee"])
+    assert (turned.predict(pixels) == loaded.predict(pixels)[:, [2, 0, 1]]).all()
+    with pytest.raises(ValueError, match=r"has no class 'dog'; it has ant, bee, cow"):
+        loaded.ordered(["ant", "bee", "cow", "dog"])
+    with pytest.raises(ValueError, match=r"has the class 'cow', which the model does not know; it knows ant, bee"):
+        loaded.ordered(["ant", "bee"])
+
+
+def test_digest_changes_with_the_file_and_its_description(tmp_path: Path) -> None:
+    digests = {load_predictor(write_onnx(tmp_path)).digest for _ in range(2)}
+    assert len(digests) == 1
+    digests.add(load_predictor(write_onnx(tmp_path, mean=[0.4])).digest)
+    digests.add(load_predictor(write_onnx(tmp_path, shape=(2, 1, H, W))).digest)
+    assert len(digests) == 3
+
+
+def test_onnx_weights_may_lie_in_a_file_beside(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(WEIGHT.tobytes())
+    loaded = load_predictor(write_onnx(tmp_path, external="weights.bin"))
+    assert np.allclose(loaded.predict(images(2)), expected(images(2)), atol=1e-5)
+    (tmp_path / "weights.bin").write_bytes((WEIGHT + 1).tobytes())
+    assert load_predictor(str(tmp_path / "model.onnx")).digest != loaded.digest
+
+
+@pytest.mark.parametrize("external", ["../weights.bin", "/etc/passwd", "sub/weights.bin"])
+def test_onnx_weights_elsewhere_are_rejected(tmp_path: Path, external: str) -> None:
+    with pytest.raises(ValueError, match=r"its weights lie in .*: expected them in a file beside it"):
+        load_predictor(write_onnx(tmp_path, external=external))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": CLASSES[:2]}, r"expected one output of floats \[B, 2 classes\], found y: tensor\(float\)"),
+        ({"classes": ["ant", "ant", "cow"]}, "classes as two or more distinct names"),
+        ({"classes": 3}, "classes as two or more distinct names, got 3"),
+        ({"mode": "CMYK"}, r"mode L \(grey\) or RGB, got 'CMYK'"),
+        ({"mode": "RGB", "mean": [0] * 3, "std": [1] * 3}, r"expected one input tensor\(float\) \[B, \*\(3, 4, 6\)\]"),
+        ({"size": [4]}, r"size as \[height, width\] in pixels, got \[4\]"),
+        ({"mean": [0.5, 0.5]}, "mean as 1 numbers, one for each channel"),
+        ({"std": [0]}, "std of more than 0"),
+        ({"output": "scores"}, "output as one of logits, probabilities, got 'scores'"),
+        ({"labels": []}, r"and no other, got \['labels'\]"),
+    ],
+)
+def test_onnx_description_that_does_not_fit_is_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_predictor(write_onnx(tmp_path, **changes))
+
+
+def test_onnx_without_a_description_or_a_graph_is_rejected(tmp_path: Path) -> None:
+    path = Path(write_onnx(tmp_path))
+    path.write_bytes(b"no graph")
+    with pytest.raises(ValueError, match=r"model.onnx cannot be loaded: "):
+        load_predictor(path)
+    (tmp_path / "model.onnx.json").unlink()
+    with pytest.raises(ValueError, match=r'expected .*model.onnx.json beside the model, such as {"classes"'):
+        load_predictor(path)
+
+
+def test_function_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import numpy as np\ndef answer(x):\n    return np.eye(3)[x.reshape(len(x), -1).argmax(1) % 3]\n"
+    (tmp_path / "their_model.py").write_text(code)
+    (tmp_path / "their_model.py.json").write_text(json.dumps({"classes": CLASSES, "mode": "L", "size": [H, W]}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    loaded = load_predictor("their_model:answer")
+    pixels = images(4)
+    assert (loaded.predict(pixels).argmax(1) == pixels.reshape(4, -1).argmax(1) % 3).all()
+    with pytest.raises(ValueError, match="their_model:missing cannot be imported: AttributeError"):
+        load_predictor("their_model:missing")
+
+
+def test_functions_that_answer_alike_have_the_same_digest() -> None:
+    flat = as_function(lambda x: np.full((len(x), K), 1 / K))
+    assert load_predictor(flat).digest == load_predictor(as_function(lambda x: np.full((len(x), K), 1 / K))).digest
+    assert load_predictor(flat).digest != load_predictor(as_function(lambda x: np.eye(K)[[0] * len(x)])).digest
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: 1 / 0, "failed: ZeroDivisionError: division by zero"),
+        (lambda x: np.full((len(x), K), np.nan), "answered NaN or infinity"),
+        (lambda x: np.full((len(x), 2), 0.5), r"floats of shape \(64, 3\), .* got float64 of shape \(64, 2\)"),
+        (lambda x: np.ones((len(x), K), int), "got int64"),
+        (lambda x: np.full((len(x), K), 2.0), "got rows that sum to 6"),
+        (lambda x: None, "got object of shape"),
+    ],
+)
+def test_answers_that_are_invalid_are_rejected(call: Callable[[np.ndarray], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_predictor(as_function(call))
+
+
+def test_answer_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "TIMEOUT_S", 0.1)
+    with pytest.raises(ValueError, match="gave no answer to 64 images for 0 s"):
+        load_predictor(as_function(lambda x: time.sleep(5)))
+
+
+def test_batch_difference_finds_answers_that_depend_on_the_others() -> None:
+    def relative(pixels: np.ndarray) -> np.ndarray:
+        scores = pixels.reshape(len(pixels), -1)[:, :K] / max(1, pixels.mean()) + 1
+        return scores / scores.sum(1, keepdims=True)
+
+    assert batch_difference(load_predictor(as_function(relative)), images(9)) > predictor.BATCH_TOLERANCE
+
+
+@pytest.mark.parametrize("source", ["model.pt", "module", "a-b:c", "a:b c"])
+def test_source_of_another_kind_is_rejected(source: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a file ending in .onnx, or module:function, got"):
+        load_predictor(source)
