@@ -1,7 +1,7 @@
-"""The doors to the fast searches over stacked latent classifiers: the compiled one for CPUs, the fused one for CUDA.
+"""Fast implementations of Algorithm 1 over stacked latent classifiers: compiled for CPUs, in Triton for CUDA.
 
-Both follow Algorithm 1 as ``search.descend`` defines it: the target probability (mean over the members, float32) is
-tested before each update and once after the last, each row by itself. Knows tensors and engines; does not choose one.
+Both do what ``search.descend`` specifies: the target probability (mean over the members, float32) is tested before
+each update and once after the last, each row by itself. Does not choose an engine.
 
 Shapes: B rows, D latent, K classes, M members; layers are (weight (M, in, out), bias (M, out)), a ReLU between two.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -28,67 +28,88 @@ try:
 except ImportError:  # where torch comes without it
     triton = None
 
-if TYPE_CHECKING:
-    from clarity.search import SearchConfig
-
 Layers = Sequence[tuple[Tensor, Tensor]]
 
-
-def _jit(function: Any) -> Any:
-    return function if triton is None else triton.jit(function)
-
-
-# ---- CPU -------------------------------------------------------------------------------------------------------------
+#: The builds of native/search.cpp by instruction set, fastest first.
+BUILDS = ("avx512", "avx2", "base")
 
 
-def native_levels() -> tuple[str, ...]:
-    """The compiled searches that are installed and that this processor can run, fastest first; () where none is."""
-    return tuple(_modules())
+@dataclass(frozen=True)
+class LatentSearch:
+    """Algorithm 1 with Adam on Eq. 6 for B rows: everything that a kernel needs.
+
+    Args:
+        layers: of the classifiers.
+        start: (B, D) float32, where each row starts.
+        reference: (B, D) float32, what the distance is measured to.
+        target: (B,) int64.
+        min_target_prob: (B,) float32, what each row must exceed.
+        fixed: (D, k) float32, orthonormal directions along which no update moves; None for none.
+        max_steps: the most updates of a row.
+        distance_weight: of the L1 distance.
+        learning_rate: of Adam.
+    """
+
+    layers: Layers
+    start: Tensor
+    reference: Tensor
+    target: Tensor
+    min_target_prob: Tensor
+    fixed: Tensor | None
+    max_steps: int
+    distance_weight: float
+    learning_rate: float
+
+    def directions(self) -> Tensor:
+        """``fixed`` as (k, D), with k = 0 for None."""
+        return self.start.new_zeros(0, self.start.shape[1]) if self.fixed is None else self.fixed.t()
 
 
-def native_available() -> bool:
-    """Whether the compiled search can run here."""
-    return bool(_modules())
-
-
-@functools.cache
-def _modules() -> dict[str, ModuleType]:
-    # The plain build asks the processor; another one could stop the process on its first instruction.
-    base = _import("base")
-    found = {level: _import(level) for level in base.levels()} if base is not None else {}
-    return {level: module for level, module in found.items() if module is not None}
-
-
-def _import(level: str) -> ModuleType | None:
+def import_build(build: str) -> ModuleType | None:
+    """The compiled module of a build, or None where it is not installed."""
     try:
-        return importlib.import_module(f"_clarity_native_{level}")
+        return importlib.import_module(f"_clarity_engine_{build}")
     except ImportError:
         return None
 
 
-def native_search(
-    layers: Layers,
-    start: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    config: SearchConfig,
-    threads: int,
-    level: str | None = None,
-) -> dict[str, Tensor]:
-    """Algorithm 1 in the compiled search, on ``threads`` threads of its own; other Python threads run meanwhile.
+@functools.cache
+def native_modules() -> dict[str, ModuleType]:
+    """The compiled modules that are installed and that this processor can run, by build, fastest first."""
+    # The base build asks the processor: any other could crash the process at its first instruction.
+    base = import_build("base")
+    found = {build: import_build(build) for build in base.builds()} if base is not None else {}
+    return {build: module for build, module in found.items() if module is not None}
 
-    start, reference (B, D) float32, target (B,) int64. Returns point (B, D), steps (B,) int32, target_prob_initial and
-    target_prob_final (B,), finite (B,) bool: False where the probability or the next update was no finite number; such
-    a row ends at its last finite point. ``level`` is one of ``native_levels``; None takes the fastest. A row's bits
-    depend on the row, the layers, the config and the level alone. Raises ValueError for shapes that do not fit.
+
+def native_builds() -> tuple[str, ...]:
+    """The builds of the compiled search that can run here, fastest first; () where there is none."""
+    return tuple(native_modules())
+
+
+def native_module(build: str) -> ModuleType:
+    """The compiled module of a build; raises ValueError where it cannot run."""
+    modules = native_modules()
+    if build not in modules:
+        have = f"this machine runs {', '.join(modules)}" if modules else "pip install . with a C++ compiler builds it"
+        raise ValueError(f"build {build!r} of the native search is not available; {have}")
+    return modules[build]
+
+
+def native_search(problem: LatentSearch, threads: int, build: str) -> dict[str, Tensor]:
+    """Run a search in compiled code, on ``threads`` threads of its own and without the GIL.
+
+    A row's bits depend on the row, the other fields of the problem and the build alone.
+
+    Returns:
+        point (B, D), steps (B,) int32, target_prob_initial and target_prob_final (B,), finite (B,) bool: False where
+        the probability or the next update was not a finite number; such a row ends at its last finite point.
+
+    Raises:
+        ValueError: shapes do not agree, or the build cannot run here.
     """
-    modules = _modules()
-    if not modules:
-        raise ValueError("the native search is not built here; pip install . builds it where a C++ compiler is")
-    level = level or next(iter(modules))
-    if level not in modules:
-        raise ValueError(f"unknown level {level!r} of the native search; this machine has {', '.join(modules)}")
-    rows, latent = start.shape
+    module = native_module(build)
+    rows, latent = problem.start.shape
     found = {
         "point": np.empty((rows, latent), np.float32),
         "steps": np.empty(rows, np.int32),
@@ -96,38 +117,57 @@ def native_search(
         "target_prob_final": np.empty(rows, np.float32),
         "finite": np.empty(rows, np.bool_),
     }
-    modules[level].search(
-        weights=[_array(weight, torch.float32) for weight, _ in layers],
-        biases=[_array(bias, torch.float32) for _, bias in layers],
-        start=_array(start, torch.float32),
-        reference=_array(reference, torch.float32),
-        target=_array(target, torch.int64),
+    module.search(
+        weights=[as_array(weight) for weight, _ in problem.layers],
+        biases=[as_array(bias) for _, bias in problem.layers],
+        start=as_array(problem.start),
+        reference=as_array(problem.reference),
+        target=as_array(problem.target, torch.int64),
+        min_target_prob=as_array(problem.min_target_prob),
+        fixed=as_array(problem.directions()),
         **found,
-        min_target_prob=config.min_target_prob,
-        max_steps=config.max_steps,
-        distance_weight=config.distance_weight,
-        learning_rate=config.learning_rate,
+        max_steps=problem.max_steps,
+        distance_weight=problem.distance_weight,
+        learning_rate=problem.learning_rate,
         threads=threads,
     )
     return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
-def _array(values: Tensor, dtype: torch.dtype) -> np.ndarray:
+def native_value_and_grad(
+    layers: Layers, points: Tensor, target: Tensor, threads: int, build: str
+) -> tuple[Tensor, Tensor]:
+    """Mean target probability (B,) of codes (B, D) and its gradient (B, D), computed as in ``native_search``."""
+    module = native_module(build)
+    target_prob, gradient = np.empty(len(points), np.float32), np.empty(tuple(points.shape), np.float32)
+    module.value_and_grad(
+        weights=[as_array(weight) for weight, _ in layers],
+        biases=[as_array(bias) for _, bias in layers],
+        points=as_array(points),
+        target=as_array(target, torch.int64),
+        target_prob=target_prob,
+        gradient=gradient,
+        threads=threads,
+    )
+    return torch.from_numpy(target_prob), torch.from_numpy(gradient)
+
+
+def as_array(values: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """A contiguous array of this type; shares the memory of a tensor that is one already."""
     return values.detach().to("cpu", dtype).contiguous().numpy()
 
 
-# ---- CUDA ------------------------------------------------------------------------------------------------------------
-
+#: The largest sizes that the Triton kernel holds.
 MOST_LATENT, MOST_WIDTH, MOST_CLASSES = 512, 64, 100
 
 
 def triton_available() -> bool:
-    """Whether the package triton, in which the fused search is written, is installed."""
+    """Whether the package triton is installed."""
     return triton is not None
 
 
 def triton_refusal(layers: Layers) -> str:
-    """Why the fused search cannot hold these classifiers; empty when it can."""
+    """Why the Triton kernel cannot hold these classifiers; empty when it can."""
     latent, classes = layers[0][0].shape[1], layers[-1][0].shape[2]
     width = max((weight.shape[2] for weight, _ in layers[:-1]), default=0)
     if latent <= MOST_LATENT and width <= MOST_WIDTH and classes <= MOST_CLASSES:
@@ -138,14 +178,19 @@ def triton_refusal(layers: Layers) -> str:
     )
 
 
-@_jit
-@no_type_check
-def _logits_and_slope(hidden, weights, biases, aim, LAYER: tl.constexpr, DEPTH: tl.constexpr, HP: tl.constexpr,
-                      KP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Layers LAYER + 1 and on of one member, then the way back: the target's probability, and the gradient of the
-    cross-entropy by the outputs of layer LAYER before its ReLU, which come as ``hidden`` (BLOCK, HP or KP).
+def jit(function: Any) -> Any:
+    """``triton.jit`` where Triton is installed."""
+    return function if triton is None else triton.jit(function)
 
-    ``weights`` and ``biases`` point to layer LAYER + 1's; ``aim`` (BLOCK, KP) is 1 at the target.
+
+@jit
+@no_type_check
+def prob_and_slope(hidden, weights, biases, aim, LAYER: tl.constexpr, DEPTH: tl.constexpr, HP: tl.constexpr,
+                   KP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The target's probability of one member, and the gradient of its cross-entropy by ``hidden``.
+
+    ``hidden`` (BLOCK, HP or KP) are the outputs of layer LAYER before its ReLU; ``weights`` and ``biases`` point to
+    those of layer LAYER + 1; ``aim`` (BLOCK, KP) is 1 at the target.
     """
     if LAYER == DEPTH - 1:
         power = tl.exp(hidden - tl.max(hidden, axis=1)[:, None])
@@ -158,7 +203,7 @@ def _logits_and_slope(hidden, weights, biases, aim, LAYER: tl.constexpr, DEPTH: 
         weight = tl.load(weights + tl.arange(0, HP)[:, None] * columns + column[None, :])
         active = tl.where(hidden < 0, 0.0, hidden)  # NaN stays
         above = tl.dot(active, weight, input_precision=PRECISION) + tl.load(biases + column)[None, :]
-        prob, slope = _logits_and_slope(
+        prob, slope = prob_and_slope(
             above, weights + HP * columns, biases + columns, aim, LAYER + 1, DEPTH, HP, KP, PRECISION
         )
         slope = tl.dot(slope, tl.trans(weight), input_precision=PRECISION)
@@ -166,18 +211,18 @@ def _logits_and_slope(hidden, weights, biases, aim, LAYER: tl.constexpr, DEPTH: 
     return prob, slope
 
 
-@_jit
+@jit
 @no_type_check
-def _search_kernel(weights, biases, start, reference, target, rates, roots, point, steps_out, initial_out, final_out,
-                   finite_out, counter, total, max_steps, corrections, min_target_prob, distance_weight,
-                   MEMBERS: tl.constexpr,
-                   D: tl.constexpr, SIZE: tl.constexpr, BIASES: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
-                   TILE: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+def search_kernel(weights, biases, start, reference, target, min_target_prob, fixed, rates, roots, point, steps_out,
+                  initial_out, final_out, finite_out, counter, total, max_steps, corrections, distance_weight,
+                  MEMBERS: tl.constexpr, DIRECTIONS: tl.constexpr,
+                  D: tl.constexpr, SIZE: tl.constexpr, BIASES: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
+                  TILE: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
     """Algorithm 1 for BLOCK searches at a time; a lane whose search has ended takes the next row from ``counter``.
 
-    Codes are held as TILES tensors (BLOCK, TILE), so that no product asks for more shared memory than there is. SIZE
-    and BIASES are the numbers of weights and biases of one member.
+    Codes are held as TILES tensors (BLOCK, TILE), so that each product fits into shared memory. SIZE and BIASES are the
+    numbers of weights and biases of one member.
     """
     FIRST: tl.constexpr = KP if DEPTH == 1 else HP
     lane = tl.arange(0, BLOCK)
@@ -189,6 +234,7 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
     for _ in tl.static_range(1, TILES):
         z, origin, mean, square = z + (nothing,), origin + (nothing,), mean + (nothing,), square + (nothing,)
     aim = tl.zeros((BLOCK, KP), tl.float32)
+    limit = tl.zeros((BLOCK,), tl.float32)
     steps = tl.zeros((BLOCK,), tl.int32)
     row = tl.zeros((BLOCK,), tl.int64) - 1
     ended = lane >= 0
@@ -211,6 +257,7 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
             z, origin, mean, square = z_next, origin_next, mean_next, square_next
             wanted = tl.load(target + row, mask=fresh, other=0)
             aim = tl.where(old, (wanted[:, None] == tl.arange(0, KP)[None, :]).to(tl.float32), aim)
+            limit = tl.where(ended, tl.load(min_target_prob + row, mask=fresh, other=1.0), limit)
             steps = tl.where(ended, 0, steps)
         busy = row >= 0
         alive = tl.sum(busy.to(tl.int32), axis=0)
@@ -225,7 +272,7 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
             hidden = tl.zeros((BLOCK, FIRST), tl.float32) + tl.load(own_biases + column)[None, :]
             for t in tl.static_range(TILES):
                 hidden = tl.dot(z[t], tl.load(own + t * TILE * FIRST + corner), hidden, input_precision=PRECISION)
-            p, slope = _logits_and_slope(
+            p, slope = prob_and_slope(
                 hidden, own + TILES * TILE * FIRST, own_biases + FIRST, aim, 0, DEPTH, HP, KP, PRECISION
             )
             prob += p
@@ -239,7 +286,6 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
         corrected = tl.minimum(steps, corrections - 1)
         rate = tl.load(rates + corrected)[:, None]
         root = tl.load(roots + corrected)[:, None]
-        odd = tl.zeros((BLOCK,), tl.float32)
         moved, mean_next, square_next = (), (), ()
         for t in tl.static_range(TILES):
             away = z[t] - origin[t]
@@ -248,12 +294,25 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
             first = mean[t] + (slope - mean[t]) * 0.1
             second = square[t] * 0.999 + slope * (0.001 * slope)
             there = z[t] - rate * tl.div_rn(first, tl.sqrt_rn(second) * root + 1e-8)
-            odd += tl.sum(there * 0.0, axis=1)  # 0, or NaN where one is infinite or NaN
             moved, mean_next, square_next = moved + (there,), mean_next + (first,), square_next + (second,)
         mean, square = mean_next, square_next
+        if DIRECTIONS > 0:
+            for j in range(DIRECTIONS):
+                along = tl.zeros((BLOCK,), tl.float32)
+                for t in tl.static_range(TILES):
+                    direction = tl.load(fixed + j * TILES * TILE + t * TILE + unit)[None, :]
+                    along += tl.sum((moved[t] - z[t]) * direction, axis=1)
+                kept = ()
+                for t in tl.static_range(TILES):
+                    direction = tl.load(fixed + j * TILES * TILE + t * TILE + unit)[None, :]
+                    kept = kept + (moved[t] - along[:, None] * direction,)
+                moved = kept
+        odd = tl.zeros((BLOCK,), tl.float32)
+        for t in tl.static_range(TILES):
+            odd += tl.sum(moved[t] * 0.0, axis=1)  # 0, or NaN where a number is infinite or NaN
 
         known = prob * 0.0 == 0
-        over = (prob > min_target_prob) | (steps >= max_steps)
+        over = (prob > limit) | (steps >= max_steps)
         ended = busy & (over | (known == 0) | (odd != 0))
         tl.store(initial_out + row, prob, mask=busy & (steps == 0))
         tl.store(final_out + row, prob, mask=ended)
@@ -270,38 +329,39 @@ def _search_kernel(weights, biases, start, reference, target, rates, roots, poin
         empty = tl.sum(ended.to(tl.int32), axis=0)
 
 
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 @dataclass(frozen=True)
-class _Plan:
-    """How the fused search is laid out for one ensemble: constants of its compilation."""
+class Layout:
+    """How the kernel is laid out for one ensemble: the constants of its compilation, and its number of warps."""
 
     constants: dict[str, Any]
     warps: int
 
     @staticmethod
-    def of(layers: Layers, precision: str) -> _Plan:
+    def of(layers: Layers, precision: str, directions: int = 0) -> Layout:
+        """The layout for these layers; raises ValueError for sizes that the kernel does not hold."""
+
+        def padded(size: int) -> int:
+            return max(16, 1 << (size - 1).bit_length())
+
         refusal = triton_refusal(layers)
         if refusal:
-            raise ValueError(f"the fused search {refusal}; use engine batched")
+            raise ValueError(f"the Triton kernel {refusal}; use engine batched")
         latent, classes = layers[0][0].shape[1], layers[-1][0].shape[2]
         widths = [weight.shape[2] for weight, _ in layers[:-1]]
-        dp, hp, kp, depth = _padded(latent), _padded(max(widths, default=1)), _padded(classes), len(layers)
+        dp, hp, kp, depth = padded(latent), padded(max(widths, default=1)), padded(classes), len(layers)
         ins = [dp] + [hp] * (depth - 1)
         outs = [hp] * (depth - 1) + [kp]
         # Five tensors of BLOCK codes live in registers: at most 16 numbers of each in a thread.
         block = 64 if dp <= 32 else 32 if dp <= 128 else 16
         constants = dict(
-            MEMBERS=layers[0][0].shape[0],
+            MEMBERS=layers[0][0].shape[0], DIRECTIONS=directions,
             D=latent, SIZE=sum(i * o for i, o in zip(ins, outs)), BIASES=sum(outs), DEPTH=depth, TILES=-(-dp // 64),
             TILE=min(dp, 64), HP=hp, KP=kp, BLOCK=block, PRECISION=precision,
         )  # fmt: skip
-        return _Plan(constants, warps=4 if dp < 128 else 8)
+        return Layout(constants, warps=4 if dp < 128 else 8)
 
     def pack(self, layers: Layers) -> tuple[Tensor, Tensor]:
-        """Weights (M, SIZE) and biases (M, BIASES), padded with zeros; classes that do not exist get no probability."""
+        """Weights (M, SIZE) and biases (M, BIASES), padded with zeros; padding classes get probability 0."""
         sizes, depth = self.constants, len(layers)
         weights, biases = [], []
         for index, (weight, bias) in enumerate(layers):
@@ -313,19 +373,19 @@ class _Plan:
         return torch.cat(weights, dim=1).contiguous(), torch.cat(biases, dim=1).contiguous()
 
 
-def triton_search(
-    layers: Layers, start: Tensor, reference: Tensor, target: Tensor, config: SearchConfig, threads: int = 1
-) -> dict[str, Tensor]:
-    """Algorithm 1 in one kernel on a GPU: a block of searches stays on chip through all members and all steps.
+def triton_search(problem: LatentSearch) -> dict[str, Tensor]:
+    """Run a search in one kernel on a GPU: a block of searches stays on the chip through all members and steps.
 
-    The arguments and results of ``native_search``, on the device of ``start``; ``threads`` is of no use here. Products
-    are tf32x3, whose error is that of float32. Raises ValueError for sizes that the kernel does not hold.
+    Returns what ``native_search`` returns, on the device of ``start``. Products are tf32x3, whose error is that of
+    float32. Raises ValueError for sizes that the kernel does not hold.
     """
     if triton is None:
-        raise ValueError("the fused search needs the package triton; use engine batched")
-    device, total = start.device, len(start)
-    # Triton's interpreter, which runs on the CPU, has float32 products only.
-    plan = _Plan.of(layers, "tf32x3" if device.type == "cuda" else "ieee")
+        raise ValueError("the Triton kernel needs the package triton; use engine batched")
+    start, total = problem.start, len(problem.start)
+    device = start.device
+    directions = problem.directions()
+    # Triton's interpreter, which runs on a CPU, has float32 products only.
+    layout = Layout.of(problem.layers, "tf32x3" if device.type == "cuda" else "ieee", len(directions))
     found = {
         "point": torch.empty_like(start, memory_format=torch.contiguous_format),
         "steps": torch.zeros(total, dtype=torch.int32, device=device),
@@ -334,21 +394,23 @@ def triton_search(
         "finite": torch.zeros(total, dtype=torch.int8, device=device),
     }
     if total > 2**30:
-        raise ValueError(f"the fused search counts up to 2**30 rows, got {total}; search in parts")
+        raise ValueError(f"start: the Triton kernel takes up to 2**30 rows, got {total}; search in parts")
     if total:
-        weights, biases = plan.pack(layers)
+        weights, biases = layout.pack(problem.layers)
+        padding = layout.constants["TILES"] * layout.constants["TILE"] - start.shape[1]
         # From about 17,000 updates on the corrections are 1 in float32.
-        updates = torch.arange(1, min(config.max_steps, 20_000) + 2, dtype=torch.float64)
-        rates = (config.learning_rate / (1 - 0.9**updates)).float().to(device)
+        updates = torch.arange(1, min(problem.max_steps, 20_000) + 2, dtype=torch.float64)
+        rates = (problem.learning_rate / (1 - 0.9**updates)).float().to(device)
         roots = (1 - 0.999**updates).rsqrt().float().to(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        programs = min(-(-total // plan.constants["BLOCK"]), 4 * processors)
+        programs = min(-(-total // layout.constants["BLOCK"]), 4 * processors)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            _search_kernel[(programs,)](
-                weights, biases, start.contiguous(), reference.contiguous(), target.contiguous(), rates, roots,
-                *found.values(), torch.zeros(1, dtype=torch.int32, device=device), total,
-                config.max_steps, len(updates), config.min_target_prob, config.distance_weight,
-                **plan.constants, num_warps=plan.warps,
+            search_kernel[(programs,)](
+                weights, biases, start.contiguous(), problem.reference.contiguous(), problem.target.contiguous(),
+                problem.min_target_prob.contiguous(), functional.pad(directions.float(), (0, padding)).contiguous(),
+                rates, roots, *found.values(), torch.zeros(1, dtype=torch.int32, device=device), total,
+                problem.max_steps, len(updates), problem.distance_weight,
+                **layout.constants, num_warps=layout.warps,
             )  # fmt: skip
     found["finite"] = found["finite"].bool()
     return found

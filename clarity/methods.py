@@ -1,6 +1,6 @@
 """The methods of the paper side by side: each a function whose body is its equation. Ends in ``METHODS``.
 
-Knows equations: over which space and with which classifier each is posed, and where it starts. Does not know how a
+Knows over which space and with which classifier each equation is posed, and where a search starts. Does not know how a
 search runs, nor what becomes of its results: ``**run`` goes to ``descend`` (engine, threads, on_step).
 
 Shapes: B rows, C, H, W image, D latent, K classes, M members.
@@ -24,21 +24,24 @@ from clarity.search import Counterfactuals, LatentObjective, Rows, SearchConfig,
 
 PIXELS = (0.0, 1.0)
 
-#: Bytes of one member's weights above which a CPU computes image classifiers one after another: about what its core's
-#: second-level cache holds, so that nothing is gained by computing them together.
+#: Bytes of one member's weights above which a CPU computes image classifiers one after another: about the size of a
+#: core's second-level cache, beyond which nothing is gained by computing them together.
 APART_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The (image, target) pairs of a search, with all that some method starts from.
+    """The (image, target) pairs of a search, with everything that some method starts from.
 
     Args:
         x: images (B, C, H, W) in [0, 1].
-        z: means of their posteriors (B, D).
-        log_var: log-variances of their posteriors (B, D).
+        z: posterior means (B, D).
+        log_var: posterior log-variances (B, D).
         noise: standard normal (B, D), drawn from the image id alone.
-        target: wanted classes (B,), int64.
+        target: (B,), int64.
+        min_target_prob: (B,) float32, a threshold for each pair; None for the config's.
+        point: codes (B, D) or images (B, C, H, W) of an earlier search, from which to continue; None for the method's
+            own start. Distances are measured as before.
     """
 
     x: Tensor
@@ -46,104 +49,129 @@ class Pairs:
     log_var: Tensor
     noise: Tensor
     target: Tensor
+    min_target_prob: Tensor | None = None
+    point: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.target)
 
+    def select(self, index: Tensor) -> Pairs:
+        """The pairs with these indices."""
+        rows: dict[str, Any] = {name: None if values is None else values[index] for name, values in vars(self).items()}
+        return Pairs(**rows)
 
-def clarity(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
+    def sample(self) -> Tensor:
+        """A sample z' ~ q(z | x) of each posterior, with the noise of the pair's image."""
+        return self.z + torch.exp(self.log_var / 2) * self.noise
+
+
+def search(
+    objective: Callable[..., Any], start: Tensor, pairs: Pairs, config: SearchConfig, *args: Any, **run: Any
+) -> Counterfactuals:
+    """``descend`` from the method's start, or from where the pairs continue; distances are the same for both."""
+    rows = {"target": pairs.target, "reference": start, "x": pairs.x, "z": pairs.z}
+    if pairs.min_target_prob is not None:
+        rows["min_target_prob"] = pairs.min_target_prob
+    if isinstance(objective, LatentObjective):
+        rows = {name: values for name, values in rows.items() if name not in ("x", "z")}
+    return descend(objective, start if pairs.point is None else pairs.point, rows, config, *args, **run)
+
+
+def clarity(
+    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
+) -> Counterfactuals:
     """Eq. 6: the latent ensemble's mean cross-entropy + distance_weight * L1(z, z'), from the posterior mean."""
-    objective = LatentObjective(model.ensemble.layers(), config.distance_weight)
-    return descend(objective, pairs.z, {"target": pairs.target, "reference": pairs.z}, config, **run)
+    objective = LatentObjective(model.ensemble.layers(), config.distance_weight, fixed)
+    return search(objective, pairs.z, pairs, config, **run)
 
 
-def latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
+def latent(
+    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
+) -> Counterfactuals:
     """Eq. 5: Eq. 6 with one latent classifier, member 0."""
-    objective = LatentObjective(model.ensemble.member(0).layers(), config.distance_weight)
-    return descend(objective, pairs.z, {"target": pairs.target, "reference": pairs.z}, config, **run)
+    objective = LatentObjective(model.ensemble.member(0).layers(), config.distance_weight, fixed)
+    return search(objective, pairs.z, pairs, config, **run)
 
 
-def revise(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
+@dataclass(frozen=True)
+class ImageObjective:
+    """Mean cross-entropy of image classifiers at decode(point) plus ``distance_weight`` times an L1 distance.
+
+    Args:
+        classify: logits (M, B, K) of images.
+        decode: images of points; the identity for searches over pixels.
+        distance_weight: lambda.
+        distance: x for the L1 distance of the image to the row's x, z for that of the point to the row's z.
+        fixed: (D, k), orthonormal directions along which no update moves; None for none.
+    """
+
+    classify: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    distance_weight: float
+    distance: str
+    fixed: Tensor | None = None
+
+    def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (B,), target probability (B,) and logits (M, B, K)."""
+        x_cf = self.decode(point)
+        logits = self.classify(x_cf)
+        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
+        if not self.distance_weight:
+            return cross_entropy, target_prob, logits
+        distance = l1(x_cf, rows["x"]) if self.distance == "x" else l1(point, rows["z"])
+        return cross_entropy + self.distance_weight * distance, target_prob, logits
+
+
+def revise(
+    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
+) -> Counterfactuals:
     """Eq. 3 (Joshi et al. 2019): one image classifier's cross-entropy at decode(z') + distance_weight * L1(x, x').
 
     From a sample of the posterior. The classifier is member 0, the optimiser the paper's Adam.
     """
-    decode, classify = _decoder(model), _image_classifier(model, "member")
-
-    def objective(z_cf: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        x_cf = decode(z_cf)
-        logits = classify(x_cf)
-        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
-        return cross_entropy + config.distance_weight * l1(x_cf, rows["x"]), target_prob, logits
-
-    rows = {"target": pairs.target, "x": pairs.x}
-    return descend(objective, _sample(pairs), rows, config, slots=_slots(model, "member"), **run)
+    objective = ImageObjective(image_classifier(model, "member"), decoder(model), config.distance_weight, "x", fixed)
+    return search(objective, pairs.sample(), pairs, config, slots=slots(model, "member"), **run)
 
 
-def revise_e(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
+def revise_e(
+    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
+) -> Counterfactuals:
     """Eq. 4: the image ensemble's mean cross-entropy at decode(z') + distance_weight * L1(x, x')."""
-    decode, classify = _decoder(model), _image_classifier(model, "ensemble")
-
-    def objective(z_cf: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        x_cf = decode(z_cf)
-        logits = classify(x_cf)
-        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
-        return cross_entropy + config.distance_weight * l1(x_cf, rows["x"]), target_prob, logits
-
-    rows = {"target": pairs.target, "x": pairs.x}
-    return descend(objective, _sample(pairs), rows, config, slots=_slots(model, "ensemble"), **run)
+    objective = ImageObjective(image_classifier(model, "ensemble"), decoder(model), config.distance_weight, "x", fixed)
+    return search(objective, pairs.sample(), pairs, config, slots=slots(model, "ensemble"), **run)
 
 
-def revise_e_latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
+def revise_e_latent(
+    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
+) -> Counterfactuals:
     """Eq. 4 with the penalty in the latent space: distance_weight * L1(z, z'), z the posterior mean."""
-    decode, classify = _decoder(model), _image_classifier(model, "ensemble")
-
-    def objective(z_cf: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        logits = classify(decode(z_cf))
-        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
-        return cross_entropy + config.distance_weight * l1(z_cf, rows["z"]), target_prob, logits
-
-    rows = {"target": pairs.target, "z": pairs.z}
-    return descend(objective, _sample(pairs), rows, config, slots=_slots(model, "ensemble"), **run)
+    objective = ImageObjective(image_classifier(model, "ensemble"), decoder(model), config.distance_weight, "z", fixed)
+    return search(objective, pairs.sample(), pairs, config, slots=slots(model, "ensemble"), **run)
 
 
 def fgsm(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
     """Eq. 1 in pixel space: one image classifier's cross-entropy + distance_weight * L1(x, x'), by Adam.
 
-    "fgsm" is the paper's word for it: not the one-step attack, but Adam on Eq. 1 over a classifier that was trained
-    adversarially, as FGSM examples are. The classifier is member 0.
+    "fgsm" is the paper's name for it: not the one-step attack, but Adam on Eq. 1 over a classifier trained
+    adversarially, on FGSM examples. The classifier is member 0.
     """
-    classify = _image_classifier(model, "member")
-
-    def objective(x_cf: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        logits = classify(x_cf)
-        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
-        return cross_entropy + config.distance_weight * l1(x_cf, rows["x"]), target_prob, logits
-
-    rows = {"target": pairs.target, "x": pairs.x}
-    return descend(objective, pairs.x, rows, config, bounds=PIXELS, slots=_slots(model, "member"), **run)
+    objective = ImageObjective(image_classifier(model, "member"), lambda x_cf: x_cf, config.distance_weight, "x")
+    return search(objective, pairs.x, pairs, config, bounds=PIXELS, slots=slots(model, "member"), **run)
 
 
 def schut(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
     """Eq. 2 (Schut et al. 2021): the image ensemble's mean cross-entropy, one pixel by step_size at a time.
 
-    Follows the equation where the authors' code does not (cross-entropy of the mean logits, one stop for a batch), and
-    their code where the paper is silent: a pixel changes at most five times.
+    Follows the equation where the authors' code differs from it (cross-entropy of the mean logits, one stop for a
+    batch), and their code where the paper is silent: a pixel changes at most five times.
     """
-    classify = _image_classifier(model, "ensemble")
-
-    def objective(x_cf: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        logits = classify(x_cf)
-        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
-        return cross_entropy, target_prob, logits
-
-    slots = _slots(model, "ensemble")
-    return descend(objective, pairs.x, {"target": pairs.target}, config, "jsma", bounds=PIXELS, slots=slots, **run)
+    objective = ImageObjective(image_classifier(model, "ensemble"), lambda x_cf: x_cf, 0.0, "x")
+    return search(objective, pairs.x, pairs, config, "jsma", bounds=PIXELS, slots=slots(model, "ensemble"), **run)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of ``METHODS``.
+    """An entry of ``METHODS``.
 
     Args:
         search: (model, pairs, config, **run) -> Counterfactuals.
@@ -171,7 +199,7 @@ METHODS: dict[str, Method] = {
 
 
 def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
-    """Logits (M, B, K) that a method's own classifier gives its points, each row as if it were alone.
+    """Logits (M, B, K) of a method's own classifier at its points, by batch-independent inference.
 
     Args:
         model: the model searched with.
@@ -186,68 +214,60 @@ def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
     if classifier == "member":
         return logits_rows(model.ensemble.member(0), points)
     x = decode_rows(model.vae, points) if space == "latent" else points
-    ensemble = _require_image_ensemble(model)
+    ensemble = require_image_ensemble(model)
     return logits_rows(ensemble if classifier == "image_ensemble" else ensemble.member(0), x)
 
 
-# ---- what the equations are made of ----------------------------------------------------------------------------------
-
-
-def _sample(pairs: Pairs) -> Tensor:
-    """A sample z' ~ q(z | x) of each posterior, with the noise of the row's image."""
-    return pairs.z + torch.exp(pairs.log_var / 2) * pairs.noise
-
-
-def _decoder(model: Model) -> Callable[[Tensor], Tensor]:
-    """decode(z) without anything that only training needs: BatchNorm folded away, no gradients for weights."""
+def decoder(model: Model) -> Callable[[Tensor], Tensor]:
+    """The decoder for a search, with BatchNorm folded and gradients of weights disabled."""
     require_eval(model.vae)
     vae = copy.deepcopy(model.vae)
     vae.decoder_layers = folded(vae.decoder_layers)
     return vae.requires_grad_(False).decode
 
 
-def _image_classifier(model: Model, which: str) -> Callable[[Tensor], Tensor]:
-    """Logits (M, B, K) of images by the whole image ensemble or by its member 0, lightened as the decoder is."""
-    ensemble = _require_image_ensemble(model)
+def image_classifier(model: Model, which: str) -> Callable[[Tensor], Tensor]:
+    """The image ensemble or its member 0 for a search, with BatchNorm folded and gradients of weights disabled."""
+
+    def prepared(ensemble: ImageEnsemble) -> ImageEnsemble:
+        ensemble.encoder_layers = folded(ensemble.encoder_layers)
+        return ensemble.requires_grad_(False)
+
+    ensemble = require_image_ensemble(model)
     require_eval(ensemble)
-    if which == "ensemble" and _apart(model):
-        members = [_lightened(ensemble.member(m)) for m in range(ensemble.config.num_members)]
+    if which == "member":
+        return prepared(ensemble.member(0))
+    if computed_apart(model):
+        members = [prepared(ensemble.member(m)) for m in range(ensemble.config.num_members)]
         return lambda x: torch.cat([member(x) for member in members])
-    return _lightened(ensemble.member(0) if which == "member" else copy.deepcopy(ensemble))
+    return prepared(copy.deepcopy(ensemble))
 
 
-def _lightened(ensemble: ImageEnsemble) -> ImageEnsemble:
-    ensemble.encoder_layers = folded(ensemble.encoder_layers)
-    return ensemble.requires_grad_(False)
-
-
-def _apart(model: Model) -> bool:
+def computed_apart(model: Model) -> bool:
     """Whether the members of the image ensemble are computed one after another; a constant of the model."""
-    ensemble = _require_image_ensemble(model)
+    ensemble = require_image_ensemble(model)
     weights = sum(parameter.nbytes for parameter in ensemble.parameters())
     return model.device.type == "cpu" and weights > APART_BYTES * ensemble.config.num_members
 
 
-def _require_image_ensemble(model: Model) -> Any:
+def require_image_ensemble(model: Model) -> ImageEnsemble:
+    """The model's image ensemble; raises ValueError where it has none."""
     if model.image_ensemble is None:
-        raise ValueError(
-            "this method needs classifiers of images, and the model has none; "
-            "train them with jobs/train.py --image-members M"
-        )
+        raise ValueError("this method needs classifiers of images, and the model has none; train it with image_members")
     return model.image_ensemble
 
 
-def _slots(model: Model, which: str) -> int:
-    """Rows computed together: few, so that the layers of all members stay near the processor; a constant of the model.
+def slots(model: Model, which: str) -> int:
+    """Rows computed together: few, so that the layers of all members stay in the cache; a constant of the model.
 
-    On a CPU, codes and images of a block fill whole runs of 32 numbers: what is left over at the end of a tensor torch
-    computes by other instructions than the rest, so that a row's last bits would depend on its slot.
+    On a CPU, codes and images of a block fill whole runs of 32 numbers: torch computes the remainder at the end of a
+    tensor by other instructions, so that a row's last bits would depend on its slot.
     """
-    members = 1 if which == "member" else _require_image_ensemble(model).config.num_members
+    members = 1 if which == "member" else require_image_ensemble(model).config.num_members
     if model.device.type != "cpu":
         return max(8, 8192 // members)
-    # More would be no faster, and a last long search would pay for more of them. Large weights are read once a block.
-    slots = 16 if _apart(model) else max(4, min(16, 80 // members))
-    while any(slots * size % 32 for size in (model.latent_dim, math.prod(model.image_shape))):
-        slots *= 2
-    return slots
+    # More would be no faster, and the last long search would pay for all of them. Large weights are read once a block.
+    count = 16 if computed_apart(model) else max(4, min(16, 80 // members))
+    while any(count * size % 32 for size in (model.latent_dim, math.prod(model.image_shape))):
+        count *= 2
+    return count

@@ -1,8 +1,8 @@
-"""The search: Algorithm 1 over many rows at once, each row on its own.
+"""Algorithm 1: counterfactual search over many rows at once, each row independent of the others.
 
-A row is one (image, target) pair. Rows sit in the slots of a block of fixed size; one that ends leaves its slot to the
-next one waiting, and no operation mixes slots, so that a row's result depends on the row alone. Knows points,
-objectives, update rules and engines. Does not know images, VAEs or methods: an objective brings those along.
+A row is one (image, target) pair. Rows occupy the slots of a block of fixed size; a row that ends leaves its slot to
+the next one waiting, and no operation mixes slots, so that a row's result depends on the row alone. Knows points,
+objectives, update rules and engines. Does not know images, VAEs or methods: these are in the objective.
 
 Shapes: B rows, D latent, K classes, M members, S slots of a block.
 """
@@ -14,32 +14,35 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clarity import kernels
+from clarity.refine import refine
 from clarity.rows import one_thread
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's constants, those of its paper and of torch.optim.Adam
-MAX_CHANGES = 5  # of one pixel by jsma: the code of Schut et al. 2021
+MAX_CHANGES = 5  # of one pixel by jsma, as in the code of Schut et al. 2021
 
-#: Slots of a block on a CPU. Part of the arithmetic, no tuning flag: libraries choose their kernels by shape. It is a
-#: multiple of 32, as torch computes what is left beyond a tensor's last run of 32 numbers by other instructions.
+#: Slots of a block on a CPU. Part of the arithmetic and never tuned, since libraries choose kernels by shape. It is a
+#: multiple of 32: torch computes the remainder after a tensor's last run of 32 numbers by other instructions.
 SLOTS = 128
-#: The most slots of a block elsewhere, where a row's bits may depend on the batch.
+#: The most slots of a block on other devices, where a row's bits may depend on the batch.
 DEVICE_SLOTS = 16384
 
 Rows = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
 OnStep = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+#: Of points and their rows: gradient, target probability, and the logits where an engine has them.
 Gradient = Callable[[Tensor, Rows], tuple[Tensor, Tensor, "Tensor | None"]]
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What a search depends on besides model and row; defaults are the paper's (Sections 2 and 5) where it has any.
+    """Parameters of a search; the defaults are the paper's (Sections 2 and 5) where it states them.
 
     Args:
         min_target_prob: gamma, the mean target probability to exceed.
@@ -47,6 +50,7 @@ class SearchConfig:
         distance_weight: lambda, the weight of the L1 distance.
         learning_rate: of Adam; the paper gives none. With 0.05 searches on digits take about 70 steps.
         step_size: delta, the change of a pixel in one step of jsma.
+        refine: whether each result is then moved towards its start, as far as its probability allows.
     """
 
     min_target_prob: float = 0.99
@@ -54,13 +58,17 @@ class SearchConfig:
     distance_weight: float = 0.001
     learning_rate: float = 0.05
     step_size: float = 0.2
+    refine: bool = False
 
     def __post_init__(self) -> None:
         def require(name: str, fits: bool, expected: str) -> None:
             if not fits:
                 raise ValueError(f"SearchConfig.{name}: expected {expected}, got {getattr(self, name)!r}")
 
+        require("refine", isinstance(self.refine, bool), "True or False")
         for field in fields(self):
+            if field.name == "refine":
+                continue
             value = getattr(self, field.name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             require(field.name, number and math.isfinite(value), "a finite number")
@@ -74,17 +82,17 @@ class SearchConfig:
 
 @dataclass
 class Counterfactuals:
-    """How each row ended.
+    """Results of a search.
 
     Args:
-        point: (B, ...) float32, where it ended.
+        point: (B, ...) float32, the last point of each row.
         steps: (B,) int32, updates applied; 0 when the start already satisfies.
         converged: (B,) bool, whether ``target_prob_final`` exceeds min_target_prob in float32.
         target_prob_initial: (B,), mean target probability at the start.
         target_prob_final: (B,), the same at the point.
         finite: (B,) bool. False: the target probability at the point, or the next point, was not a finite number; the
-            row ended there, unconverged.
-        engine: which engine searched.
+            row ended there, not converged.
+        engine: the engine that searched.
     """
 
     point: Tensor
@@ -97,9 +105,6 @@ class Counterfactuals:
 
     def __len__(self) -> int:
         return len(self.steps)
-
-
-# ---- objectives ------------------------------------------------------------------------------------------------------
 
 
 def ensemble_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,10 +130,12 @@ class LatentObjective:
     Args:
         layers: (weight (M, in, out), bias (M, out)) of each layer, a ReLU between two of them.
         distance_weight: lambda.
+        fixed: (D, k), orthonormal directions along which no update moves; None for none.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
     distance_weight: float
+    fixed: Tensor | None = None
 
     def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (B,), target probability (B,) and logits (M, B, K) of codes (B, D)."""
@@ -139,11 +146,12 @@ class LatentObjective:
         return cross_entropy + self.distance_weight * l1(point, rows["reference"]), target_prob, logits
 
 
-# ---- update rules: the next points of a block. ``lane`` is the shape in which (S,) numbers go with its points --------
+class Adam:
+    """Adam (Kingma and Ba 2015), with moments and bias corrections of each slot's own.
 
-
-class _Adam:
-    """Adam (Kingma and Ba 2015); moments and bias corrections are each slot's own, as if it had an optimiser alone."""
+    An update rule returns the next points of a block. ``lane`` is the shape to which (S,) numbers are viewed so that
+    they broadcast over the points.
+    """
 
     def __init__(self, point: Tensor, config: SearchConfig) -> None:
         step = torch.arange(1, config.max_steps + 2, dtype=torch.float64)
@@ -152,21 +160,23 @@ class _Adam:
         self.mean, self.square = torch.zeros_like(point), torch.zeros_like(point)
 
     def reset(self, slots: Tensor, dim: int) -> None:
+        """Forget the rows that were in these slots."""
         self.mean.index_fill_(dim, slots, 0)
         self.square.index_fill_(dim, slots, 0)
 
     def __call__(self, point: Tensor, grad: Tensor, steps: Tensor, lane: tuple[int, ...]) -> Tensor:
+        """The next points."""
         self.mean.lerp_(grad, 1 - BETA1)
         self.square.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
         scale = self.square.sqrt().div_(self.root.take(steps).view(lane)).add_(EPS)
         return point - torch.div(self.mean, scale, out=scale).mul_(self.rate.take(steps).view(lane))
 
 
-class _Jsma:
+class Jsma:
     """One pixel at a time (Schut et al. 2021): of those that may change, the one with the largest |gradient|, downhill.
 
-    A pixel may change MAX_CHANGES times, and only where the step would move it: not at 0 or 1 on its way out, not
-    without a gradient. Ties go to the lowest index. Rows are axis 0 of the points, which stay in [0, 1].
+    A pixel may change MAX_CHANGES times, and only where the step would move it: a pixel at 0 or 1 does not leave that
+    range, and one without a gradient stays. Ties go to the lowest index. Rows are axis 0 of the points in [0, 1].
     """
 
     def __init__(self, point: Tensor, config: SearchConfig) -> None:
@@ -174,9 +184,11 @@ class _Jsma:
         self.changes = torch.zeros_like(point, dtype=torch.uint8).flatten(1)
 
     def reset(self, slots: Tensor, dim: int) -> None:
+        """Forget the rows that were in these slots."""
         self.changes.index_fill_(dim, slots, 0)
 
     def __call__(self, point: Tensor, grad: Tensor, steps: Tensor, lane: tuple[int, ...]) -> Tensor:
+        """The next points."""
         flat, slope = point.flatten(1), grad.flatten(1)
         moved = (flat - self.step_size * slope.sign()).clamp_(0, 1)
         allowed = (moved != flat) & (self.changes < MAX_CHANGES)
@@ -187,45 +199,52 @@ class _Jsma:
         return flat.scatter(1, best, pixel).view_as(point)
 
 
-UPDATES: dict[str, type[_Adam] | type[_Jsma]] = {"adam": _Adam, "jsma": _Jsma}
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
+UPDATES: dict[str, type[Adam] | type[Jsma]] = {"adam": Adam, "jsma": Jsma}
 
 
 @dataclass(frozen=True)
-class _Run:
-    """How to search, apart from what. Rows lie along axis ``dim`` of points and of the tensors that go with them."""
+class Run:
+    """How a search is executed. Rows lie along axis ``dim`` of points and of the tensors that go with them."""
 
     engine: str
     update: str
     bounds: tuple[float, float] | None
+    fixed: Tensor | None
     on_step: OnStep | None
     workers: int
     slots: int
     stride: int
     dim: int = 0
 
+    def project(self, step: Tensor) -> Tensor:
+        """The steps of a block without their parts along the fixed directions."""
+        if self.fixed is None:
+            return step
+        if self.dim:
+            return step - self.fixed @ (self.fixed.t() @ step)
+        return step - (step @ self.fixed) @ self.fixed.t()
 
-class _Queue:
-    """Hands out row numbers in their order; all that workers share."""
+
+class Queue:
+    """Hands out row numbers in order; the only state that workers share."""
 
     def __init__(self, total: int) -> None:
         self.total, self.next, self.lock = total, 0, threading.Lock()
 
     def take(self, count: int) -> range:
+        """The next rows, at most ``count``."""
         with self.lock:
             first, self.next = self.next, min(self.next + count, self.total)
             return range(first, self.next)
 
 
-def _search(
-    make_gradient: Callable[[int], Gradient], start: Tensor, rows: Rows, config: SearchConfig, run: _Run
+def search_rows(
+    make_gradient: Callable[[int], Gradient], start: Tensor, rows: Rows, config: SearchConfig, run: Run
 ) -> Counterfactuals:
     """Algorithm 1 for all rows.
 
-    On a CPU each worker is a thread with a block of its own, and each operation stays on its worker's thread: so the
-    number of threads changes no bit, and none waits for another at the end of every small operation.
+    On a CPU each worker is a thread with a block of its own, and each operation runs on its worker's thread alone: the
+    number of threads changes no bit, and no thread waits for another at the end of every small operation.
     """
     total, device = start.shape[run.dim], start.device
     result = Counterfactuals(
@@ -239,35 +258,39 @@ def _search(
     )
     if not total:
         return result
-    queue = _Queue(total)
+    queue = Queue(total)
 
     def work() -> None:
         with torch.no_grad():
-            _search_block(make_gradient(run.slots), start, rows, config, run, queue, result)
+            search_block(make_gradient(run.slots), start, rows, config, run, queue, result)
 
-    workers = min(run.workers, math.ceil(total / run.slots))
-    if workers <= 1:
-        work()
-    else:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(work) for _ in range(workers)]:
-                done.result()
+    in_threads(work, min(run.workers, math.ceil(total / run.slots)))
     return result
 
 
-def _search_block(
+def in_threads(work: Callable[[], None], workers: int) -> None:
+    """Run ``work`` in so many threads at once, each with torch on one thread; in this thread for one."""
+    if workers <= 1:
+        work()
+        return
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(work) for _ in range(workers)]:
+            done.result()
+
+
+def search_block(
     gradient: Gradient,
     start: Tensor,
     rows: Rows,
     config: SearchConfig,
-    run: _Run,
-    queue: _Queue,
+    run: Run,
+    queue: Queue,
     result: Counterfactuals,
 ) -> None:
     """Search in one block until the queue is empty and every slot has ended.
 
-    Every ``stride`` evaluations the rows that have ended are written out and the next ones take their slots; until then
-    an ended row stands still. So ``stride`` changes no result, only how often the host looks at the device.
+    Every ``stride`` evaluations the rows that have ended are written to the result and the next ones take their slots;
+    until then an ended row stands still. So ``stride`` changes no result, only how often the host waits for the device.
     """
     device, dim = start.device, run.dim
     lane = tuple(-1 if axis == dim else 1 for axis in range(start.dim()))
@@ -283,9 +306,6 @@ def _search_block(
     row, steps, active = empty - 1, empty.clone(), empty > 0
     prob = torch.zeros(run.slots, device=device)
     update = UPDATES[run.update](point, config)
-    # What a row must exceed to end; after the last update anything does.
-    limit = torch.full((config.max_steps + 1,), config.min_target_prob, device=device)
-    limit[-1] = -1
 
     free, occupied = torch.arange(run.slots, device=device), 0
     while True:
@@ -313,10 +333,14 @@ def _search_block(
                 if len(seen):
                     run.on_step(steps[seen], row[seen], point.index_select(dim, seen), prob[seen], logits[:, seen])
             moved = update(point, grad, steps, lane)
+            if run.fixed is not None:
+                moved = point + run.project(moved - point)
             if run.bounds is not None:
                 moved.clamp_(*run.bounds)
+            # What a row must exceed to end; after its last update anything does.
+            limit = held["min_target_prob"].masked_fill(steps >= config.max_steps, -1)
             # Zero times a sum is zero, or NaN where the next point is not finite; NaN is <= nothing.
-            active &= torch.add(prob, moved.sum(others), alpha=0) <= limit.take(steps)
+            active &= torch.add(prob, moved.sum(others), alpha=0) <= limit
             point = torch.where(active.view(lane), moved, point)
             steps += active
 
@@ -324,35 +348,37 @@ def _search_block(
         if len(free):
             occupied -= len(free)
             index, final, applied = row[free], prob[free], steps[free]
+            limit = held["min_target_prob"][free]
             result.point.index_copy_(dim, index, point.index_select(dim, free))
             result.steps[index], result.target_prob_final[index] = applied.int(), final
-            result.converged[index] = final > config.min_target_prob
-            # A row ends because it got there, because its updates are spent, or because a number was not finite.
-            result.finite[index] = final > limit[applied]
+            result.converged[index] = final > limit
+            # A row ends because it satisfies, because its updates are spent, or because a number was not finite.
+            result.finite[index] = final > limit.masked_fill(applied >= config.max_steps, -1)
             row[free] = -1
         if occupied + len(free) < run.slots:
             free = (row < 0).nonzero().squeeze(1)
 
 
-# ---- engines ---------------------------------------------------------------------------------------------------------
+def autograd_gradient(objective: Objective, of: str = "loss") -> Gradient:
+    """Gradient of any objective's loss, or of its target probability, by autograd."""
 
-
-def _autograd(objective: Objective) -> Gradient:
     def gradient(point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             variable = point.detach().requires_grad_()
             loss, target_prob, logits = objective(variable, rows)
-            (grad,) = torch.autograd.grad(loss, variable, torch.ones_like(loss))
+            value = loss if of == "loss" else target_prob
+            (grad,) = torch.autograd.grad(value, variable, torch.ones_like(value))
         return grad, target_prob.detach(), logits.detach()
 
     return gradient
 
 
-def _analytic(objective: LatentObjective, slots: int) -> Gradient:
-    """Gradient of Eq. 6 written out, for points (D, S) and rows ``target_is`` (K, S), ``reference`` (D, S).
+def analytic_gradient(objective: LatentObjective, slots: int, of: str = "loss") -> Gradient:
+    """Gradient of Eq. 6, or of its target probability, in closed form, with rows along the second axis.
 
-    A slot is a column, so that elementwise work runs along the slots and each layer of all members is one product
-    (M, out, in) x (M, in, S); the sum over the members' gradients is part of the last product.
+    Points are (D, S), rows ``target_is`` (K, S) and ``reference`` (D, S), so that elementwise work runs along the slots
+    and each layer of all members is one product (M, out, in) x (M, in, S); the sum over the members' gradients is part
+    of the last product.
     """
     weights = [weight.contiguous() for weight, _ in objective.layers]
     biases = [bias.unsqueeze(2).contiguous() for _, bias in objective.layers]
@@ -377,64 +403,81 @@ def _analytic(objective: LatentObjective, slots: int) -> Gradient:
         torch.sum(probs, dim=1, keepdim=True, out=scale)
         probs.mul_(scale.reciprocal_())
         target_prob = (probs.sum(dim=0) * rows["target_is"]).sum(dim=0).div_(members)
-        slope = probs.sub_(rows["target_is"])
+        if of == "loss":
+            slope = probs.sub_(rows["target_is"])
+        else:
+            own = (probs * rows["target_is"]).sum(dim=1, keepdim=True)
+            slope = (rows["target_is"] - probs).mul_(own)
         for index in range(len(weights) - 1, 0, -1):
             slope = torch.bmm(weights[index], slope, out=slopes[index - 1])
             mask_(slope, hidden[index - 1], 0, grad_input=slope)
-        pull = (point - rows["reference"]).sign_()
-        grad = torch.addmm(pull, first_back, slope.view(-1, slots), beta=objective.distance_weight, alpha=1 / members)
+        if of == "loss":
+            pull = (point - rows["reference"]).sign_()
+            beta = objective.distance_weight
+        else:
+            pull, beta = torch.zeros_like(point), 0.0
+        grad = torch.addmm(pull, first_back, slope.view(-1, slots), beta=beta, alpha=1 / members)
         return grad, target_prob, None
 
     return gradient
 
 
-def _plain(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
-    """Autograd through any objective, on any device: what the other engines must agree with."""
-    return _search(lambda _: _autograd(objective), start, rows, config, run)
+def as_columns(objective: LatentObjective, rows: Rows) -> dict[str, Tensor]:
+    """The rows of a LatentObjective in the layout of ``analytic_gradient``."""
+    classes = torch.arange(objective.layers[-1][0].shape[2], device=rows["target"].device)
+    return {
+        "target_is": (classes.unsqueeze(1) == rows["target"]).to(rows["reference"].dtype),
+        "reference": rows["reference"].t().contiguous(),
+        "min_target_prob": rows["min_target_prob"],
+    }
 
 
-def _batched(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
+def plain_search(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: Run) -> Counterfactuals:
+    """Autograd through any objective, on any device: the reference for all other engines."""
+    return search_rows(lambda _: autograd_gradient(objective), start, rows, config, run)
+
+
+def batched_search(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: Run) -> Counterfactuals:
     """Analytic gradients of a LatentObjective in PyTorch, on any device."""
     assert isinstance(objective, LatentObjective)
-    classes = torch.arange(objective.layers[-1][0].shape[2], device=start.device)
-    columns = {
-        "target_is": (classes.unsqueeze(1) == rows["target"]).to(start.dtype),
-        "reference": rows["reference"].t().contiguous(),
-    }
     run = replace(run, dim=1, stride=max(4, run.stride))
-    result = _search(lambda slots: _analytic(objective, slots), start.t().contiguous(), columns, config, run)
+    make_gradient = partial(analytic_gradient, objective)
+    result = search_rows(make_gradient, start.t().contiguous(), as_columns(objective, rows), config, run)
     result.point = result.point.t().contiguous()
     return result
 
 
-def _native(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
-    """The compiled search of a LatentObjective, on a CPU."""
+def kernel_search(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: Run) -> Counterfactuals:
+    """The compiled search of a LatentObjective on a CPU, or the Triton kernel on a GPU."""
     assert isinstance(objective, LatentObjective)
-    found = kernels.native_search(objective.layers, start, rows["reference"], rows["target"], config, run.workers)
-    return _from_kernel(found, config, run)
-
-
-def _triton(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: _Run) -> Counterfactuals:
-    """The fused search of a LatentObjective, on a GPU."""
-    assert isinstance(objective, LatentObjective)
-    found = kernels.triton_search(objective.layers, start, rows["reference"], rows["target"], config, run.workers)
-    return _from_kernel(found, config, run)
-
-
-def _from_kernel(found: Mapping[str, Tensor], config: SearchConfig, run: _Run) -> Counterfactuals:
-    final, finite = found["target_prob_final"], found["finite"].bool()
-    converged = (final > config.min_target_prob) & finite
-    return Counterfactuals(
-        found["point"], found["steps"].int(), converged, found["target_prob_initial"], final, finite, run.engine
+    problem = kernels.LatentSearch(
+        objective.layers,
+        start,
+        rows["reference"],
+        rows["target"],
+        rows["min_target_prob"],
+        objective.fixed,
+        config.max_steps,
+        objective.distance_weight,
+        config.learning_rate,
     )
+    if run.engine == "triton":
+        found = kernels.triton_search(problem)
+    else:
+        found = kernels.native_search(problem, run.workers, run.engine.removeprefix("native-"))
+    final, finite = found["target_prob_final"], found["finite"]
+    return Counterfactuals(**found, converged=(final > rows["min_target_prob"]) & finite, engine=run.engine)
 
 
-#: Engines, slowest first. All but plain need a LatentObjective, Adam, no bounds and no ``on_step``.
-ENGINES: dict[str, Callable[[Objective, Tensor, Rows, SearchConfig, _Run], Counterfactuals]] = {
-    "plain": _plain,
-    "batched": _batched,
-    "native": _native,
-    "triton": _triton,
+Search = Callable[[Objective, Tensor, Rows, SearchConfig, Run], Counterfactuals]
+
+#: Engines by name, fastest first. All but plain need a LatentObjective, Adam, no bounds and no ``on_step``. A compiled
+#: engine is named by its build, since builds round differently: a row has the same bits wherever one build runs.
+ENGINES: dict[str, Search] = {
+    "triton": kernel_search,
+    **{f"native-{build}": kernel_search for build in kernels.BUILDS},
+    "batched": batched_search,
+    "plain": plain_search,
 }
 
 
@@ -454,25 +497,30 @@ def descend(
     """Algorithm 1: from each row of ``start``, descend until its target probability exceeds ``min_target_prob``.
 
     At most ``max_steps`` updates; the probability is tested before each and once after the last. A row's result depends
-    on the row alone: on a CPU its bits are the same alone, shuffled, among strangers and on any number of threads,
+    on the row alone: on a CPU its bits are the same alone, shuffled, among other rows and on any number of threads,
     within one engine.
+
+    An objective may have an attribute ``fixed``, (D, k) orthonormal directions: each update, after the update rule,
+    loses its part along them. Where ``config.refine`` is set, each converged result is then moved towards the row's
+    ``reference`` (by default its start), see ``refine.refine``.
 
     Args:
         objective: (point (B, ...), rows) -> (loss (B,), target_prob (B,), logits (M, B, K)), each row by itself.
         start: (B, ...) float32.
-        rows: tensors of B rows each, handed to the objective in step with the points.
+        rows: tensors of B rows each, passed to the objective with the points; ``min_target_prob`` (B,) is a threshold
+            for each row, by default the config's.
         config: when to stop and how to step.
         update: a key of ``UPDATES``.
-        bounds: what each updated point is clamped to: (0, 1) for pixels.
-        slots: rows computed together; on a CPU part of the arithmetic, so give a constant, and one with which the
-            tensors of a block fill runs of 32 numbers. None: the module's own.
+        bounds: to which each updated point is clamped: (0, 1) for pixels.
+        slots: rows computed together, by default those of this module. Part of the arithmetic on a CPU: give a
+            constant with which a block's tensors fill runs of 32 numbers.
         on_step: called at each evaluation with (steps (b,), indices (b,), point (b, ...), target_prob (b,), logits
             (M, b, K)) of the rows still searching, by the plain engine.
         engine: a key of ``ENGINES``; auto takes the fastest that fits.
         threads: CPU threads; None takes torch's number.
 
     Raises:
-        ValueError: an argument that does not fit. Nothing raises for a row: see ``Counterfactuals.finite``.
+        ValueError: an argument does not fit. Nothing raises for a single row: see ``Counterfactuals.finite``.
     """
     if update not in UPDATES:
         raise ValueError(f"unknown update {update!r}; choose from {', '.join(UPDATES)}")
@@ -486,29 +534,100 @@ def descend(
             )
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
+    if "min_target_prob" not in rows:
+        rows = {**rows, "min_target_prob": torch.full((len(start),), config.min_target_prob, device=start.device)}
+    require_thresholds(rows["min_target_prob"])
     if isinstance(objective, LatentObjective):
-        _check_latent(objective, start, rows)
+        require_latent(objective, start, rows)
+    fixed = require_fixed(getattr(objective, "fixed", None), start)
     fits = isinstance(objective, LatentObjective) and update == "adam" and bounds is None
-    # Only the plain engine stops at each step to show it.
+    # Only the plain engine reports each step.
     wanted = "plain" if on_step is not None and engine in ENGINES else engine
-    chosen = _chosen(wanted, objective, fits and on_step is None, start.device.type)
+    chosen = choose_engine(wanted, objective, fits and on_step is None, start.device.type)
 
     on_cpu = start.device.type == "cpu"
     with one_thread() as torch_threads:
-        run = _Run(
+        run = Run(
             engine=chosen,
             update=update,
             bounds=bounds,
+            fixed=fixed,
             on_step=on_step,
             workers=(threads or torch_threads) if on_cpu and on_step is None else 1,
             slots=(slots or SLOTS) if on_cpu else max(1, min(slots or DEVICE_SLOTS, len(start))),
             stride=1 if on_cpu or on_step is not None else 8,
         )
-        return ENGINES[chosen](objective, start.detach(), rows, config, run)
+        found = ENGINES[chosen](objective, start.detach(), rows, config, run)
+        return refined(found, objective, start.detach(), rows, config, run) if config.refine else found
 
 
-def _chosen(engine: str, objective: Objective, fits: bool, device: str) -> str:
-    """The engine to use; ``fits`` tells whether those that need a LatentObjective could."""
+def refined(
+    found: Counterfactuals, objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: Run
+) -> Counterfactuals:
+    """The result with each converged row moved towards its reference."""
+    chosen = found.converged.nonzero().squeeze(1)
+    if not len(chosen):
+        return found
+    shape = (-1, *start.shape[1:])
+    some = {name: values[chosen] for name, values in rows.items()}
+
+    def evaluate(points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        part = {name: values[index] for name, values in some.items()}
+        prob, grad = value_and_grad(objective, points.view(shape), part, run)
+        return prob, grad.flatten(1)
+
+    point, prob = refine(
+        evaluate,
+        found.point[chosen].flatten(1),
+        rows.get("reference", start)[chosen].flatten(1),
+        some["min_target_prob"],
+        config.learning_rate,
+        run.fixed,
+        run.bounds,
+    )
+    found.point[chosen] = point.view(shape)
+    found.target_prob_final[chosen] = torch.where(prob > some["min_target_prob"], prob, found.target_prob_final[chosen])
+    return found
+
+
+def value_and_grad(objective: Objective, points: Tensor, rows: Rows, run: Run) -> tuple[Tensor, Tensor]:
+    """Target probability (B,) at points (B, ...) and its gradient (B, ...), by the engine of a run, row by row."""
+    if run.engine.startswith("native-") and isinstance(objective, LatentObjective):
+        build = run.engine.removeprefix("native-")
+        return kernels.native_value_and_grad(objective.layers, points, rows["target"], run.workers, build)
+    prob, grad = points.new_empty(len(points)), torch.empty_like(points)
+    total, queue = len(points), Queue(len(points))
+    if run.engine != "plain" and isinstance(objective, LatentObjective):
+        make_evaluate = partial(in_columns, objective, run.slots)
+    else:
+        make_evaluate = partial(autograd_gradient, objective, "target_prob")
+
+    def work() -> None:
+        evaluate = make_evaluate()
+        while taken := queue.take(run.slots):
+            # Blocks of one shape, the last one filled up with its last row.
+            index = torch.arange(taken.start, taken.start + run.slots, device=points.device).clamp_(max=total - 1)
+            slope, value, _ = evaluate(points[index], {name: values[index] for name, values in rows.items()})
+            grad[taken.start : taken.stop], prob[taken.start : taken.stop] = slope[: len(taken)], value[: len(taken)]
+
+    with torch.no_grad():
+        in_threads(work, min(run.workers, math.ceil(total / run.slots)))
+    return prob, grad
+
+
+def in_columns(objective: LatentObjective, slots: int) -> Gradient:
+    """``analytic_gradient`` of the target probability for points and rows that lie along the first axis."""
+    gradient = analytic_gradient(objective, slots, "target_prob")
+
+    def by_rows(point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, None]:
+        grad, target_prob, _ = gradient(point.t().contiguous(), as_columns(objective, rows))
+        return grad.t(), target_prob, None
+
+    return by_rows
+
+
+def choose_engine(engine: str, objective: Objective, fits: bool, device: str) -> str:
+    """The engine to use; ``fits`` tells whether one for latent classifiers could."""
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; choose from auto, {', '.join(ENGINES)}")
     if engine == "plain" or (engine == "auto" and not fits):
@@ -516,19 +635,23 @@ def _chosen(engine: str, objective: Objective, fits: bool, device: str) -> str:
     if not fits or not isinstance(objective, LatentObjective):
         raise ValueError(f"engine {engine} searches over latent classifiers only; use auto or plain for this method")
     if engine == "auto":
-        return next((name for name in ("triton", "native") if not _missing(name, objective, device)), "batched")
-    missing = _missing(engine, objective, device)
+        return next(name for name in ENGINES if not why_not(name, objective, device))
+    missing = why_not(engine, objective, device)
     if missing:
         raise ValueError(f"engine {engine} {missing}; use auto, batched or plain")
     return engine
 
 
-def _missing(engine: str, objective: LatentObjective, device: str) -> str:
-    """What an engine lacks to search with these classifiers on this device; empty when nothing."""
-    if engine == "native":
+def why_not(engine: str, objective: LatentObjective, device: str) -> str:
+    """Why an engine cannot search with these classifiers on this device; empty where it can."""
+    if engine.startswith("native-"):
         if device != "cpu":
             return f"runs on a CPU, not on {device}"
-        return "" if kernels.native_available() else "is not built here (pip install . with a C++ compiler builds it)"
+        builds = kernels.native_builds()
+        if engine.removeprefix("native-") in builds:
+            return ""
+        have = ", ".join(f"native-{build}" for build in builds)
+        return f"cannot run on this machine, which has {have or 'none (pip install . with a C++ compiler builds it)'}"
     if engine == "triton":
         if device != "cuda":
             return f"runs on a CUDA GPU, not on {device}"
@@ -538,8 +661,31 @@ def _missing(engine: str, objective: LatentObjective, device: str) -> str:
     return ""
 
 
-def _check_latent(objective: LatentObjective, start: Tensor, rows: Rows) -> None:
-    """Raise ValueError when codes, rows and stacked layers do not go together."""
+def require_thresholds(values: Tensor) -> None:
+    """Raise ValueError unless each row's threshold is a float32 between 0 and 1."""
+    if values.dtype != torch.float32 or values.dim() != 1:
+        raise ValueError(f"rows['min_target_prob']: expected float32 (B,), got {values.dtype} {tuple(values.shape)}")
+    if len(values) and not bool(((values > 0) & (values < 1)).all()):
+        raise ValueError("rows['min_target_prob']: expected more than 0 and less than 1 for each row")
+
+
+def require_fixed(fixed: Tensor | None, start: Tensor) -> Tensor | None:
+    """The directions, or None where there are none; raises ValueError unless they are orthonormal and fit the start."""
+    if fixed is None or fixed.shape[1:] == (0,):
+        return None
+    if start.dim() != 2 or fixed.dim() != 2 or len(fixed) != start.shape[1] or fixed.device != start.device:
+        raise ValueError(
+            f"fixed: expected directions ({start.shape[1]}, k) on {start.device} for codes, "
+            f"got {tuple(fixed.shape)} on {fixed.device} for points {tuple(start.shape)}"
+        )
+    off = (fixed.t() @ fixed - torch.eye(fixed.shape[1], device=fixed.device)).abs().max()
+    if fixed.dtype != torch.float32 or not off <= 1e-4:
+        raise ValueError("fixed: expected orthonormal columns of float32, such as Q of torch.linalg.qr")
+    return fixed
+
+
+def require_latent(objective: LatentObjective, start: Tensor, rows: Rows) -> None:
+    """Raise ValueError when codes, rows and stacked layers do not fit together."""
     for name in ("target", "reference"):
         if name not in rows:
             raise ValueError(f"rows: a LatentObjective needs target and reference, got {', '.join(rows) or 'none'}")

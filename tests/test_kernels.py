@@ -24,7 +24,7 @@ from torch import Tensor
 from clarity import kernels
 from clarity.search import LatentObjective, SearchConfig, descend
 
-LEVELS = kernels.native_levels()
+BUILDS = kernels.native_builds()
 CONFIG = SearchConfig(min_target_prob=0.6, max_steps=120)
 SIZES = [
     (2, (5, 6, 7, 4)),
@@ -36,7 +36,7 @@ SIZES = [
 
 Layers = list[tuple[Tensor, Tensor]]
 
-native = pytest.mark.skipif(not LEVELS, reason="the native search is not built here")
+native = pytest.mark.skipif(not BUILDS, reason="the native search is not built here")
 
 
 def make_layers(members: int, sizes: tuple[int, ...], scale: float = 5.0, seed: int = 1) -> Layers:
@@ -57,12 +57,33 @@ def make_rows(layers: Layers, rows: int, seed: int = 2) -> tuple[Tensor, Tensor]
     return codes, torch.randint(0, layers[-1][0].shape[2], (rows,), generator=noise)
 
 
-def run_native(
-    layers: Layers, z: Tensor, target: Tensor, config: SearchConfig = CONFIG, **options: Any
-) -> dict[str, Tensor]:
-    return kernels.native_search(
-        layers, z, options.pop("reference", z), target, config, options.pop("threads", 1), **options
+def problem_of(
+    layers: Layers, z: Tensor, target: Tensor, config: SearchConfig = CONFIG, **change: Any
+) -> kernels.LatentSearch:
+    """The problem that ``descend`` makes of the same arguments, with z as the reference."""
+    return kernels.LatentSearch(
+        layers,
+        z,
+        change.get("reference", z),
+        target,
+        change.get("min_target_prob", torch.full((len(z),), config.min_target_prob, device=z.device)),
+        change.get("fixed"),
+        config.max_steps,
+        config.distance_weight,
+        config.learning_rate,
     )
+
+
+def run_native(
+    layers: Layers,
+    z: Tensor,
+    target: Tensor,
+    config: SearchConfig = CONFIG,
+    threads: int = 1,
+    build: str | None = None,
+    **change: Any,
+) -> dict[str, Tensor]:
+    return kernels.native_search(problem_of(layers, z, target, config, **change), threads, build or BUILDS[0])
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -108,73 +129,70 @@ def raising_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# ---- CPU -------------------------------------------------------------------------------------------------------------
+@native
+def test_native_builds_end_in_the_build_that_every_processor_runs() -> None:
+    assert BUILDS[-1] == "base"
+    assert kernels.native_builds()
 
 
 @native
-def test_native_levels_end_in_the_build_that_every_processor_runs() -> None:
-    assert LEVELS[-1] == "base"
-    assert kernels.native_available()
-
-
-@native
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize(("members", "sizes"), SIZES)
-def test_native_search_agrees_with_the_plain_one(level: str, members: int, sizes: tuple[int, ...]) -> None:
+def test_native_search_agrees_with_the_plain_one(build: str, members: int, sizes: tuple[int, ...]) -> None:
     layers = make_layers(members, sizes)
     z, target = make_rows(layers, 203)
     config = replace(CONFIG, min_target_prob=0.6 if sizes[-1] < 20 else 0.2)
-    assert_agrees_with_plain(run_native(layers, z, target, config, level=level), layers, z, target, config)
+    assert_agrees_with_plain(run_native(layers, z, target, config, build=build), layers, z, target, config)
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
-def test_native_row_keeps_its_bits_in_any_company(level: str) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_native_row_keeps_its_bits_in_any_company(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 131)
-    found = run_native(layers, z, target, level=level)
+    found = run_native(layers, z, target, build=build)
     assert len(found["steps"].unique()) > 5, "rows that end at different steps make the test worth something"
 
     for threads in (2, 3, 7):
-        assert_same_bits(run_native(layers, z, target, threads=threads, level=level), found)
+        assert_same_bits(run_native(layers, z, target, threads=threads, build=build), found)
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(3))
-    assert_same_bits(run_native(layers, z[order], target[order], level=level), take(found, order))
+    assert_same_bits(run_native(layers, z[order], target[order], build=build), take(found, order))
     for row in (0, 64, 130):
         alone = slice(row, row + 1)
-        assert_same_bits(run_native(layers, z[alone], target[alone], level=level), take(found, alone))
+        assert_same_bits(run_native(layers, z[alone], target[alone], build=build), take(found, alone))
     strangers, aims = make_rows(layers, 300, seed=9)
     strangers[::7] = torch.nan
-    together = run_native(layers, torch.cat([strangers, z]), torch.cat([aims, target]), threads=2, level=level)
+    together = run_native(layers, torch.cat([strangers, z]), torch.cat([aims, target]), threads=2, build=build)
     assert_same_bits(take(together, slice(300, None)), found)
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
-def test_native_probabilities_are_a_softmax_to_float32(level: str) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_native_probabilities_are_a_softmax_to_float32(build: str) -> None:
     weight = torch.eye(6).unsqueeze(0)
     z = torch.randn(500, 6, generator=torch.Generator().manual_seed(4)) * torch.logspace(-2, 1.3, 500).unsqueeze(1)
     target = torch.arange(500) % 6
     config = replace(CONFIG, max_steps=0)
-    found = run_native([(weight, torch.zeros(1, 6))], z, target, config, level=level)["target_prob_initial"]
+    found = run_native([(weight, torch.zeros(1, 6))], z, target, config, build=build)["target_prob_initial"]
     expected = torch.softmax(z.double(), dim=1).gather(1, target.unsqueeze(1)).squeeze(1)
     # The logits' own rounding, up to 60 units of 6e-8 each, comes on top of 2 ulp of the powers.
     assert ((found - expected).abs() <= expected * (4e-7 + 2e-7 * z.abs().amax(dim=1))).all()
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
-def test_native_search_counts_updates_and_stops_at_the_start(level: str) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_native_search_counts_updates_and_stops_at_the_start(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 40)
     config = replace(CONFIG, min_target_prob=0.4, max_steps=15)
-    none = run_native(layers, z, target, replace(config, max_steps=0), level=level)
+    none = run_native(layers, z, target, replace(config, max_steps=0), build=build)
     assert torch.equal(none["point"], z)
     assert not none["steps"].any()
     assert torch.equal(none["target_prob_initial"], none["target_prob_final"])
     assert none["finite"].all()
 
     satisfied = none["target_prob_initial"] > config.min_target_prob
-    found = run_native(layers, z, target, config, level=level)
+    found = run_native(layers, z, target, config, build=build)
     assert satisfied.any()
     assert torch.equal(found["steps"] == 0, satisfied)
     assert torch.equal(found["point"][satisfied], z[satisfied])
@@ -184,28 +202,28 @@ def test_native_search_counts_updates_and_stops_at_the_start(level: str) -> None
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
-def test_native_search_pulls_towards_the_reference(level: str) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_native_search_pulls_towards_the_reference(build: str) -> None:
     """With flat classifiers only the distance acts: each update is one learning rate towards the reference."""
     layers = [(torch.zeros(2, 3, 4), torch.zeros(2, 4))]
     z = torch.zeros(2, 3)
     reference = torch.tensor([[1.0, -1.0, 0.0], [-2.0, 0.0, 3.0]])
     config = SearchConfig(min_target_prob=0.9, max_steps=4, distance_weight=0.5, learning_rate=0.01)
-    found = run_native(layers, z, torch.tensor([0, 3]), config, reference=reference, level=level)
+    found = run_native(layers, z, torch.tensor([0, 3]), config, reference=reference, build=build)
     assert torch.allclose(found["point"], 0.04 * reference.sign(), atol=1e-6)
     assert torch.equal(found["target_prob_final"], torch.tensor([0.25, 0.25]))
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
-def test_native_row_that_is_not_finite_ends_alone(level: str, bad: float) -> None:
+def test_native_row_that_is_not_finite_ends_alone(build: str, bad: float) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 60)
-    expected = run_native(layers, z, target, level=level)
+    expected = run_native(layers, z, target, build=build)
     broken = z.clone()
     broken[17] = bad
-    found = run_native(layers, broken, target, level=level)
+    found = run_native(layers, broken, target, build=build)
     assert not found["finite"][17]
     assert torch.equal(found["point"][17], broken[17]) or bad != bad
     assert found["steps"][17] == 0
@@ -214,12 +232,12 @@ def test_native_row_that_is_not_finite_ends_alone(level: str, bad: float) -> Non
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
-def test_native_search_ends_every_row_of_a_model_with_nan(level: str) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_native_search_ends_every_row_of_a_model_with_nan(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     layers[1][0][1, 2, 3] = torch.nan
     z, target = make_rows(layers, 60)
-    found = run_native(layers, z, target, level=level)
+    found = run_native(layers, z, target, build=build)
     assert not found["finite"].any()
     assert torch.equal(found["point"], z)
 
@@ -233,8 +251,8 @@ def test_native_search_takes_no_rows() -> None:
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
-def test_native_search_refuses_what_does_not_fit(level: str) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_native_search_refuses_what_does_not_fit(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 9)
     refused = [
@@ -251,14 +269,14 @@ def test_native_search_refuses_what_does_not_fit(level: str) -> None:
     ]
     for stack, start, aims, options, message in refused:
         with pytest.raises(ValueError, match=message):
-            run_native(stack, start, aims, level=level, **options)
-    with pytest.raises(ValueError, match="unknown level 'sse9' of the native search; this machine has"):
-        run_native(layers, z, target, level="sse9")
+            run_native(stack, start, aims, build=build, **options)
+    with pytest.raises(ValueError, match="build 'sse9' of the native search is not available; this machine runs"):
+        run_native(layers, z, target, build="sse9")
 
 
 @native
-@pytest.mark.parametrize("level", LEVELS)
-def test_native_module_refuses_arrays_that_it_must_not_touch(level: str) -> None:
+@pytest.mark.parametrize("build", BUILDS)
+def test_native_module_refuses_arrays_that_it_must_not_touch(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 9)
     good: dict[str, Any] = {
@@ -272,13 +290,14 @@ def test_native_module_refuses_arrays_that_it_must_not_touch(level: str) -> None
         "target_prob_initial": np.empty(9, np.float32),
         "target_prob_final": np.empty(9, np.float32),
         "finite": np.empty(9, np.bool_),
-        "min_target_prob": 0.9,
+        "min_target_prob": np.full(9, 0.9, np.float32),
+        "fixed": np.zeros((0, 5), np.float32),
         "max_steps": 5,
         "distance_weight": 0.0,
         "learning_rate": 0.1,
         "threads": 1,
     }
-    search = kernels._modules()[level].search
+    search = kernels.native_module(build).search
     assert search(**good) is None
     frozen = np.empty((9, 5), np.float32)
     frozen.flags.writeable = False
@@ -295,7 +314,9 @@ def test_native_module_refuses_arrays_that_it_must_not_touch(level: str) -> None
         ("finite", np.empty(8, np.bool_)),
         ("max_steps", -1),
         ("learning_rate", float("nan")),
-        ("min_target_prob", float("nan")),
+        ("min_target_prob", np.full(9, np.nan, np.float32)),
+        ("min_target_prob", np.full(8, 0.9, np.float32)),
+        ("fixed", np.zeros((1, 4), np.float32)),
     ]:
         with pytest.raises(ValueError):
             search(**good | {name: value})
@@ -335,27 +356,25 @@ def test_native_modules_leave_denormal_numbers_alone() -> None:
 
 
 def test_native_search_without_a_build_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_modules", dict)
-    assert not kernels.native_available()
+    monkeypatch.setattr(kernels, "native_modules", dict)
+    assert not kernels.native_builds()
     layers = make_layers(2, (5, 6, 7, 4))
     with pytest.raises(ValueError, match="pip install"):
-        run_native(layers, *make_rows(layers, 3))
+        run_native(layers, *make_rows(layers, 3), build="base")
 
 
 def test_native_builds_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class Base:
         @staticmethod
-        def levels() -> tuple[str, ...]:
+        def builds() -> tuple[str, ...]:
             return "avx512", "avx2", "base"
 
     built = {"base": Base, "avx2": object()}
-    monkeypatch.setattr(kernels, "_import", built.get)
-    assert list(kernels._modules.__wrapped__()) == ["avx2", "base"]
-    monkeypatch.setattr(kernels, "_import", {"avx2": object()}.get)
-    assert kernels._modules.__wrapped__() == {}, "only the plain build may ask the processor"
+    monkeypatch.setattr(kernels, "import_build", built.get)
+    assert list(kernels.native_modules.__wrapped__()) == ["avx2", "base"]
+    monkeypatch.setattr(kernels, "import_build", {"avx2": object()}.get)
+    assert kernels.native_modules.__wrapped__() == {}, "only the plain build may ask the processor"
 
-
-# ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on compute capability 9.0
@@ -400,7 +419,7 @@ def test_interpreted_search_agrees_with_the_plain_one(members: int, sizes: tuple
     layers = make_layers(members, sizes)
     z, target = make_rows(layers, 70)
     config = replace(CONFIG, min_target_prob=0.42, max_steps=14)
-    assert_agrees_with_plain(kernels.triton_search(layers, z, z, target, config), layers, z, target, config)
+    assert_agrees_with_plain(kernels.triton_search(problem_of(layers, z, target, config)), layers, z, target, config)
 
 
 @interpreted
@@ -409,12 +428,12 @@ def test_interpreted_row_keeps_its_result_in_any_company() -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 70)
     config = replace(CONFIG, max_steps=6)
-    found = kernels.triton_search(layers, z, z, target, config)
+    found = kernels.triton_search(problem_of(layers, z, target, config))
     some = torch.tensor([69, 3, 40])
-    assert_same_bits(kernels.triton_search(layers, z[some], z[some], target[some], config), take(found, some))
+    assert_same_bits(kernels.triton_search(problem_of(layers, z[some], target[some], config)), take(found, some))
     broken = z.clone()
     broken[5] = torch.nan
-    beside = kernels.triton_search(layers, broken, z, target, config)
+    beside = kernels.triton_search(problem_of(layers, broken, target, config, reference=z))
     others = torch.arange(70) != 5
     assert not beside["finite"][5]
     assert beside["steps"][5] == 0
@@ -427,11 +446,13 @@ def test_interpreted_search_pulls_towards_the_reference_and_takes_no_rows() -> N
     z = torch.zeros(2, 3)
     reference = torch.tensor([[1.0, -1.0, 0.0], [-2.0, 0.0, 3.0]])
     config = SearchConfig(min_target_prob=0.9, max_steps=4, distance_weight=0.5, learning_rate=0.01)
-    found = kernels.triton_search(layers, z, reference, torch.tensor([0, 3]), config)
+    found = kernels.triton_search(problem_of(layers, z, torch.tensor([0, 3]), config, reference=reference))
     assert torch.allclose(found["point"], 0.04 * reference.sign(), atol=1e-6)
     assert (found["steps"] == 4).all()
     assert found["finite"].all()
-    assert len(kernels.triton_search(layers, z[:0], z[:0], torch.zeros(0, dtype=torch.int64), config)["steps"]) == 0
+    assert (
+        len(kernels.triton_search(problem_of(layers, z[:0], torch.zeros(0, dtype=torch.int64), config))["steps"]) == 0
+    )
 
 
 @with_triton
@@ -453,13 +474,13 @@ def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tu
     if "nvidia" not in backends:
         pytest.skip("this triton has no NVIDIA backend")
     layers = [(torch.zeros(members, i, o), torch.zeros(members, o)) for i, o in itertools.pairwise(sizes)]
-    plan = kernels._Plan.of(layers, "tf32x3")
-    types = dict.fromkeys(kernels._search_kernel.arg_names, "*fp32") | dict.fromkeys(plan.constants, "constexpr")
+    layout = kernels.Layout.of(layers, "tf32x3")
+    types = dict.fromkeys(kernels.search_kernel.arg_names, "*fp32") | dict.fromkeys(layout.constants, "constexpr")
     types |= {"target": "*i64", "steps_out": "*i32", "finite_out": "*i8", "counter": "*i32"}
     types |= dict.fromkeys(("total", "max_steps", "corrections"), "i32")
-    types |= dict.fromkeys(("min_target_prob", "distance_weight"), "fp32")
-    source = ASTSource(fn=kernels._search_kernel, signature=types, constexprs=plan.constants)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": plan.warps})
+    types |= {"distance_weight": "fp32"}
+    source = ASTSource(fn=kernels.search_kernel, signature=types, constexprs=layout.constants)
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": layout.warps})
     assert built.asm["cubin"]
     assert "mma" in built.asm["ptx"], "the products should use the tensor cores"
     assert built.metadata.shared <= SHARED_MEMORY
@@ -470,7 +491,7 @@ def test_triton_search_says_what_it_cannot_hold() -> None:
     layers = make_layers(2, (5, 65, 4))
     z, target = make_rows(layers, 3)
     with pytest.raises(ValueError, match="codes up to 512, widths up to 64 and 100 classes, got 5, 65 and 4"):
-        kernels.triton_search(layers, z, z, target, CONFIG)
+        kernels.triton_search(problem_of(layers, z, target, CONFIG))
 
 
 def test_triton_search_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,7 +500,7 @@ def test_triton_search_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 3)
     with pytest.raises(ValueError, match="needs the package triton"):
-        kernels.triton_search(layers, z, z, target, CONFIG)
+        kernels.triton_search(problem_of(layers, z, target, CONFIG))
 
 
 @pytest.mark.gpu
@@ -490,5 +511,5 @@ def test_triton_search_agrees_with_the_plain_one_on_a_gpu(members: int, sizes: t
     z, target = make_rows(layers, 5003)
     config = replace(CONFIG, min_target_prob=0.6 if sizes[-1] < 20 else 0.2)
     moved = [(weight.cuda(), bias.cuda()) for weight, bias in layers]
-    found = kernels.triton_search(moved, z.cuda(), z.cuda(), target.cuda(), config)
+    found = kernels.triton_search(problem_of(moved, z.cuda(), target.cuda(), config))
     assert_agrees_with_plain({name: values.cpu() for name, values in found.items()}, layers, z, target, config)

@@ -1,10 +1,10 @@
-"""Each method against a slow transcription of its equation, a known boundary, and rows in any company."""
+"""Each method against a slow transcription of its equation, a known boundary, and the same row in other batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -73,10 +73,6 @@ def questions(model: Model, rows: int, seed: int = 1) -> Pairs:
     return Pairs(x, mean, log_var, noise, torch.randint(0, model.num_classes, (rows,), generator=generator))
 
 
-def select(pairs: Pairs, index: Tensor) -> Pairs:
-    return Pairs(*(getattr(pairs, field.name)[index] for field in fields(Pairs)))
-
-
 def reachable(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> SearchConfig:
     """The config with a threshold that about half the rows exceed within its steps, and none meets exactly."""
     found = METHODS[method].search(model, pairs, replace(config, min_target_prob=0.9999))
@@ -87,9 +83,6 @@ def reachable(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> 
 def assert_same_bits(found: Counterfactuals, expected: Counterfactuals, index: Tensor) -> None:
     for name in ("point", "steps", "converged", "target_prob_initial", "target_prob_final", "finite"):
         assert torch.equal(getattr(found, name), getattr(expected, name)[index]), name
-
-
-# ---- the equations, one image and one member at a time ---------------------------------------------------------------
 
 
 def members(model: Model, method: str) -> list[Callable[[Tensor], Tensor]]:
@@ -152,7 +145,7 @@ def test_method_is_its_equation(method: str) -> None:
     # A penalty heavy enough that one in the wrong space, or none, would be seen.
     config = reachable(model, method, pairs, SearchConfig(max_steps=20, distance_weight=0.02))
     found = METHODS[method].search(model, pairs, config, engine="plain")
-    slow = [transcription(model, method, select(pairs, torch.tensor([row])), config) for row in range(len(pairs))]
+    slow = [transcription(model, method, pairs.select(torch.tensor([row])), config) for row in range(len(pairs))]
     assert found.steps.tolist() == [steps for _, steps, *_ in slow]
     assert found.converged.tolist() == [converged for _, _, converged, _ in slow]
     assert found.steps.max() == 20 and 0 < found.converged.sum() < 8
@@ -174,9 +167,6 @@ def test_methods_are_different_searches() -> None:
         for b in METHODS:
             if a < b and METHODS[a].space == METHODS[b].space:
                 assert not torch.allclose(ends[a].point, ends[b].point, atol=1e-4), (a, b)
-
-
-# ---- a linear classifier with a known boundary -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -242,9 +232,6 @@ def test_method_ends_one_step_past_a_known_boundary(method: str) -> None:
             assert int((walked.abs() > 0).sum()) <= int(found.steps[row])
 
 
-# ---- rows that do not know each other --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("image", [IMAGE, (3, 13, 9)])
 def test_method_gives_a_row_the_same_bits_in_any_company(method: str, image: tuple[int, int, int]) -> None:
@@ -257,13 +244,18 @@ def test_method_gives_a_row_the_same_bits_in_any_company(method: str, image: tup
     assert len(found.steps.unique()) > 2
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(1))
     for index in (torch.tensor([70]), shuffled[:11], shuffled):
-        assert_same_bits(search(model, select(pairs, index), config, threads=1), found, index)
+        assert_same_bits(search(model, pairs.select(index), config, threads=1), found, index)
     assert_same_bits(search(model, pairs, config, threads=2), found, torch.arange(total))
     strangers = questions(model, 17, seed=2)
     strangers.z[::3] = math.nan
     strangers.x[::3] = math.nan
-    some = select(pairs, shuffled[:6])
-    mixed = Pairs(*(torch.cat([getattr(strangers, f.name), getattr(some, f.name)]) for f in fields(Pairs)))
+    some = pairs.select(shuffled[:6])
+    mixed = Pairs(
+        *(
+            torch.cat([getattr(strangers, name), getattr(some, name)])
+            for name in ("x", "z", "log_var", "noise", "target")
+        )
+    )
     among = search(model, mixed, config)
     assert not among.finite[:17:3].any() and not among.converged[:17:3].any()
     kept = {name: value[17:] for name, value in vars(among).items() if name != "engine"}
@@ -275,38 +267,35 @@ def test_method_computes_images_in_blocks_without_a_remainder(image: tuple[int, 
     # Five dimensions of code need 32 rows to fill a run of 32 numbers, sixteen need two.
     model = small_model(image=image)
     for which in ("member", "ensemble"):
-        assert methods._slots(model, which) == slots
+        assert methods.slots(model, which) == slots
     model.vae.config = replace(model.vae.config, latent_dim=16)
-    assert methods._slots(model, "ensemble") == (32 if image == (3, 13, 9) else 16)
+    assert methods.slots(model, "ensemble") == (32 if image == (3, 13, 9) else 16)
     # The blocks of many members are small: their last long searches pay for every slot.
     assert model.image_ensemble is not None
     model.image_ensemble.config = replace(model.image_ensemble.config, num_members=50)
-    assert methods._slots(model, "ensemble") == (32 if image == (3, 13, 9) else 4)
+    assert methods.slots(model, "ensemble") == (32 if image == (3, 13, 9) else 4)
 
 
 def test_large_image_classifiers_are_computed_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     x = questions(model, 9).x
-    together = methods._image_classifier(model, "ensemble")
-    assert isinstance(together, ImageEnsemble) and methods._slots(model, "ensemble") == 32
+    together = methods.image_classifier(model, "ensemble")
+    assert isinstance(together, ImageEnsemble) and methods.slots(model, "ensemble") == 32
     monkeypatch.setattr(methods, "APART_BYTES", 1)
-    apart = methods._image_classifier(model, "ensemble")
+    apart = methods.image_classifier(model, "ensemble")
     assert not isinstance(apart, ImageEnsemble)
     torch.testing.assert_close(apart(x), together(x), atol=1e-5, rtol=1e-5)
     # More rows share each reading of the weights than the number of members would allow.
     assert model.image_ensemble is not None
     model.vae.config = replace(model.vae.config, latent_dim=16, image_shape=(1, 28, 28))
     model.image_ensemble.config = replace(model.image_ensemble.config, num_members=50)
-    assert methods._slots(model, "ensemble") == 16
+    assert methods.slots(model, "ensemble") == 16
 
 
 @pytest.mark.parametrize("method", ["revise_e", "revise_e_latent", "schut"])
 def test_members_one_after_another_give_a_row_the_same_bits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "APART_BYTES", 100)
     test_method_gives_a_row_the_same_bits_in_any_company(method, (3, 13, 9))
-
-
-# ---- what else each promises -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -376,9 +365,9 @@ def test_method_leaves_the_model_as_it_was(method: str) -> None:
 def test_method_on_images_says_what_a_model_lacks(method: str) -> None:
     model = replace(small_model(), image_ensemble=None)
     pairs = questions(model, 3)
-    with pytest.raises(ValueError, match=r"jobs/train.py --image-members"):
+    with pytest.raises(ValueError, match="train it with image_members"):
         METHODS[method].search(model, pairs, SearchConfig())
-    with pytest.raises(ValueError, match=r"jobs/train.py --image-members"):
+    with pytest.raises(ValueError, match="train it with image_members"):
         classifier_logits(model, method, pairs.x if METHODS[method].space == "image" else pairs.z)
     with pytest.raises(ValueError, match="searches over latent classifiers only"):
         METHODS[method].search(small_model(), pairs, SearchConfig(), engine="batched")

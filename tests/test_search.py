@@ -101,11 +101,8 @@ def assert_same_bits(found: Counterfactuals, expected: Counterfactuals) -> None:
 CPU_ENGINES = [
     "plain",
     "batched",
-    pytest.param("native", marks=pytest.mark.skipif(not kernels.native_available(), reason="not built here")),
+    *(f"native-{build}" for build in kernels.native_builds()),
 ]
-
-
-# ---- Algorithm 1 -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)
@@ -173,9 +170,6 @@ def test_ensemble_terms_average_the_members_losses_not_their_probabilities() -> 
     assert target_prob.item() == pytest.approx(probs.mean().item())
 
 
-# ---- when it stops ---------------------------------------------------------------------------------------------------
-
-
 def ramp(rise: Tensor) -> Any:
     """An objective on points (B, 1) whose target probability rises by ``rise`` with each unit walked downhill."""
 
@@ -230,9 +224,6 @@ def test_descend_of_no_rows_gives_no_rows() -> None:
     for engine in ("plain", "batched"):
         found = descend(stacked(networks(2, (LATENT, CLASSES))), z, rows, SearchConfig(), engine=engine)
         assert len(found) == 0 and found.point.shape == (0, LATENT) and found.engine == engine
-
-
-# ---- rows that do not know each other --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)
@@ -303,9 +294,6 @@ def test_descend_lets_waiting_rows_enter_and_reports_each_in_order() -> None:
         assert path[0][2] == found.target_prob_initial[row] and path[-1][2] == found.target_prob_final[row]
 
 
-# ---- numbers that are not finite -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("engine", CPU_ENGINES)
 def test_descend_ends_an_unfinite_row_and_spares_its_neighbours(engine: str) -> None:
     objective = stacked(networks(MEMBERS, (LATENT, *HIDDEN, CLASSES)))
@@ -363,9 +351,6 @@ def test_descend_never_calls_a_row_converged_whose_probability_is_not_a_number()
     assert found.converged.tolist() == [False, True]
     assert found.point.isfinite().all()
     assert found.steps[0] == 5 and math.isnan(found.target_prob_final[0])
-
-
-# ---- one pixel at a time ---------------------------------------------------------------------------------------------
 
 
 def pixel_classifier(weight: Tensor) -> Any:
@@ -460,9 +445,6 @@ def test_descend_clamps_each_update_to_its_bounds() -> None:
     assert every.min() == 0 and every.max() == 1
 
 
-# ---- doors -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -487,7 +469,7 @@ def test_config_refuses_what_cannot_work(name: str, value: Any) -> None:
 
 
 def test_config_defaults_are_the_papers() -> None:
-    assert SearchConfig() == SearchConfig(0.99, 500, 0.001, 0.05, 0.2)
+    assert SearchConfig() == SearchConfig(0.99, 500, 0.001, 0.05, 0.2, False)
 
 
 def test_descend_says_what_does_not_fit() -> None:
@@ -496,7 +478,10 @@ def test_descend_says_what_does_not_fit() -> None:
     config = SearchConfig()
     cases: list[tuple[str, dict[str, Any]]] = [
         ("unknown update 'sgd'; choose from adam, jsma", {"update": "sgd"}),
-        ("unknown engine 'fast'; choose from auto, plain, batched, native, triton", {"engine": "fast"}),
+        (
+            "unknown engine 'fast'; choose from auto, triton, native-avx512, native-avx2, native-base, batched, plain",
+            {"engine": "fast"},
+        ),
         ("start: expected float32", {"start": z.double()}),
         ("start: expected float32", {"start": z[:, 0]}),
         ("3 rows", {"rows": {"target": rows["target"][:2], "reference": z}}),
@@ -518,29 +503,31 @@ def test_descend_says_what_does_not_fit() -> None:
 def test_auto_takes_the_native_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     z, rows = questions(3)
     objective, config = stacked(networks(2, (LATENT, CLASSES))), SearchConfig(max_steps=2)
-    monkeypatch.setattr(kernels, "native_available", lambda: False)
+    monkeypatch.setattr(kernels, "native_modules", dict)
     assert descend(objective, z, rows, config).engine == "batched"
-    with pytest.raises(ValueError, match="engine native is not built here"):
-        descend(objective, z, rows, config, engine="native")
+    with pytest.raises(ValueError, match="engine native-base cannot run on this machine, which has none"):
+        descend(objective, z, rows, config, engine="native-base")
     assert descend(objective, z, rows, config, bounds=(-1, 1)).engine == "plain"
     assert descend(lambda *args: objective(*args), z, rows, config).engine == "plain"
-    monkeypatch.setattr(kernels, "native_available", lambda: True)
-    monkeypatch.setitem(ENGINES, "native", ENGINES["batched"])
-    assert descend(objective, z, rows, config).engine == "native"
-    assert descend(objective, z, rows, config, on_step=lambda *_: None, engine="native").engine == "plain"
+    monkeypatch.setattr(kernels, "native_modules", lambda: {"avx2": None, "base": None})
+    monkeypatch.setitem(ENGINES, "native-avx2", ENGINES["batched"])
+    assert descend(objective, z, rows, config).engine == "native-avx2"
+    assert descend(objective, z, rows, config, on_step=lambda *_: None, engine="native-avx2").engine == "plain"
+    with pytest.raises(ValueError, match=r"engine native-avx512 cannot run .* which has native-avx2, native-base"):
+        descend(objective, z, rows, config, engine="native-avx512")
 
 
 def test_auto_takes_the_fused_engine_on_a_gpu_where_it_holds_the_classifiers(monkeypatch: pytest.MonkeyPatch) -> None:
     small = stacked(networks(2, (LATENT, 6, CLASSES)))
     wide = stacked(networks(2, (LATENT, kernels.MOST_WIDTH + 1, CLASSES)))
     monkeypatch.setattr(kernels, "triton_available", lambda: True)
-    assert search._chosen("auto", small, True, "cuda") == "triton"
-    assert search._chosen("auto", wide, True, "cuda") == "batched"
+    assert search.choose_engine("auto", small, True, "cuda") == "triton"
+    assert search.choose_engine("auto", wide, True, "cuda") == "batched"
     with pytest.raises(ValueError, match="engine triton holds codes up to"):
-        search._chosen("triton", wide, True, "cuda")
-    with pytest.raises(ValueError, match="engine native runs on a CPU, not on cuda"):
-        search._chosen("native", small, True, "cuda")
+        search.choose_engine("triton", wide, True, "cuda")
+    with pytest.raises(ValueError, match="engine native-base runs on a CPU, not on cuda"):
+        search.choose_engine("native-base", small, True, "cuda")
     monkeypatch.setattr(kernels, "triton_available", lambda: False)
-    assert search._chosen("auto", small, True, "cuda") == "batched"
+    assert search.choose_engine("auto", small, True, "cuda") == "batched"
     with pytest.raises(ValueError, match="engine triton needs the package triton"):
-        search._chosen("triton", small, True, "cuda")
+        search.choose_engine("triton", small, True, "cuda")

@@ -1,15 +1,15 @@
-// Algorithm 1 over stacked latent classifiers on CPUs: many searches side by side, each in a lane of its own.
+// Algorithm 1 over stacked latent classifiers on CPUs: many searches in parallel, one for each vector lane.
 //
-// A lane is one search, and no operation mixes lanes: a row's bits depend neither on its mates, nor on the order, nor on
-// the number of threads. What makes it fast:
-//   - a weight is a broadcast operand, and up to TILE outputs x GROUPS vectors of lanes accumulate in registers, so that
-//     both multiply-add units are busy;
+// No operation mixes lanes, so that a row's bits depend neither on the other rows, nor on their order, nor on the number
+// of threads. What makes it fast:
+//   - a weight is a broadcast operand, and up to TILE outputs x GROUPS vectors of lanes accumulate in registers, which
+//     keeps both multiply-add units busy;
 //   - members go through a layer in chunks, so that one member's multiplications hide another's latencies;
-//   - a finished lane takes the next search at once;
+//   - a lane whose search has ended takes the next row at once;
 //   - the weights are packed once, in the order in which both passes read them.
-// One source, compiled once for each instruction set under a module name of its own; the vectors are the compiler's, so
-// that any machine with gcc or clang can have the plain one. Not to be built with -ffast-math: loading such a library
-// switches denormals off for the whole process, and the tests for NaN vanish.
+// One source, compiled once for each instruction set under a module name of its own. Vectors are the compiler's
+// extension, so that gcc or clang can build the base version anywhere. Not to be built with -ffast-math: loading such a
+// library disables denormals in the whole process, and the tests for NaN are optimised away.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -35,7 +35,7 @@
 #endif
 
 #ifndef CLARITY_MODULE
-#define CLARITY_MODULE _clarity_native_base
+#define CLARITY_MODULE _clarity_engine_base
 #endif
 
 #if defined(__AVX512F__)
@@ -48,8 +48,8 @@ constexpr int WIDTH = 4, GROUPS = 2, TILE = 8;
 constexpr int WIDTH = 4, GROUPS = 2, TILE = 4;
 #endif
 constexpr int LANES = WIDTH * GROUPS;
-constexpr int MAX_CHUNK = 4;            // members that go through a layer together
-constexpr int64_t CHUNK_BYTES = 32768;  // of their activations: they should stay in the first-level cache
+constexpr int MAX_CHUNK = 4;            // members computed together in a layer
+constexpr int64_t CHUNK_BYTES = 32768;  // of their activations, which should stay in the first-level cache
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -60,52 +60,51 @@ typedef float Vec __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Int __attribute__((vector_size(WIDTH * 4)));
 
 INLINE Vec splat(float x) { return x - (Vec){}; }
-// Both give y where either is NaN, so that a NaN in y survives.
+// Maximum; y where either is NaN, so that a NaN in y survives.
 INLINE Vec larger(Vec x, Vec y) {
-#ifdef __AVX512F__  // gcc finds the instruction in the line below for the other instruction sets only
+#ifdef __AVX512F__  // gcc does not compile the line below to this instruction
     return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
 #else
     return x > y ? x : y;
 #endif
 }
 
-// --- what the threads share ------------------------------------------------------------------------------------------
-
 struct Layer {
     int in, out;
     const float *weight, *bias;  // (M, in, out), (M, out)
 };
 
-// Tiles of nearly equal size: the bounds of tile t of n when size is split.
+// The number of tiles that `size` is split into, and the first unit of tile t of n.
 INLINE int tiles(int size) { return (size + TILE - 1) / TILE; }
 INLINE int bound(int size, int n, int t) { return static_cast<int>(static_cast<int64_t>(size) * t / n); }
 
+// What the threads share. A task is a search, or, where `gradient` is set, one evaluation for each row of `start`.
 struct Task {
     int64_t rows = 0;
     int dim = 0, classes = 0, members = 0;
-    int chunk = 1;            // members that go through a layer together
+    int chunk = 1;            // members computed together in a layer
     int64_t activations = 0;  // of one member: all hidden layers and the logits
     std::vector<Layer> layers;
     std::vector<float> packed;  // the weights in the order in which `Worker::evaluate` reads them
-    const float *start = nullptr, *reference = nullptr;
+    const float *start = nullptr, *reference = nullptr, *min_target_prob = nullptr;
+    const float *fixed = nullptr;  // (directions, dim), orthonormal: no update moves along them
+    int64_t directions = 0;
     const int64_t *target = nullptr;
-    float min_target_prob = 0, distance_weight = 0;
+    float distance_weight = 0;
     int max_steps = 0;
     std::vector<float> rate, root;  // Adam's bias corrections after step + 1 updates, as torch.optim.Adam rounds them
-    float *point = nullptr, *initial = nullptr, *final_prob = nullptr;
+    float *point = nullptr, *initial = nullptr, *final_prob = nullptr, *gradient = nullptr;
     int32_t *steps = nullptr;
     uint8_t *finite = nullptr;
     std::atomic<int64_t> next{0};
     std::atomic<bool> stop{false};
 };
 
-// --- the inner loops -------------------------------------------------------------------------------------------------
+enum class First { bias, zero, add };     // initial value of the accumulators
+enum class Last { none, relu, masked };   // what is applied to them at the end
 
-enum class First { bias, zero, add };     // what the accumulators begin with
-enum class Last { none, relu, masked };   // what is done to them at the end
-
-// y[r] = last(first + sum over i of w[i][r] * x[i]) for R units and all lanes. The inputs come in `parts` of `count`, `next`
-// apart. Returns where the weights end.
+// y[r] = last(first + sum over i of w[i][r] * x[i]) for R units and all lanes. The inputs are `parts` runs of `count`,
+// `next` apart. Returns the end of the weights.
 template <int R, First FIRST, Last LAST>
 INLINE const float *tile(const float *w, const Vec *x, int count, int parts, int64_t next, Vec *y) {
     Vec a[R][GROUPS];
@@ -126,7 +125,7 @@ INLINE const float *tile(const float *w, const Vec *x, int count, int parts, int
     return w;
 }
 
-// The same for `size` units, a tile after another.
+// The same for `size` units, tile by tile.
 template <First FIRST, Last LAST>
 INLINE const float *pass(const float *w, const Vec *x, int count, Vec *y, int size, int parts = 1, int64_t next = 0) {
     const int n = tiles(size);
@@ -144,11 +143,11 @@ INLINE const float *pass(const float *w, const Vec *x, int count, Vec *y, int si
 
 // 2^x for x <= 0 with an error below 2 ulp: 2^n * 2^f with n = floor(x), a polynomial for 2^f.
 INLINE Vec power(Vec x) {
-    x = larger(splat(-100.f), x);  // what is smaller counts as 2^-100: no denormal numbers, which are slow
+    x = larger(splat(-100.f), x);  // smaller powers count as 2^-100: denormal numbers are slow
 #ifdef __AVX512F__
     const Vec f = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEG_INF));
 #else
-    constexpr float MAGIC = 12582912.f + 127.f;  // 1.5 * 2^23 + bias: adding it rounds, the low bits are the exponent's
+    constexpr float MAGIC = 12582912.f + 127.f;  // 1.5 * 2^23 + bias: adding it rounds, its low bits are the exponent
     const Vec t = x - 0.5f + MAGIC, f = x - (t - MAGIC);
 #endif
     const Vec e = 0.999999881f + f * (0.693154752f + f * (0.240139708f + f * (0.0558662452f + f * (0.00894282945f + f * 0.00189646112f))));
@@ -164,8 +163,11 @@ INLINE Vec power(Vec x) {
 #endif
 }
 
-// Softmax of the logits in place, which are in units of log 2; leaves the gradient of the cross-entropy by the logits in
-// natural units, adds the target's probability to prob.
+enum class Of { cross_entropy, probability };  // what is differentiated
+
+// Softmax in place of logits in units of log 2. Leaves the gradient of the target's cross-entropy, or of its
+// probability, by the logits in natural units; adds the target's probability to prob.
+template <Of OF>
 INLINE void softmax(Vec *logits, const Vec *onehot, int classes, Vec *prob) {
     Vec top[GROUPS], sum[GROUPS], chosen[GROUPS];
     UNROLL for (int g = 0; g < GROUPS; g++) top[g] = logits[g], sum[g] = chosen[g] = (Vec){};
@@ -186,7 +188,10 @@ INLINE void softmax(Vec *logits, const Vec *onehot, int classes, Vec *prob) {
     }
     o = onehot;
     for (Vec *p = logits; p < end; p += GROUPS, o += GROUPS)
-        UNROLL for (int g = 0; g < GROUPS; g++) p[g] = p[g] * sum[g] - o[g];
+        UNROLL for (int g = 0; g < GROUPS; g++) {
+            if (OF == Of::cross_entropy) p[g] = p[g] * sum[g] - o[g];
+            else p[g] = (o[g] - p[g] * sum[g]) * (chosen[g] * sum[g]);
+        }
 }
 
 INLINE Vec root_of(Vec x) {
@@ -194,8 +199,6 @@ INLINE Vec root_of(Vec x) {
     UNROLL for (int j = 0; j < WIDTH; j++) y[j] = std::sqrt(x[j]);
     return y;
 }
-
-// --- one thread ------------------------------------------------------------------------------------------------------
 
 struct Free {
     void operator()(Vec *p) const { ::operator delete(p, std::align_val_t(64)); }
@@ -209,6 +212,7 @@ Buffer vectors(int64_t count) {
     return p;
 }
 
+// One thread: LANES rows at a time.
 class Worker {
     Task &task;
     const int D, K;
@@ -216,6 +220,7 @@ class Worker {
     Vec *z, *moved, *reference, *mean, *square, *grad, *onehot, *active;
     int64_t row[LANES];
     int step[LANES];
+    float limit[LANES];  // the probability to exceed
     Vec prob[GROUPS];
 
     float &at(Vec *p, int64_t unit, int lane) { return reinterpret_cast<float *>(p)[unit * LANES + lane]; }
@@ -233,14 +238,19 @@ class Worker {
         bool any = false;
         for (int j = 0; j < LANES; j++) any |= load(j);
         while (any && !task.stop.load(std::memory_order_relaxed)) {
-            evaluate();
-            const uint64_t odd = update();
-            any = settle(odd);
+            if (task.gradient) {
+                evaluate<Of::probability>();
+                any = write_values();
+            } else {
+                evaluate<Of::cross_entropy>();
+                const uint64_t odd = update();
+                any = settle(odd);
+            }
         }
     }
 
    private:
-    // The next waiting row enters lane j; a lane for which there is none computes on at 0, to no effect.
+    // Puts the next waiting row into lane j. Without one, the lane goes on at 0, to no effect.
     bool load(int j) {
         const int64_t q = task.next.load(std::memory_order_relaxed) < task.rows
                               ? task.next.fetch_add(1, std::memory_order_relaxed) : task.rows;
@@ -256,11 +266,13 @@ class Worker {
             }
             at(mean, k, j) = at(square, k, j) = 0;
         }
+        limit[j] = found && task.min_target_prob ? task.min_target_prob[q] : 0;
         row[j] = found ? q : -1;
         return found;
     }
 
-    // Sums over the members: the target's probability and the gradient of the cross-entropy.
+    // Sums over the members: the target's probability, and the gradient of what is differentiated.
+    template <Of OF>
     void evaluate() {
         const Layer *layers = task.layers.data();
         const int depth = static_cast<int>(task.layers.size());
@@ -270,7 +282,7 @@ class Worker {
         for (int k = 0; k < D * GROUPS; k++) grad[k] = (Vec){};
         for (int m = 0; m < task.members; m += task.chunk) {
             Vec *const end = active + std::min(task.chunk, task.members - m) * stride;
-            int64_t at = 0, before = 0;  // where a layer's outputs begin, and those of the layer before it
+            int64_t at = 0, before = 0;  // offsets of a layer's outputs and of the previous layer's
             for (int l = 0; l < depth; l++) {
                 for (Vec *p = active; p < end; p += stride) {
                     const Vec *x = l ? p + before : z;
@@ -281,8 +293,8 @@ class Worker {
                 at += static_cast<int64_t>(layers[l].out) * GROUPS;
             }
             at = before;
-            for (Vec *p = active; p < end; p += stride) softmax(p + at, onehot, K, prob);
-            // Backwards; the gradient by a layer's outputs takes the place of the outputs.
+            for (Vec *p = active; p < end; p += stride) softmax<OF>(p + at, onehot, K, prob);
+            // Backwards: the gradient by a layer's outputs overwrites the outputs.
             for (int l = depth - 1; l; l--) {
                 before = at - static_cast<int64_t>(layers[l].in) * GROUPS;
                 for (Vec *p = active; p < end; p += stride)
@@ -293,7 +305,7 @@ class Worker {
         }
     }
 
-    // Adam's next points, into `moved`. Returns the lanes whose next point is not finite, as bits.
+    // Writes Adam's next points into `moved`. Returns the lanes whose next point is not finite, as bits.
     uint64_t update() {
         constexpr float BETA2 = 0.999f, REST1 = 0.1f, REST2 = 0.001f, EPS = 1e-8f;
         const float share = 1.f / static_cast<float>(task.members);
@@ -315,22 +327,51 @@ class Worker {
                 mean[i] = a, square[i] = b, moved[i] = next;
                 check += next * 0.f;
             }
+            if (task.directions) check = project(g);
             for (int j = 0; j < WIDTH; j++) odd |= static_cast<uint64_t>(!(check[j] == 0)) << (g * WIDTH + j);
         }
         return odd;
     }
 
-    // Writes out the rows that have ended, lets the others move, refills. False when no lane has a row left.
+    // Removes from the step from z to `moved` its part along each fixed direction, for one group of lanes. Returns 0
+    // where the result is finite.
+    __attribute__((noinline)) Vec project(int g) {
+        for (int64_t q = 0; q < task.directions; q++) {
+            const float *direction = task.fixed + q * D;
+            Vec along = {};
+            for (int k = 0; k < D; k++) along += direction[k] * (moved[k * GROUPS + g] - z[k * GROUPS + g]);
+            for (int k = 0; k < D; k++) moved[k * GROUPS + g] -= direction[k] * along;
+        }
+        Vec check = {};
+        for (int k = 0; k < D; k++) check += moved[k * GROUPS + g] * 0.f;
+        return check;
+    }
+
+    // Writes the means over the members and loads the next rows. False when no lane has a row left.
+    bool write_values() {
+        const float members = static_cast<float>(task.members);
+        bool any = false;
+        for (int j = 0; j < LANES; j++) {
+            const int64_t q = row[j];
+            if (q < 0) continue;
+            task.final_prob[q] = prob[j / WIDTH][j % WIDTH] / members;
+            for (int k = 0; k < D; k++) task.gradient[q * D + k] = at(grad, k, j) / members;
+            any |= load(j);
+        }
+        return any;
+    }
+
+    // Writes the rows that have ended, moves the others, loads the next ones. False when no lane has a row left.
     bool settle(uint64_t odd) {
         const float members = static_cast<float>(task.members);
         bool any = false;
-        std::swap(z, moved);  // `moved` now holds the points that were tested
+        std::swap(z, moved);  // from here on `moved` holds the points that were evaluated
         for (int j = 0; j < LANES; j++) {
             const int64_t q = row[j];
             if (q < 0) continue;
             const float p = prob[j / WIDTH][j % WIDTH] / members;
             if (!step[j]) task.initial[q] = p;
-            const bool reached = p > task.min_target_prob, last = step[j] >= task.max_steps, known = std::isfinite(p);
+            const bool reached = p > limit[j], last = step[j] >= task.max_steps, known = std::isfinite(p);
             if (reached || last || !known || (odd >> j & 1)) {
                 for (int k = 0; k < D; k++) task.point[q * D + k] = at(moved, k, j);
                 task.steps[q] = step[j];
@@ -346,11 +387,9 @@ class Worker {
     }
 };
 
-// --- the whole search ------------------------------------------------------------------------------------------------
-
-// Writes the weights in the order of Worker::evaluate: for each chunk of members forwards and then backwards through the
-// layers, for each member and tile of outputs its biases and a row for each input, for each tile of inputs a row for each
-// output; in the first layer the tile comes before the member.
+// Packs the weights in the order of Worker::evaluate: for each chunk of members forwards and then backwards through the
+// layers; forwards, for each member and tile of outputs, its biases and a row for each input; backwards, for each member
+// and tile of inputs, a row for each output; in the first layer the tile is the outer loop.
 void pack(Task &task) {
     constexpr float LOG2E = 1.44269504f;  // the softmax takes powers of two
     const int depth = static_cast<int>(task.layers.size());
@@ -387,10 +426,10 @@ void pack(Task &task) {
     }
 }
 
-// Runs `threads` workers to the end; `interrupted` is asked now and then whether to give up. False when it did.
+// Runs `threads` workers to the end, polling `interrupted`. False when that returned true and the workers were stopped.
 // Throws bad_alloc and, when not one thread could be started, system_error.
-template <class Ask>
-bool search(Task &task, int threads, Ask interrupted) {
+template <class Poll>
+bool run_workers(Task &task, int threads, Poll interrupted) {
     std::mutex mutex;
     std::condition_variable ready;
     int running = 0;
@@ -417,7 +456,7 @@ bool search(Task &task, int threads, Ask interrupted) {
         }
         try {
             pool.emplace_back(work);
-        } catch (const std::system_error &) {  // the machine allows no more threads: those that run do the work
+        } catch (const std::system_error &) {  // no more threads are allowed: those that run do the work
             {
                 const std::lock_guard<std::mutex> lock(mutex);
                 running--;
@@ -439,9 +478,7 @@ bool search(Task &task, int threads, Ask interrupted) {
     return !given_up;
 }
 
-// --- the door to Python ----------------------------------------------------------------------------------------------
-
-// A C-contiguous array lent by Python for as long as this lives.
+// A C-contiguous array of Python, borrowed for the lifetime of this object.
 class Array {
     Py_buffer view{};
 
@@ -450,7 +487,7 @@ class Array {
     Array(const Array &) = delete;
     ~Array() { PyBuffer_Release(&view); }
 
-    // False, with a Python error, unless the object is an array of that type and shape (-1: any size).
+    // False, with a Python error, unless the object is an array of this type and shape (-1: any size).
     bool take(PyObject *object, const char *name, const char *formats, std::initializer_list<int64_t> shape, bool writable) {
         if (PyObject_GetBuffer(object, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0))) {
             PyErr_Clear();
@@ -511,26 +548,67 @@ bool read_layers(PyObject *weights, PyObject *biases, Task &task, std::vector<st
     return true;
 }
 
-PyObject *search_rows(PyObject *, PyObject *arguments, PyObject *keywords) {
-    static const char *names[] = {"weights", "biases", "start", "reference", "target", "point", "steps",
-                                  "target_prob_initial", "target_prob_final", "finite", "min_target_prob", "max_steps",
+bool read_target(PyObject *object, Array &target, Task &task) {
+    if (!target.take(object, "target", "lq", {task.rows}, false)) return false;
+    task.target = target.data<const int64_t>();
+    for (int64_t q = 0; q < task.rows; q++)
+        if (task.target[q] < 0 || task.target[q] >= task.classes) {
+            PyErr_Format(PyExc_ValueError, "target: expected classes from 0 to %d, got %lld in row %lld", task.classes - 1,
+                         static_cast<long long>(task.target[q]), static_cast<long long>(q));
+            return false;
+        }
+    return true;
+}
+
+// Packs the weights and runs the task without the GIL. None, or null with a Python error.
+PyObject *run(Task &task, int threads) {
+    if (!task.rows) Py_RETURN_NONE;
+    const int useful = static_cast<int>(std::min<int64_t>(threads, (task.rows + LANES - 1) / LANES));
+    bool finished = false, starved = false;
+    std::string broken;
+    Py_BEGIN_ALLOW_THREADS;
+    try {
+        pack(task);
+        finished = run_workers(task, useful, [] {
+            const PyGILState_STATE state = PyGILState_Ensure();
+            const bool raised = PyErr_CheckSignals() != 0;
+            PyGILState_Release(state);
+            return raised;
+        });
+    } catch (const std::bad_alloc &) {
+        starved = true;
+    } catch (const std::exception &error) {
+        broken = error.what();
+    }
+    Py_END_ALLOW_THREADS;
+    if (starved) return PyErr_NoMemory();
+    if (!broken.empty()) return PyErr_Format(PyExc_RuntimeError, "the search could not start: %s", broken.c_str());
+    if (!finished) return nullptr;  // the signal handler's exception is set
+    Py_RETURN_NONE;
+}
+
+PyObject *search(PyObject *, PyObject *arguments, PyObject *keywords) {
+    static const char *names[] = {"weights", "biases", "start", "reference", "target", "min_target_prob", "fixed", "point",
+                                  "steps", "target_prob_initial", "target_prob_final", "finite", "max_steps",
                                   "distance_weight", "learning_rate", "threads", nullptr};
-    PyObject *weights, *biases, *starts, *references, *targets, *points, *counts, *initials, *finals, *finites;
-    double min_target_prob, distance_weight, learning_rate;
+    PyObject *weights, *biases, *starts, *references, *targets, *limits, *directions;
+    PyObject *points, *counts, *initials, *finals, *finites;
+    double distance_weight, learning_rate;
     int max_steps, threads;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$OOOOOOOOOOdiddi", const_cast<char **>(names), &weights, &biases,
-                                     &starts, &references, &targets, &points, &counts, &initials, &finals, &finites,
-                                     &min_target_prob, &max_steps, &distance_weight, &learning_rate, &threads))
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$OOOOOOOOOOOOiddi", const_cast<char **>(names), &weights,
+                                     &biases, &starts, &references, &targets, &limits, &directions, &points, &counts,
+                                     &initials, &finals, &finites, &max_steps, &distance_weight, &learning_rate, &threads))
         return nullptr;
     try {
         Task task;
         std::vector<std::unique_ptr<Array>> arrays;
         if (!read_layers(weights, biases, task, arrays)) return nullptr;
-        Array start, reference, target, point, steps, initial, final_prob, finite;
+        Array start, reference, target, limit, fixed, point, steps, initial, final_prob, finite;
         if (!start.take(starts, "start", "f", {-1, task.dim}, false)) return nullptr;
         const int64_t rows = task.rows = start.size(0);
-        if (!reference.take(references, "reference", "f", {rows, task.dim}, false) ||
-            !target.take(targets, "target", "lq", {rows}, false) ||
+        if (!reference.take(references, "reference", "f", {rows, task.dim}, false) || !read_target(targets, target, task) ||
+            !limit.take(limits, "min_target_prob", "f", {rows}, false) ||
+            !fixed.take(directions, "fixed", "f", {-1, task.dim}, false) ||
             !point.take(points, "point", "f", {rows, task.dim}, true) || !steps.take(counts, "steps", "il", {rows}, true) ||
             !initial.take(initials, "target_prob_initial", "f", {rows}, true) ||
             !final_prob.take(finals, "target_prob_final", "f", {rows}, true) ||
@@ -540,21 +618,20 @@ PyObject *search_rows(PyObject *, PyObject *arguments, PyObject *keywords) {
             refuse("expected max_steps of at least 0 and threads of at least 1");
             return nullptr;
         }
-        if (!(min_target_prob > 0 && std::isfinite(distance_weight) && std::isfinite(learning_rate))) {
-            refuse("expected min_target_prob above 0, distance_weight and learning_rate to be finite");
+        if (!(std::isfinite(distance_weight) && std::isfinite(learning_rate))) {
+            refuse("expected distance_weight and learning_rate to be finite");
             return nullptr;
         }
-        task.target = target.data<const int64_t>();
-        for (int64_t q = 0; q < rows; q++)
-            if (task.target[q] < 0 || task.target[q] >= task.classes) {
-                PyErr_Format(PyExc_ValueError, "target: expected classes from 0 to %d, got %lld in row %lld", task.classes - 1,
-                             static_cast<long long>(task.target[q]), static_cast<long long>(q));
-                return nullptr;
-            }
         task.start = start.data<const float>(), task.reference = reference.data<const float>();
+        task.min_target_prob = limit.data<const float>();
+        task.fixed = fixed.data<const float>(), task.directions = fixed.size(0);
         task.point = point.data<float>(), task.steps = steps.data<int32_t>(), task.initial = initial.data<float>();
         task.final_prob = final_prob.data<float>(), task.finite = finite.data<uint8_t>();
-        task.min_target_prob = static_cast<float>(min_target_prob);
+        for (int64_t q = 0; q < rows; q++)
+            if (!(task.min_target_prob[q] > 0)) {
+                refuse("min_target_prob: expected numbers above 0");
+                return nullptr;
+            }
         task.distance_weight = static_cast<float>(distance_weight);
         task.max_steps = max_steps;
         // From about 17,000 updates on the corrections are 1 in float32.
@@ -562,36 +639,43 @@ PyObject *search_rows(PyObject *, PyObject *arguments, PyObject *keywords) {
             task.rate.push_back(static_cast<float>(learning_rate / (1 - std::pow(0.9, s))));
             task.root.push_back(static_cast<float>(1 / std::sqrt(1 - std::pow(0.999, s))));
         }
-        if (!rows) Py_RETURN_NONE;
-        const int useful = static_cast<int>(std::min<int64_t>(threads, (rows + LANES - 1) / LANES));
-        bool finished = false, starved = false;
-        std::string broken;
-        Py_BEGIN_ALLOW_THREADS;
-        try {
-            pack(task);
-            finished = search(task, useful, [] {
-                const PyGILState_STATE state = PyGILState_Ensure();
-                const bool raised = PyErr_CheckSignals() != 0;
-                PyGILState_Release(state);
-                return raised;
-            });
-        } catch (const std::bad_alloc &) {
-            starved = true;
-        } catch (const std::exception &error) {
-            broken = error.what();
+        return run(task, threads);
+    } catch (const std::bad_alloc &) {
+        return PyErr_NoMemory();
+    }
+}
+
+PyObject *value_and_grad(PyObject *, PyObject *arguments, PyObject *keywords) {
+    static const char *names[] = {"weights", "biases", "points", "target", "target_prob", "gradient", "threads", nullptr};
+    PyObject *weights, *biases, *points, *targets, *probs, *gradients;
+    int threads;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "$OOOOOOi", const_cast<char **>(names), &weights, &biases,
+                                     &points, &targets, &probs, &gradients, &threads))
+        return nullptr;
+    try {
+        Task task;
+        std::vector<std::unique_ptr<Array>> arrays;
+        if (!read_layers(weights, biases, task, arrays)) return nullptr;
+        Array point, target, prob, gradient;
+        if (!point.take(points, "points", "f", {-1, task.dim}, false)) return nullptr;
+        const int64_t rows = task.rows = point.size(0);
+        if (!read_target(targets, target, task) || !prob.take(probs, "target_prob", "f", {rows}, true) ||
+            !gradient.take(gradients, "gradient", "f", {rows, task.dim}, true))
+            return nullptr;
+        if (threads < 1) {
+            refuse("expected threads of at least 1");
+            return nullptr;
         }
-        Py_END_ALLOW_THREADS;
-        if (starved) return PyErr_NoMemory();
-        if (!broken.empty()) return PyErr_Format(PyExc_RuntimeError, "the search could not start: %s", broken.c_str());
-        if (!finished) return nullptr;  // the signal's exception is set
-        Py_RETURN_NONE;
+        task.start = task.reference = point.data<const float>();
+        task.final_prob = prob.data<float>(), task.gradient = gradient.data<float>();
+        return run(task, threads);
     } catch (const std::bad_alloc &) {
         return PyErr_NoMemory();
     }
 }
 
 // The builds of this file that the processor can run, fastest first.
-PyObject *levels(PyObject *, PyObject *) {
+PyObject *builds(PyObject *, PyObject *) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -604,12 +688,16 @@ PyObject *levels(PyObject *, PyObject *) {
 }
 
 PyMethodDef METHODS[] = {
-    {"search", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(search_rows)), METH_VARARGS | METH_KEYWORDS,
+    {"search", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(search)), METH_VARARGS | METH_KEYWORDS,
      "Algorithm 1 for each row of start; writes point, steps, target_prob_initial, target_prob_final and finite.\n\n"
      "weights: list of (M, in, out) float32, biases: list of (M, out), a ReLU between two layers; start, reference\n"
-     "(B, D) float32, target (B,) int64; point (B, D) float32, steps (B,) int32, finite (B,) bool. Arrays are taken\n"
-     "through the buffer protocol, C-contiguous. Raises ValueError for what does not fit."},
-    {"levels", levels, METH_NOARGS, "Names of the builds that this processor can run, fastest first."},
+     "(B, D) float32, target (B,) int64, min_target_prob (B,) float32, fixed (k, D) float32 with orthonormal rows;\n"
+     "point (B, D) float32, steps (B,) int32, finite (B,) bool. Arrays are read through the buffer protocol,\n"
+     "C-contiguous. Raises ValueError for arguments that do not fit."},
+    {"value_and_grad", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(value_and_grad)),
+     METH_VARARGS | METH_KEYWORDS,
+     "Mean target probability of each of the points (B, D) into target_prob (B,), its gradient into gradient (B, D)."},
+    {"builds", builds, METH_NOARGS, "Names of the builds that this processor can run, fastest first."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -618,7 +706,7 @@ PyMethodDef METHODS[] = {
 #define JOIN_(x, y) x##y
 #define JOIN(x, y) JOIN_(x, y)
 
-PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, STRING(CLARITY_MODULE), "The search of clarity for CPUs: see clarity/native/search.cpp.",
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, STRING(CLARITY_MODULE), "Algorithm 1 on CPUs: see clarity/native/search.cpp.",
                       0, METHODS, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
