@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +376,7 @@ class Explainer:
             tables.append(to_table(expected, columns))
 
         if len(chosen):
-            pairs = Pairs(*(getattr(asked.pairs, field.name)[index] for field in fields(Pairs)))
+            pairs = asked.pairs.select(index)
             self.search(encoded.model, pairs, on_step=on_step)
         return pa.concat_tables(tables)
 

@@ -94,7 +94,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": args.threads,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native": list(kernels.native_levels()),
+        "native": list(kernels.native_builds()),
         "triton": kernels.triton_available(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -149,9 +149,9 @@ def search_case(
         "plain": (engine("plain", args.threads), 512, "cpu"),
         "batched": (engine("batched", args.threads), 2_048, "cpu"),
     }
-    if kernels.native_available():
-        ways["native"] = (engine("native", args.threads), 20_000, "cpu")
-        ways["native, 1 thread"] = (engine("native", 1), 10_000, "cpu")
+    if builds := kernels.native_builds():
+        ways["native"] = (engine(f"native-{builds[0]}", args.threads), 20_000, "cpu")
+        ways["native, 1 thread"] = (engine(f"native-{builds[0]}", 1), 10_000, "cpu")
     if torch.cuda.is_available():
         ways["batched on the GPU"] = (engine("batched", None), 200_000, "cuda")
         if kernels.triton_available():
