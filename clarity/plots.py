@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import matplotlib
 import numpy as np
@@ -106,9 +106,9 @@ def styled(draw: Drawing) -> Drawing:
     return styled  # type: ignore[return-value]
 
 
-def new_picture(width: float, height: float) -> Picture:
+def new_picture(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Picture:
     """An empty figure of a size in inches."""
-    picture = Picture(figsize=(width, height), layout="constrained")
+    picture = Picture(figsize=(width, height), layout=layout)
     FigureCanvasAgg(picture)
     return picture
 
@@ -136,15 +136,9 @@ def image_grid(
     """
     check_grid(images, column_names, row_names, notes)
     noted = any(text for row in notes for text in row)
-    aspect = next(image.shape[1] / image.shape[2] for row in images for image in row if image is not None)
-    below = [0.13 if noted and not (differences and k % 2) else 0.0 for k in range(len(images) * (1 + differences))]
-    left = 0.075 * max((len(name) for name in row_names), default=0)
-    titles = ["\n".join(textwrap.wrap(name, max(8, int(cell / 0.068)))) for name in column_names]
-    lines = max(title.count("\n") for title in titles)
-    right = 0.7 if differences else 0.0
-    picture, axes = image_axes(len(column_names), below, cell, aspect, left, right, 0.2 + 0.13 * lines)
-    for q, title in enumerate(titles):
-        axes[0][q].set_title(title, pad=3)
+    picture, axes = image_axes(images, len(images) * (1 + differences), len(column_names), cell)
+    for q, name in enumerate(column_names):
+        set_title(axes[0][q], name, cell)
     for r, row in enumerate(images):
         line = axes[r * (1 + differences)]
         if row_names:
@@ -156,38 +150,26 @@ def image_grid(
             if differences:
                 draw_difference(axes[2 * r + 1][q], image if q else None, row[0])
     if differences:
-        box = axes[-1][-1].get_position()
-        width, height = picture.get_size_inches()
-        bar = picture.colorbar(
-            ScalarMappable(Normalize(-1, 1), "gray"),
-            cax=picture.add_axes((box.x1 + 0.12 / width, box.y0, 0.09 / width, min(1.8 / height, 0.8))),
-        )
+        shades = ScalarMappable(Normalize(-1, 1), "gray")
+        bar = picture.colorbar(shades, ax=axes, shrink=min(0.8, 4 / len(axes)), aspect=18, anchor=(0, 0), pad=0.02)
         bar.set_label("difference from the original")
         bar.set_ticks([-1, 0, 1], labels=["−1", "0", "+1"])
     return picture
 
 
-def image_axes(
-    columns: int,
-    below: Sequence[float],
-    cell: float,
-    aspect: float,
-    left: float = 0.0,
-    right: float = 0.0,
-    top: float = 0.2,
-) -> tuple[Picture, list[list[Any]]]:
-    """A figure with a grid of axes for images, ``cell`` inches wide, with ``below`` inches of text under each row."""
-    gap, height = 0.035, cell * aspect
-    size = (left + columns * (cell + gap) + right, top + sum(height + gap + extra for extra in below))
-    picture = Picture(figsize=size)
-    FigureCanvasAgg(picture)
-    axes, y = [], size[1] - top
-    for extra in below:
-        y -= height
-        boxes = [(left + q * (cell + gap), y, cell, height) for q in range(columns)]
-        axes.append([picture.add_axes((x / size[0], b / size[1], w / size[0], h / size[1])) for x, b, w, h in boxes])
-        y -= extra + gap
-    return picture, axes
+def image_axes(images: Sequence[Sequence[Array | None]], rows: int, columns: int, cell: float) -> tuple[Picture, Any]:
+    """A figure and its axes, rows x columns, each ``cell`` inches wide with the aspect of the images."""
+    aspect = next(image.shape[1] / image.shape[2] for row in images for image in row if image is not None)
+    picture = new_picture(cell * columns + 1.2, cell * aspect * rows + 0.6, "compressed")
+    layout: Any = picture.get_layout_engine()
+    layout.set(w_pad=0.017, h_pad=0.017, wspace=0, hspace=0)
+    return picture, picture.subplots(rows, columns, squeeze=False)
+
+
+def set_title(ax: Any, name: str, cell: float) -> None:
+    """A title of at most three lines, as wide as an image of ``cell`` inches."""
+    lines = textwrap.wrap(name, max(8, int(cell / 0.068)), max_lines=3, placeholder=" …")
+    ax.set_title("\n".join(lines), pad=3)
 
 
 def check_grid(images: Any, column_names: Any, row_names: Any, notes: Any) -> None:
@@ -249,10 +231,10 @@ def counterfactual(
     base = x if reconstruction is None else reconstruction
     shown = [x, *([reconstruction] if reconstruction is not None else []), x_cf]
     names = ["original", *(["reconstruction"] if reconstruction is not None else []), f"{source} → {target}"]
-    picture, (axes,) = image_axes(len(shown) + 1, [0.13], 1.0, x.shape[1] / x.shape[2])
+    picture, (axes,) = image_axes([shown], 1, len(shown) + 1, 1.0)
     for ax, image, name in zip(axes, shown, names):
         draw_image(ax, image)
-        ax.set_title(name, pad=3)
+        set_title(ax, name, 1.0)
     axes[len(shown) - 1].set_xlabel(note, fontsize=6, labelpad=1.5)
     draw_difference(axes[-1], x_cf, base)
     axes[-1].set_title("difference", pad=3)
@@ -267,7 +249,7 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
             f"steps: expected one step and one probability for each image of the strip, got {len(images)} images, "
             f"{len(steps)} steps, {len(target_prob)} probabilities"
         )
-    picture, (axes,) = image_axes(len(images), [0.13], 0.7, images[0].shape[1] / images[0].shape[2], left=0.7)
+    picture, (axes,) = image_axes([images], 1, len(images), 0.7)
     for i, ax in enumerate(axes):
         draw_image(ax, images[i])
         ax.set_title(f"step {steps[i]}" if not i else f"{steps[i]}", pad=3)
@@ -401,24 +383,14 @@ class PairFigure(NamedTuple):
 
 #: Columns of the view class_pair_figures that ``class_pairs`` and the report show.
 PAIR_FIGURES = {
-    "strict_validity": PairFigure(
-        "Strict validity", "share of pairs that converged", "pairs that reached the target probability", True, True
-    ),
+    "strict_validity": PairFigure("Strict validity", "share of pairs", "pairs that converged", True, True),
     "reencoded_agreement": PairFigure(
-        "Re-encoded agreement",
-        "share of pairs still classified as the target",
-        "pairs still classified as their target after decoding, rounding to 8 bits and encoding",
-        True,
-        True,
+        "Re-encoded agreement", "share of pairs", "pairs classified as their target after encoding again", True, True
     ),
     "median_steps": PairFigure("Steps", "updates, median of converged pairs", "length of the search"),
-    "median_distance": PairFigure(
-        "Latent distance", "L1 between codes, median of converged pairs", "size of the change"
-    ),
-    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "disagreement of the members about the image"),
-    "epistemic_final": PairFigure(
-        "Epistemic after", "nats, median", "disagreement of the members about the counterfactual"
-    ),
+    "median_distance": PairFigure("Latent distance", "L1, median of converged pairs", "size of the change"),
+    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "disagreement of the members about images"),
+    "epistemic_final": PairFigure("Epistemic after", "nats, median", "the same about counterfactuals"),
     "pairs": PairFigure("Pairs", "count", "pairs that were searched"),
 }
 
