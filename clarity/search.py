@@ -50,7 +50,7 @@ class SearchConfig:
         distance_weight: lambda, the weight of the L1 distance.
         learning_rate: of Adam; the paper gives none. With 0.05 searches on digits take about 70 steps.
         step_size: delta, the change of a pixel in one step of jsma.
-        refine: whether each result is then moved towards its start, as far as its probability allows.
+        refine: after the search, move each result towards its start as far as its probability allows.
     """
 
     min_target_prob: float = 0.99

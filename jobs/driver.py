@@ -84,14 +84,19 @@ def add_config_flags(
     """
     explained = field_help(type(defaults))
     for name, value in dataclasses.asdict(defaults).items():
-        if name not in skip:
-            group.add_argument(
-                f"--{prefix}{name}".replace("_", "-"),
-                type=type(value),
-                default=value,
-                metavar="N" if isinstance(value, int) else "X",
-                help=f"{explained[name]} (default: {value}).".replace("%", "%%"),
-            )
+        flag, about = f"--{prefix}{name}".replace("_", "-"), explained.get(name, "").replace("%", "%%")
+        if name in skip:
+            continue
+        if isinstance(value, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=f"{about}.")
+            continue
+        group.add_argument(
+            flag,
+            type=type(value),
+            default=value,
+            metavar="N" if isinstance(value, int) else "X",
+            help=f"{about} (default: {value}).",
+        )
 
 
 def add_resource_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
