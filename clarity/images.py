@@ -118,7 +118,7 @@ class Preprocessing:
 
     def to_json(self) -> dict[str, Any]:
         """The fields, for model.json."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "max_value" or value is not None}
 
     @classmethod
     def from_json(cls, fields: Any) -> Preprocessing:

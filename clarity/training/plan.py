@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import pyarrow.compute as pc
@@ -17,6 +18,7 @@ from torch import Tensor
 from clarity import storage
 from clarity.classifiers import EnsembleConfig
 from clarity.data import Dataset, class_names_of, infer_preprocessing, list_images, listing_fingerprint
+from clarity.data.review import review
 from clarity.images import Preprocessing
 from clarity.model import load_model, load_tensors, read_card, save_tensors
 from clarity.training.loops import (
@@ -29,6 +31,12 @@ from clarity.training.loops import (
 )
 from clarity.vae import VAEConfig, vae_config
 
+#: The defaults of each training, by the prefix of its fields.
+TRAININGS: dict[str, VAETraining | EnsembleTraining] = {
+    "vae": VAETraining(),
+    "ensemble": EnsembleTraining(),
+    "image": IMAGE_TRAINING,
+}
 #: The epoch of a checkpoint that needs no more training.
 FINISHED = 1 << 40
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
@@ -136,8 +144,11 @@ def plan_training(
         image_size: side of the images in the model, or (height, width); None looks at the data.
         mode: of the images in the model, "L" or "RGB"; None looks at the data.
         center_crop: side of the centred square that is taken of larger images; None takes the source's own, or all.
-        fields: of TrainingPlan.
+        fields: of TrainingPlan; ``vae_epochs=6`` stands for that field of ``vae_training``, and so on.
     """
+    if dataset.source in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
+        raise ValueError(f"out: expected a directory outside the data, got {storage.display(out)}: choose another")
+    fields = training_fields(fields)
     listing = list_images(dataset)
     class_names = class_names_of(listing)
     preprocessing = infer_preprocessing(dataset, listing, image_size=image_size, mode=mode, center_crop=center_crop)
@@ -151,11 +162,41 @@ def plan_training(
         "labelled": len(listing) - listing["label_name"].null_count,
         "per_class": {name: pc.sum(pc.equal(listing["label_name"], name)).as_py() for name in class_names},
         "held_out": None if held_out is None else held_out.split,
+        "remarks": review(listing, None if held_out is None else list_images(held_out)),
     }
     ensemble = EnsembleConfig(len(class_names), vae.latent_dim, tuple(hidden), num_members)
     return TrainingPlan(
         out, class_names, preprocessing, vae, ensemble, dataset=dataset, held_out=held_out, data=data, **fields
     )
+
+
+def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of TrainingPlan, with ``vae_epochs``, ``ensemble_learning_rate`` and the like put where they belong.
+
+    Raises:
+        ValueError: an unknown field, with the choices.
+    """
+    found = dict(fields)
+    known = {field.name: field for field in dataclass_fields(TrainingPlan)}
+    for prefix, default in TRAININGS.items():
+        names = [field.name for field in dataclass_fields(default)]
+        given = {name: found.pop(f"{prefix}_{name}") for name in names if f"{prefix}_{name}" in found}
+        if given:
+            found[f"{prefix}_training"] = set_fields(found.get(f"{prefix}_training", default), **given)
+    derived = {"out", "class_names", "preprocessing", "vae", "ensemble", "dataset", "held_out", "data"}
+    if unknown := sorted(set(found) - (set(known) - derived)):
+        short = ", ".join(f"{prefix}_{field.name}" for prefix, c in TRAININGS.items() for field in dataclass_fields(c))
+        raise ValueError(
+            f"{unknown[0]}: unknown; expected {', '.join(sorted(set(known) - derived))}, or one of {short}"
+        )
+    return found
+
+
+def set_fields(training: Any, **given: Any) -> Any:
+    """A training with some fields set; ``epochs`` alone are exactly so many, whatever ``min_updates`` is by default."""
+    if "epochs" in given:
+        given = {"min_updates": 0, **given}
+    return replace(training, **given)
 
 
 def begin(plan: TrainingPlan) -> bool:

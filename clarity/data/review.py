@@ -1,0 +1,55 @@
+"""What a user should know of a data set before a model is trained on it, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clarity.data.listing import left_out, notes
+
+#: Below this many held-out images an accuracy is little more than a guess.
+FEW_IMAGES = 50
+SHOWN = 5
+
+
+def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
+    """What is dropped or doubtful in the images to train on and to measure on.
+
+    Args:
+        listing: of the images to train on.
+        held_out: of those to measure on, or None.
+    """
+    lines = [f"left out: {count} {reason}" for reason, count in left_out(listing).items()]
+    lines += [f"note: {note}" for note in notes(listing)]
+    counts = count_labels(listing)
+    if single := [name for name, count in counts.items() if count == 1]:
+        lines.append(f"note: one image only of {some(single)}: add images, or leave the class out")
+    if held_out is None:
+        return lines
+    lines += [f"left out of the held-out images: {count} {reason}" for reason, count in left_out(held_out).items()]
+    lines += [f"note on the held-out images: {note}" for note in notes(held_out) if note not in notes(listing)]
+    measured = count_labels(held_out)
+    if unseen := [name for name in counts if name not in measured]:
+        lines.append(
+            f"note: no held-out image of {some(unseen)}: its accuracy stays unknown; add images of it to the held-out "
+            "split"
+        )
+    if strange := [name for name in measured if name not in counts]:
+        lines.append(f"note: no image to train on of {some(strange)}, which is only among the held-out images")
+    if (labelled := sum(measured.values())) < FEW_IMAGES:
+        lines.append(f"note: {labelled} held-out images with a label only: accuracies measured on them are rough")
+    return lines
+
+
+def count_labels(listing: pa.Table) -> dict[str, int]:
+    """How many images each class has, in the order of the names."""
+    counts = pc.value_counts(listing["label_name"].drop_null())
+    return dict(sorted((entry["values"], entry["counts"]) for entry in counts.to_pylist()))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some class names."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

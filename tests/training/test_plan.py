@@ -1,0 +1,41 @@
+"""The plan of a training: its fields by short names, and the directories that it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pictures import write_images
+
+import clarity
+from clarity import data
+from clarity.training.loops import IMAGE_TRAINING, VAETraining, num_epochs
+from clarity.training.plan import plan_training, set_fields, training_fields
+
+
+def test_training_fields_may_be_written_short() -> None:
+    found = training_fields({"vae_epochs": 6, "ensemble_batch_size": 9, "image_epochs": 2, "image_min_updates": 70})
+    assert num_epochs(found["vae_training"], 100) == 6
+    assert found["ensemble_training"].batch_size == 9
+    assert (found["image_training"].epochs, found["image_training"].min_updates) == (2, 70)
+    assert found["image_training"].learning_rate == IMAGE_TRAINING.learning_rate
+    assert training_fields({"vae_training": VAETraining(), "vae_seed": 7})["vae_training"] == VAETraining(seed=7)
+
+
+def test_epochs_alone_are_exactly_so_many() -> None:
+    assert num_epochs(set_fields(VAETraining(), epochs=6), 10) == 6
+    assert num_epochs(set_fields(VAETraining(), epochs=6, min_updates=100), 10) == 100
+    assert set_fields(VAETraining(), learning_rate=0.5).min_updates == VAETraining().min_updates
+
+
+@pytest.mark.parametrize("name", ["epochs", "vae_epoch", "learning_rate"])
+def test_unknown_fields_are_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: unknown; expected .*image_members, .*, or one of vae_epochs, "):
+        clarity.train("digits", **{name: 6})
+
+
+def test_a_model_inside_its_data_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "b/2.png")
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    with pytest.raises(ValueError, match=r"out: expected a directory outside the data, got .*/model"):
+        plan_training(str(tmp_path / "model"), dataset, None)
