@@ -1,17 +1,17 @@
-"""Where bytes lie: URIs of local files and of object stores, read, listed, and written whole or not at all.
-
-Knows paths, atomic writes, bounded retries. Does not know what the bytes mean.
+"""Read, list and atomically write files on disk or S3.
 
 A URI is a local path, or ``s3://bucket/key[?endpoint_url=http://host:port&region=name]``. The options default to
 AWS_ENDPOINT_URL and AWS_REGION; credentials come from the standard chain (environment, ~/.aws, the machine's role),
-never from a URI.
+never from a URI. Does not know what the bytes mean.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -23,34 +23,45 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+log = logging.getLogger(__name__)
+
 URI = str | Path
 T = TypeVar("T")
 
-#: Attempts at each operation, with a pause between them that doubles, and the requests of the store's client in each.
+#: Attempts at each operation, with a pause between them that doubles.
 ATTEMPTS = 6
-REQUESTS = 3
 FIRST_PAUSE_S = 0.25
+#: A request to a store ends after this long without a byte.
+REQUEST_S = 20.0
+#: A store that has not answered this process yet is given up after this long.
+FIRST_CONTACT_S = 15.0
 OPTIONS = ("endpoint_url", "region")
+#: Servers that have answered this process; the disk is one, named "".
+ANSWERED = {""}
+#: Shorter values of the environment are no secrets of AWS, and might be words of a path.
+SHORTEST_SECRET = 16
 
-_QUERY = re.compile(r"\?([A-Za-z][\w-]*=[^&?]*(?:&[A-Za-z][\w-]*=[^&?]*)*)$")
-_SECRET = re.compile(
-    r"(?i)(?<=//)[^/@\s]+(?=@)|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|(?<=[?&])[^=&\s]*(?:key|secret|token|password|signature)[^&\s]*"
+QUERY = re.compile(r"\?([A-Za-z][\w-]*=[^&?]*(?:&[A-Za-z][\w-]*=[^&?]*)*)$")
+SECRET = re.compile(
+    r"(?i)(?<=//)[^/@\s]+(?=@)|\b(?:AKIA|ASIA)[A-Z0-9]{12,}"
+    r"|(?<=[?&])[\w-]*(?:key|secret|token|password|signature)[\w-]*=[^&\s]*"
 )
-_ANSWER = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)")
-_TRANSIENT = re.compile(r"(?i)slow_?down|unavailable|internal_?(fail|err)|throttl|time_?out|network_|curl|status 5\d\d")
-_TRANSIENT_ERRNO = {errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE}
-_REMEDY = {
-    errno.ENOSPC: "free space there, or choose another place",
-    errno.EDQUOT: "free space there, or choose another place",
-    errno.EROFS: "that file system is read-only: choose another place",
-    errno.EACCES: "give this user the right to it, or choose another place",
-    errno.EPERM: "give this user the right to it, or choose another place",
+ANSWER = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)")
+NO_ANSWER = re.compile(r"(?i)network_|curl|time_?out")
+TRANSIENT = re.compile(rf"{NO_ANSWER.pattern}|slow_?down|unavailable|internal_?(fail|err)|throttl|status 5\d\d")
+TRANSIENT_ERRNO = {errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE}
+REMEDY = {
+    errno.ENOSPC: "free space there, or choose another directory",
+    errno.EDQUOT: "free space there, or choose another directory",
+    errno.EROFS: "that file system is read-only: choose another directory",
+    errno.EACCES: "give this user the right to it, or choose another directory",
+    errno.EPERM: "give this user the right to it, or choose another directory",
     errno.ENOTDIR: "a file stands where a directory is expected: choose another path",
     errno.EEXIST: "a file stands where a directory is expected: choose another path",
     errno.EISDIR: "a directory stands where a file is expected: choose another path",
@@ -58,10 +69,10 @@ _REMEDY = {
 
 
 class StorageError(OSError):
-    """A place could not be read or written; the message says which, why, and what to do.
+    """A file or directory could not be read or written; the message says which, why, and what to do.
 
-    ``reason`` is the why alone, the same wherever the data lies. ``transient`` tells a store that failed for the moment
-    (and at every retry) from an answer that will not change.
+    ``reason`` is the why alone, the same for every path. ``transient`` tells a store that failed for the moment (and at
+    every retry) from an answer that will not change.
     """
 
     def __init__(self, message: str, reason: str = "", code: int | None = None, transient: bool = False) -> None:
@@ -88,32 +99,36 @@ def is_remote(uri: URI) -> bool:
 
 
 def display(uri: URI) -> str:
-    """A URI, or a text that quotes one, as it may be printed: without a secret in it or known to this process."""
+    """A URI, or a text that quotes one, as it may be printed: without credentials."""
     text = str(uri)
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        text = text.replace(os.environ.get(variable) or "\0", "***")
-    return _SECRET.sub("***", text)
+        secret = os.environ.get(variable, "")
+        if len(secret) >= SHORTEST_SECRET:
+            forms = "|".join(re.escape(form) for form in (secret, quote(secret, safe="")))
+            text = re.sub(rf"(?<![\w+/])(?:{forms})(?![\w+/=])", "***", text)
+    return SECRET.sub("***", text)
 
 
 def join(uri: URI, *parts: str) -> str:
     """The URI of something below ``uri``; an object store's options stay at the end."""
     if not is_remote(uri):
         return os.path.join(uri, *filter(None, parts))
-    base, query = _split(uri)
+    base, query = split_options(uri)
     return "/".join([base.rstrip("/"), *filter(None, parts)]) + query
 
 
-def lies_in(uri: URI, place: URI) -> bool:
-    """Whether a URI names ``place`` or something below it."""
-    if is_remote(uri) != is_remote(place):
+def lies_in(uri: URI, directory: URI) -> bool:
+    """Whether a URI names ``directory`` or something below it."""
+    if is_remote(uri) != is_remote(directory):
         return False
-    paths = [_split(each)[0].rstrip("/") if is_remote(each) else os.path.realpath(each) for each in (uri, place)]
+    paths = [split_options(each)[0].rstrip("/") if is_remote(each) else os.path.realpath(each)
+             for each in (uri, directory)]  # fmt: skip
     return f"{paths[0]}/".startswith(f"{paths[1].rstrip('/')}/")
 
 
 def name(uri: URI) -> str:
     """The last part of the path."""
-    return os.path.basename(_split(uri)[0].rstrip("/"))
+    return os.path.basename(split_options(uri)[0].rstrip("/"))
 
 
 def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
@@ -123,8 +138,8 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
         ValueError: another scheme, an unknown option, or credentials in the URI.
     """
     if not is_remote(uri):
-        return pafs.LocalFileSystem(), _local(uri)
-    base, query = _split(uri)
+        return pafs.LocalFileSystem(), local_path(uri)
+    base, query = split_options(uri)
     options = dict(parse_qsl(query[1:], keep_blank_values=True))
     endpoint = urlsplit(options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or "")
     bucket, _, key = base.removeprefix("s3://").partition("/")
@@ -142,17 +157,17 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
         raise ValueError(
             f"expected s3://bucket/key, or that and ?endpoint_url=http://host:port, found {display(uri)}: write it so"
         )
-    return _s3(bucket, endpoint.scheme, endpoint.netloc, options.get("region")), f"{bucket}/{key}".rstrip("/")
+    return s3_filesystem(bucket, endpoint.scheme, endpoint.netloc, options.get("region")), f"{bucket}/{key}".rstrip("/")
 
 
 def exists(uri: URI) -> bool:
     """Whether a file, a directory or a prefix with objects below it is there."""
-    return _kind(uri) != pafs.FileType.NotFound
+    return type_of(uri) != pafs.FileType.NotFound
 
 
 def is_dir(uri: URI) -> bool:
     """Whether a directory, or a prefix with objects below it, is there."""
-    return _kind(uri) == pafs.FileType.Directory
+    return type_of(uri) == pafs.FileType.Directory
 
 
 def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
@@ -172,10 +187,10 @@ def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
         found = attempt("list", uri, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True)))
         files = [FileInfo(info.path[len(path) + 1 :], info.size) for info in found if info.type == pafs.FileType.File]
     else:
-        root = _local(uri)
+        root = local_path(uri)
         if os.path.isfile(root):
             return [FileInfo("", os.path.getsize(root))]
-        files = attempt("list", uri, lambda: list(_walk(root)))
+        files = attempt("list", uri, lambda: list(walk(root)))
     return sorted((file for file in files if file.path.endswith(suffix)), key=lambda file: file.path)
 
 
@@ -185,13 +200,13 @@ def list_dirs(uri: URI) -> list[str]:
         fs, path = filesystem(uri)
         found = attempt("list", uri, lambda: fs.get_file_info(pafs.FileSelector(path)))
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
-    return attempt("list", uri, lambda: sorted(entry.name for entry in os.scandir(_local(uri)) if entry.is_dir()))
+    return attempt("list", uri, lambda: sorted(entry.name for entry in os.scandir(local_path(uri)) if entry.is_dir()))
 
 
 def read_bytes(uri: URI) -> bytes:
     """The content of a file."""
     if not is_remote(uri):
-        return attempt("read", uri, lambda: _read_local(_local(uri)))
+        return attempt("read", uri, lambda: read_local(local_path(uri)))
     fs, path = filesystem(uri)
 
     def get() -> bytes:
@@ -202,7 +217,7 @@ def read_bytes(uri: URI) -> bytes:
 
 
 def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
-    """Put a file there whole or not at all, replacing what was there.
+    """Write a file atomically, replacing what was there.
 
     On a disk: a temporary file, fsync, rename, with the rights that the user's umask gives. On an object store: one
     object, which appears when its upload is complete.
@@ -214,7 +229,7 @@ def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
             default the temporary file lies hidden in the file's own directory, which is made when missing.
     """
     if not is_remote(uri):
-        attempt("write", uri, lambda: _write_local(_local(uri), data, _local(scratch) if scratch else None))
+        attempt("write", uri, lambda: write_local(local_path(uri), data, local_path(scratch) if scratch else None))
         return
     fs, path = filesystem(uri)
 
@@ -239,7 +254,7 @@ def read_json(uri: URI) -> Any:
 
 def write_json(uri: URI, value: Any, *, scratch: URI | None = None) -> None:
     """Write a value as JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite_or_null(value), indent=2, ensure_ascii=False, allow_nan=False)
     # Half a character, as in a file's name that is no UTF-8, becomes its escape, which JSON reads back.
     write_bytes(uri, (text + "\n").encode(errors="backslashreplace"), scratch=scratch)
 
@@ -247,26 +262,20 @@ def write_json(uri: URI, value: Any, *, scratch: URI | None = None) -> None:
 def delete(uri: URI) -> None:
     """Delete a file; one that is not there is deleted already."""
     fs, path = filesystem(uri)
-    attempt("delete", uri, lambda: _unless_missing(fs.delete_file, path))
+    attempt("delete", uri, lambda: unless_missing(fs.delete_file, path))
 
 
 def delete_tree(uri: URI) -> None:
     """Delete a directory with everything below it; links in it are removed, not followed."""
     fs, path = filesystem(uri)
     remove = fs.delete_dir if is_remote(uri) else shutil.rmtree
-    attempt("delete", uri, lambda: _unless_missing(remove, path))
+    attempt("delete", uri, lambda: unless_missing(remove, path))
 
 
 def make_dir(uri: URI) -> None:
     """Make a directory and those above it; an object store needs none."""
     if not is_remote(uri):
-        attempt("make", uri, lambda: os.makedirs(_local(uri), exist_ok=True))
-
-
-def copy_tree(source: URI, destination: URI) -> None:
-    """Copy every file below a directory, each whole or not at all, between any two places."""
-    for file in list_files(source):
-        write_bytes(join(destination, file.path), read_bytes(join(source, file.path)))
+        attempt("make", uri, lambda: os.makedirs(local_path(uri), exist_ok=True))
 
 
 def open_parquet(uri: URI) -> pq.ParquetFile:
@@ -288,53 +297,79 @@ def open_parquet(uri: URI) -> pq.ParquetFile:
 
 
 def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
-    """Do something with a place: transient errors are tried again with growing pauses, others are said at once.
+    """Do something with a URI; transient errors are retried with growing pauses, others raised at once.
 
     Args:
         what: the verb of the message: "read", "write", "list".
-        uri: the place.
+        uri: what it is done to.
         action: what to do; done again from its start.
 
     Raises:
-        StorageError: it failed for good, or at each of ATTEMPTS attempts.
+        StorageError: it failed for good, at each of ATTEMPTS attempts, or a server that never answered is not there.
     """
+    server, begin = server_of(uri), time.monotonic()
     for tried in range(1, ATTEMPTS + 1):
         try:
-            return action()
+            result = action()
         except StorageError:
             raise
         except OSError as error:
             text = str(error)
-            transient = error.errno in _TRANSIENT_ERRNO if error.errno else bool(_TRANSIENT.search(text))
-            if not transient or tried == ATTEMPTS:
+            transient = error.errno in TRANSIENT_ERRNO if error.errno else bool(TRANSIENT.search(text))
+            if not NO_ANSWER.search(text):
+                ANSWERED.add(server)
+            last = tried == ATTEMPTS or (server not in ANSWERED and time.monotonic() - begin > FIRST_CONTACT_S)
+            if not transient or last:
                 # The chain is cut on purpose: a store's own message may carry what a log must not.
-                raise _storage_error(what, uri, error, transient) from None
-        time.sleep(FIRST_PAUSE_S * 2 ** (tried - 1) * (1 + secrets.randbelow(1000) / 1000))
+                raise storage_error(what, uri, error, transient, "" if server in ANSWERED else server) from None
+        else:
+            ANSWERED.add(server)
+            return result
+        pause = FIRST_PAUSE_S * 2 ** (tried - 1) * (1 + secrets.randbelow(1000) / 1000)
+        reason = ANSWER.search(text)
+        log.warning(
+            "cannot %s %s: %s: trying again in %.1f s (attempt %d of %d)",
+            what, display(uri), display(reason[1] if reason else text), pause, tried + 1, ATTEMPTS,
+        )  # fmt: skip
+        time.sleep(pause)
     raise AssertionError("unreachable")
 
 
-def _storage_error(what: str, uri: URI, error: OSError, transient: bool) -> StorageError:
+def server_of(uri: URI) -> str:
+    """Who answers for a URI: an endpoint or a bucket; empty for a disk."""
+    if not is_remote(uri):
+        return ""
+    base, query = split_options(uri)
+    endpoint = dict(parse_qsl(query[1:])).get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL")
+    return endpoint or "/".join(base.split("/")[:3])
+
+
+def storage_error(what: str, uri: URI, error: OSError, transient: bool, absent: str = "") -> StorageError:
+    """The error of a failed operation with its remedy; ``absent`` names a server that has never answered."""
     code = error.errno or (errno.ENOENT if isinstance(error, FileNotFoundError) else None)
-    answer = _ANSWER.search(str(error))
+    answer = ANSWER.search(str(error))
     reason = os.strerror(code) if code else (answer[1] if answer else str(error))
     remedy = "check the bucket, the key, the endpoint_url, the region, and this machine's rights to them"
-    if transient:
+    if absent:
+        remedy = f"{absent} has not answered: check the endpoint_url, and that this machine reaches it"
+    elif transient:
         remedy = f"it failed {ATTEMPTS} times: try again later"
     elif not is_remote(uri):
-        remedy = _REMEDY.get(code or 0, "check the path and its disk on this machine")
-    place = error.filename if isinstance(error.filename, str) and not is_remote(uri) else uri
-    said = reason if code else str(error)
-    return StorageError(display(f"cannot {what} {place}: {said}: {remedy}"), display(reason), code, transient)
+        remedy = REMEDY.get(code or 0, "check the path and its disk on this machine")
+    path = error.filename if isinstance(error.filename, str) and not is_remote(uri) else uri
+    said = reason if code or absent else str(error)
+    return StorageError(display(f"cannot {what} {path}: {said}: {remedy}"), display(reason), code, transient)
 
 
-def _kind(uri: URI) -> pafs.FileType:
+def type_of(uri: URI) -> pafs.FileType:
+    """File, Directory, or NotFound."""
     if is_remote(uri):
         fs, path = filesystem(uri)
         return attempt("look at", uri, lambda: fs.get_file_info(path).type)
 
     def look() -> pafs.FileType:
         try:
-            mode = os.stat(_local(uri)).st_mode
+            mode = os.stat(local_path(uri)).st_mode
         except (FileNotFoundError, NotADirectoryError):
             return pafs.FileType.NotFound
         return pafs.FileType.Directory if stat.S_ISDIR(mode) else pafs.FileType.File
@@ -342,7 +377,8 @@ def _kind(uri: URI) -> pafs.FileType:
     return attempt("look at", uri, look)
 
 
-def _local(uri: URI) -> str:
+def local_path(uri: URI) -> str:
+    """The absolute path of a local URI; ValueError for another scheme."""
     if found := re.match(r"([A-Za-z][\w+.-]*)://", str(uri)):
         raise ValueError(
             f"expected a local path or s3://bucket/key, found the scheme {found[1]!r} in {display(uri)}: "
@@ -351,42 +387,43 @@ def _local(uri: URI) -> str:
     return os.path.abspath(uri)
 
 
-def _split(uri: URI) -> tuple[str, str]:
+def split_options(uri: URI) -> tuple[str, str]:
     """The path and the options ("?..." or "") of a URI; a question mark in a file's name stays in the path."""
     text = str(uri)
-    found = _QUERY.search(text) if is_remote(uri) else None
+    found = QUERY.search(text) if is_remote(uri) else None
     return (text[: found.start()], text[found.start() :]) if found else (text, "")
 
 
 @functools.lru_cache(maxsize=16)
-def _s3(bucket: str, scheme: str, endpoint: str, region: str | None) -> pafs.FileSystem:
+def s3_filesystem(bucket: str, scheme: str, endpoint: str, region: str | None) -> pafs.FileSystem:
+    """The client of a store, which tries each request once: ``attempt`` retries, and says so."""
     region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not region:
-        place = f"s3://{bucket}"
-        region = "us-east-1" if endpoint else attempt("find", place, lambda: pafs.resolve_s3_region(bucket))
+        found = functools.partial(pafs.resolve_s3_region, bucket)
+        region = "us-east-1" if endpoint else attempt("find", f"s3://{bucket}", found)
     return pafs.S3FileSystem(
         region=region,
         scheme=scheme or "https",
         endpoint_override=endpoint or None,
         connect_timeout=5,
-        request_timeout=20,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=REQUESTS),
+        request_timeout=REQUEST_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1),
         allow_delayed_open=True,  # a small object is then one PUT
     )
 
 
-def _walk(root: str) -> Iterator[FileInfo]:
+def walk(root: str) -> Iterator[FileInfo]:
     """Every file below ``root``; directories before the links to directories, so that their own names win."""
     seen: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
     while folders or links:
         below = folders.pop() if folders else links.pop(0)
-        place = os.path.join(root, below)
-        status = os.stat(place)
+        directory = os.path.join(root, below)
+        status = os.stat(directory)
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(place) as entries:
+        with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = os.path.join(below, entry.name)
                 try:
@@ -398,7 +435,8 @@ def _walk(root: str) -> Iterator[FileInfo]:
                     yield FileInfo(path, 0)
 
 
-def _read_local(path: str) -> bytes:
+def read_local(path: str) -> bytes:
+    """The content of a regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
     with open(descriptor, "rb") as file:
         mode = os.fstat(descriptor).st_mode
@@ -407,11 +445,12 @@ def _read_local(path: str) -> bytes:
         return file.read()
 
 
-def _write_local(path: str, data: bytes, scratch: str | None) -> None:
-    folder = os.path.dirname(path)
+def write_local(path: str, data: bytes, scratch: str | None) -> None:
+    """Temporary file, fsync, rename, fsync of the directory."""
+    directory = os.path.dirname(path)
     if scratch is None:
-        os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(scratch or folder, f".{secrets.token_hex(8)}.tmp")
+        os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(scratch or directory, f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -419,27 +458,27 @@ def _write_local(path: str, data: bytes, scratch: str | None) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        _unless_missing(os.unlink, temporary)
+        unless_missing(os.unlink, temporary)
         raise
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # so that the name survives a power cut too
     finally:
         os.close(descriptor)
 
 
-def _unless_missing(remove: Callable[[str], Any], path: str) -> None:
-    try:
+def unless_missing(remove: Callable[[str], Any], path: str) -> None:
+    """Remove a path; one that is not there is removed already."""
+    with contextlib.suppress(FileNotFoundError):
         remove(path)
-    except FileNotFoundError:
-        return
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
+    """A value with None for every NaN and infinity in it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return value

@@ -26,6 +26,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from clarity import storage
+
 ACCESS_KEY = "AKIAPLANTEDPLANTED77"
 SECRET_KEY = "planted/secret+key/of/the/tests"
 HOP_BY_HOP = ("content-length", "connection", "transfer-encoding", "expect", "date", "server")
@@ -43,6 +45,12 @@ def leaks(*places: Path) -> list[str]:
         if any(key in content for key in keys):
             found.append(str(path))
     return found
+
+
+def copy_tree(source: str | Path, destination: str | Path) -> None:
+    """Copy every file below a directory, between a disk and a store or within one."""
+    for file in storage.list_files(source):
+        storage.write_bytes(storage.join(destination, file.path), storage.read_bytes(storage.join(source, file.path)))
 
 
 @dataclass

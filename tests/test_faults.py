@@ -785,7 +785,7 @@ def ray_directory() -> Iterator[str]:
 @fault("data, model and audit on an object store, driver SIGKILLed and resumed")
 def all_on_object_store(bench: Bench) -> None:
     """The tables are those of the same images on a disk, and no key of the store stands in a file or a log."""
-    from object_store import ObjectStore, leaks
+    from object_store import ObjectStore, copy_tree, leaks
 
     from clarity import data, schema, storage
     from clarity.images import Preprocessing, encode_png
@@ -802,8 +802,8 @@ def all_on_object_store(bench: Bench) -> None:
     bench.expected = bench.files()
     shutil.rmtree(bench.out)
     with ObjectStore() as store, ray_directory() as directory:
-        storage.copy_tree(str(bench.root / "data"), store.uri("data"))
-        storage.copy_tree(bench.model, store.uri("model"))
+        copy_tree(str(bench.root / "data"), store.uri("data"))
+        copy_tree(bench.model, store.uri("model"))
         flags = ["--dataset", "parquet", "--data", store.uri("data"), "--model", store.uri("model")]
         options = {"out": store.uri("audit"), "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
 
@@ -815,15 +815,13 @@ def all_on_object_store(bench: Bench) -> None:
         done = committed()
         bench.run(*flags, **options)
         assert SHARDS <= committed() < done + SHARDS, "what was committed is not done again"
-        storage.copy_tree(store.uri("audit"), bench.out)
+        copy_tree(store.uri("audit"), bench.out)
         assert not leaks(bench.root, Path(directory))
 
 
 @fault("two drivers at once on an object store")
 def two_drivers_on_object_store(bench: Bench) -> None:
-    from object_store import ObjectStore
-
-    from clarity import storage
+    from object_store import ObjectStore, copy_tree
 
     with ObjectStore() as store, ray_directory() as directory:
         options = {"out": store.uri("audit"), "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
@@ -831,16 +829,14 @@ def two_drivers_on_object_store(bench: Bench) -> None:
         bench.exits += sorted(process.wait(PATIENCE_S) for process in processes)
         assert bench.exits == [0, 2], bench.log()[-2000:]
         assert "is at work there" in bench.log()
-        storage.copy_tree(store.uri("audit"), bench.out)
+        copy_tree(store.uri("audit"), bench.out)
 
 
 def on_object_store(name: str, plan_faults: Callable[[Any], list[Any]], exits: tuple[int, ...] = (0,)) -> None:
     """The audit on an object store (moto's server, behind a proxy that breaks requests), then fetched and compared."""
 
     def run(bench: Bench) -> None:
-        from object_store import Fault, ObjectStore, leaks
-
-        from clarity import storage
+        from object_store import Fault, ObjectStore, copy_tree, leaks
 
         with ObjectStore() as store, ray_directory() as directory:
             uri = store.uri("audit")
@@ -851,7 +847,7 @@ def on_object_store(name: str, plan_faults: Callable[[Any], list[Any]], exits: t
             if bench.exits[-1]:
                 bench.run(out=uri, **env)
             assert store.requests
-            storage.copy_tree(uri, bench.out)
+            copy_tree(uri, bench.out)
             assert not leaks(bench.root, Path(directory))
 
     FAULTS[name] = run

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore, leaks
+from object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore, copy_tree, leaks
 
 from clarity import storage
 from clarity.storage import FileInfo, StorageError
@@ -51,8 +52,7 @@ def run_python(code: str, *arguments: object, nobody: bool = False) -> subproces
 
 @pytest.fixture(scope="module")
 def module_store() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as patch, ObjectStore() as store:
-        patch.setattr(storage, "REQUESTS", 1)
+    with ObjectStore() as store:
         storage.exists(store.uri())
         yield store
 
@@ -116,10 +116,32 @@ def test_bad_uris_are_refused_without_repeating_a_secret(uri: str, expected: str
     assert "hushhush" not in str(error.value)
 
 
-def test_display_hides_what_this_process_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "FwoGZXIvYXdzEBYaD")
-    assert storage.display("s3://b/k?x=FwoGZXIvYXdzEBYaD") == "s3://b/k?x=***"
-    assert storage.display("/plain/path with spaces") == "/plain/path with spaces"
+def test_display_masks_credentials_of_the_environment_as_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "FwoGZXIvYXdzEBYaD+/x=")
+    assert storage.display("denied: FwoGZXIvYXdzEBYaD+/x= is old") == "denied: *** is old"
+    assert storage.display("s3://b/k?x=FwoGZXIvYXdzEBYaD%2B%2Fx%3D") == "s3://b/k?x=***"
+    assert storage.display("s3://b/FwoGZXIvYXdzEBYaD+/x=more") == "s3://b/FwoGZXIvYXdzEBYaD+/x=more"
+
+
+@pytest.mark.parametrize("secret", ["test", "minio", "a", "/"])
+def test_display_leaves_paths_alone_whatever_the_keys_are(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, secret)
+    for path in ("/data/71-test/a", "s3://test/minio/a?region=us-east-1", "/plain/path with spaces", "s3://a/key=3/x"):
+        assert storage.display(path) == path
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://me:hush@bucket/key", "s3://***@bucket/key"),
+        ("http://host/x?X-Amz-Signature=abc&a=b", "http://host/x?***&a=b"),
+        ("s3://b/k?secret_key=hush", "s3://b/k?***"),
+        ("key AKIAIOSFODNN7EXAMPLE is unknown", "key *** is unknown"),
+    ],
+)
+def test_display_masks_what_is_a_credential_by_its_form(text: str, shown: str) -> None:
+    assert storage.display(text) == shown
 
 
 # Local files
@@ -377,6 +399,42 @@ def test_transient_errors_end_after_the_last_attempt(monkeypatch: pytest.MonkeyP
     assert sum(pauses) < 16
 
 
+def test_retries_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    left = [OSError("AWS Error SLOW_DOWN during GetObject"), None]
+
+    def act() -> None:
+        if error := left.pop(0):
+            raise error
+
+    storage.attempt("read", "s3://b/k", act)
+    assert [record.getMessage().rpartition(":")[0] for record in caplog.records] == ["cannot read s3://b/k: SLOW_DOWN"]
+
+
+def test_first_contact_with_nobody_fails_soon_and_says_so() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    begin = time.monotonic()
+    with pytest.raises(StorageError, match=f"{url} has not answered: check the endpoint_url"):
+        storage.exists(f"s3://bucket/key?endpoint_url={url}")
+    assert time.monotonic() - begin < 30
+
+
+def test_first_contact_with_a_server_that_never_answers_fails_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "REQUEST_S", 1.0)
+    monkeypatch.setattr(storage, "FIRST_CONTACT_S", 1.5)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(StorageError, match=f"{url} has not answered"):
+            storage.read_bytes(f"s3://bucket/key?endpoint_url={url}")
+    assert time.monotonic() - begin < 6
+
+
 # An object store
 
 
@@ -402,8 +460,8 @@ def test_objects_are_written_listed_read_and_deleted(store: ObjectStore) -> None
 def test_copy_tree_goes_both_ways(store: ObjectStore, tmp_path: Path) -> None:
     storage.write_bytes(tmp_path / "a" / "x.bin", b"1")
     storage.write_json(tmp_path / "a" / "sub" / "y.json", {"k": 1})
-    storage.copy_tree(tmp_path / "a", store.uri("copied"))
-    storage.copy_tree(store.uri("copied"), tmp_path / "back")
+    copy_tree(tmp_path / "a", store.uri("copied"))
+    copy_tree(store.uri("copied"), tmp_path / "back")
     assert (
         storage.list_files(tmp_path / "back")
         == storage.list_files(tmp_path / "a")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from object_store import Fault, ObjectStore
+from object_store import Fault, ObjectStore, copy_tree
 from pictures import HEIGHT, WIDTH, encoded, parquet_table, pixels_of, random_pixels, write_images
 
 from clarity import data, storage
@@ -18,7 +18,6 @@ from clarity.images import Preprocessing
 @pytest.fixture(scope="module")
 def module_store() -> Iterator[ObjectStore]:
     with pytest.MonkeyPatch.context() as patch, ObjectStore() as store:
-        patch.setattr(storage, "REQUESTS", 1)
         patch.setattr(storage, "FIRST_PAUSE_S", 0.001)
         storage.exists(store.uri())
         yield store
@@ -34,7 +33,7 @@ def store(module_store: ObjectStore) -> ObjectStore:
 def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_path: Path) -> None:
     write_images(tmp_path, "train/cat é/1 +&?.png", "train/dog/100%41.png", "test/dog/2.png", "train/dog/bad.png")
     (tmp_path / "train/dog/bad.png").write_bytes(b"no image")
-    storage.copy_tree(tmp_path, store.uri("photos"))
+    copy_tree(tmp_path, store.uri("photos"))
     tables = []
     for place in (tmp_path, store.uri("photos")):
         dataset = data.open_dataset("folder", place)
@@ -48,7 +47,7 @@ def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pat
 def test_parquet_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_path: Path) -> None:
     for number in range(2):
         pq.write_table(parquet_table(25, label=list(range(25))), tmp_path / f"{number}.parquet", row_group_size=10)
-    storage.copy_tree(tmp_path, store.uri("tables"))
+    copy_tree(tmp_path, store.uri("tables"))
     for suffix in ("", "/0.parquet"):
         tables = []
         for place in (f"{tmp_path}{suffix}", store.uri(f"tables{suffix}")):

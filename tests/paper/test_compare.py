@@ -468,7 +468,7 @@ def untrained_vae(config: Any) -> Any:
         (["--methods", "magic"], "unknown method 'magic'"),
         (["--model", "/nowhere"], "no model in"),
         (["--max-steps", "-1"], "max_steps"),
-        (["--dataset", "mnist"], "place"),
+        (["--dataset", "mnist"], "data: expected"),
     ],
 )
 def test_job_refuses_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
