@@ -155,22 +155,25 @@ def make_plan(
     )
 
 
-def probe(
-    model_uri: str, dataset: data.Dataset, listing: pa.Table, steps: int | None = None, **options: Any
-) -> dict[str, Any]:
+def probe(plan: Plan, model_uri: str, dataset: data.Dataset, listing: pa.Table, **options: Any) -> dict[str, Any]:
     """Explain a few images to measure seconds and bytes per image, pairs per second, and the engine.
 
+    A method that searches in pixels is measured by one update, extrapolated to a hundred per pair.
+
     Args:
+        plan: what is asked of each image.
         model_uri: a model directory.
         dataset: the data set.
         listing: the images to measure.
-        steps: measure this many updates and extrapolate to a hundred per pair; None searches to the end.
-        **options: of the Explainer.
+        **options: engine and threads of the Explainer.
     """
-    model = load_model(model_uri)
+    model, config = load_model(model_uri), SearchConfig(**plan.config)
+    steps = None if METHODS[plan.method].classifier in ("ensemble", "member") else 1
     if steps is not None:
-        options["config"] = replace(options["config"], max_steps=steps)
-    explainer = Explainer(model, **options)
+        config = replace(config, max_steps=steps)
+    explainer = Explainer(
+        model, plan.method, config, targets=plan.targets, images=plan.images, only=plan.only, **options
+    )
     images = data.read_images(dataset, listing, model.preprocessing)
     explainer.search_shard(images.slice(0, 2))  # warm up: the first call compiles and allocates
     start = time.perf_counter()

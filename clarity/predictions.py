@@ -256,3 +256,9 @@ def probability_column(predictions: pa.Table, class_names: Sequence[str]) -> tup
     probs = np.zeros((len(column), count), np.float32)
     probs[np.ix_(valid, class_order(predictions, class_names, "probabilities"))] = values
     return probs, valid
+
+
+def describe_coverage(listing: pa.Table, predictions: pa.Table) -> str:
+    """How many images have a prediction, and what was left out, for the console."""
+    told = f"{len(listing) - listing['prediction'].null_count} of {len(listing)} images have a prediction"
+    return "; ".join([told, *(f"left out: {n} {what}" for what, n in data.left_out(predictions).items())])

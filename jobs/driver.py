@@ -39,15 +39,16 @@ SMALL_NODE_CPUS = 4
 ACTOR_BYTES = 1_000_000_000
 #: Where `ray up` leaves the description of an autoscaling cluster on its head, on which a submitted job's driver runs.
 AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
+#: Of a Ray that a job starts itself: fixed, so that memory does not grow with the data.
+OBJECT_STORE_BYTES = 1_000_000_000
 #: How long to wait for the first node of an autoscaler.
 FIRST_NODE_S = 900
 #: Set in the driver of a job that was handed in with `ray job submit`.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 Config = TypeVar("Config")
-
-
-# Flags
+#: Shards as they end, each with its note.
+Notes = Iterator[tuple[int, dict[str, Any]]]
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
@@ -74,14 +75,7 @@ def add_config_flags(
     prefix: str = "",
     skip: Sequence[str] = (),
 ) -> None:
-    """Add a flag for each field of a config dataclass, explained by the field's line in the dataclass's docstring.
-
-    Args:
-        group: where the flags are added.
-        defaults: the config that holds without flags.
-        prefix: of the flags' names.
-        skip: fields without a flag.
-    """
+    """Add a flag for each field of a config dataclass, explained by the field's line in the dataclass's docstring."""
     explained = field_help(type(defaults))
     for name, value in dataclasses.asdict(defaults).items():
         flag, about = f"--{prefix}{name}".replace("_", "-"), explained.get(name, "").replace("%", "%%")
@@ -141,9 +135,6 @@ def field_help(config: type) -> dict[str, str]:
     return found
 
 
-# Exit codes, other jobs, paths, signals
-
-
 def run(
     parser: argparse.ArgumentParser,
     job: Callable[[argparse.Namespace], int],
@@ -180,23 +171,22 @@ def with_flag(message: str, parser: argparse.ArgumentParser) -> str:
     return f"{flags[name[1]]}{message[name.end() - 1 :]}" if name and name[1] in flags else message
 
 
-def command_of(job: str, *arguments: str) -> str:
-    """The command line of another job, for messages."""
-    return " ".join(["python", str(Path(__file__).with_name(job)), *arguments])
+def train_if_missing(uri: str, dataset: str, data_uri: str | None, *more: str, may_train: bool) -> None:
+    """Train a model of the digits with jobs/train.py, on the Ray of this job, where its directory holds none.
 
-
-def run_job(job: str, *arguments: str, **options: Any) -> int:
-    """Run another job as a process, in the Ray of this one where it has one; returns its exit code.
-
-    Args:
-        job: file name of the job.
-        *arguments: its command line.
-        **options: of ``subprocess.run``.
+    Raises:
+        ValueError: it is missing and of other data or may not be trained, or its training failed.
     """
-    ray = sys.modules.get("ray")
-    joined = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if ray and ray.is_initialized() else {}
-    command = [sys.executable, str(Path(__file__).with_name(job)), *arguments]
-    return subprocess.run(command, env=os.environ | joined, **options).returncode
+    if storage.exists(storage.join(uri, "model.json")):
+        return
+    train = [str(Path(__file__).with_name("train.py")), "--dataset", dataset, "--out", uri, *more]
+    train += ["--data", data_uri] if data_uri else []
+    if not may_train or dataset != "digits":
+        raise ValueError(f"no model in {storage.display(uri)}; train one first: python {' '.join(train)}")
+    start_ray()
+    env = os.environ | {"RAY_ADDRESS": sys.modules["ray"].get_runtime_context().gcs_address}
+    if subprocess.run([sys.executable, *train], env=env).returncode:
+        raise ValueError(f"the training failed, see above; alone it is: python {' '.join(train)}")
 
 
 def job_path(given: str | None, default: str, flag: str) -> str:
@@ -243,10 +233,7 @@ def interruptible() -> None:
             signal.signal(number, interrupt)
 
 
-# Ray and its nodes
-
-
-def start_ray(object_store_bytes: int) -> None:
+def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     """Join the Ray that runs here (RAY_ADDRESS, or `ray start`), else start one with an object store of fixed size."""
     import ray
     import ray.data
@@ -314,7 +301,7 @@ def check_visible(uri: str, run: str, data_uri: str | None) -> None:
             )
 
 
-def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Notes:
     """Pass on the shards that ended, under a bar on a terminal, with a line now and then elsewhere."""
     console, printed, pairs = Console(stderr=True), time.time(), 0
     columns = ("shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
@@ -370,21 +357,9 @@ def autoscaler_description(path: str | os.PathLike[str] = AUTOSCALER_FILE) -> di
     return found if isinstance(found, dict) else None
 
 
-# The actor plan
-
-
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks Ray for.
-
-    Args:
-        num_actors: actors in all.
-        cpus_per_actor: CPUs that the scheduler counts for each.
-        gpus_per_actor: GPUs that the scheduler counts for each.
-        threads_per_actor: threads that each really runs on.
-        io_cpus: CPUs that the scheduler counts for a reader or a writer.
-        num_nodes: nodes that offer CPUs.
-    """
+    """What a job asks Ray for: CPUs and GPUs as the scheduler counts them, threads as each actor really runs them."""
 
     num_actors: int
     cpus_per_actor: float

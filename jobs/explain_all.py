@@ -7,13 +7,13 @@ that was cut, and reports one that is complete. Exit codes: 0 complete, 1 incomp
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import driver
@@ -21,6 +21,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
+from driver import Notes, Resources
 
 from clarity import data, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim, drop_commits
@@ -32,16 +33,13 @@ from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.notebook import redecoder
 from clarity.planning import choose, make_plan, probe, raw_bytes_per_image
-from clarity.predictions import add_predictions, read_predictions
+from clarity.predictions import add_predictions, describe_coverage, read_predictions
 from clarity.report.page import write_report
 from clarity.search import ENGINES, SearchConfig
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
-#: Of a Ray that this job starts itself: fixed, so that memory does not grow with the data.
-OBJECT_STORE_BYTES = 1_000_000_000
 
-
-def new_parser() -> argparse.ArgumentParser:
+def new_parser() -> ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
     add = driver.add_data_flags(parser, "test", "Part of the data to explain: train, test, all or its own").add_argument
@@ -51,8 +49,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--predictions", metavar="FILE", help="Parquet file of your model's classes or probabilities, by image_id.")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="URI", help="Model directory (default: runs/DATASET/model, trained for digits if missing).")
-    search = parser.add_argument_group("search")
-    add = search.add_argument
+    add = (search := parser.add_argument_group("search")).add_argument
     add("--method", default="clarity", choices=list(METHODS), help="Method that searches (default: clarity).")
     add("--targets", nargs="+", default=["all"], metavar="CLASS", help="Names of the wanted classes (default: all).")
     driver.add_config_flags(search, SearchConfig())
@@ -73,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return driver.run(new_parser(), explain_all, argv, ray.exceptions.RayError)
 
 
-def explain_all(args: argparse.Namespace) -> int:
+def explain_all(args: Namespace) -> int:
     """Plan, run, verify; 0 when the audit is complete."""
     config = driver.config_from(args, SearchConfig)
     name = "audit" if args.method == "clarity" else f"audit-{args.method}"
@@ -85,25 +82,14 @@ def explain_all(args: argparse.Namespace) -> int:
     everything = data.list_images(dataset)
     predictions = read_predictions(args.predictions, everything) if args.predictions else None
     listing, only = choose(everything, args.where, args.limit)
-    model = find_model(args, model_uri)
+    driver.train_if_missing(model_uri, args.dataset, args.data, may_train=not (args.model or args.dry_run))
+    model = load_model(model_uri)
     if predictions is not None:
         listing = add_predictions(listing, predictions, model.class_names)
-        told = f"{len(listing) - listing['prediction'].null_count} of {len(listing)} images have a prediction"
-        print("; ".join([told, *(f"left out: {n} {what}" for what, n in data.left_out(predictions).items())]))
+        print(describe_coverage(listing, predictions))
     targets = None if args.targets == ["all"] else args.targets
-    plan = make_plan(
-        model,
-        dataset,
-        listing,
-        method=args.method,
-        config=config,
-        targets=targets,
-        images=args.images,
-        only=only,
-        trace=args.trace,
-        where=args.where,
-        shard_rows=args.shard_rows,
-    )
+    flags = {name: getattr(args, name) for name in ("method", "images", "trace", "where", "shard_rows")}
+    plan = make_plan(model, dataset, listing, config=config, targets=targets, only=only, **flags)
     if args.shard_rows is None:
         rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"].to_pylist(), rows))
@@ -123,53 +109,34 @@ def explain_all(args: argparse.Namespace) -> int:
         return 0 if held.complete else 1
 
 
-def find_model(args: argparse.Namespace, uri: str) -> Model:
-    """The model to explain with; that of the digits is trained when it is missing and nobody named another."""
-    train = ["train.py", "--dataset", args.dataset, "--out", uri, *(["--data", args.data] if args.data else [])]
-    if not storage.exists(storage.join(uri, "model.json")):
-        if args.model or args.dataset != "digits" or args.dry_run:
-            raise ValueError(f"no model in {storage.display(uri)}; train one first: {driver.command_of(*train)}")
-        driver.start_ray(OBJECT_STORE_BYTES)
-        if driver.run_job(*train):
-            raise ValueError(f"the training failed, see above; alone it is: {driver.command_of(*train)}")
-    return load_model(uri)
-
-
-def plan_resources(args: argparse.Namespace, num_shards: int, actors: int | None = None) -> driver.Resources:
+def plan_resources(args: Namespace, num_shards: int, actors: int | None = None) -> Resources:
     """Start Ray, and plan the actors on its nodes."""
-    driver.start_ray(OBJECT_STORE_BYTES)
+    driver.start_ray()
     nodes = driver.offered_nodes(args.max_nodes, args.gpus_per_actor)
     return driver.plan_resources(nodes, num_shards, actors or args.actors, args.gpus_per_actor)
 
 
-def measure(
-    args: argparse.Namespace, plan: Plan, model_uri: str, dataset: data.Dataset, images: pa.Table
-) -> dict[str, Any]:
-    """``probe`` where an actor would run, with its threads; slow methods are measured by one step."""
+def measure(args: Namespace, plan: Plan, model_uri: str, dataset: data.Dataset, images: pa.Table) -> dict[str, Any]:
+    """``probe`` where an actor would run, with its threads."""
     one = plan_resources(args, 1, 1)
-    remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(probe)
-    steps = None if METHODS[plan.method].classifier in ("ensemble", "member") else 1
-    options = {"method": plan.method, "config": SearchConfig(**plan.config), "targets": plan.targets}
-    options |= {"images": plan.images, "only": plan.only, "threads": one.threads_per_actor, "engine": args.engine}
-    return dict(ray.get(remote.remote(model_uri, dataset, images, steps, **options)))
+    remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(probe).remote
+    return ray.get(remote(plan, model_uri, dataset, images, threads=one.threads_per_actor, engine=args.engine))
 
 
-def shard_rows(args: argparse.Namespace, out: str, model: Model, plan: Plan, images: list[Any]) -> int:
-    """Images of a shard: those of the audit there, else from their size and the measured speed of a slow method."""
+def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list[Any]) -> int:
+    """Images of a shard: those of an audit in ``out``, else from their size and the measured speed of a slow method."""
     if storage.exists(storage.join(out, "plan.json")):
-        first = read_plan(out).shards[0]
-        return int(first["stop"] - first["start"])
+        return int(read_plan(out).shards[0]["stop"])
     *source, listing = images
     seconds, targets = 0.0, model.num_classes - 1
     if METHODS[plan.method].classifier not in ("ensemble", "member"):
         seconds = measure(args, plan, *source, listing.slice(0, max(1, 256 // targets)))["seconds_per_image"]
     gpu = args.gpus_per_actor != 0 and (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ)
-    # Only then is Ray worth starting before the rest of the input has been checked.
     gpu = gpu and plan_resources(args, 1, 1).gpus_per_actor > 0
     return rows_per_shard(len(listing), raw_bytes_per_image(model, targets), seconds, gpu)
 
 
-def fill(args: argparse.Namespace, held: Claim, resources: driver.Resources, work: Work, listing: pa.Table) -> None:
+def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Explain what is pending, retry what failed, verify, and print how it went."""
     plan, start, pairs = held.plan, time.time(), 0
     held.keep_one_engine()
@@ -205,12 +172,11 @@ def fill(args: argparse.Namespace, held: Claim, resources: driver.Resources, wor
         print(f"report     {storage.display(write_report([held.uri]).uri)}")
 
 
-def pipeline(
-    args: argparse.Namespace, resources: driver.Resources, work: Work, listing: pa.Table, todo: Sequence[int]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> Notes:
     """Read, explain and write shards over Ray, one row each; yields each shard with a note of how it ended."""
     spans = [work.plan.shards[shard] for shard in todo]
     items = [shard_item(shard, listing[span["start"] : span["stop"]]) for shard, span in zip(todo, spans)]
+    device = "cuda" if resources.gpus_per_actor else "cpu"
     one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     ended = (
         ray.data.from_items(items, override_num_blocks=len(items))
@@ -218,11 +184,7 @@ def pipeline(
         .map_batches(
             ExplainShard,
             fn_constructor_args=(work,),
-            fn_constructor_kwargs={
-                "engine": args.engine,
-                "threads": resources.threads_per_actor,
-                "device": "cuda" if resources.gpus_per_actor else "cpu",
-            },
+            fn_constructor_kwargs={"engine": args.engine, "threads": resources.threads_per_actor, "device": device},
             compute=ray.data.ActorPoolStrategy(size=min(resources.num_actors, len(items))),
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.gpus_per_actor,

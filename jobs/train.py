@@ -34,8 +34,6 @@ from clarity.vae import VAES, VAEConfig
 TRAININGS = {"vae": VAETraining(), "ensemble": EnsembleTraining(), "image": IMAGE_TRAINING}
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
-#: Of a Ray that this job starts itself: nothing large goes through it.
-OBJECT_STORE_BYTES = 200_000_000
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -123,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"finished already\n{describe(plan)}\nmodel      {place}")
             return 0
         print(f"training {place} on {about_images(plan)}", flush=True)
-        driver.start_ray(OBJECT_STORE_BYTES)
+        driver.start_ray(200_000_000)
         fit(plan, ("vae", "encode"), args.workers, 0)
         fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
         finish(plan, log=say)

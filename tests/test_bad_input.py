@@ -554,7 +554,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("shards of no images", ["--shard-rows", "-1"], "--shard-rows: expected at least 1, got -1"),
     ("condition that is none", ["--where", "size=8"], "expected label=NAME[,NAME...], ids=FILE or misclassified"),
     ("label that no image has", ["--where", "label=x"], "no image has the label 'x'; there are 0, 1"),
-    ("ids that are not in the data", ids_file("test/0001\ntest/9999\n"), "1 ids are not in the data, the first"),
+    ("ids that are not in the data", ids_file("test/0001\ntest/9999\n"), "are not in the data, the first"),
     ("file of ids that is missing", ["--where", "ids=/nowhere/ids.txt"], "cannot read /nowhere/ids.txt"),
     ("file of ids that is empty", ids_file(""), "no image is left"),
     ("attributes of data that has none", ["--attributes", "Hat"], "Hat"),

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from clarity import data
-from clarity.model import Model, save_model
+from clarity.classifiers import ImageEnsemble
+from clarity.model import Model, load_model, save_model
 from clarity.planning import choose, class_indices, make_plan, probe
 from clarity.search import SearchConfig
 
@@ -95,12 +96,14 @@ def test_make_plan_depends_on_further_columns(model: Model) -> None:
     assert plans[0].fingerprint != plans[1].fingerprint
 
 
-def test_probe_measures(tiny_digits_model: Path) -> None:
+def test_probe_measures(tiny_digits_model: Path, tmp_path: Path) -> None:
     dataset = data.open_dataset("digits", split="test")
     rows = data.list_images(dataset).slice(0, 4)
-    config = SearchConfig(max_steps=5)
-    found = probe(str(tiny_digits_model), dataset, rows, method="clarity", config=config, threads=1)
-    assert found["seconds_per_image"] > 0
-    assert found["bytes_per_image"] > 9 * 150
-    slow = probe(str(tiny_digits_model), dataset, rows, steps=1, method="clarity", config=config, threads=1)
-    assert slow["pairs_per_second"] > 0
+    model = load_model(tiny_digits_model)
+    model = replace(model, image_ensemble=ImageEnsemble(model.ensemble.config, model.vae.config).eval())
+    save_model(model, tmp_path / "model", card={})
+    for method in ("clarity", "fgsm"):
+        plan = make_plan(model, dataset, rows, method=method, config=SearchConfig(max_steps=5))
+        found = probe(plan, str(tmp_path / "model"), dataset, rows, threads=1)
+        assert found["seconds_per_image"] > 0 and found["pairs_per_second"] > 0
+        assert found["bytes_per_image"] > 9 * 150
