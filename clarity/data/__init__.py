@@ -318,7 +318,7 @@ def read_images(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) 
     counts those with values above the range of the model.
 
     Raises:
-        StorageError: the storage itself fails for the moment: no image's fault, so the rows are to be read again.
+        StorageError: the source itself is out of reach, which is no image's fault: the rows are to be read again.
     """
     pixels = np.zeros((len(rows), math.prod(preprocessing.image_shape)), np.uint8)
     errors: list[str | None] = ["expected an image, found that its source gave none: report this"] * len(rows)

@@ -27,16 +27,28 @@ def read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]
             yield from enumerate(pool.map(read_file, uris[start : start + 64], sizes[start : start + 64]), start)
 
 
-def read_file(uri: str, size: int | None) -> Content:
-    """The bytes of a file, or why it has none; a storage that fails for the moment raises StorageError."""
+def read_file(uri: str, size: int | None, named_by: str = "") -> Content:
+    """The bytes of a file, or why it has none; a source that fails as a whole raises StorageError.
+
+    Args:
+        uri: the file.
+        size: as it was listed.
+        named_by: a file that names this one, which was not listed itself.
+    """
     if (size or 0) > MAX_BYTES:
         return UnreadableImage(f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller")
     try:
         return storage.read_bytes(uri)
     except storage.StorageError as error:
-        if error.transient:
-            raise
+        raise_if_source_failed(named_by or uri, error)
         return UnreadableImage(f"expected a file, found none that can be read ({error.reason}): restore it")
+
+
+def raise_if_source_failed(uri: str, error: Exception) -> None:
+    """Raise the error again, as one that may pass, where not this file but its whole source is out of reach."""
+    if isinstance(error, storage.StorageError) and storage.source_failed(uri, error):
+        error.transient = True
+        raise error
 
 
 def printable(path: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clarity import storage
-from clarity.data.files import read_file
+from clarity.data.files import raise_if_source_failed, read_file
 from clarity.data.listing import (
     NO_LABEL,
     TABLE_FORMATS,
@@ -317,12 +317,12 @@ def read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Conten
     for location in dict.fromkeys(locations):
         indices = np.flatnonzero(locations == location)
         indices = indices[np.argsort(numbers[indices], kind="stable")]
+        uri = storage.join(str(dataset.data), location)
         try:
-            for index, content in read_part(dataset, storage.join(str(dataset.data), location), numbers[indices]):
+            for index, content in read_part(dataset, uri, numbers[indices]):
                 yield int(indices[index]), content
         except BROKEN as error:  # before the first of its images
-            if getattr(error, "transient", False):
-                raise
+            raise_if_source_failed(uri, error)
             yield from ((int(index), UnreadableImage(BROKEN_FILE)) for index in indices)
 
 
@@ -352,8 +352,7 @@ def read_part(dataset: Dataset, uri: str, numbers: np.ndarray) -> Iterator[tuple
                     if not pending:
                         break
             except BROKEN as error:
-                if getattr(error, "transient", False):
-                    raise
+                raise_if_source_failed(uri, error)
                 yield from ((index, UnreadableImage(BROKEN_FILE)) for index in pending)
 
 
@@ -363,7 +362,8 @@ def content_of(dataset: Dataset, uri: str, value: bytes | str | dict[str, bytes 
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str):
         uris = path_uris(dataset, uri, value)
-        return read_file(next((uri for uri in uris[:-1] if storage.exists(uri)), uris[-1]), None)
+        found = next((path for path in uris[:-1] if storage.exists(path)), uris[-1])
+        return read_file(found, None, named_by=uri)
     return UnreadableImage(NO_BYTES) if value is None else value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,11 +87,59 @@ def test_a_store_that_is_down_is_not_the_images_fault(source: str, store: Object
     assert error.value.transient
 
 
-def test_an_object_that_may_not_be_read_is_an_error_row(store: ObjectStore) -> None:
+@pytest.mark.parametrize("source", ["folder", "parquet"])
+def test_a_store_that_refuses_is_not_the_images_fault(source: str, store: ObjectStore, tmp_path: Path) -> None:
+    uri = store.uri(f"rights/{source}")
     for name in ("a/1.png", "a/2.png"):
-        storage.write_bytes(store.uri(f"rights/{name}"), encoded(random_pixels(0)))
-    dataset = data.open_dataset("folder", store.uri("rights"), "all")
+        storage.write_bytes(storage.join(uri, name), encoded(random_pixels(0)))
+    pq.write_table(parquet_table(3), tmp_path / "x.parquet")
+    storage.write_bytes(storage.join(uri, "a/2.parquet"), (tmp_path / "x.parquet").read_bytes())
+    dataset = data.open_dataset(source, uri, "all")
     listing = data.list_images(dataset)
     store.faults += [Fault("403", "HEAD", "a/2", times=10_000), Fault("403", "GET", "a/2", times=10_000)]
+    with pytest.raises(storage.StorageError, match="rights to them") as error:
+        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    assert error.value.transient
+
+
+def test_an_object_that_was_deleted_is_an_error_row(store: ObjectStore) -> None:
+    for name in ("a/1.png", "a/2.png"):
+        storage.write_bytes(store.uri(f"deleted/{name}"), encoded(random_pixels(0)))
+    dataset = data.open_dataset("folder", store.uri("deleted"), "all")
+    listing = data.list_images(dataset)
+    storage.delete(store.uri("deleted/a/2.png"))
     errors = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].to_pylist()
-    assert errors == [None, "expected a file, found none that can be read (ACCESS_DENIED): restore it"]
+    assert errors[0] is None and "No such file" in errors[1]
+
+
+@pytest.mark.parametrize("source", ["folder", "parquet"])
+@pytest.mark.parametrize("gone", ["", "a"])
+def test_a_share_that_was_unmounted_is_not_the_images_fault(source: str, gone: str, tmp_path: Path) -> None:
+    root = tmp_path / "share"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "1.png").write_bytes(encoded(random_pixels(0)))
+    pq.write_table(parquet_table(3), root / "a" / "x.parquet")
+    dataset = data.open_dataset(source, str(root), "all")
+    listing = data.list_images(dataset)
+    (root / gone).rename(tmp_path / "elsewhere")
+    (root / gone).mkdir()  # the empty directory on which it was mounted
+    with pytest.raises(storage.StorageError, match="No such file") as error:
+        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    assert error.value.transient
+    (root / gone).rmdir()
+    (tmp_path / "elsewhere").rename(root / gone)
+    assert data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].null_count == len(listing)
+
+
+def test_a_device_that_fails_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(encoded(random_pixels(0)))
+    dataset = data.open_dataset("folder", str(tmp_path), "all")
+    listing = data.list_images(dataset)
+
+    def read_local(path: str) -> bytes:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", path)
+
+    monkeypatch.setattr(storage, "read_local", read_local)
+    with pytest.raises(storage.StorageError, match="not connected"):
+        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
