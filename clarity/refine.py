@@ -21,7 +21,8 @@ Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MAX_ROUNDS = 80
 MAX_REPAIRS = 2  # by a new gradient in a round; the first repair uses the gradient of the round before
 HALVINGS = 3  # of the stride after failed rounds, before a row ends
-MARGIN = 0.05  # share of 1 - min_target_prob by which a repair aims beyond the threshold
+LEAST_REST = 1e-7  # of 1 - probability, which may be 0 in float32
+MARGIN = 0.02  # share of 1 - min_target_prob by which a repair aims beyond the threshold
 
 
 def refine(
@@ -65,7 +66,7 @@ def refine(
         shrunk = away.sign() * (away.abs() - strides[active, None]).clamp_min(0)
         move = without(shrunk - away, fixed)
         # What the last gradient predicts: log(1 - prob) changes by slope . move / (1 - prob).
-        slope, rest = without(-grad[active], fixed), 1 - prob[active]
+        slope, rest = without(-grad[active], fixed), (1 - prob[active]).clamp_min(LEAST_REST)
         excess = (log_ratio(rest, aim) + sum_rows(slope * move) / rest).clamp_min(0)
         candidate = bounded(here + move - newton(excess, rest, slope), bounds)
         found_prob, found_grad = evaluate(candidate, active)
@@ -73,7 +74,7 @@ def refine(
             short = (found_prob <= min_target_prob[active]).nonzero().squeeze(1)
             if not len(short):
                 break
-            slope, rest = without(-found_grad[short], fixed), 1 - found_prob[short]
+            slope, rest = without(-found_grad[short], fixed), (1 - found_prob[short]).clamp_min(LEAST_REST)
             step = newton(log_ratio(rest, aim[short]), rest, slope)
             candidate[short] = bounded(candidate[short] - step, bounds)
             found_prob[short], found_grad[short] = evaluate(candidate[short], active[short])

@@ -423,6 +423,36 @@ def test_interpreted_search_agrees_with_the_plain_one(members: int, sizes: tuple
 
 
 @interpreted
+@pytest.mark.parametrize(("members", "sizes"), [(2, (5, 6, 7, 4)), (1, (70, 2)), (1, (1, 2))])
+@pytest.mark.parametrize("directions", [0, 1, 3])
+def test_interpreted_search_knows_thresholds_and_fixed_directions(
+    members: int, sizes: tuple[int, ...], directions: int
+) -> None:
+    if directions >= sizes[0]:
+        return
+    layers = make_layers(members, sizes)
+    z, target = make_rows(layers, 70)
+    noise = torch.Generator().manual_seed(4)
+    fixed = torch.linalg.qr(torch.randn(sizes[0], directions, generator=noise))[0] if directions else None
+    thresholds = torch.linspace(0.3, 0.7, 70)
+    config = replace(CONFIG, max_steps=14)
+    found = kernels.triton_search(
+        problem_of(layers, z, target, config, min_target_prob=thresholds, fixed=fixed),
+    )
+    rows = {"target": target, "reference": z, "min_target_prob": thresholds}
+    plain = descend(LatentObjective(layers, config.distance_weight, fixed), z, rows, config, engine="plain")
+    assert len(plain.steps.unique()) > 4
+    same = found["steps"] == plain.steps
+    assert same.float().mean() > 0.95
+    torch.testing.assert_close(found["point"][same], plain.point[same], atol=1e-3, rtol=0)
+    if fixed is not None:
+        assert ((found["point"] - z) @ fixed).abs().max() < 5e-6
+    some = torch.tensor([69, 3, 40])
+    alone = problem_of(layers, z[some], target[some], config, min_target_prob=thresholds[some], fixed=fixed)
+    assert_same_bits(kernels.triton_search(alone), take(found, some))
+
+
+@interpreted
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's maximum of a row of NaN
 def test_interpreted_row_keeps_its_result_in_any_company() -> None:
     layers = make_layers(2, (5, 6, 7, 4))
@@ -466,7 +496,8 @@ def test_interpreted_search_pulls_towards_the_reference_and_takes_no_rows() -> N
         pytest.param(3, (5, 4), marks=pytest.mark.slow),
     ],
 )
-def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("directions", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tuple[int, ...], directions: int) -> None:
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -474,7 +505,7 @@ def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tu
     if "nvidia" not in backends:
         pytest.skip("this triton has no NVIDIA backend")
     layers = [(torch.zeros(members, i, o), torch.zeros(members, o)) for i, o in itertools.pairwise(sizes)]
-    layout = kernels.Layout.of(layers, "tf32x3")
+    layout = kernels.Layout.of(layers, "tf32x3", directions)
     types = dict.fromkeys(kernels.search_kernel.arg_names, "*fp32") | dict.fromkeys(layout.constants, "constexpr")
     types |= {"target": "*i64", "steps_out": "*i32", "finite_out": "*i8", "counter": "*i32"}
     types |= dict.fromkeys(("total", "max_steps", "corrections"), "i32")
