@@ -8,14 +8,16 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from experiments import labels, shortcuts
 
 DIGITS = tuple("0123456789")
 ROOT = Path(__file__).parent.parent
+labels = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "labels.py")))
+shortcuts = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "shortcuts.py")))
 
 
 @pytest.mark.parametrize("kind", ["random", "natural"])

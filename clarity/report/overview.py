@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clarity import storage
-from clarity.findings import Finding
+from clarity.findings.finding import Finding
 from clarity.report.embed import Embedded, text_of
 from clarity.report.sample import Sample
 from clarity.report.text import listed, percent, plural
@@ -126,6 +126,7 @@ def told_findings(
             "title": finding.title,
             # A class pair stays on one line.
             "sentence": finding.sentence.replace(" → ", "\u00a0→\u00a0"),
+            "basis": finding.evidence.replace(" → ", "\u00a0→\u00a0"),
             "audit": views[i].name,
             "evidence": evidence(finding, views[i], embedded[i], images, sample, tiles),
             "pairs": [
@@ -143,7 +144,7 @@ def evidence(
 ) -> list[dict[str, Any]]:
     """Pictures beside a finding: its examples, else an example of each of its class pairs."""
     names, shown = view.class_names, []
-    if finding.kind == "shortcut" and view.facts.differences is not None:
+    if finding.kind in ("shortcut", "region") and view.facts.differences is not None:
         target = finding.figures["target"]
         caption = f"mean change towards {names[target]}"
         tile = tiles.add_change(view.facts.differences.target_mean[target])

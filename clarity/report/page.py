@@ -13,8 +13,9 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from clarity import __version__, findings, storage
+from clarity import __version__, storage
 from clarity.audit.queries import load_queries, load_views
+from clarity.findings.finding import Finding
 from clarity.report import charts, overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
@@ -32,7 +33,7 @@ class Report:
     size: int
     tiles: int
     seconds: float
-    findings: list[findings.Finding]
+    findings: list[Finding]
     complete: bool
 
 
@@ -103,7 +104,10 @@ def render(
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
     sections = {
         "findings": overview.told_findings(views, embedded, images, sample, tiles),
-        "quiet": [f"{view.name}: {text}" if several else text for view in views for _, text in view.quiet],
+        "clear": [f"{view.name}: {text}" if several else text for view in views for _, text in view.results.clear],
+        "not_checked": [
+            f"{view.name}: {text}" if several else text for view in views for _, text in view.results.not_checked
+        ],
         "labels": tables.labels(first, images, bounds.listed, tiles),
         "predictions": tables.predictions(first, sample, images, embedded[0], bounds.listed),
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clarity import findings
+from clarity.findings.suspicion import NEIGHBOURS
 from clarity.report.embed import Embedded, read_picture
 from clarity.report.sample import Sample
 from clarity.report.text import percent, plural, probability
@@ -22,13 +22,13 @@ def labels(view: View, images: dict[str, Any], count: int, tiles: Tiles) -> dict
     rows = suspicious_labels(view, images, count, tiles)
     note = (
         "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "
-        f"{findings.NEIGHBOURS} nearest codes; from 0.5 on it is among the findings."
+        f"{NEIGHBOURS} nearest codes; from 0.5 on it is among the findings."
     )
     if rows and rows[0]["suspicion"] <= 0.5:
         note += " None is as high here: these labels are doubtful, not wrong."
     if folds := int(view.audit.plan.model.get("num_folds") or 0):
         note += f" Each image was explained by the one of {folds} ensembles that was not trained on it."
-    elif view.audit.plan.dataset.get("split") == "train":
+    elif view.facts.trained_on_labels:
         note += " The ensemble may have been trained on these images and then trusts their labels: train with folds."
     return {"rows": rows, "confusion": confusion(view), "note": note}
 
@@ -37,7 +37,7 @@ def suspicious_labels(view: View, images: dict[str, Any], count: int, tiles: Til
     """The most suspicious labels with their pictures."""
     names, rows = view.class_names, []
     table = view.facts.suspicion
-    for row in [] if table is None else table.slice(0, count).to_pylist():
+    for row in table.slice(0, count).to_pylist():
         if row["suspicion"] < MIN_SUSPICION:
             break
         image_id = row["image_id"]

@@ -16,9 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clarity import findings, storage
+from clarity import storage
 from clarity.audit.queries import connect
 from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
+from clarity.findings.differences import Differences, mean_differences
+from clarity.findings.finding import Facts, Finding, gather
+from clarity.findings.registry import Results, find
 from clarity.images import decode_png
 
 if TYPE_CHECKING:
@@ -68,9 +71,13 @@ class View:
     audit: Audit
     con: duckdb.DuckDBPyConnection
     decoder: Decoder | None
-    facts: findings.Facts
-    findings: list[findings.Finding]
-    quiet: list[tuple[str, str]]
+    facts: Facts
+    results: Results
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Most severe first."""
+        return self.results.findings
 
     @property
     def class_names(self) -> list[str]:
@@ -132,14 +139,25 @@ def open_view(audit: Audit, name: str, sample: int) -> View:
         from clarity.model import load_model
 
         decoder = Decoder(load_model(model), audit.plan.image_shape, int(audit.plan.model.get("num_folds") or 0))
-    facts = findings.gather(con, audit.class_names, audit.plan.config, mean_changes(con, audit, decoder, sample))
-    found, quiet = findings.find(facts)
-    return View(name, audit, con, decoder, facts, found, quiet)
+    facts = gather(
+        con,
+        audit.class_names,
+        config=audit.plan.config,
+        card=decoder.model.card if decoder is not None else None,
+        differences=mean_changes(con, audit, decoder, sample),
+        trained_on_labels=trained_on_labels(audit),
+    )
+    return View(name, audit, con, decoder, facts, find(facts))
+
+
+def trained_on_labels(audit: Audit) -> bool:
+    """Whether the ensemble may have been trained on the labels of these images: no folds, and no held-out split."""
+    return audit.plan.dataset.get("split") in ("train", "all") and not audit.plan.model.get("num_folds")
 
 
 def mean_changes(
     con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder | None, sample: int
-) -> findings.Differences | None:
+) -> Differences | None:
     """Mean changes over a sample: as many pairs of each target, evenly over sources, chosen by a hash of the id."""
     num_classes = len(audit.class_names)
     table = con.sql(
@@ -170,7 +188,7 @@ def mean_changes(
     if before is None or after is None:
         return None
     source, target = table["source"].to_numpy(), table["target"].to_numpy()
-    return findings.mean_differences(before[row_of], after, source, target, num_classes)
+    return mean_differences(before[row_of], after, source, target, num_classes)
 
 
 def pictures(

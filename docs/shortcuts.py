@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Is a shortcut named? Plants a patch or a tint on one class, trains, explains, and asks the report's check.
 
-    python tests/experiments/shortcuts.py --out runs/shortcuts
+    python docs/shortcuts.py --out runs/shortcuts
 
 Four data sets are made of the source's images: grey and clean, grey with a bright patch on one class, coloured at
 random and clean, coloured with a warm tint on one class. On each a model is trained, its test images are explained, and

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Are wrong labels found? Flips labels before training, explains out of fold, and ranks; cleanlab ranks beside.
 
-    python tests/experiments/labels.py MODEL --data DATA --out runs/labels
+    python docs/labels.py MODEL --data DATA --out runs/labels
 
 MODEL is a trained model of the source: its VAE, into which labels do not enter, is used as it is; latent ensembles are
 trained again on the flipped labels, by folds, and each image is explained by the ensemble that did not see it. Both
@@ -21,9 +21,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from clarity import data, findings
+from clarity import data
+from clarity.audit.queries import connect
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.explainer import Explainer
+from clarity.findings.suspicion import suspicious_labels
 from clarity.ids import fold_of
 from clarity.model import Model, load_model
 from clarity.rows import encode_rows
@@ -91,7 +93,7 @@ def average_precision(wrong: np.ndarray) -> float:
 
 def measure(codes: pa.Table, pairs: pa.Table, wrong_ids: set[str]) -> dict[str, dict[str, float]]:
     """Average precision, and precision at the number of flips, of each ranking."""
-    ranked = findings.label_suspicion(codes, pairs)
+    ranked = suspicious_labels(connect(codes, pairs))
     ids = np.array(codes["image_id"].to_pylist())
     label = codes["label"].to_numpy()
     probs = np.array(codes["probs"].to_pylist())

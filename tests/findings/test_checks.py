@@ -9,19 +9,43 @@ import pyarrow as pa
 import pytest
 from audits import Planted, Tables, make_tables
 
-from clarity import findings, schema
 from clarity.audit.queries import connect
+from clarity.findings.differences import mean_differences
+from clarity.findings.finding import Finding, gather
+from clarity.findings.registry import CHECKS, Results, find
 
-ALARMS = {"unread", "shortcut", "labels", "epistemic", "reencoding", "unconverged", "asymmetry", "edge", "predictions"}
+ALARMS = {
+    "unread",
+    "shortcut",
+    "labels",
+    "epistemic",
+    "reencoding",
+    "unconverged",
+    "asymmetry",
+    "edge",
+    "predictions",
+    "attributes",
+}
 
 
-def told(tables: Tables, **others: Any) -> dict[str, findings.Finding]:
+def results_of(tables: Tables, differences: bool = True, **others: Any) -> Results:
+    others = {name: value for name, value in others.items() if value is not None}
+    facts = {name: others.pop(name) for name in ("trained_on_labels", "card") if name in others}
     con = connect(tables.codes, tables.counterfactuals, **others)
     source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
-    differences = findings.mean_differences(tables.before, tables.after, source, target, len(tables.class_names))
-    found, quiet = findings.find(findings.gather(con, tables.class_names, tables.config(), differences))
+    changes = mean_differences(tables.before, tables.after, source, target, len(tables.class_names))
+    config = tables.config()
+    return find(gather(con, tables.class_names, config=config, differences=changes if differences else None, **facts))
+
+
+def told(tables: Tables, **others: Any) -> dict[str, Finding]:
+    results = results_of(tables, **others)
+    found = results.findings
     assert [finding.severity for finding in found] == sorted((f.severity for f in found), reverse=True)
-    assert not {finding.kind for finding in found} & {kind for kind, _ in quiet}
+    assert all(finding.evidence.endswith(".") and finding.sentence.endswith(".") for finding in found)
+    kinds = {"extremes" if finding.kind in ("hardest", "easiest") else finding.kind for finding in found}
+    silent = {kind for kind, _ in results.clear + results.not_checked}
+    assert not kinds & silent and kinds | silent >= CHECKS.keys() - {"shortcut"}
     return {finding.kind: finding for finding in reversed(found)}
 
 
@@ -35,7 +59,7 @@ def test_find_is_quiet_on_a_clean_audit(channels: int, num_classes: int) -> None
 def test_find_names_a_hard_pair_and_its_failures() -> None:
     found = told(make_tables(planted=Planted(hard=(1, 3))))
     assert found["hardest"].pairs[0] == (1, 3)
-    assert "bee → dog asks for the largest change" in found["hardest"].sentence
+    assert "bee → dog has the largest median latent distance of 12 class pairs" in found["hardest"].sentence
     assert found["unconverged"].pairs == ((1, 3),)
     # Thirty pairs of bee → dog, every fifth of which fails.
     assert "6 of 360 pairs (1.7 %) did not reach a target probability of 0.99 within 500 steps" in (
@@ -44,13 +68,15 @@ def test_find_names_a_hard_pair_and_its_failures() -> None:
     assert all(target == 3 for _, target in found["unconverged"].examples)
 
 
-def test_find_calls_the_pair_that_mostly_fails_hardest() -> None:
+def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
     tables = make_tables()
     fails = (tables.counterfactuals["source"].to_numpy() == 2) & (tables.counterfactuals["target"].to_numpy() == 0)
     place = tables.counterfactuals.column_names.index("converged")
     tables.counterfactuals = tables.counterfactuals.set_column(place, "converged", pa.array(~fails))
-    finding = told(tables)["hardest"]
-    assert finding.pairs[0] == (2, 0) and finding.level == "alert"
+    found = told(tables)
+    assert found["unconverged"].pairs == ((2, 0),) and found["unconverged"].level == "alert"
+    assert (2, 0) not in found["hardest"].pairs and found["hardest"].level == "fact"
+    assert "1 class pair that mostly fail" in found["hardest"].sentence
 
 
 def test_find_tells_which_way_is_harder() -> None:
@@ -90,16 +116,8 @@ def test_find_lists_the_images_on_the_edge() -> None:
 
 
 def test_find_tells_where_epistemic_uncertainty_rises() -> None:
-    finding = told(make_tables(planted=Planted(rising=2)))["epistemic"]
+    finding = told(make_tables(600, planted=Planted(rising=2)))["epistemic"]
     assert finding.pairs[0][1] == 2 and "cow (100 %)" in finding.sentence and finding.figures["targets"] == 1
-
-
-def test_find_says_nothing_of_epistemic_uncertainty_that_is_not_there() -> None:
-    tables = make_tables(planted=Planted(rising=2))
-    place = tables.counterfactuals.column_names.index("epistemic_final")
-    none = pa.nulls(tables.counterfactuals.num_rows, pa.float32())
-    tables.counterfactuals = tables.counterfactuals.set_column(place, "epistemic_final", none)
-    assert "epistemic" not in told(tables)
 
 
 def test_find_tells_what_does_not_survive_encoding() -> None:
@@ -109,8 +127,7 @@ def test_find_tells_what_does_not_survive_encoding() -> None:
 
 def test_find_counts_what_was_not_read_or_not_finite() -> None:
     tables = make_tables(planted=Planted(unreadable=3, nonfinite=2))
-    con = connect(tables.codes, tables.counterfactuals)
-    found, _ = findings.find(findings.gather(con, tables.class_names, tables.config()))
+    found = results_of(tables, differences=False).findings
     sentences = [finding.sentence for finding in found if finding.kind == "unread"]
     assert any("3 of 120 images (2.5 %) were not explained: “truncated PNG” (3)" in s for s in sentences)
     assert any(s.startswith("2 of ") and "'nonfinite'" in s for s in sentences)
@@ -158,7 +175,7 @@ def test_shortcuts_name_a_tint(channels: int) -> None:
 def test_mean_differences_are_those_of_a_loop() -> None:
     tables = make_tables(40, image_shape=(3, 8, 12))
     source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
-    found = findings.mean_differences(tables.before, tables.after, source, target, 4)
+    found = mean_differences(tables.before, tables.after, source, target, 4)
     change = tables.after - tables.before
     for s in range(4):
         for t in range(4):
@@ -169,79 +186,87 @@ def test_mean_differences_are_those_of_a_loop() -> None:
     np.testing.assert_allclose(found.target_std[2], change[target == 2].std(0), atol=1e-6)
 
 
-def test_label_suspicion_ranks_the_wrong_labels_first() -> None:
-    tables = make_tables(400, planted=Planted(wrong_labels=7))
-    ranked = findings.label_suspicion(tables.codes, tables.counterfactuals)
-    assert set(ranked["image_id"].to_pylist()[:7]) == set(tables.wrong_labels)
-    suspicion = ranked["suspicion"].to_numpy()
-    assert suspicion[:7].min() > 0.5 > suspicion[7:].max() and ranked.num_rows == 400
+def replaced(tables: Tables, table: str, column: str, values: pa.Array) -> Tables:
+    """The tables with one column replaced."""
+    old = getattr(tables, table)
+    setattr(tables, table, old.set_column(old.column_names.index(column), column, values))
+    return tables
 
 
-def overlapping_classes(flips: float, swap: bool, seed: int = 0) -> tuple[pa.Table, np.ndarray]:
-    """Codes of four classes that overlap, seen by an ensemble that errs now and then; which labels are wrong."""
-    rng = np.random.default_rng(seed)
-    centres = np.array([[0.0, 0, 0], [3.6, 0, 0], [0, 5, 0], [0, 5, 4.2]])
-    true = rng.integers(0, 4, 4000)
-    z = centres[true] + rng.normal(0, 1, (4000, 3))
-    # It is sure of too little, and its mistakes are its own: what it sees of a picture is not quite what the code says.
-    logits = -0.15 * ((z[:, None] + rng.normal(0, 0.6, (4000, 1, 3)) - centres) ** 2).sum(-1)
-    probs = np.exp(logits - logits.max(1, keepdims=True))
-    probs /= probs.sum(1, keepdims=True)
-    wrong = rng.permutation(4000)[: int(4000 * flips)]
-    label = true.copy()
-    label[wrong] = (true[wrong] ^ 1) if swap else (true[wrong] + rng.integers(1, 4, len(wrong))) % 4
-    table = pa.table(
-        {
-            "image_id": [f"{i:05d}" for i in range(4000)],
-            "label": label.astype(np.int32),
-            "source": probs.argmax(1).astype(np.int32),
-            "probs": schema.fixed_size_list(probs.astype(np.float32)),
-            "z": schema.fixed_size_list(z.astype(np.float32)),
-            "status": ["ok"] * 4000,
-        }
-    )
-    return table, np.isin(np.arange(4000), wrong)
+def nothing_converged(tables: Tables) -> Tables:
+    count = tables.counterfactuals.num_rows
+    return replaced(tables, "counterfactuals", "converged", pa.array([False] * count))
 
 
-NO_PAIRS = schema.counterfactuals_schema(3).empty_table()
+def no_labels(tables: Tables) -> Tables:
+    return replaced(tables, "codes", "label", pa.nulls(tables.codes.num_rows, pa.int32()))
 
 
-def average_precision(found: np.ndarray) -> float:
-    """Mean of the precisions at the places where something wrong is."""
-    return float((found.cumsum() / np.arange(1, len(found) + 1))[found].mean())
+def one_classifier(tables: Tables) -> Tables:
+    nothing = pa.nulls(tables.counterfactuals.num_rows, pa.float32())
+    return replaced(tables, "counterfactuals", "epistemic_final", nothing)
 
 
-@pytest.mark.parametrize("swap", [False, True], ids=["random", "swapped"])
-def test_label_suspicion_ranks_better_than_the_labels_probability(swap: bool) -> None:
-    codes, wrong = overlapping_classes(0.02, swap)
-    ranked = findings.label_suspicion(codes, NO_PAIRS)
-    place = np.array([int(image_id) for image_id in ranked["image_id"].to_pylist()])
-    by_probability = wrong[place][np.argsort(ranked["label_prob"].to_numpy(), kind="stable")]
-    assert average_precision(wrong[place]) > average_precision(by_probability) + 0.02
-    flagged = wrong[place][ranked["suspicion"].to_numpy() > 0.5]
-    assert flagged.mean() > 0.75 and len(flagged) > 20
+def one_target(tables: Tables) -> Tables:
+    keep = tables.counterfactuals["target"].to_numpy() == 1
+    tables.counterfactuals = tables.counterfactuals.filter(pa.array(keep))
+    tables.before, tables.after = tables.before[keep], tables.after[keep]
+    return tables
 
 
-def test_label_suspicion_accuses_nobody_where_labels_are_right() -> None:
-    ranked = findings.label_suspicion(overlapping_classes(0.0, False)[0], NO_PAIRS)
-    assert (ranked["suspicion"].to_numpy() > 0.5).sum() <= 4
+@pytest.mark.parametrize(
+    ("change", "kinds", "reason"),
+    [
+        (no_labels, {"labels"}, "no image has a label"),
+        (one_classifier, {"epistemic"}, "a single classifier has no epistemic uncertainty"),
+        (one_target, {"asymmetry"}, "no two classes have 8 pairs in each direction"),
+        (nothing_converged, {"epistemic", "edge", "reencoding"}, "no search converged"),
+    ],
+)
+def test_find_says_what_it_did_not_check(change: Any, kinds: set[str], reason: str) -> None:
+    results = results_of(change(make_tables(200, planted=Planted(patch=3))))
+    sentences = dict(results.not_checked)
+    assert all(f"not checked, because {reason}" in sentences[kind] for kind in kinds)
+    assert not kinds & {kind for kind, _ in results.clear}
 
 
-def test_label_suspicion_asks_a_bounded_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes, wrong = overlapping_classes(0.02, True)
-    monkeypatch.setattr(findings, "MAX_ASKED", 1200)
-    monkeypatch.setattr(findings, "MAX_VOTERS", 2000)
-    ranked = findings.label_suspicion(codes, NO_PAIRS)
-    assert ranked["neighbours"].null_count == 4000 - 1200
-    place = np.array([int(image_id) for image_id in ranked["image_id"].to_pylist()])
-    assert wrong[place][: wrong.sum()].mean() > 0.5
+def test_find_says_that_few_images_were_not_checked() -> None:
+    sentences = dict(results_of(make_tables(24), differences=False).not_checked)
+    assert "24 images have a label, 40 are needed" in sentences["labels"]
+    assert "fewer than 40 images are as sure" in sentences["epistemic"]
+    assert "neither pictures" in sentences["shortcut"] and "predictions" in sentences and "attributes" in sentences
 
 
-def test_label_suspicion_leaves_out_what_has_no_label() -> None:
-    tables = make_tables(40, planted=Planted(unreadable=2))
-    place = tables.codes.column_names.index("label")
-    labels = [None if i < 5 else value for i, value in enumerate(tables.codes["label"].to_pylist())]
-    codes = tables.codes.set_column(place, "label", pa.array(labels, pa.int32()))
-    assert findings.label_suspicion(codes, tables.counterfactuals).num_rows == 33
-    none = tables.codes.set_column(place, "label", pa.nulls(40, pa.int32()))
-    assert findings.label_suspicion(none, tables.counterfactuals).num_rows == 0
+def test_labels_are_not_cleared_by_the_ensemble_that_learned_them() -> None:
+    results = results_of(make_tables(200), trained_on_labels=True)
+    assert "trained on these labels" in dict(results.not_checked)["labels"]
+    wrong = told(make_tables(200, planted=Planted(wrong_labels=5)), trained_on_labels=True)["labels"]
+    assert "others may be missed" in wrong.sentence
+
+
+def test_labels_are_withheld_below_an_agreement_of_nine_in_ten() -> None:
+    results = results_of(make_tables(100, planted=Planted(wrong_labels=15)))
+    assert "the ensemble predicts 85 % of the labels" in dict(results.not_checked)["labels"]
+
+
+def test_findings_that_need_a_good_model_are_withheld_from_a_no_go() -> None:
+    per_class = {name: {"images": 50, "correct": 12} for name in ("ant", "bee", "cow", "dog")}
+    card = {"evaluation": {"images": 200, "correct": 48, "per_class": per_class}}
+    tables = make_tables(240, planted=Planted(patch=3, wrong_labels=5))
+    withheld = dict(results_of(tables, card=card).not_checked)
+    assert all("does not deserve an audit" in withheld[kind] for kind in ("labels", "shortcut"))
+
+
+def test_shortcut_of_one_source_is_not_checked() -> None:
+    tables = make_tables(100, ("ant", "bee"), planted=Planted(patch=1))
+    assert "from 2 other classes" in dict(results_of(tables).not_checked)["shortcut"]
+
+
+def test_region_that_varies_is_a_fact_beside_the_real_difference() -> None:
+    tables = make_tables(240, image_shape=(1, 16, 16), planted=Planted(patch=3))
+    towards = tables.counterfactuals["target"].to_numpy() == 3
+    marks = np.random.default_rng(0).uniform(0.5, 1, (towards.sum(), 1, 1, 1))
+    tables.after[towards, :, :2, :2] = marks
+    found = told(tables)
+    assert "shortcut" not in found and found["region"].level == "fact"
+    assert "the mean difference between real images of dog and the others" in found["region"].sentence

@@ -1,0 +1,59 @@
+"""Check of attributes that move although a counterfactual should leave them alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clarity.findings.finding import Facts, Finding, NotChecked
+from clarity.findings.statistics import holm, signed_rank_p
+from clarity.report.text import listed, percent, plural
+
+#: Pairs of a class pair at least, and mean change of the attribute's probability from which a drift is told.
+MIN_PAIRS, MIN_DRIFT = 12, 0.1
+
+
+def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
+    """Attributes whose probability drifts, beyond chance over all attributes and class pairs.
+
+    The table ``attributes`` holds the probabilities of each pair before and after.
+    """
+    if "attributes" not in facts.tables:
+        return NotChecked("the attributes of the pictures were not measured")
+    rows = facts.rows(
+        """
+        SELECT attribute, source, target, list(prob_final - prob_initial ORDER BY image_id),
+               count(*) FILTER ((prob_initial > 0.5) <> (prob_final > 0.5))
+        FROM attributes JOIN counterfactuals USING (image_id, target)
+        WHERE converged GROUP BY ALL HAVING count(*) >= $min_pairs ORDER BY attribute, source, target
+        """,
+        {"min_pairs": MIN_PAIRS},
+    )
+    if not rows:
+        return NotChecked(f"no class pair has {MIN_PAIRS} pairs with attributes")
+    changes = [np.array(row[3]) for row in rows]
+    rejected = holm([signed_rank_p(change) for change in changes])
+    drifting = [
+        (float(change.mean()), row)
+        for change, row, real in zip(changes, rows, rejected)
+        if real and abs(change.mean()) >= MIN_DRIFT
+    ]
+    if not drifting:
+        return []
+    drifting.sort(key=lambda entry: (-abs(entry[0]), entry[1][:3]))
+    drift, (attribute, source, target, change, flipped) = drifting[0]
+    names = list(dict.fromkeys(row[0] for _, row in drifting))
+    others = f" Other attributes that drift: {listed(names[1:5])}." if names[1:] else ""
+    return [
+        Finding(
+            "attributes",
+            min(0.95, 0.4 + abs(drift)),
+            f"“{attribute}” drifts",
+            f"{facts.arrow((source, target))} should leave “{attribute}” alone, but moves its probability by "
+            f"{drift:+.2f} on average and flips it in {percent(flipped, len(change))} of "
+            f"{plural(len(change), 'pair')}.{others}",
+            f"Signed-rank tests of {len(rows):,} attributes of class pairs, Holm-corrected: at most 5 % of audits "
+            "without any drift would show one. The attributes are one network's view.",
+            tuple(dict.fromkeys((row[1], row[2]) for _, row in drifting))[:6],
+            figures={"drift": drift, "attributes": len(names), "comparisons": len(rows)},
+        )
+    ]

@@ -1,0 +1,140 @@
+"""What counterfactuals change on average, and regions and tints in it.
+
+Shapes: P pairs, C, H, W image, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: Pairs towards a target, and sources with five pairs, below which its mean change is not described.
+MIN_PAIRS, MIN_SOURCES = 20, 2
+#: Maps by class pair are kept up to this number of classes.
+MAX_MAPPED_CLASSES = 32
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Means and standard deviations over a sample of pairs; a change is counterfactual minus reconstruction.
+
+    Args:
+        mean: (K, K, C, H, W) change by [source, target]; (0, 0, C, H, W) above MAX_MAPPED_CLASSES classes.
+        count: (K, K) pairs.
+        target_mean: (K, C, H, W) change towards a target.
+        target_std: (K, C, H, W).
+        tint_mean: (K, C) change averaged over the pixels of a picture.
+        tint_std: (K, C).
+        after_std: (K, C, H, W) of the counterfactuals themselves: near zero where they are the same whatever the start.
+        real_difference: (K, C, H, W) mean reconstruction of a class minus that of the starts towards it.
+    """
+
+    mean: np.ndarray
+    count: np.ndarray
+    target_mean: np.ndarray
+    target_std: np.ndarray
+    tint_mean: np.ndarray
+    tint_std: np.ndarray
+    after_std: np.ndarray
+    real_difference: np.ndarray
+
+
+def mean_differences(
+    before: np.ndarray, after: np.ndarray, source: np.ndarray, target: np.ndarray, num_classes: int
+) -> Differences:
+    """Averages changes by class pair and by target.
+
+    Args:
+        before: (P, C, H, W) in [0, 1], the reconstructions at which the searches start.
+        after: (P, C, H, W) in [0, 1], the counterfactuals.
+        source: (P,).
+        target: (P,).
+        num_classes: K.
+    """
+    change = after - before
+    shape = change.shape[1:]
+    mapped = num_classes if num_classes <= MAX_MAPPED_CLASSES else 0
+    mean = np.zeros((mapped, mapped, *shape), np.float32)
+    count = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(count, (source, target), 1)
+    target_mean, target_std, after_std, real_difference = np.zeros((4, num_classes, *shape), np.float32)
+    tint_mean, tint_std = np.zeros((2, num_classes, shape[0]), np.float32)
+    for wanted in range(num_classes):
+        rows = target == wanted
+        if not rows.any():
+            continue
+        for start in range(mapped):
+            if count[start, wanted]:
+                mean[start, wanted] = change[rows & (source == start)].mean(0)
+        target_mean[wanted], target_std[wanted] = change[rows].mean(0), change[rows].std(0)
+        after_std[wanted] = after[rows].std(0)
+        tint = change[rows].mean((2, 3))
+        tint_mean[wanted], tint_std[wanted] = tint.mean(0), tint.std(0)
+        if (own := source == wanted).any():
+            real_difference[wanted] = before[own].mean(0) - before[rows].mean(0)
+    return Differences(mean, count, target_mean, target_std, tint_mean, tint_std, after_std, real_difference)
+
+
+def described_targets(differences: Differences) -> list[int]:
+    """Targets with enough pairs from enough sources."""
+    enough = differences.count.sum(0) >= MIN_PAIRS
+    return np.flatnonzero(enough & ((differences.count >= 5).sum(0) >= MIN_SOURCES)).tolist()
+
+
+def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
+    """The steady shift of the whole picture that makes up at least half of the mean change towards a target.
+
+    Returns:
+        ``tint`` (C,), ``concentration``: its share of the mean change's squared sum, ``spread``: its standard deviation
+        over the pairs, relative to it; None where there is no such shift.
+    """
+    tint, std = differences.tint_mean[target], differences.tint_std[target]
+    strongest = int(np.abs(tint).argmax())
+    share = share_of_change(differences.target_mean[target], np.broadcast_to(tint[:, None, None], (len(tint), 1, 1)))
+    if abs(tint[strongest]) < 0.04 or abs(tint[strongest]) < 2 * std[strongest] or share < 0.5:
+        return None
+    spread = float(std[strongest] / abs(tint[strongest]))
+    return {"tint": [float(value) for value in tint], "concentration": share, "spread": spread}
+
+
+def region_of(differences: Differences, target: int) -> dict[str, Any] | None:
+    """The steady mark on at most 12 % of the picture that makes up 40 % of the mean change towards a target.
+
+    Returns:
+        ``box`` (top, bottom, left, right; half open), ``area`` and ``concentration``: its shares of the picture and of
+        the mean change's squared sum, ``real``: its share of the squared sum of the mean difference of real images,
+        ``variation``: the median standard deviation of the counterfactuals in it, ``border``: whether it lies in the
+        outer fifth of the picture; None where there is no such mark.
+    """
+    mean, std = differences.target_mean[target], differences.target_std[target]
+    mark = ((np.abs(mean) >= 0.2) & (np.abs(mean) >= 2 * std)).any(0)
+    concentration = energy_in(mean, mark)
+    if mark.sum() < 2 or mark.mean() > 0.12 or concentration < 0.4:
+        return None
+    rows, columns = np.flatnonzero(mark.any(1)), np.flatnonzero(mark.any(0))
+    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    height, width = mark.shape
+    outer = np.ones(mark.shape, bool)
+    outer[round(0.2 * height) : round(0.8 * height), round(0.2 * width) : round(0.8 * width)] = False
+    return {
+        "box": [top, bottom, left, right],
+        "area": float(mark.mean()),
+        "concentration": concentration,
+        "real": energy_in(differences.real_difference[target], mark),
+        "variation": float(np.median(differences.after_std[target][:, mark])),
+        "border": bool(outer[mark].mean() > 0.5),
+    }
+
+
+def energy_in(change: np.ndarray, mark: np.ndarray) -> float:
+    """Share of a change's squared sum that lies in a region."""
+    energy = (change**2).sum(0)
+    return float(energy[mark].sum() / energy.sum()) if energy.any() else 0.0
+
+
+def share_of_change(change: np.ndarray, part: np.ndarray) -> float:
+    """Squared sum of a part of a change, relative to the change's."""
+    energy = float((change**2).sum())
+    return float((np.broadcast_to(part, change.shape) ** 2).sum()) / energy if energy else 0.0

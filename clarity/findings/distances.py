@@ -1,0 +1,168 @@
+"""Checks of how far counterfactuals are: largest and smallest changes, asymmetric class pairs, images near a border."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clarity.findings.finding import Facts, Finding, NotChecked, ranked, share_text
+from clarity.findings.statistics import fisher_p, holm, rank_sum_p
+from clarity.report.text import listed, percent, plural
+
+#: Pairs of a class pair below which it is not described as the hardest or easiest.
+MIN_DESCRIBED = 5
+#: Pairs in each direction below which two directions are not compared.
+MIN_COMPARED = 8
+#: An asymmetry is told from this ratio of median distances, or from this difference of shares that converge.
+MIN_RATIO, MIN_GAP = 1.4, 0.2
+#: An image is near a border if its nearest class is closer than this share of the usual distance.
+EDGE = 0.6
+
+
+def check_extremes(facts: Facts) -> list[Finding] | NotChecked:
+    """The class pairs with the largest and the smallest median change: a description, without a test."""
+    pairs, converged = facts.pairs["pairs"], facts.pairs["strict_validity"] >= 0.5
+    distance, steps = facts.pairs["median_distance"], facts.pairs["median_steps"]
+    described = np.where((pairs >= MIN_DESCRIBED) & converged, distance, np.nan)
+    failing = ranked(np.where((pairs >= MIN_DESCRIBED) & ~converged, -facts.pairs["strict_validity"], np.nan))
+    if np.isfinite(described).sum() < 3:
+        return NotChecked(
+            f"fewer than three class pairs have {MIN_DESCRIBED} pairs and mostly converge, which a comparison needs"
+        )
+    usual = float(np.nanmedian(described))
+    found = []
+    for kind, severity, adjective, order in (
+        ("hardest", 0.2, "largest", ranked(described)),
+        ("easiest", 0.15, "smallest", ranked(described, descending=False)),
+    ):
+        first = order[0]
+        beside = f" {plural(len(failing), 'class pair')} that mostly fail are not in this order: " if failing else ""
+        beside += f"{listed([facts.arrow(pair) for pair in failing[:3]])}." if failing else ""
+        found.append(
+            Finding(
+                kind,
+                severity,
+                f"{adjective.capitalize()} change: {facts.arrow(first)}",
+                f"{facts.arrow(first)} has the {adjective} median latent distance of {len(order)} class pairs: "
+                f"{distance[first]:.1f} in {steps[first]:.0f} steps, against {usual:.1f} for the middle one. "
+                f"Next: {listed([facts.arrow(pair) for pair in order[1:4]])}.{beside if kind == 'hardest' else ''}",
+                "A description: no test says that class pairs next to each other in this order differ.",
+                tuple(order[:6]),
+                figures={"distance": float(distance[first]), "usual": usual},
+            )
+        )
+    return found
+
+
+def check_asymmetry(facts: Facts) -> list[Finding] | NotChecked:
+    """Class pairs of which one direction goes further, or fails more often, beyond chance over all comparisons."""
+    columns = facts.con.execute("SELECT source, target, converged, distance_z_l1 FROM counterfactuals").fetchnumpy()
+    source, target, distance = (np.ma.filled(columns[name], 0) for name in ("source", "target", "distance_z_l1"))
+    converged = np.ma.filled(columns["converged"], False)
+    size = len(facts.class_names)
+    order = np.argsort(source * size + target, kind="stable")
+    cells, starts = np.unique((source * size + target)[order], return_index=True)
+    rows = dict(zip(cells.tolist(), np.split(order, starts[1:])))
+    both = [
+        (a, b)
+        for a in range(size)
+        for b in range(a + 1, size)
+        if min(len(rows.get(a * size + b, ())), len(rows.get(b * size + a, ()))) >= MIN_COMPARED
+    ]
+    if not both:
+        return NotChecked(f"no two classes have {MIN_COMPARED} pairs in each direction")
+    p_values = []
+    for a, b in both:
+        there, back = rows[a * size + b], rows[b * size + a]
+        far = [distance[some][converged[some]] for some in (there, back)]
+        p_values.append(rank_sum_p(*far) if min(map(len, far)) >= MIN_COMPARED else 1.0)
+        p_values.append(fisher_p(converged[there].sum(), len(there), converged[back].sum(), len(back)))
+    rejected = holm(p_values).reshape(-1, 2)
+    medians, validity = facts.pairs["median_distance"], facts.pairs["strict_validity"]
+    strength = np.full((size, size), np.nan)
+    for (a, b), (further, fails) in zip(both, rejected):
+        hard, easy = ((a, b), (b, a)) if validity[a, b] < validity[b, a] else ((b, a), (a, b))
+        if fails and validity[easy] - validity[hard] >= MIN_GAP:
+            strength[hard] = 10 + validity[easy] - validity[hard]
+            continue
+        hard, easy = ((a, b), (b, a)) if medians[a, b] > medians[b, a] else ((b, a), (a, b))
+        if further and medians[hard] / medians[easy] >= MIN_RATIO:
+            strength[hard] = medians[hard] / medians[easy]
+    asymmetric = ranked(strength)
+    if not asymmetric:
+        return []
+    hard = asymmetric[0]
+    easy = hard[::-1]
+    ratio = float(medians[hard] / medians[easy])
+    if strength[hard] > 10:
+        severity = 0.5
+        words = (
+            f"{facts.arrow(easy)} converges in {percent(validity[easy])} of its pairs, "
+            f"{facts.arrow(hard)} in {percent(validity[hard])}"
+        )
+    else:
+        severity = 0.3 + 0.35 * min(1.0, (ratio - MIN_RATIO) / 1.2)
+        words = (
+            f"{facts.arrow(easy)} is easy (median latent distance {medians[easy]:.1f}), {facts.arrow(hard)} is hard "
+            f"({medians[hard]:.1f}, {ratio:.1f} times as far)"
+        )
+    others = ""
+    if asymmetric[1:]:
+        others = f" {plural(len(asymmetric) - 1, 'other class pair')} likewise: "
+        others += f"{listed([facts.arrow(pair) for pair in asymmetric[1:4]])}."
+    return [
+        Finding(
+            "asymmetry",
+            severity,
+            f"One direction is harder: {facts.arrow(hard)}",
+            f"{words}.{others}",
+            "Rank-sum test of the distances and Fisher's exact test of the failures, Holm-corrected over "
+            f"{plural(len(both), 'class pair')}: at most 5 % of audits without any asymmetry would show one.",
+            tuple(cell for pair in asymmetric[:4] for cell in (pair, pair[::-1])),
+            figures={"ratio": ratio, "directions": len(asymmetric), "comparisons": len(p_values)},
+        )
+    ]
+
+
+NEAREST = """
+WITH nearest AS (
+    SELECT image_id, source, target, steps, distance_z_l1 AS distance FROM counterfactuals WHERE converged
+    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY distance_z_l1, target) = 1
+), usual AS (SELECT median(distance) AS usual, count(*) AS images FROM nearest)
+"""
+
+
+def check_edge(facts: Facts) -> list[Finding] | NotChecked:
+    """Images whose nearest counterfactual is closer than EDGE of the usual nearest distance."""
+    if not np.nansum(facts.pairs["converged"]):
+        return NotChecked("no search converged")
+    rows = facts.rows(
+        NEAREST + "SELECT image_id, source, target, steps, distance, usual, images, count(*) OVER () "
+        "FROM nearest, usual WHERE distance < $edge * usual ORDER BY distance, image_id LIMIT 12",
+        {"edge": EDGE},
+    )
+    if not rows:
+        return []
+    image_id, source, target, steps, _, usual, images, count = rows[0]
+    cells = facts.rows(
+        NEAREST + "SELECT least(source, target), greatest(source, target), count(*) FROM nearest, usual "
+        "WHERE distance < $edge * usual GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 4",
+        {"edge": EDGE},
+    )
+    between = listed([f"{facts.name(a)} / {facts.name(b)} ({number:,})" for a, b, number in cells[:3]])
+    between = f"most between {between}" if len(cells) > 3 else f"between {between}"
+    share = count / images
+    return [
+        Finding(
+            "edge",
+            0.3 + 0.25 * min(1.0, share / 0.05),
+            f"{plural(count, 'image')} near a border",
+            f"{plural(count, 'image')} ({percent(share)}) {'is' if count == 1 else 'are'} less than {percent(EDGE)} of "
+            f"the usual distance away from another class ({usual:.1f} is the median to the nearest class), {between}. "
+            f"Closest: {image_id}, classified as {facts.name(source)}, is {facts.name(target)} after "
+            f"{plural(steps, 'step')}.",
+            f"Counted. For other images like these: {share_text(count, images)}.",
+            tuple((a, b) for a, b, _ in cells),
+            tuple((row[0], row[2]) for row in rows),
+            {"images": count, "share": share, "usual": usual},
+        )
+    ]

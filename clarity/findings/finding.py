@@ -1,0 +1,164 @@
+"""What checks read and what they return.
+
+Shapes: K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from clarity.findings.differences import Differences
+from clarity.findings.statistics import share_interval
+from clarity.findings.suspicion import suspicious_labels
+from clarity.findings.verdict import Verdict, verdict
+from clarity.report.text import percent
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that an audit shows.
+
+    Args:
+        kind: the check.
+        severity: in [0, 1]; from 0.7 probably wrong, from 0.4 worth a look, below a fact.
+        title: a few words.
+        sentence: the finding with its figures.
+        evidence: what it rests on, and the chance that it is false.
+        pairs: (source, target) indices, most telling first.
+        examples: (image_id, target), most telling first.
+        figures: the numbers of the sentence.
+    """
+
+    kind: str
+    severity: float
+    title: str
+    sentence: str
+    evidence: str
+    pairs: tuple[tuple[int, int], ...] = ()
+    examples: tuple[tuple[str, int], ...] = ()
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def level(self) -> str:
+        """The severity as a word: alert, look or fact."""
+        return "alert" if self.severity >= 0.7 else "look" if self.severity >= 0.4 else "fact"
+
+
+@dataclass(frozen=True)
+class NotChecked:
+    """A check that had nothing to look at, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The aggregates of one audit.
+
+    Args:
+        con: with the views of ``audit.queries.connect``, and ``attributes`` where these were measured.
+        class_names: K names.
+        pairs: the columns of ``class_pair_figures`` as (K, K) arrays by [source, target], NaN where there is no pair.
+        num_images: distinct images in the pairs; shares of pairs have intervals as if each image were one observation.
+        config: the search's configuration.
+        differences: what counterfactuals change; None without pictures.
+        suspicion: of ``suspicious_labels``.
+        trained_on_labels: the ensemble may have been trained on the labels of these images.
+        verdict: on the model.
+    """
+
+    con: duckdb.DuckDBPyConnection
+    class_names: tuple[str, ...]
+    pairs: dict[str, np.ndarray]
+    num_images: int
+    config: dict[str, Any]
+    differences: Differences | None
+    suspicion: pa.Table
+    trained_on_labels: bool
+    verdict: Verdict
+
+    @property
+    def num_pairs(self) -> int:
+        """All requested pairs, those that failed included."""
+        return int(np.nansum(self.pairs["pairs"]))
+
+    @property
+    def tables(self) -> set[str]:
+        """Names of the tables and views."""
+        return {name for (name,) in self.rows("SHOW TABLES")}
+
+    def rows(self, sql: str, parameters: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Runs a query."""
+        return self.con.execute(sql, parameters or {}).fetchall()
+
+    def name(self, index: int) -> str:
+        """Name of a class."""
+        return self.class_names[index]
+
+    def arrow(self, pair: tuple[int, int]) -> str:
+        """How a class pair is written."""
+        return f"{self.class_names[pair[0]]} → {self.class_names[pair[1]]}"
+
+    def share_of_pairs(self, part: float) -> str:
+        """A share of all pairs with its interval, each image counted as one observation."""
+        share = part / self.num_pairs
+        return share_text(share * self.num_images, self.num_images)
+
+
+def gather(
+    con: duckdb.DuckDBPyConnection,
+    class_names: Sequence[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
+    differences: Differences | None = None,
+    trained_on_labels: bool = False,
+) -> Facts:
+    """Computes what the checks need.
+
+    Args:
+        con: of ``audit.queries.connect``, with ``attributes`` where these were measured.
+        class_names: K names.
+        config: the search's min_target_prob and max_steps, for the sentences.
+        card: the model's model.json; without its figures the verdict is "not checked".
+        differences: of ``mean_differences``; without them shortcuts are not looked for.
+        trained_on_labels: the ensemble may have been trained on the labels of these images.
+    """
+    columns = con.execute("FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
+    pairs = {}
+    for name in columns.keys() - {"source", "source_name", "target", "target_name"}:
+        pairs[name] = np.full((len(class_names),) * 2, np.nan)
+        pairs[name][columns["source"], columns["target"]] = np.ma.filled(columns[name].astype(float), np.nan)
+    ((num_images,),) = con.execute("SELECT count(DISTINCT image_id) FROM counterfactuals").fetchall()
+    return Facts(
+        con=con,
+        class_names=tuple(class_names),
+        pairs=pairs,
+        num_images=num_images,
+        config=dict(config or {}),
+        differences=differences,
+        suspicion=suspicious_labels(con),
+        trained_on_labels=trained_on_labels,
+        verdict=verdict(card or {}),
+    )
+
+
+def share_text(part: float, whole: float) -> str:
+    """A share with its 95 % interval."""
+    low, high = share_interval(part, whole)
+    return f"{percent(part, whole)}, 95 % interval {percent(low)} to {percent(high)}"
+
+
+def ranked(values: np.ndarray, descending: bool = True) -> list[tuple[int, int]]:
+    """The (source, target) of every entry but NaN, largest first, ties in reading order."""
+    keys = np.where(np.isnan(values), -np.inf if descending else np.inf, values)
+    order = np.argsort(-keys if descending else keys, axis=None, kind="stable")
+    cells = [(int(i) // values.shape[1], int(i) % values.shape[1]) for i in order]
+    return [cell for cell in cells if not math.isnan(values[cell])]

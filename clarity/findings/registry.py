@@ -1,0 +1,89 @@
+"""All checks of an audit, and their findings in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clarity.findings.attributes import check_attributes
+from clarity.findings.distances import EDGE, check_asymmetry, check_edge, check_extremes
+from clarity.findings.epistemic import check_epistemic
+from clarity.findings.finding import Facts, Finding, NotChecked
+from clarity.findings.labels import check_labels
+from clarity.findings.predictions import check_predictions
+from clarity.findings.searches import check_reencoding, check_unconverged, check_unread
+from clarity.findings.shortcuts import check_shortcuts
+from clarity.report.text import percent
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what it looks for, the function, and the sentence that holds when it finds nothing."""
+
+    doc: str
+    run: Callable[[Facts], list[Finding] | NotChecked]
+    clear: str
+
+
+#: Every check, in the order in which equally severe findings are told.
+CHECKS: dict[str, Check] = {
+    "unread": Check(
+        "images and searches that failed", check_unread, "Every image was read and every search stayed finite."
+    ),
+    "shortcut": Check(
+        "a region or a tint that every counterfactual towards a class writes",
+        check_shortcuts,
+        "No region and no tint is written by every counterfactual towards a class.",
+    ),
+    "labels": Check("wrong labels", check_labels, "No label is contradicted by the ensemble and the nearest images."),
+    "predictions": Check("agreement with the predictions handed in", check_predictions, ""),
+    "epistemic": Check(
+        "targets whose explanations leave the training data",
+        check_epistemic,
+        "The members disagree about counterfactuals no more than about images that they are as sure of.",
+    ),
+    "reencoding": Check(
+        "counterfactuals that lose their target when decoded and encoded",
+        check_reencoding,
+        "More than 99 % of the counterfactuals keep their target after decoding, rounding to 8 bits and encoding.",
+    ),
+    "attributes": Check(
+        "attributes that drift", check_attributes, "No attribute drifts by 0.1 or more, beyond chance."
+    ),
+    "unconverged": Check("pairs that did not converge", check_unconverged, "Every pair converged."),
+    "asymmetry": Check(
+        "class pairs that are easy in one direction and hard in the other",
+        check_asymmetry,
+        "No class pair is much harder in one direction than in the other, beyond chance.",
+    ),
+    "edge": Check(
+        "images near a border",
+        check_edge,
+        f"No image is closer to another class than {percent(EDGE)} of the usual distance.",
+    ),
+    "extremes": Check("the class pairs with the largest and the smallest changes", check_extremes, ""),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the checks of an audit say: findings, most severe first; what was checked in vain; what was not checked."""
+
+    findings: list[Finding]
+    clear: list[tuple[str, str]]
+    not_checked: list[tuple[str, str]]
+
+
+def find(facts: Facts) -> Results:
+    """Runs every check."""
+    found: list[Finding] = []
+    clear, not_checked = [], []
+    for kind, check in CHECKS.items():
+        outcome = check.run(facts)
+        if isinstance(outcome, NotChecked):
+            not_checked.append((kind, f"{check.doc[0].upper()}{check.doc[1:]}: not checked, because {outcome.reason}."))
+        elif outcome:
+            found += outcome
+        elif check.clear:
+            clear.append((kind, check.clear))
+    return Results(sorted(found, key=lambda finding: -finding.severity), clear, not_checked)

@@ -1,0 +1,111 @@
+"""Checks of reading, searching and re-encoding: unreadable images, pairs that did not converge, lost targets."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clarity.findings.finding import Facts, Finding, NotChecked, ranked
+from clarity.report.text import listed, percent, plural
+
+COUNTED = "Counted over every row of the audit."
+
+
+def check_unread(facts: Facts) -> list[Finding] | NotChecked:
+    """Images that were not read and searches that met a number that is not finite."""
+    ((images,),) = facts.rows("SELECT count(*) FROM codes")
+    if not images:
+        return NotChecked("the audit has no images yet")
+    found = []
+    rows = facts.rows(
+        "SELECT coalesce(error, status), count(*), min(image_id) FROM codes WHERE status <> 'ok' "
+        "GROUP BY 1 ORDER BY 2 DESC, 1"
+    )
+    if rows:
+        failed = sum(count for _, count, _ in rows)
+        reasons = listed([f"“{reason}” ({count:,})" for reason, count, _ in rows[:3]])
+        found.append(
+            Finding(
+                "unread",
+                0.5 + 0.5 * min(1.0, 10 * failed / images),
+                f"{plural(failed, 'image')} could not be read",
+                f"{failed:,} of {plural(images, 'image')} ({percent(failed, images)}) were not explained: {reasons}"
+                f"{' and other reasons' if len(rows) > 3 else ''}. First: {rows[0][2]}.",
+                COUNTED,
+                figures={"images": images, "failed": failed},
+            )
+        )
+    rows = facts.rows("SELECT status, count(*) FROM counterfactuals WHERE status <> 'ok' GROUP BY 1 ORDER BY 2 DESC, 1")
+    if rows:
+        broken = sum(count for _, count in rows)
+        found.append(
+            Finding(
+                "unread",
+                0.75,
+                f"{plural(broken, 'search', 'searches')} met a number that is not finite",
+                f"{broken:,} of {plural(facts.num_pairs, 'pair')} ({percent(broken, facts.num_pairs)}) ended with "
+                f"status {listed([repr(status) for status, _ in rows])}: the model yields NaN or infinity there.",
+                COUNTED,
+                figures={"pairs": broken},
+            )
+        )
+    return found
+
+
+def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
+    """Pairs that did not reach the wanted target probability."""
+    if not facts.num_pairs:
+        return NotChecked("the audit has no pairs")
+    failed = facts.pairs["pairs"] - facts.pairs["converged"]
+    total = int(np.nansum(failed))
+    if not total:
+        return []
+    worst = ranked(np.where(failed > 0, failed, np.nan))[:6]
+    share = total / facts.num_pairs
+    gamma, limit = facts.config.get("min_target_prob"), facts.config.get("max_steps")
+    wanted = f"a target probability of {gamma:g}" if gamma is not None else "the wanted target probability"
+    within = f" within {limit:,} steps" if limit is not None else ""
+    parts = [f"{facts.arrow(pair)} ({failed[pair]:,.0f} of {facts.pairs['pairs'][pair]:,.0f})" for pair in worst[:3]]
+    where = f"most often {listed(parts)}" if (failed > 0).sum() > 3 else listed(parts)
+    examples = facts.rows(
+        "SELECT image_id, target FROM counterfactuals WHERE NOT converged "
+        "ORDER BY target_prob_final, image_id, target LIMIT 6"
+    )
+    return [
+        Finding(
+            "unconverged",
+            min(0.95, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
+            f"{plural(total, 'pair')} did not converge",
+            f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}: "
+            f"{where}.",
+            f"Counted. For other images like these: {facts.share_of_pairs(total)}.",
+            tuple(worst),
+            tuple((image_id, target) for image_id, target in examples),
+            {"pairs": total, "share": share},
+        )
+    ]
+
+
+def check_reencoding(facts: Facts) -> list[Finding] | NotChecked:
+    """Counterfactuals that are not classified as their target once decoded, rounded to 8 bits and encoded again."""
+    if not np.nansum(facts.pairs["converged"]):
+        return NotChecked("no search converged")
+    agreement, pairs = facts.pairs["reencoded_agreement"], facts.pairs["pairs"]
+    lost = (1 - agreement) * pairs
+    share = float(np.nansum(lost) / facts.num_pairs)
+    if share < 0.01:
+        return []
+    enough = pairs >= min(5, np.nanmax(pairs))  # a small audit has no class pair of five
+    worst = ranked(np.where(enough & (lost >= 1), 1 - agreement, np.nan))[:6]
+    parts = [f"{facts.arrow(pair)} ({percent(1 - agreement[pair])})" for pair in worst[:3]]
+    return [
+        Finding(
+            "reencoding",
+            min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
+            f"{percent(share)} of the counterfactuals do not survive re-encoding",
+            f"Decoded, rounded to 8 bits and encoded again, {percent(share)} of the counterfactuals are no longer "
+            "classified as their target" + (f"; most often {listed(parts)}." if parts else "."),
+            f"Counted. For other images like these: {facts.share_of_pairs(np.nansum(lost))}.",
+            tuple(worst),
+            figures={"share": share},
+        )
+    ]

@@ -1,0 +1,73 @@
+"""Exact intervals, rank tests and corrections for many comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+
+def share_interval(successes: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Clopper-Pearson interval of a share; ``count`` may be an effective number of observations, not an integer."""
+    tail = (1 - level) / 2
+    low = special.betaincinv(successes, count - successes + 1, tail) if successes > 0 else 0.0
+    high = special.betaincinv(successes + 1, count - successes, 1 - tail) if successes < count else 1.0
+    return float(low), float(high)
+
+
+def rank_sum_p(x: np.ndarray, y: np.ndarray) -> float:
+    """Two-sided p-value of Mann-Whitney's test: normal approximation with ties and continuity correction.
+
+    In the far tail, where a correction for many comparisons looks, the approximation is larger than the exact value.
+    """
+    n, m = len(x), len(y)
+    ranks, ties = midranks(np.concatenate([x, y]))
+    excess = abs(ranks[:n].sum() - n * (n + m + 1) / 2) - 0.5
+    variance = n * m / 12 * (n + m + 1 - ties / ((n + m) * (n + m - 1)))
+    return normal_p(excess, variance)
+
+
+def signed_rank_p(differences: np.ndarray) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test that differences are symmetric around zero."""
+    differences = differences[differences != 0]
+    n = len(differences)
+    if not n:
+        return 1.0
+    ranks, ties = midranks(np.abs(differences))
+    excess = abs(ranks[differences > 0].sum() - n * (n + 1) / 4) - 0.5
+    return normal_p(excess, n * (n + 1) * (2 * n + 1) / 24 - ties / 48)
+
+
+def midranks(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Ranks from 1, equal values sharing their mean rank, and the sum of t^3 - t over groups of t equal values."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse], float((counts**3.0 - counts).sum())
+
+
+def normal_p(excess: float, variance: float) -> float:
+    """Two-sided p-value of a deviation from the mean of a normal distribution."""
+    return math.erfc(excess / math.sqrt(2 * variance)) if excess > 0 and variance > 0 else 1.0
+
+
+def fisher_p(a: int, n: int, b: int, m: int) -> float:
+    """Two-sided p-value of Fisher's exact test that ``a`` of ``n`` and ``b`` of ``m`` have the same probability."""
+    successes = np.arange(max(0, a + b - m), min(n, a + b) + 1)
+
+    def log_choose(total: int, chosen: np.ndarray) -> np.ndarray:
+        return special.gammaln(total + 1) - special.gammaln(chosen + 1) - special.gammaln(total - chosen + 1)
+
+    log_probs = log_choose(n, successes) + log_choose(m, a + b - successes)
+    probs = np.exp(log_probs - special.logsumexp(log_probs))
+    return float(min(1.0, probs[probs <= probs[successes == a] * (1 + 1e-7)].sum()))
+
+
+def holm(p_values: Sequence[float] | np.ndarray, level: float = 0.05) -> np.ndarray:
+    """Which hypotheses Holm's procedure rejects: the chance of any false rejection is at most ``level``."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    passed = np.cumprod(p[order] <= level / (len(p) - np.arange(len(p)))).astype(bool)
+    rejected = np.zeros(len(p), bool)
+    rejected[order] = passed
+    return rejected

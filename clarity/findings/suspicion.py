@@ -1,0 +1,185 @@
+"""How likely each label of an audit is wrong.
+
+Score = ensemble probability x k-NN label vote, then a mixture over class pairs: where the label is not the class with
+the highest score, the question is whether the image is an ordinary member of that class, as a wrong label would leave
+it, or an unusual one near the border, as a mistake of the ensemble is. The share of the class's own images with a
+higher score for the label is uniform for wrong labels and leans to zero for mistakes; the weight of the two is each
+class pair's own, so that labels which are often confused are found too.
+
+Shapes: N images, B of them, D latent, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+#: Nearest labelled images that vote on a label, and how many of a class stand for what is ordinary in it.
+NEIGHBOURS = 20
+ORDINARY = 500
+#: Images that are scored, and images that vote, at most: a million images cost as much as sixty thousand.
+MAX_SCORED = 20_000
+MAX_VOTERS = 60_000
+
+
+def suspicious_labels(con: duckdb.DuckDBPyConnection) -> pa.Table:
+    """Ranks the labelled images of an audit, the most suspicious label first.
+
+    The ensemble should not have been trained on these labels: explain held-out images, or by folds.
+
+    Returns:
+        image_id, label, source, suspicion in [0, 1], label_prob and source_prob, neighbours (share of the vote for the
+        label, null where it was not scored), distance and steps of the counterfactual towards the label (null where
+        the ensemble predicts the label, or the search failed).
+    """
+    table = con.sql(
+        """
+        SELECT image_id, label, source, probs, z, distance_z_l1 AS distance, steps
+        FROM codes LEFT JOIN (
+            SELECT image_id, target AS label, distance_z_l1, steps FROM counterfactuals WHERE converged
+        ) USING (image_id, label)
+        WHERE status = 'ok' AND label IS NOT NULL ORDER BY image_id
+        """
+    ).to_arrow_table()
+    label, source = table["label"].to_numpy(), table["source"].to_numpy()
+    rows = np.arange(len(label))
+    if len(label):
+        probs, z = matrix(table["probs"]).astype(np.float64), matrix(table["z"])
+        scores, votes, ordinary = score_classes(probs, z, label, source)
+        suspicion = suspicions(scores, label, ordinary)
+        label_prob, source_prob = probs[rows, label], probs[rows, source]
+    else:
+        suspicion, label_prob, source_prob, votes = np.zeros((4, 0))
+    ranked = pa.table(
+        {
+            "image_id": table["image_id"],
+            "label": table["label"],
+            "source": table["source"],
+            "suspicion": suspicion,
+            "label_prob": label_prob,
+            "source_prob": source_prob,
+            "neighbours": pa.array(votes, mask=np.isnan(votes)),
+            "distance": table["distance"],
+            "steps": table["steps"],
+        }
+    )
+    return ranked.take(pa.array(np.argsort(-suspicion, kind="stable")))
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """Lists of one length as (N, ...); DuckDB returns fixed-size lists of Parquet as lists of any length."""
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def score_classes(
+    probs: np.ndarray, z: np.ndarray, label: np.ndarray, source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ensemble probability x neighbours' vote, normalised (N, K); the vote for each label (N,); who is ordinary (N,).
+
+    The vote is NaN where it was not taken: it is for images whose label has a low probability, and for ORDINARY others
+    of each class, with which these are compared.
+    """
+    rows, num_classes = np.arange(len(label)), probs.shape[1]
+    # Not in the order of the ids, which may follow the classes.
+    shuffled = np.random.default_rng(0).permutation(len(label))
+    doubt = np.where(label == source, probs[rows, label], probs[rows, label] - 1)
+    turn = np.empty(len(label), np.int64)
+    order = shuffled[np.argsort(label[shuffled], kind="stable")]
+    starts = np.searchsorted(label[order], np.arange(num_classes))
+    turn[order] = rows - starts[label[order]]
+    few = turn < max(NEIGHBOURS, min(ORDINARY, MAX_SCORED // (2 * num_classes)))
+    scored = np.flatnonzero(few)
+    rest = np.flatnonzero(~few & (doubt < 0.95))
+    rest = rest[np.argsort(doubt[rest], kind="stable")][: max(0, MAX_SCORED - len(scored))]
+    scored = np.sort(np.concatenate([scored, rest]))
+    voters = np.sort(shuffled[:MAX_VOTERS])
+    vote = neighbour_votes(z, label, scored, voters, num_classes)
+    scores = probs.copy()
+    scores[scored] *= vote + 0.5 / NEIGHBOURS
+    voted = np.full(len(label), np.nan)
+    voted[scored] = vote[np.arange(len(scored)), label[scored]]
+    return scores / scores.sum(1, keepdims=True), voted, few
+
+
+def neighbour_votes(
+    z: np.ndarray, label: np.ndarray, scored: np.ndarray, voters: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """Shares (B, K) of labels among the voters nearest to each scored image, without itself; nearer ones weigh more."""
+    count = min(NEIGHBOURS, len(voters) - 1)
+    votes = np.zeros((len(scored), num_classes))
+    if count < 1:
+        return votes
+    others = z[voters]
+    norms = (others**2).sum(1)
+    block = max(1, 8_000_000 // len(voters))
+    for start in range(0, len(scored), block):
+        mine = scored[start : start + block]
+        squared = norms - 2 * (z[mine] @ others.T)
+        index = np.searchsorted(voters, mine).clip(max=len(voters) - 1)
+        known = voters[index] == mine
+        squared[np.flatnonzero(known), index[known]] = np.inf
+        nearest = np.argpartition(squared, count - 1, 1)[:, :count]
+        far = np.take_along_axis(squared, nearest, 1) + (z[mine] ** 2).sum(1, keepdims=True)
+        weight = np.exp(-far.clip(0) / np.maximum(np.median(far.clip(0), 1, keepdims=True), 1e-12))
+        lines = np.repeat(np.arange(start, start + len(mine)), count)
+        np.add.at(votes, (lines, label[voters[nearest]].ravel()), weight.ravel())
+    return votes / np.maximum(votes.sum(1, keepdims=True), 1e-300)
+
+
+def suspicions(scores: np.ndarray, label: np.ndarray, compared: np.ndarray) -> np.ndarray:
+    """How likely each label is wrong (N,), from the scores (N, K); ``compared`` (N,): with which images."""
+    rows, num_classes = np.arange(len(label)), scores.shape[1]
+    log = np.log(scores + 1e-12)
+    seen = log.argmax(1)
+    rival = log.copy()
+    rival[rows, label] = -np.inf
+    against = rival.max(1) - log[rows, label]
+    evidence = np.full(len(label), -12.0)
+    doubted = np.flatnonzero(seen != label)
+    if len(doubted):
+        ordinary = np.array([0.5] * len(doubted))
+        for pair in np.unique(seen[doubted] * num_classes + label[doubted]):
+            other, given = divmod(int(pair), num_classes)
+            mine = np.flatnonzero((seen[doubted] == other) & (label[doubted] == given))
+            own = np.sort(-log[compared & (seen == other) & (label == other), given])
+            below = np.searchsorted(own, -log[doubted[mine], given])
+            ordinary[mine] = (below + 0.5) / (len(own) + 1)
+        wrong = wrong_probabilities(ordinary, seen[doubted] * num_classes + label[doubted], num_classes**2)
+        evidence[doubted] = np.log(wrong + 1e-5) - np.log(1 - wrong + 1e-5)
+        # Of two equally ordinary images, the one whose label has the lower score.
+        evidence += 0.25 * (against - np.median(against[doubted]))
+    return 1 / (1 + np.exp(-evidence))
+
+
+def wrong_probabilities(ordinary: np.ndarray, pair: np.ndarray, num_pairs: int) -> np.ndarray:
+    """Probabilities (B,) that values in (0, 1) are drawn uniformly rather than from a Beta(a, 4), by EM.
+
+    The uniform share is each class pair's own, drawn towards that of all, at least one in twenty, as by five more
+    images; a is fitted.
+    """
+    low, high = np.log(ordinary), np.log1p(-ordinary)
+    counts = np.bincount(pair, minlength=num_pairs)
+    share = np.full(num_pairs, 0.3)
+    a, wrong = 0.3, np.full(len(ordinary), 0.3)
+    for _ in range(100):
+        # Beta(a, 4): its density vanishes at one, so that what is most ordinary is never a mistake.
+        norm = math.log(a * (a + 1) * (a + 2) * (a + 3) / 6)
+        mistake = np.exp(norm + (a - 1) * low + 3 * high)
+        wrong = share[pair] / (share[pair] + (1 - share[pair]) * mistake)
+        share = (np.bincount(pair, wrong, minlength=num_pairs) + 5 * max(wrong.mean(), 0.05)) / (counts + 5)
+        weight = float((1 - wrong).sum())
+        if weight < 1e-9:
+            break
+        # E[log u] = digamma(a) - digamma(a + 4) = -sum of 1 / (a + i), solved for a by halving.
+        mean = float(((1 - wrong) * low).sum()) / weight
+        smallest, largest = 1e-3, 1.0
+        for _ in range(30):
+            a = (smallest + largest) / 2
+            if -sum(1 / (a + i) for i in range(4)) < mean:
+                smallest = a
+            else:
+                largest = a
+    return wrong

@@ -1,0 +1,166 @@
+"""Whether a model deserves an audit: a pure function of its model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clarity.findings.statistics import share_interval
+from clarity.report.text import listed, percent, plural, probability
+
+#: "With care" if the balanced accuracy is this far behind the baseline's.
+MAX_BEHIND = 0.05
+#: "With care" if the squared error of reconstructions is more than this share of the mean image's.
+MAX_ERROR = 0.5
+#: A target is out of reach if nine tenths of its real held-out images get less than this probability.
+MIN_REACHED = 0.9
+BEHIND = (
+    "the code loses what separates the classes. A longer code (--latent-dim), a smaller --beta or a smaller "
+    "--adversarial-eps may help"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict on a model.
+
+    Args:
+        level: "sound", "with care", "no-go" or "not checked".
+        sentence: the verdict in a sentence.
+        reasons: why, in sentences; empty if sound.
+        figures: (name, value, note) of what it rests on.
+        classes: (name, recall, median and 90th percentile of the probability that real held-out images get, note).
+    """
+
+    level: str
+    sentence: str
+    reasons: tuple[str, ...] = ()
+    figures: tuple[tuple[str, str, str], ...] = ()
+    classes: tuple[tuple[str, str, str, str, str], ...] = field(default=())
+
+
+def verdict(card: Mapping[str, Any]) -> Verdict:
+    """Judges a model by its held-out figures.
+
+    No-go: the lower bound of the balanced accuracy, or of the recall of a class, is not above 1 / K, the balanced
+    accuracy of always naming the most frequent class. With care: balanced accuracy more than MAX_BEHIND behind
+    logistic regression on principal components; reconstructions with more than MAX_ERROR of the mean image's error;
+    a target out of reach. Sound otherwise.
+
+    Args:
+        card: model.json, with ``evaluation`` and ``target_probs`` as ``training.evaluate.evaluation`` writes them.
+    """
+    evaluation = card.get("evaluation") or {}
+    per_class = {name: part for name, part in (evaluation.get("per_class") or {}).items() if part["images"]}
+    if not per_class:
+        return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
+    chance = 1 / len(evaluation["per_class"])
+    balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
+    low, high = balanced_interval(per_class)
+    classes, guessed, unreachable = class_rows(card, per_class, chance)
+    no_go, care = [], []
+    if low <= chance:
+        no_go.append(
+            f"its balanced accuracy, {percent(balanced)} ({percent(low)} to {percent(high)}), is not above the "
+            f"{percent(chance)} of always naming one class"
+        )
+    elif guessed:
+        no_go.append(f"{listed(guessed)} {'is' if len(guessed) == 1 else 'are'} recognised no better than by guessing")
+    baseline, reconstruction = evaluation.get("baseline"), evaluation.get("reconstruction")
+    if baseline and baseline["balanced_accuracy"] - balanced > MAX_BEHIND:
+        behind = 100 * (baseline["balanced_accuracy"] - balanced)
+        care.append(f"it is {behind:.0f} points behind logistic regression on the pixels: {BEHIND}")
+    if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
+        error = percent(reconstruction["vae"], reconstruction["mean_image"])
+        care.append(f"its reconstructions have {error} of the mean image's error: pictures show little of the images")
+    if unreachable:
+        care.append(
+            f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine tenths "
+            f"of the real images get less than {MIN_REACHED:g}, and explanations go beyond them"
+        )
+    level = "no-go" if no_go else "with care" if care else "sound"
+    reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
+    opening = {
+        "no-go": "No-go: this model does not deserve an audit",
+        "with care": "With care: this model deserves an audit with reservations",
+        "sound": "Sound: on held-out images nothing speaks against auditing this model",
+    }[level]
+    sentence = f"{opening}{', because ' + (no_go + care)[0] if reasons else ''}."
+    return Verdict(level, sentence, tuple(reasons), tuple(figure_rows(card, balanced, low, high)), tuple(classes))
+
+
+def balanced_interval(per_class: Mapping[str, Mapping[str, int]], level: float = 0.95) -> tuple[float, float]:
+    """Interval of a balanced accuracy: Clopper-Pearson on the number of images that would be as informative."""
+    balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
+    variance = 0.0
+    for part in per_class.values():
+        shrunk = (part["correct"] + 1) / (part["images"] + 2)
+        variance += shrunk * (1 - shrunk) / part["images"]
+    inside = min(max(balanced, 0.5 / len(per_class)), 1 - 1e-3)
+    count = max(1.0, inside * (1 - inside) * len(per_class) ** 2 / variance) if variance else math.inf
+    count = min(count, sum(part["images"] for part in per_class.values()))
+    return share_interval(balanced * count, count, level)
+
+
+def class_rows(
+    card: Mapping[str, Any], per_class: Mapping[str, Mapping[str, int]], chance: float
+) -> tuple[list[tuple[str, str, str, str, str]], list[str], list[str]]:
+    """Rows of the classes; names of those recognised no better than by guessing, and of those out of reach."""
+    names = list(card["evaluation"]["per_class"])
+    probs = card.get("target_probs") or {}
+    rows, guessed, unreachable = [], [], []
+    for i, name in enumerate(names):
+        if name not in per_class:
+            continue
+        part = per_class[name]
+        notes = []
+        low, high = share_interval(part["correct"], part["images"], 1 - 0.1 / len(names))
+        if low <= chance:
+            guessed.append(name)
+            notes.append("no better than guessing")
+        median, most = ((probs.get(key) or [None] * len(names))[i] for key in ("median", "p90"))
+        if most is not None and most < MIN_REACHED:
+            unreachable.append(name)
+            notes.append("out of reach")
+        low, high = share_interval(part["correct"], part["images"])
+        recall = f"{percent(part['correct'], part['images'])} ({percent(low)} to {percent(high)})"
+        shown = ["–" if prob is None else probability(prob) for prob in (median, most)]
+        rows.append((name, recall, *shown, ", ".join(notes)))
+    return rows, guessed, unreachable
+
+
+def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: float) -> list[tuple[str, str, str]]:
+    """The figures behind a verdict."""
+    evaluation = card["evaluation"]
+    right, count = evaluation["correct"], evaluation["images"]
+    bounds = share_interval(right, count)
+    rows = [
+        ("Accuracy", percent(right, count), f"{percent(bounds[0])} to {percent(bounds[1])}, {plural(count, 'image')}"),
+        ("Balanced accuracy", percent(balanced), f"{percent(low)} to {percent(high)}"),
+    ]
+    if majority := evaluation.get("majority"):
+        rows.append(("Most frequent class", percent(majority["share"]), str(majority["class"])))
+    if baseline := evaluation.get("baseline"):
+        note = f"balanced; logistic regression on {plural(baseline['components'], 'principal component')}"
+        rows.append(("Baseline", percent(baseline["balanced_accuracy"]), note))
+    error = (((card.get("metrics") or {}).get("ensemble")) or {}).get("calibration_error")
+    if error is not None:
+        rows.append(("Calibration error", percent(error), "confidence minus accuracy, 15 bins"))
+    if reconstruction := evaluation.get("reconstruction"):
+        note = (
+            f"of the mean image's squared error; a linear code of {plural(reconstruction['latent_dim'], 'number')} has "
+            f"{percent(reconstruction['linear_code'], reconstruction['mean_image'])}"
+        )
+        rows.append(("Reconstruction error", percent(reconstruction["vae"], reconstruction["mean_image"]), note))
+    if judge := evaluation.get("judge"):
+        note = f"a held-out network; {percent(judge['accuracy_on_reconstructions'])} on reconstructions"
+        rows.append(("Judge", percent(judge["accuracy"]), note))
+    return rows
+
+
+def describe(found: Verdict) -> str:
+    """A verdict as lines for a terminal."""
+    figures = ", ".join(f"{name.lower()} {value}" for name, value, _ in found.figures)
+    return "\n".join([f"model      {found.sentence}", *([f"           {figures}"] if figures else [])])
