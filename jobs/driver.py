@@ -57,7 +57,7 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_data_flags(parser: argparse.ArgumentParser, split: str, split_help: str) -> argparse._ArgumentGroup:
-    """Add ``--dataset``, ``--data`` and ``--split`` in a group of their own, which is returned."""
+    """Add ``--dataset``, ``--data``, ``--split`` and ``--columns`` in a group of their own, which is returned."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset", default="digits", choices=list(data.SOURCES), help="Source of the images (default: digits)."
@@ -66,7 +66,25 @@ def add_data_flags(parser: argparse.ArgumentParser, split: str, split_help: str)
         "--data", metavar="URI", help="Path or s3:// URI of the images; required for every source but digits."
     )
     group.add_argument("--split", default=split, help=f"{split_help} (default: {split}).")
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="What the data calls image, label, image_id or split, as in image=img label=fine_label.",
+    )
     return group
+
+
+def open_dataset(args: argparse.Namespace, split: str, **options: Any) -> data.Dataset:
+    """The data set of ``add_data_flags``; says which split is held out where it is not the test split."""
+    columns = dict(pair.partition("=")[::2] for pair in args.columns)
+    if not all(columns.values()):
+        raise ValueError(f"columns: expected NAME=COLUMN, got {' '.join(args.columns)}: as in image=img label=kind")
+    dataset = data.open_dataset(args.dataset, args.data, split, columns=columns, **options)
+    if split == "held-out" and dataset.split != "test":
+        print(f"held out: the split {dataset.split}, as the data has no test split", flush=True)
+    return dataset
 
 
 def add_config_flags(

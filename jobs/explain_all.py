@@ -38,11 +38,13 @@ from clarity.report.page import write_report
 from clarity.search import ENGINES, SearchConfig
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
+SPLIT_HELP = "Part of the data to explain: train, validation, test, all, or held-out: test, else validation"
+
 
 def new_parser() -> ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
-    add = driver.add_data_flags(parser, "test", "Part of the data to explain: train, test, all or its own").add_argument
+    add = driver.add_data_flags(parser, "held-out", SPLIT_HELP).add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
     add("--limit", type=int, metavar="N", help="Explain only the first N of these images.")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to carry into codes, or all.")
@@ -76,7 +78,7 @@ def explain_all(args: Namespace) -> int:
     name = "audit" if args.method == "clarity" else f"audit-{args.method}"
     out = driver.job_path(args.out, f"runs/{args.dataset}/{name}", "--out")
     model_uri = driver.job_path(args.model, f"runs/{args.dataset}/model", "--model")
-    dataset = data.open_dataset(args.dataset, args.data, args.split, attributes=args.attributes)
+    dataset = driver.open_dataset(args, args.split, attributes=args.attributes)
     if args.dataset in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
         raise ValueError(f"--out {storage.display(out)} lies in --data, where it would be read; choose another --out")
     everything = data.list_images(dataset)

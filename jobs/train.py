@@ -22,51 +22,109 @@ import ray
 import ray.train
 import ray.train.torch
 
-from clarity import data, storage
+from clarity import storage
 from clarity.classifiers import EnsembleConfig
 from clarity.model import read_card
-from clarity.training.loops import IMAGE_TRAINING, PRECISIONS, EnsembleTraining, VAETraining
-from clarity.training.plan import TrainingPlan, begin, plan_training
+from clarity.training.loops import PRECISIONS, VAETraining
+from clarity.training.plan import TRAININGS, TrainingPlan, begin, plan_training
 from clarity.training.stages import Worker, finish, run_stages, stage_done
 from clarity.vae import VAES, VAEConfig
 
-#: The defaults of each training, by the prefix of its flags; the seed is one for all.
-TRAININGS = {"vae": VAETraining(), "ensemble": EnsembleTraining(), "image": IMAGE_TRAINING}
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; the trainings' flags and all defaults come from their dataclasses."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    defaults = {field.name: field.default for field in dataclasses.fields(EnsembleConfig)}
-    add("--dataset", default="digits", choices=list(data.SOURCES), help="source of the images (digits)")
-    add("--data", help="where the images lie: a path or an s3:// URI, for every source but digits")
-    add("--download", action="store_true", help="mnist: fetch what is missing into --data first")
-    add("--split", default="train", help="part of the data to train on (train)")
-    add("--held-out", default="test", help="part of the data to measure on, or none (test)")
-    add("--out", help="model directory: a path or an s3:// URI (runs/DATASET/model)")
-    add("--vae", default="conv", choices=list(VAES), help="architecture (conv)")
-    add("--latent-dim", type=int, help=f"D ({of_vaes('latent_dim')})")
-    add("--channels", type=int, nargs="+", help=f"of the encoder's convolutions ({of_vaes('channels')})")
-    add("--beta", type=float, help=f"weight of the KL term ({of_vaes('beta')})")
-    add("--loss", help=f"of the reconstruction ({of_vaes('loss')})")
-    add("--image-size", type=int, nargs="+", help="side, or height and width, of the model's images (from the data)")
-    add("--mode", choices=["L", "RGB"], help="grey or colour (from the data)")
-    add("--center-crop", type=int, help="side of the centred square taken of larger images (from the data)")
-    add("--num-members", type=int, default=defaults["num_members"], help=f"M ({defaults['num_members']})")
-    add("--hidden", type=int, nargs="*", default=defaults["hidden"], help="widths of the classifiers' layers (16 16)")
-    add("--image-members", type=int, default=0, help="members of an image ensemble, which image-space methods need (0)")
-    add("--folds", type=int, default=0, help="ensembles that each leave a part of the training split out (0)")
-    add("--seed", type=int, default=VAETraining.seed, help=f"of everything drawn ({VAETraining.seed})")
+def new_parser() -> argparse.ArgumentParser:
+    """The flags; those of the trainings come from their dataclasses."""
+    parser = driver.new_parser(__doc__)
+    group = driver.add_data_flags(parser, "train", "Part of the data to train on: train, validation, test or all")
+    add = group.add_argument
+    add("--download", action="store_true", help="Fetch what is missing of mnist into --data first.")
+    add(
+        "--held-out",
+        default="held-out",
+        metavar="SPLIT",
+        help="Part of the data to measure on: held-out (the default, "
+        "which is test, else validation), a split, or none.",
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
+    add("--latent-dim", type=int, metavar="N", help=f"Length D of a code ({of_vaes('latent_dim')}).")
+    add("--channels", type=int, nargs="+", metavar="N", help=f"Channels of the encoder ({of_vaes('channels')}).")
+    add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
+    add("--loss", help=f"Loss of the reconstruction ({of_vaes('loss')}).")
+    add(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="Side, or height and width, of the model's images (default: from the data).",
+    )
+    add("--mode", choices=["L", "RGB"], help="Grey or colour (default: from the data).")
+    add("--center-crop", type=int, metavar="N", help="Side of the centred square taken of larger images first.")
+    members, hidden = EnsembleConfig.num_members, EnsembleConfig.hidden
+    add("--num-members", type=int, default=members, metavar="N", help=f"Members of the ensemble (default: {members}).")
+    add(
+        "--hidden",
+        type=int,
+        nargs="*",
+        default=hidden,
+        metavar="N",
+        help=f"Widths of the classifiers' hidden layers (default: {' '.join(map(str, hidden))}).",
+    )
+    add(
+        "--image-members",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Members of an image ensemble, which methods in image space need (default: 0).",
+    )
+    add(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Ensembles that each leave a part of the training split out, "
+        "with which its images are explained (default: 0).",
+    )
     for prefix, training in TRAININGS.items():
         driver.add_config_flags(
             parser.add_argument_group(f"training of the {prefix}"), training, f"{prefix}_", ["seed"]
         )
-    add("--precision", default="auto", choices=PRECISIONS, help="of convolutions; auto: bf16 on GPUs, else fp32 (auto)")
-    add("--workers", type=int, help="training processes (one for each GPU; else one for each CPU, or node for the VAE)")
-    return parser.parse_args(argv)
+    # What is not given stays None: a number of epochs alone is meant as such, whatever min_updates is by default.
+    parser.set_defaults(**dict.fromkeys(training_flags()))
+    add = parser.add_argument_group("output and resources").add_argument
+    add("--out", metavar="URI", help="Model directory (default: runs/DATASET/model).")
+    add(
+        "--seed",
+        type=int,
+        default=VAETraining.seed,
+        metavar="N",
+        help=f"Seed of everything random (default: {VAETraining.seed}).",
+    )
+    add(
+        "--precision",
+        default="auto",
+        choices=PRECISIONS,
+        help="Precision of convolutions; auto is bf16 on GPUs, else fp32 (default: auto).",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Training processes (default: one for each GPU; else one for each CPU, or node for the VAE).",
+    )
+    return parser
+
+
+def training_flags() -> list[str]:
+    """The names of the trainings' flags, as fields of ``plan_training``."""
+    return [
+        f"{prefix}_{field.name}"
+        for prefix, training in TRAININGS.items()
+        for field in dataclasses.fields(training)
+        if field.name != "seed"
+    ]
 
 
 def of_vaes(name: str) -> str:
@@ -77,21 +135,16 @@ def of_vaes(name: str) -> str:
 
 def make_plan(args: argparse.Namespace) -> TrainingPlan:
     """Everything that can be wrong is found here, before anything starts."""
-    trainings = {
-        f"{prefix}_training": driver.config_from(args, type(training), f"{prefix}_", seed=args.seed)
-        for prefix, training in TRAININGS.items()
-    }
+    given = {name: value for name in training_flags() if (value := getattr(args, name)) is not None}
     if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers: expected at least 1, got {args.workers}")
+        raise ValueError(f"workers: expected at least 1, got {args.workers}")
     if args.image_size and len(args.image_size) > 2:
-        raise ValueError(f"--image-size: expected a side, or height and width, got {args.image_size}")
+        raise ValueError(f"image_size: expected a side, or height and width, got {args.image_size}")
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
     out = driver.job_path(args.out, f"runs/{args.dataset}/model", "--out")
-    held_out = None
     # The unlabelled images of a source teach the VAE, though not the classifiers.
-    dataset = data.open_dataset(args.dataset, args.data, args.split, download=args.download, unlabelled=True)
-    if args.held_out != "none":
-        held_out = data.open_dataset(args.dataset, args.data, args.held_out)
+    dataset = driver.open_dataset(args, args.split, download=args.download, unlabelled=True)
+    held_out = None if args.held_out == "none" else driver.open_dataset(args, args.held_out)
     return plan_training(
         out,
         dataset,
@@ -106,36 +159,31 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         image_members=args.image_members,
         num_folds=args.folds,
         precision=args.precision,
-        **trainings,
+        **{f"{prefix}_seed": args.seed for prefix in TRAININGS},
+        **given,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, train, measure; the exit code."""
-    args = parse(argv)
+    return driver.run(new_parser(), train, argv, ray.train.TrainingFailedError)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train what is not there yet and say how good the model is."""
     start = time.time()
-    try:
-        plan = make_plan(args)
-        place = storage.display(plan.out)
-        if begin(plan):
-            print(f"finished already\n{describe(plan)}\nmodel      {place}")
-            return 0
-        print(f"training {place} on {about_images(plan)}", flush=True)
-        driver.start_ray(200_000_000)
-        fit(plan, ("vae", "encode"), args.workers, 0)
-        fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
-        finish(plan, log=say)
-        print(f"{describe(plan)}\nmodel      {place}  ({time.time() - start:.0f} s)")
+    plan = make_plan(args)
+    out = storage.display(plan.out)
+    if begin(plan):
+        print(f"finished already\n{describe(plan)}\nmodel      {out}")
         return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ray.train.TrainingFailedError as error:
-        print(f"the training was cut: {error}\nthe same command resumes it", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 1
+    print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
+    driver.start_ray(200_000_000)
+    fit(plan, ("vae", "encode"), args.workers, 0)
+    fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
+    finish(plan, log=say)
+    print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
+    return 0
 
 
 def say(line: str) -> None:

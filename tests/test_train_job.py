@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import clarity
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("--latent-dim", "5", "--channels", "6", "7", "--hidden", "6", "--num-members", "3"),
-    *("--vae-min-updates", "0", "--ensemble-min-updates", "0", "--image-min-updates", "0"),
     *("--vae-epochs", "2", "--ensemble-epochs", "2", "--image-epochs", "1"),
 ]
 
@@ -101,7 +101,7 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     from clarity.training.plan import begin
     from clarity.training.stages import STAGES, Worker, finish, run_stages
 
-    plan = job.make_plan(job.parse(command(folder, tmp_path / "alone", *extras)[2:]))
+    plan = job.make_plan(job.new_parser().parse_args(command(folder, tmp_path / "alone", *extras)[2:]))
     begin(plan)
     (tmp_path / "alone" / "_training" / "vae.safetensors").write_bytes(vae)
     run_stages(plan, STAGES, Worker())
@@ -151,9 +151,9 @@ def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environm
     ("flags", "message"),
     [
         (["--data", "/no/such/place"], "found nothing at /no/such/place"),
-        (["--split", "sideways"], "unknown split 'sideways'"),
+        (["--split", "sideways"], "--split: expected one of train, test, all"),
         (["--loss", "hinge"], "unknown reconstruction loss 'hinge'; choose from bce"),
-        (["--ensemble-learning-rate", "-1"], "learning_rate: expected more than 0, got -1.0"),
+        (["--ensemble-learning-rate", "-1"], "--ensemble-learning-rate: expected more than 0, got -1.0"),
         (["--folds", "1"], "num_folds: expected 0 or at least 2, got 1"),
         (["--workers", "0"], "--workers: expected at least 1, got 0"),
         (["--image-size", "1", "2", "3"], "--image-size: expected a side, or height and width"),
@@ -186,22 +186,58 @@ def test_job_refuses_more_workers_than_there_are(folder: Path, tmp_path: Path, e
 def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     from clarity.training.loops import IMAGE_TRAINING, EnsembleTraining, VAETraining
 
-    plan = job.make_plan(job.parse(["--out", "/nowhere"]))
+    plan = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere"]))
     assert plan.vae_training == VAETraining() and plan.ensemble_training == EnsembleTraining()
     assert plan.image_training == IMAGE_TRAINING and plan.ensemble.num_members == 50
     assert plan.vae == clarity.vae.VAEConfig() and plan.image_members == plan.num_folds == 0
-    other = job.make_plan(job.parse(["--out", "/nowhere", "--vae", "beta_vae", "--seed", "3", "--image-size", "32"]))
+    other = job.make_plan(
+        job.new_parser().parse_args(["--out", "/nowhere", "--vae", "beta_vae", "--seed", "3", "--image-size", "32"])
+    )
     assert other.vae.channels == (32, 64, 128, 256, 512) and other.vae.image_shape == (1, 32, 32)
-    colour = job.make_plan(job.parse(["--out", "/nowhere", "--mode", "RGB", "--center-crop", "20"]))
+    colour = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere", "--mode", "RGB", "--center-crop", "20"]))
     assert colour.vae.image_shape == (3, 28, 28) and colour.preprocessing.center_crop == 20
     assert other.vae_training.seed == other.ensemble_training.seed == other.image_training.seed == 3
+
+
+def test_epochs_alone_are_exactly_so_many(job: Any) -> None:
+    plan = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere", "--vae-epochs", "6"]))
+    assert (plan.vae_training.epochs, plan.vae_training.min_updates) == (6, 0)
+    assert plan.ensemble_training.min_updates > 0
+
+
+def test_job_holds_out_validation_where_there_is_no_test_and_says_so(
+    job: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(folder, tmp_path / split)
+    argv = ["--dataset", "folder", "--data", str(tmp_path), "--out", str(tmp_path.parent / "model")]
+    plan = job.make_plan(job.new_parser().parse_args(argv))
+    assert (plan.dataset.split, plan.held_out.split) == ("train", "validation")
+    assert capsys.readouterr().out == "held out: the split validation, as the data has no test split\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--columns", "image"], "error: --columns: expected NAME=COLUMN, got image"),
+        (["--dataset", "folder", "--data", ".", "--columns", "size=x"], "error: --columns: expected names of image, "),
+        (["--split", "val"], "error: --split: expected one of train, test, all, which digits has, got 'val'"),
+        (["--vae-epochs", "0"], "error: --vae-epochs: expected at least 1, got 0"),
+        (["--workers", "0"], "error: --workers: expected at least 1, got 0"),
+    ],
+)
+def test_job_refuses_flags_by_their_names(
+    job: Any, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.main([*argv, "--out", "/nowhere"]) == 2
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_job_says_which_classes_were_not_measured(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = {"accuracy": 0.5, "member_accuracy_mean": 0.5, "balanced_accuracy": 0.5, "calibration_error": 0.1}
     card = {"class_names": ["a", "b", "c"], "metrics": {"ensemble": quality | {"per_class": {"b": 0.5}}}}
     monkeypatch.setattr(job, "read_card", lambda _: card)
-    plan = job.make_plan(job.parse(["--out", "/nowhere"]))
+    plan = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere"]))
     assert job.describe(plan).splitlines()[-1].lstrip() == "not measured, no held-out image: a, c"
     card["metrics"] = {}
     assert job.describe(plan) == "nothing was held out to measure on"

@@ -6,6 +6,7 @@ Shapes: N images, C, H, W image, D latent, K classes, M members.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
@@ -182,7 +183,10 @@ def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         names = [field.name for field in dataclass_fields(default)]
         given = {name: found.pop(f"{prefix}_{name}") for name in names if f"{prefix}_{name}" in found}
         if given:
-            found[f"{prefix}_training"] = set_fields(found.get(f"{prefix}_training", default), **given)
+            try:
+                found[f"{prefix}_training"] = set_fields(found.get(f"{prefix}_training", default), **given)
+            except ValueError as error:
+                raise ValueError(re.sub(r"^(?:\w+\.)?(\w+):", rf"{prefix}_\1:", str(error))) from None
     derived = {"out", "class_names", "preprocessing", "vae", "ensemble", "dataset", "held_out", "data"}
     if unknown := sorted(set(found) - (set(known) - derived)):
         short = ", ".join(f"{prefix}_{field.name}" for prefix, c in TRAININGS.items() for field in dataclass_fields(c))
