@@ -9,6 +9,7 @@ Shapes: R rows and Q columns of a grid, C, H, W image, K classes, T steps of a s
 from __future__ import annotations
 
 import functools
+import string
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,25 +21,28 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib import style
+from matplotlib import font_manager, style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from clarity import storage
 from clarity.audit.queries import connect
 from clarity.images import decode_png
-from clarity.report.text import decimals
+from clarity.report.text import decimals, short_names
 
 if TYPE_CHECKING:
     from clarity.audit.read import Audit
 
 Array = np.ndarray
 
+FONT = "DejaVu Sans"  # comes with matplotlib
 STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
+    "font.family": FONT,
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -79,8 +83,11 @@ class Picture(Figure):
             raise ValueError(f"suffix: expected png, pdf or svg, got {suffix!r}")
         metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
         buffer = BytesIO()
+        for text in self.findobj(Text):
+            if lacking := set(text.get_text()) - characters(font_manager.findfont(FONT)):
+                text.set_fontfamily([FONT, *sorted(filter(None, map(font_with, lacking)))])
         with style.context(["default", STYLE, dict(settings or {})]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font has the letter
             self.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.04, metadata=metadata)
         return buffer.getvalue()
 
@@ -90,6 +97,21 @@ class Picture(Figure):
         for path, suffix in zip(paths, suffixes):
             storage.write_bytes(path, self.render(suffix))
         return paths
+
+
+@functools.cache
+def characters(path: str) -> frozenset[str]:
+    """The characters that a font file can draw, and white space."""
+    return frozenset(map(chr, FT2Font(path).get_charmap())) | frozenset(string.whitespace)
+
+
+@functools.cache
+def font_with(letter: str) -> str | None:
+    """The first installed font, by name, that can draw a letter."""
+    fonts = sorted({(font.name, font.fname) for font in font_manager.fontManager.ttflist})
+    return next(
+        (name for name, path in fonts if not name.startswith("Last Resort") and letter in characters(path)), None
+    )
 
 
 Drawing = TypeVar("Drawing", bound=Callable[..., Picture])
@@ -142,7 +164,7 @@ def image_grid(
     for r, row in enumerate(images):
         line = axes[r * (1 + differences)]
         if row_names:
-            line[0].set_ylabel(row_names[r], rotation=0, ha="right", va="center", labelpad=4)
+            line[0].set_ylabel(row_names[r], parse_math=False, rotation=0, ha="right", va="center", labelpad=4)
         for q, image in enumerate(row):
             draw_image(line[q], image)
             if noted:
@@ -169,7 +191,7 @@ def image_axes(images: Sequence[Sequence[Array | None]], rows: int, columns: int
 def set_title(ax: Any, name: str, cell: float) -> None:
     """A title of at most three lines, as wide as an image of ``cell`` inches."""
     lines = textwrap.wrap(name, max(8, int(cell / 0.068)), max_lines=3, placeholder=" …")
-    ax.set_title("\n".join(lines), pad=3)
+    ax.set_title("\n".join(lines), pad=3, parse_math=False)
 
 
 def check_grid(images: Any, column_names: Any, row_names: Any, notes: Any) -> None:
@@ -254,7 +276,10 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
         draw_image(ax, images[i])
         ax.set_title(f"step {steps[i]}" if not i else f"{steps[i]}", pad=3)
         ax.set_xlabel(f"{target_prob[i]:.3f}", labelpad=2, fontsize=7)
-    axes[0].text(-0.08, -0.03, f"p({target}) =", transform=axes[0].transAxes, ha="right", va="top", fontsize=7)
+    name = short_names([target], 16)[0]
+    axes[0].text(
+        -0.08, -0.03, f"p({name}) =", parse_math=False, transform=axes[0].transAxes, ha="right", va="top", fontsize=7
+    )
     return picture
 
 
@@ -302,8 +327,9 @@ def class_pair_map(
                 ax.text(j, i, text, color="white" if dark else "black", fontsize=6, **TEXT)
             else:
                 ax.text(j, i, "–", color="0.5", fontsize=6, **TEXT)
-    ax.set_xticks(range(count), class_names, rotation=90 if max(map(len, class_names)) > 3 else 0)
-    ax.set_yticks(range(count), class_names)
+    names = short_names(class_names, 16)
+    ax.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 3 else 0, parse_math=False)
+    ax.set_yticks(range(count), names, parse_math=False)
     ax.set_xlabel("target")
     ax.set_ylabel("source")
     ax.set_title(title)
@@ -355,7 +381,7 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
         ax.set_yticks(np.arange(0, height * (1 - free), 0.5))
         ax.set_xlim(0, max(1, steps[-1]))
         ax.set_xlabel("step")
-        ax.set_title(f"{name}, {source} → {target}, {steps[-1]} steps")
+        set_title(ax, f"{name}, {source} → {target}, {steps[-1]} steps", 2.6)
         for k, image in enumerate(trace.images or ()):
             corner = ax.inset_axes((0.02 if k == 0 else 0.81, 0.74, 0.17, 0.25))
             draw_image(corner, image)

@@ -183,3 +183,22 @@ def test_class_pair_maps_to_be_compared_share_their_shades() -> None:
         assert picture.axes[0].images[0].norm.vmin == pytest.approx(darkest)
         texts = [text.get_text() for text in picture.axes[0].texts]
         assert texts.count("–") == K and texts.count("90") == K * (K - 1)
+
+
+def test_picture_takes_a_font_that_has_the_letters() -> None:
+    picture = plots.counterfactual(image(0.2), image(0.7), source="cat", target="\u1d81")  # STIX comes with matplotlib
+    picture.render("png")
+    title = picture.axes[1].title
+    assert title.get_fontfamily()[0] == "DejaVu Sans" and plots.font_with("\u1d81") in title.get_fontfamily()
+    assert plots.font_with("\U0010fffe") is None
+
+
+def test_picture_draws_long_names_and_formulas_as_they_are() -> None:
+    names = ["a" * 300, "$b$", "a" * 299 + "c"]
+    picture = plots.class_pair_map(np.eye(3), names, title="t", label="share")
+    assert len({label.get_text() for label in picture.axes[0].get_xticklabels()}) == 3
+    assert picture.render("png") and picture.get_tightbbox().width < 2 * plots.FULL_WIDTH
+    titled = plots.counterfactual(image(0.2), image(0.7), source="a" * 300, target="$x_{$")
+    titled.render("png")
+    boxes = [ax.title.get_window_extent() for ax in titled.axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])

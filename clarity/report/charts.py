@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clarity.plots import Picture, new_picture, styled
-from clarity.report.text import number
+from clarity.report.text import number, short_names
 from clarity.report.view import View
 
 #: Colours as drawn -> as the page's style sheet names them.
@@ -31,7 +31,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 def inline_svg(picture: Picture) -> str:
     """A figure as an SVG element for a page: in the page's font and colours, without names that could clash."""
-    svg = picture.render("svg", {"svg.fonttype": "none"}).decode()
+    svg = picture.render("svg", {"svg.fonttype": "none", "savefig.transparent": True}).decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r' id="[a-z]+(?:[._][a-z\d]+)*_\d+"', "", svg)
@@ -62,7 +62,7 @@ def histogram(view: View, column: str, title: str) -> dict[str, str]:
 @styled
 def draw_histogram(values: np.ndarray, high: float) -> Picture:
     """Bars of equal width from 0 to ``high``."""
-    picture = new_picture(6.2, 1.35)
+    picture = new_picture(5.2, 1.2)
     ax = picture.subplots()
     ax.hist(values, bins=BINS, range=(0, high), rwidth=0.92, color=ACCENT)
     ax.axhline(0, color=LINE, lw=1)
@@ -96,7 +96,7 @@ def ranges(view: View) -> dict[str, str] | None:
 @styled
 def draw_ranges(names: list[str], groups: list[dict[int, list[float]]]) -> Picture:
     """Two ranges for each class on one logarithmic axis: 5 % to 95 % thin, the middle half thick, the median a dot."""
-    picture = new_picture(6.2, 0.35 + 0.27 * len(names))
+    picture = new_picture(5.2, 0.35 + 0.24 * len(names))
     ax = picture.subplots()
     for group, colour, shift in zip(groups, (FAINT, ALERT), (-0.17, 0.17)):
         y = np.array(list(group)) + shift
@@ -108,7 +108,7 @@ def draw_ranges(names: list[str], groups: list[dict[int, list[float]]]) -> Pictu
     ax.minorticks_off()
     ax.grid(axis="x", color=LINE, lw=0.6)
     ax.set_axisbelow(True)
-    ax.set_yticks(range(len(names)), [name if len(name) <= 22 else name[:21] + "…" for name in names], parse_math=False)
+    ax.set_yticks(range(len(names)), short_names(names, 22), parse_math=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
     quiet_axes(ax)
     ax.tick_params(axis="y", labelcolor=INK)

@@ -20,7 +20,7 @@ from clarity.report import charts, overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
 from clarity.report.sample import Bounds, Sample, choose
-from clarity.report.text import percent, plural
+from clarity.report.text import percent, plural, short_names
 from clarity.report.tiles import Tiles
 from clarity.report.view import View, open_views
 
@@ -65,7 +65,7 @@ def write_report(
     first = views[0]
     tiles = Tiles(first.audit.plan.image_shape, bounds.side)
     budget = bounds.budget(tiles.height * tiles.width)
-    sample = choose(views, bounds, budget, images, [class_pair(pair, first.class_names) for pair in pairs])
+    sample = choose(views, bounds, budget, images, [class_pair(pair, first.audit.class_names) for pair in pairs])
     embedded = [embed_audit(view, sample, bounds.path, tiles) for view in views]
     html = render(views, sample, embedded, embed_images(views, sample.image_ids, tiles), tiles, bounds)
     uri, data = out or storage.join(first.audit.uri, "report.html"), html.encode()
@@ -157,6 +157,8 @@ def script_data(
     uris = " ".join(shlex.quote(storage.display(view.audit.uri)) for view in views)
     return {
         "names": list(views[0].class_names),
+        "full_names": views[0].audit.class_names,
+        "labels": short_names(views[0].class_names, 14),
         "maps": pair_maps(views),
         "fields": FIELDS,
         "audits": [

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
 const data = JSON.parse(document.getElementById("data").textContent);
-const names = data.names, K = names.length, tile = data.tile;
+const names = data.names, labels = data.labels, K = names.length, tile = data.tile;
 const field = Object.fromEntries(data.fields.map((name, i) => [name, i]));
 const $ = (id) => document.getElementById(id);
 
@@ -147,13 +147,15 @@ function grid(a) {
   const size = K > 28 ? " tiny" : K > 14 ? " dense" : "", totals = !picturesIn && K <= 28;
   // Many classes: the whole map in sight, with as many of the names as have room.
   const side = Math.max(5, Math.min(9, Math.floor(($("map").clientWidth - 96) / K))), every = K > 28 ? Math.ceil(9 / side) : 1;
-  const table = el("table", { class: "grid" + size, style: `--side: ${side}px`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
+  // Short names of columns stand upright where they are too wide for a cell.
+  const widest = Math.max(...labels.map((label) => label.length), 2), upright = K <= 28 && widest > (K > 14 ? 2 : 6) ? " upright" : "";
+  const table = el("table", { class: "grid" + size + upright, style: `--side: ${side}px; --names: ${widest}ch`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
   const head = el("tr", {}, el("td", { class: "corner mean" }, K > 28 ? "" : "source ↓ target →"),
-    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : name)), totals ? el("th", { scope: "col", title: "mean", "aria-label": "mean" }, "ø") : null);
+    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))), totals ? el("th", { scope: "col", title: "mean", "aria-label": "mean" }, "ø") : null);
   const body = el("tbody");
   const meanCell = (text) => el("td", { class: "mean" }, text.replace(" %", ""));
   for (let s = 0; s < K; s++) {
-    const row = el("tr", {}, el("th", { scope: "row", title: names[s], "aria-label": names[s] }, s % every ? [] : names[s]));
+    const row = el("tr", {}, el("th", { scope: "row", title: names[s], "aria-label": names[s] }, s % every ? [] : labels[s]));
     for (let t = 0; t < K; t++) {
       const asked = audit.pairs[s][t] !== null;
       const cell = el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a });
@@ -310,7 +312,7 @@ function gallery(s, t) {
   if (!list) {
     const asked = data.audits[0].pairs[s][t] !== null;
     box.append(el("div", { class: "empty" }, asked ? "This page does not embed the examples of this class pair. This command adds them:" : "No image of this source was explained towards this target.",
-      asked ? command(`${data.command} --pair ${quoted(names[s] + ":" + names[t])}`) : null));
+      asked ? command(`${data.command} --pair ${quoted(data.full_names[s] + ":" + data.full_names[t])}`) : null));
   } else {
     for (const kind of Object.keys(kinds)) {
       const ids = list.filter((entry) => entry[1] === kind);

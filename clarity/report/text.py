@@ -24,7 +24,9 @@ def plural(count: float, noun: str, nouns: str | None = None) -> str:
 
 
 def probability(value: float) -> str:
-    """A probability with two digits, never rounded to one."""
+    """A probability with two digits, never rounded to one nor to nothing."""
+    if value < 0.001:
+        return "<0.001" if value > 0 else "0"
     return ">0.99" if value > 0.995 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
@@ -43,3 +45,13 @@ def listed(words: Sequence[str]) -> str:
 def decimals(largest: float) -> int:
     """Digits after the point of numbers that are compared with each other, for the largest of them."""
     return 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 1 else 3
+
+
+def short_names(names: Sequence[str], width: int) -> list[str]:
+    """Names of at most ``width`` letters that stay distinct: the middle is left out, else the end is a number."""
+    head, tail = width // 2, (width - 1) // 2
+    short = [name if len(name) <= width else f"{name[:head]}…{name[-tail:]}" for name in names]
+    return [
+        text if short.count(text) == 1 else f"{name[: width - 1 - len(str(i))]}…{i}"
+        for i, (name, text) in enumerate(zip(names, short))
+    ]

@@ -23,9 +23,14 @@ from clarity.findings.differences import Differences, mean_differences
 from clarity.findings.finding import Facts, Finding, gather
 from clarity.findings.registry import Results, find
 from clarity.images import decode_png
+from clarity.report.text import short_names
 
 if TYPE_CHECKING:
     from clarity.model import Model
+
+
+#: Letters of a class name on the page.
+MAX_NAME = 40
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,10 @@ class View:
         """Most severe first."""
         return self.results.findings
 
-    @property
+    @cached_property
     def class_names(self) -> list[str]:
-        """Names of the classes, by index."""
-        return self.audit.class_names
+        """Names of the classes as the page writes them, by index: long ones are shortened."""
+        return short_names(self.audit.class_names, MAX_NAME)
 
     @cached_property
     def has_predictions(self) -> bool:
@@ -141,7 +146,7 @@ def open_view(audit: Audit, name: str, sample: int) -> View:
         decoder = Decoder(load_model(model), audit.plan.image_shape, int(audit.plan.model.get("num_folds") or 0))
     facts = gather(
         con,
-        audit.class_names,
+        short_names(audit.class_names, MAX_NAME),
         config=audit.plan.config,
         card=decoder.model.card if decoder is not None else None,
         differences=mean_changes(con, audit, decoder, sample),

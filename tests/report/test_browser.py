@@ -232,3 +232,18 @@ def test_page_of_a_hundred_classes_is_quickly_there(chromium: Any, tmp_path: Pat
     chromium.execute_script('document.querySelector(\'#map td[data-s="3"][data-t="70"]\').click()')
     assert chromium.find_element("id", "gallery-title").text == "class number 3 → class number 70"
     assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [360, 1300])
+def test_page_of_long_names_keeps_its_width(chromium: Any, tmp_path: Path, tiny_model: Any, width: int) -> None:
+    names = ("x" * 300, "automobile_red", "automobile_blue", "a name of several words that goes on and on " * 4)
+    audit = write_audit(tmp_path / "a", make_tables(class_names=names, planted=EVERYTHING), tiny_model)
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        open_page(chromium, Path(write_report([audit]).uri).as_uri())
+        assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        heads = chromium.find_elements("css selector", "#map thead th[scope=col]")
+        assert len({head.text for head in heads[:4]}) == 4
+    finally:
+        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

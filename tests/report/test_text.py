@@ -33,7 +33,7 @@ def test_plural_takes_an_irregular_plural() -> None:
 
 
 def test_probability_never_rounds_to_one() -> None:
-    assert [text.probability(p) for p in (0.9999, 0.5, 0.0123)] == [">0.99", "0.50", "0.012"]
+    assert [text.probability(p) for p in (0.9999, 0.5, 0.0123, 1e-9)] == [">0.99", "0.50", "0.012", "<0.001"]
 
 
 def test_number_has_three_digits_and_no_exponent_where_it_is_large() -> None:
@@ -43,3 +43,10 @@ def test_number_has_three_digits_and_no_exponent_where_it_is_large() -> None:
 
 def test_listed_joins_words() -> None:
     assert [text.listed("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+
+
+def test_short_names_stay_distinct() -> None:
+    assert text.short_names(["cat", "automobile_red", "automobile_blue"], 8) == ["cat", "auto…red", "auto…lue"]
+    names = ["a" * 20 + letter + "z" * 20 for letter in "xyz"]
+    short = text.short_names(names, 9)
+    assert len(set(short)) == 3 and max(map(len, short)) <= 9
