@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -257,6 +258,7 @@ def read_complete_card(uri: storage.URI) -> dict[str, Any]:
     """What model.json says; ValueError where there is no complete model of this format."""
     file = storage.join(uri, MODEL_FILE)
     if not storage.exists(file):
+        refuse_other(uri)
         raise ValueError(
             f"no model at {storage.display(uri)}: it has no {MODEL_FILE}, which training writes last; "
             "finish the training there, or name another directory"
@@ -269,6 +271,26 @@ def read_complete_card(uri: storage.URI) -> dict[str, Any]:
             "train it again with this version of clarity"
         )
     return card
+
+
+def refuse_other(uri: storage.URI) -> None:
+    """Raises ValueError where something else than a model is there: says what it is, and what would do."""
+    path, name, inner = storage.display(uri), storage.name(uri), storage.join(uri, "model")
+    if storage.exists(storage.join(inner, MODEL_FILE)):
+        audit = storage.exists(storage.join(uri, "plan.json"))
+        found = f"{'an audit' if audit else 'a directory that holds one'}: name {storage.display(inner)}"
+    elif not storage.exists(uri) or storage.is_dir(uri):
+        return
+    elif name == MODEL_FILE or name.endswith(".safetensors"):
+        found = "a file of one: name the directory that holds it"
+    elif re.search(r"(?i)\.(pt|pth|ckpt|pkl|pickle|bin|h5|keras|onnx)$", name):
+        found = (
+            "a network of your own: train a model of this data with jobs/train.py, and give your network's decisions "
+            "as predictions, or itself as the predictor"
+        )
+    else:
+        found = "a file: name the directory that training wrote"
+    raise ValueError(f"model: expected a model directory, got {path}, {found}")
 
 
 def parse_names(value: Any) -> tuple[str, ...]:

@@ -442,10 +442,13 @@ class Counterfactual:
         target: name of the target class.
 
     Raises:
-        ValueError: the audit holds no such pair.
+        ValueError: an unknown class, or the audit holds no such pair.
     """
 
     def __init__(self, audit: Audit, image_id: str, target: str) -> None:
+        names = audit.plan.model["class_names"]
+        if target not in names:
+            raise ValueError(f"target: expected one of the classes {', '.join(names)}, got {target!r}")
         mine = pc.field("image_id") == image_id
         rows = audit.counterfactuals.to_table(filter=mine & (pc.field("target_name") == target))
         if not len(rows):

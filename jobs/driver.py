@@ -200,6 +200,9 @@ def train_if_missing(uri: str, dataset: str, data_uri: str | None, *more: str, m
     train = [str(Path(__file__).with_name("train.py")), "--dataset", dataset, "--out", uri, *more]
     train += ["--data", data_uri] if data_uri else []
     if not may_train or dataset != "digits":
+        from clarity.model import refuse_other  # which loads torch
+
+        refuse_other(uri)
         raise ValueError(f"no model in {storage.display(uri)}; train one first: python {' '.join(train)}")
     start_ray()
     env = os.environ | {"RAY_ADDRESS": sys.modules["ray"].get_runtime_context().gcs_address}
@@ -267,6 +270,13 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
         ray.init(object_store_memory=object_store_bytes, **quiet)
     except ValueError:  # one that runs already brings its own store
         ray.init(**quiet)
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise ValueError(
+            f"RAY_TMPDIR: expected a path of at most 40 characters, as the names of Ray's sockets below it have a "
+            f"limit, got {os.environ.get('RAY_TMPDIR')!r}: choose a shorter one, such as /tmp"
+        ) from None
     except Exception as error:  # a plain Exception when the machine is too busy for Ray's own limit of 30 seconds
         raise ray.exceptions.RaySystemError(f"Ray did not start: {error}") from None
     interruptible()  # Ray took SIGTERM for itself

@@ -559,7 +559,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("file of ids that is empty", ids_file(""), "no image is left"),
     ("attributes of data that has none", ["--attributes", "Hat"], "Hat"),
     ("model that is missing", ["--model", "/nowhere"], "no model in /nowhere; train one first: python"),
-    ("model that is a file", a_file("--model"), "train one first: python"),
+    ("model that is a file", a_file("--model"), "a file: name the directory that training wrote"),
     ("model on an unknown kind of store", ["--model", "gs://bucket/model"], "found the scheme 'gs'"),
     ("output path that is a file", a_file("--out"), "expected a directory, found a file"),
     ("output path below a file", a_file("--out", "audit"), "a file stands where a directory is expected"),

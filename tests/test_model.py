@@ -258,3 +258,26 @@ def test_model_repr_is_a_few_readable_lines(full_model: Model) -> None:
         "  VAE       conv, 5 latent dimensions",
         "  ensemble  2 members, 2 folds, image ensemble of 3, held-out accuracy 95.4%",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("audit", r"got .*/audit, an audit: name .*/audit/model"),
+        ("runs", r"a directory that holds one: name .*/runs/model"),
+        ("runs/model/model.json", "a file of one: name the directory that holds it"),
+        ("runs/model/vae.safetensors", "a file of one: name the directory"),
+        ("net.pt", "a network of your own: train a model of this data .* as predictions, or itself as the predictor"),
+        ("net.ONNX", "a network of your own"),
+        ("notes.txt", "a file: name the directory that training wrote"),
+    ],
+)
+def test_load_says_what_else_is_there_and_what_would_do(
+    name: str, said: str, tiny_model: Model, tmp_path: Path
+) -> None:
+    for directory in ("runs", "audit"):
+        save_model(tiny_model, tmp_path / directory / "model", card={})
+    for file in ("audit/plan.json", "net.pt", "net.ONNX", "notes.txt"):
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=said):
+        load_model(tmp_path / name)

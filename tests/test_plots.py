@@ -174,6 +174,8 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
         plots.Counterfactual(opened, row["image_id"], row["source_name"])
     with pytest.raises(ValueError, match="no such image"):
         plots.Counterfactual(opened, "nobody", "dog")
+    with pytest.raises(ValueError, match="target: expected one of the classes ant, bee, cow, dog, got 'cat'"):
+        plots.Counterfactual(opened, row["image_id"], "cat")
 
 
 def test_class_pair_maps_to_be_compared_share_their_shades() -> None:
