@@ -27,26 +27,9 @@ def load_job() -> Any:
 @pytest.fixture
 def tiny_model() -> Any:
     """A random but fixed Model: M=2 members, K=4 classes, D=5 latent, C=1, H=8, W=12."""
-    import torch
+    import networks
 
-    from clarity.classifiers import EnsembleConfig, LatentEnsemble
-    from clarity.images import Preprocessing
-    from clarity.model import Model
-    from clarity.vae import VAE, VAEConfig
-
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        vae = VAE(VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))).eval()
-        ensemble = LatentEnsemble(EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=2)).eval()
-    return Model(
-        vae=vae,
-        ensemble=ensemble,
-        class_names=("ant", "bee", "cow", "dog"),
-        preprocessing=Preprocessing(mode="L", height=8, width=12),
-        image_ensemble=None,
-        card={},
-        fingerprint="tiny",
-    )
+    return networks.tiny_model()
 
 
 @pytest.fixture
@@ -70,28 +53,10 @@ def model(tiny_model: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiny_digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a model for the shipped digits: random but fixed weights, M=3 members, D=5 latent."""
-    import torch
+    import networks
 
-    from clarity.classifiers import EnsembleConfig, LatentEnsemble
-    from clarity.images import Preprocessing
-    from clarity.model import Model, save_model
-    from clarity.vae import VAE, VAEConfig
-
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        vae = VAE(VAEConfig(image_shape=(1, 28, 28), latent_dim=5, channels=(6, 7, 8))).eval()
-        ensemble = LatentEnsemble(EnsembleConfig(num_classes=10, latent_dim=5, hidden=(6, 7), num_members=3)).eval()
     directory = tmp_path_factory.mktemp("model") / "digits"
-    model = Model(
-        vae=vae,
-        ensemble=ensemble,
-        class_names=tuple("0123456789"),
-        preprocessing=Preprocessing(mode="L", height=28, width=28),
-        image_ensemble=None,
-        card={},
-        fingerprint="",
-    )
-    save_model(model, directory, card={})
+    networks.save_digits_model(directory)
     return directory
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
-from clarity.vae import VAE, vae_config
+from clarity.images import Preprocessing
+from clarity.model import Model, save_model
+from clarity.vae import VAE, VAEConfig, vae_config
 
 
 def small_vae(architecture: str, shape: tuple[int, int, int], latent_dim: int = 5) -> VAE:
@@ -47,3 +51,23 @@ def points(kind: str, rows: int) -> Tensor:
 
 
 ENSEMBLES = {"latent": latent_ensemble, "image": image_ensemble}
+
+
+def tiny_model() -> Model:
+    """A random but fixed Model: M=2 members, K=4 classes, D=5 latent, C=1, H=8, W=12."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        vae = VAE(VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7))).eval()
+        ensemble = LatentEnsemble(EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=2)).eval()
+    names = ("ant", "bee", "cow", "dog")
+    return Model(vae, ensemble, names, Preprocessing(mode="L", height=8, width=12), fingerprint="tiny")
+
+
+def save_digits_model(directory: Path) -> None:
+    """The directory of a model for the shipped digits: random but fixed weights, M=3 members, D=5 latent."""
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        vae = VAE(VAEConfig(image_shape=(1, 28, 28), latent_dim=5, channels=(6, 7, 8))).eval()
+        ensemble = LatentEnsemble(EnsembleConfig(num_classes=10, latent_dim=5, hidden=(6, 7), num_members=3)).eval()
+    model = Model(vae, ensemble, tuple("0123456789"), Preprocessing(mode="L", height=28, width=28))
+    save_model(model, directory, card={})

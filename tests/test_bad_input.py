@@ -1,4 +1,4 @@
-"""Bad input, and what each kind of it gets. ``python tests/test_bad_input.py`` prints the tables as Markdown.
+"""Bad input, and what each kind of it gets. ``python docs/bad_input.py`` prints the tables as Markdown.
 
 Three outcomes: *refused* at the door, by a ValueError or, where a place cannot be listed, a StorageError; an *error
 row* in ``codes``, its neighbours unharmed; *read*, as it can be made good use of. Each reason says what was expected,
@@ -8,11 +8,9 @@ what was found, and what to do.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gzip
 import io
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -682,56 +680,3 @@ def _ids(dataset: data.Dataset) -> list[str]:
         return data.list_images(dataset)["image_id"].to_pylist()
     except ValueError:
         return []
-
-
-def cell(message: str, root: str) -> str:
-    message = re.sub(r"/tmp/tmp\w+", "DIR", message.replace(root, "DIR").replace(f"{ROOT}/", ""))
-    return message.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def markdown() -> str:
-    """The tables, from what really happens: images and data sets, models, requests."""
-    import conftest
-    import test_checkpoints
-
-    from clarity.model import load_model, save_model
-
-    lines = ["| input | outcome | what is said |", "|---|---|---|"]
-    for kind, build, _, note in BAD_INPUT:
-        with tempfile.TemporaryDirectory() as root:
-            outcome, message = build(Path(root))
-        lines.append(f"| {kind} | {outcome} | {cell(message or note, root)} |")
-    lines += ["", "| model directory with | outcome | what is said |", "|---|---|---|"]
-    before = os.getcwd()
-    for kind, change, _ in test_checkpoints.BAD_MODELS:
-        with tempfile.TemporaryDirectory() as root:
-            os.chdir(root)
-            path = Path(root, "model")
-            save_model(test_checkpoints.full_model.__wrapped__(conftest.tiny_model.__wrapped__()), path)
-            change(path)
-            outcome, message = outcome_of(functools.partial(load_model, path))
-            assert "exploded" not in os.listdir(root)
-            os.chdir(before)
-        lines.append(f"| {kind} | {outcome} | {cell(message, root)} |")
-    lines += ["", "| request | exit code | what is said |", "|---|---|---|"]
-    with tempfile.TemporaryDirectory() as made:
-        conftest.tiny_digits_model.__wrapped__(_Directory(made))
-        for kind, argv, _ in BAD_REQUESTS:
-            with tempfile.TemporaryDirectory() as root:
-                code, message = refusal(Path(made, "digits"), argv, Path(root))
-            lines.append(f"| {kind} | {code} | {cell(message.partition('error: ')[2], root)} |")
-    return "\n".join(lines)
-
-
-class _Directory:
-    """In the place of pytest's maker of directories."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def mktemp(self, _: str) -> Path:
-        return Path(self.place)
-
-
-if __name__ == "__main__":
-    print(markdown())

@@ -36,6 +36,10 @@ from clarity.rows import decode_rows, encode_rows, logits_rows
 
 @pytest.fixture
 def full_model(tiny_model: Model) -> Model:
+    return completed(tiny_model)
+
+
+def completed(tiny_model: Model) -> Model:
     """The tiny model with an image ensemble of 3 members and two folds."""
     torch.manual_seed(8)
     config = EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=3)

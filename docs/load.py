@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A million pairs in one run: does memory stay flat, how many files are there, what does the driver cost?
 
-    python tests/experiments/load.py MODEL --dataset mnist --data DATA --out runs/load
+    python docs/load.py MODEL --dataset mnist --data DATA --out runs/load
 
 Makes a Parquet data set of ``--images`` pictures (those of the source, moved by up to two pixels, with noise), explains
 it with ``jobs/explain_all.py --images none`` on ``--cpus`` cores, and samples all processes of the job meanwhile: their
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from clarity import data
 from clarity.images import Preprocessing, encode_png
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 CHUNK = 4096
 #: Of the shards, at which the table looks.
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-FILE = Path(__file__).parent.parent / "cluster.yaml"
+FILE = Path(__file__).parent.parent.parent / "cluster.yaml"
 
 
 @pytest.fixture

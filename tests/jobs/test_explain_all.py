@@ -21,7 +21,7 @@ import clarity
 from clarity.audit.verify import verify
 from clarity.notebook import redecoder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 LIMIT = 40
 FLAGS = ["--limit", str(LIMIT), "--shard-rows", "7", "--max-steps", "25", "--min-target-prob", "0.4", "--no-report"]
 
@@ -129,7 +129,7 @@ def test_job_refuses_another_plan(
     [
         (["--model", "/nowhere"], "no model in /nowhere; train one first: python"),
         (["--data", "/x"], "ships its own"),
-        (["--split", "middle"], "unknown split"),
+        (["--split", "middle"], "--split: expected one of train, test, all"),
         (["--targets", "11"], "unknown class '11'"),
         (["--min-target-prob", "1.5"], "--min-target-prob: expected"),
         (["--where", "label=x"], "no image has the label"),

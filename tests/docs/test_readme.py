@@ -13,7 +13,7 @@ import pytest
 
 from clarity.schema import CODES, COUNTERFACTUALS, PREDICTIONS, TRACES, Column
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 JOBS = sorted(path for path in (ROOT / "jobs").glob("*.py") if path.stem != "driver")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Is anything wired to digits or faces? Draws colour pictures of another size and kind, and runs the jobs on them.
 
-    python tests/experiments/shapes.py --out runs/shapes
+    python docs/shapes.py --out runs/shapes
 
 The classes are shapes, in colours, sizes and places that say nothing of the class, on a striped ground.
 They lie as a folder of PNG files; training, explanation, verification and report are the jobs as they are. What the
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
 CLASSES = ("cross", "disc", "ring", "square")
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent.parent))
 from jobfiles import load_job
 from test_submit import head_of, submit
 
@@ -51,7 +53,7 @@ def test_job_brings_gpu_workers_from_zero(cluster: dict[str, str], tiny_digits_m
     out = tmp_path / "audit"
     # What `ray up` leaves in the home directory of the head.
     shutil.copy(cluster["AUTOSCALER_FILE"], Path(cluster["HOME"]) / "ray_bootstrap_config.yaml")
-    run = submit(cluster, "python", "tests/test_autoscaler.py", *flags(tiny_digits_model, out))
+    run = submit(cluster, "python", "tests/jobs/test_autoscaler.py", *flags(tiny_digits_model, out))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "2 actors on 2 nodes, each 1 GPU" in run.stdout
     assert (out / "_SUCCESS").exists()

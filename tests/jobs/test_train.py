@@ -18,7 +18,7 @@ import pytest
 
 import clarity
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SMALL = [
     *("--latent-dim", "5", "--channels", "6", "7", "--hidden", "6", "--num-members", "3"),
     *("--vae-epochs", "2", "--ensemble-epochs", "2", "--image-epochs", "1"),
@@ -112,10 +112,10 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert again.returncode == 0 and again.stdout.startswith("finished already")
 
 
-def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(tmp_path: Path, environment: dict[str, str]) -> None:
-    from experiments.shapes import make_folder
-
-    make_folder(tmp_path / "shapes", 120, ("cross", "disc", "ring"), (20, 28))
+def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(
+    load_job: Any, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    load_job("shapes", "docs").make_folder(tmp_path / "shapes", 120, ("cross", "disc", "ring"), (20, 28))
     data = ["--dataset", "folder", "--data", str(tmp_path / "shapes")]
     out, audit = tmp_path / "model", tmp_path / "audit"
     more = ["--vae", "beta_vae", "--latent-dim", "9", "--channels", "8", "10", "12"]

@@ -16,7 +16,7 @@ import torch
 from clarity import kernels
 from clarity.search import LatentObjective, SearchConfig, descend
 
-JOB = Path(__file__).parent.parent / "jobs" / "benchmark.py"
+JOB = Path(__file__).parent.parent.parent / "jobs" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 After each fault every (image, target) must be there exactly once, no stray or torn file, the tables byte by byte those
 of a run that nothing disturbed, and the exit codes honest. A few faults are among the normal tests, all of them behind
-the marker ``faults``; ``python tests/test_faults.py`` runs them all and prints the table.
+the marker ``faults``; ``python docs/faults.py`` runs them all and prints the table of reliability.md.
 """
 
 from __future__ import annotations
@@ -24,254 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import planted
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from jobfiles import load_job
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 LIMIT, SHARD_ROWS = 40, 7
 SHARDS = -(-LIMIT // SHARD_ROWS)
 FLAGS = ["--limit", str(LIMIT), "--shard-rows", str(SHARD_ROWS), "--max-steps", "25", "--min-target-prob", "0.4"]
 FLAGS += ["--no-report"]
 PATIENCE_S = 240
-
-
-# ---- in the job's own process: what is planted ---------------------------------------------------------------------
-
-
-def once(marker: str, times: int = 1) -> bool:
-    """True for the first so many that ask, in whatever process."""
-    for number in range(times):
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(f"{marker}.{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            return True
-    return False
-
-
-def plant_explainer(job: Any, disturb: Callable[[int, Callable[[], Any]], Any]) -> None:
-    """Let ``disturb(shard, search)`` stand between the worker and its search."""
-    base = job.ExplainShard
-
-    class Disturbed(base):  # type: ignore[misc, valid-type]
-        def __call__(self, batch: Any) -> Any:
-            shard, explainer = batch["shard"][0].as_py(), self.explainer
-            search = type(explainer).search_shard
-            explainer.search_shard = lambda *a: disturb(shard, lambda: search(explainer, *a))
-            return super().__call__(batch)
-
-    job.ExplainShard = Disturbed
-
-
-def plant_writer(job: Any, disturb: Callable[[int, str, Callable[[], None]], None]) -> None:
-    """Let ``disturb(shard, path, write)`` stand before each file that a writer writes."""
-    real = job.write_shard
-
-    def write_shard(batch: Any, work: Any) -> Any:
-        from clarity import storage
-
-        shard, write = batch["shard"][0].as_py(), storage.write_bytes
-
-        def disturbed(uri: Any, data: bytes, **options: Any) -> None:
-            path = str(uri).split("?")[0].rsplit("/", 2)
-            disturb(shard, "/".join(path[-2:]), lambda: write(uri, data, **options))
-
-        storage.write_bytes = disturbed  # type: ignore[assignment]
-        try:
-            return real(batch, work)
-        finally:
-            storage.write_bytes = write
-
-    job.write_shard = write_shard
-
-
-def plant_reader(job: Any, disturb: Callable[[int], None]) -> None:
-    """Let ``disturb(shard)`` stand before each shard is read, under its attempt."""
-    real = job.read_shard
-
-    def read_shard(batch: Any, work: Any) -> Any:
-        from clarity import data
-
-        shard, read = batch["shard"][0].as_py(), data.read_images
-
-        def disturbed(*args: Any) -> Any:
-            disturb(shard)
-            return read(*args)
-
-        data.read_images = disturbed
-        try:
-            return real(batch, work)
-        finally:
-            data.read_images = read
-
-    job.read_shard = read_shard
-
-
-def plant(job: Any, fault: str, marker: str) -> None:
-    """Break the job as ``fault`` says."""
-
-    def die() -> None:
-        os._exit(1)
-
-    def die_soon(search: Callable[[], Any]) -> Any:
-        threading.Timer(0.005, die).start()
-        result = search()
-        time.sleep(1)
-        return result
-
-    def fail(error: Exception) -> Any:
-        raise error
-
-    if fault == "actor-dies-at-start":
-        base = job.ExplainShard
-
-        class Dying(base):  # type: ignore[misc, valid-type]
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                if once(marker, 2):
-                    os._exit(1)
-                super().__init__(*args, **kwargs)
-
-        job.ExplainShard = Dying
-    elif fault == "actor-dies-mid-search":
-        plant_explainer(job, lambda shard, search: die_soon(search) if shard == 2 and once(marker) else search())
-    elif fault == "actor-dies-at-every-third":
-        plant_explainer(
-            job, lambda shard, search: die_soon(search) if shard % 3 == 0 and once(f"{marker}-{shard}") else search()
-        )
-    elif fault == "actor-dies-on-one-shard-always":
-        plant_explainer(job, lambda shard, search: die() if shard == 1 else search())
-    elif fault == "actor-killed-as-out-of-memory":
-        plant_explainer(
-            job, lambda shard, search: os.kill(os.getpid(), signal.SIGKILL) if shard == 3 and once(marker) else search()
-        )
-    elif fault == "actor-without-memory":
-
-        def hungry(shard: int, search: Callable[[], Any]) -> Any:
-            return bytearray(1 << 60) if shard == 3 and once(marker) else search()
-
-        plant_explainer(job, hungry)
-    elif fault == "search-raises-once":
-        plant_explainer(
-            job, lambda shard, search: fail(RuntimeError("planted")) if shard == 4 and once(marker) else search()
-        )
-    elif fault == "search-raises-always":
-        plant_explainer(job, lambda shard, search: fail(RuntimeError("planted")) if shard == 4 else search())
-    elif fault == "search-raises-twice-everywhere":
-        plant_explainer(
-            job, lambda shard, search: fail(RuntimeError("planted")) if once(f"{marker}-{shard}", 2) else search()
-        )
-    elif fault == "reader-dies":
-        plant_reader(job, lambda shard: die() if shard == 0 and once(marker) else None)
-    elif fault == "reader-dies-always":
-        plant_reader(job, lambda shard: die() if shard == 0 else None)
-    elif fault == "reader-raises-always":
-        plant_reader(job, lambda shard: fail(OSError("planted")) if shard == 5 else None)
-    elif fault == "writer-dies-between-tables":
-        plant_writer(
-            job,
-            lambda shard, path, write: (
-                die() if shard == 2 and path.startswith("counterfactuals/") and once(marker) else write()
-            ),
-        )
-    elif fault == "writer-dies-before-commit":
-        plant_writer(
-            job,
-            lambda shard, path, write: (
-                die() if shard == 2 and path.startswith("_commits/") and once(marker) else write()
-            ),
-        )
-    elif fault == "writer-dies-after-commit":
-
-        def late(shard: int, path: str, write: Callable[[], None]) -> None:
-            write()
-            if shard == 2 and path.startswith("_commits/") and once(marker):
-                die()
-
-        plant_writer(job, late)
-    elif fault == "writer-dies-always":
-        plant_writer(job, lambda shard, path, write: die() if shard == 2 and path.startswith("_commits/") else write())
-    elif fault == "writer-raises-once":
-        plant_writer(
-            job,
-            lambda shard, path, write: (
-                fail(OSError(5, "planted")) if shard == 2 and path.startswith("codes/") and once(marker) else write()
-            ),
-        )
-    elif fault == "driver-dies-between-commit-and-success":
-        job.verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-    elif fault in ("driver-dies-between-summary-and-success", "driver-dies-before-the-plan"):
-        real = job.storage.write_json
-
-        def write_json(uri: Any, value: Any, **options: Any) -> None:
-            if str(uri).endswith("_SUCCESS" if fault.endswith("success") else "plan.json"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(uri, value, **options)
-
-        job.storage.write_json = write_json
-    elif fault == "clock-set-back":
-        real_time = time.time
-        start = real_time()
-        # Each look at the clock finds it earlier.
-        job.time.time = lambda: start - 86_400 - 10 * (real_time() - start)
-    elif fault == "slow-writers":  # so that there is time to be killed between data and commit
-        plant_writer(job, lambda shard, path, write: (time.sleep(0.3), write())[1])
-    elif fault == "node-holding-the-actor":
-        node_is_killed(job, marker)
-    elif fault == "node-that-sees-nothing":
-        node_sees_nothing(job)
-    elif fault:
-        raise ValueError(f"unknown fault {fault}")
-
-
-def node_is_killed(job: Any, victim: str) -> None:
-    """Give the job a cluster of a head and two nodes, and kill a node hard once the first shard is committed.
-
-    ``victim``: "actor", the node of the (only) actor, or "other".
-    """
-    import ray
-    from ray.cluster_utils import Cluster
-
-    out = Path(sys.argv[sys.argv.index("--out") + 1])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000})
-    workers = [cluster.add_node(num_cpus=2, object_store_memory=100_000_000) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    plant_explainer(job, lambda shard, search: (time.sleep(0.5), search())[1])
-    codes: list[int] = []
-    argv = sys.argv[sys.argv.index("--") + 1 :]
-    thread = threading.Thread(target=lambda: codes.append(job.main(argv)))
-    thread.start()
-    while not list(out.glob("_commits/*.json")) and thread.is_alive():
-        time.sleep(0.05)
-    actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], address=cluster.address, limit=100)
-    homes = {a.node_id for a in actors if "ExplainShard" in a.class_name}
-    chosen = [node for node in workers if (node.node_id in homes) == (victim == "actor")]
-    cluster.remove_node((chosen or workers)[0], allow_graceful=False)
-    thread.join()
-    ray.shutdown()
-    cluster.shutdown()
-    sys.exit(codes[0] if codes else 1)
-
-
-def node_sees_nothing(job: Any) -> None:
-    """Give the job a cluster whose last node has another disk."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100_000_000})
-    blind = cluster.add_node(num_cpus=2, object_store_memory=100_000_000).node_id
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    real = job.driver.unreachable_paths
-
-    def unreachable_paths(*args: Any) -> list[str]:
-        return ["out"] if ray.get_runtime_context().get_node_id() == blind else real(*args)
-
-    job.driver.unreachable_paths = unreachable_paths
-
-
-def run_planted(fault: str, marker: str, argv: list[str]) -> int:
-    job = load_job("explain_all")
-    plant(job, fault, marker)
-    return int(job.main(argv))
 
 
 # ---- around the job: the bench -------------------------------------------------------------------------------------
@@ -314,7 +77,7 @@ class Bench:
         **env: str,
     ) -> Any:
         """The job as a process, with a fault planted in it."""
-        argv = [sys.executable, "-W", "ignore", __file__, "--job", fault, marker or str(self.root / "marker"), "--"]
+        argv = [sys.executable, "-W", "ignore", planted.__file__, fault, marker or str(self.root / "marker"), "--"]
         argv += ["--model", self.model, "--out", out or str(self.out), *FLAGS, *more]
         environ = os.environ | {"RAY_ADDRESS": self.address, "PYTHONPATH": str(ROOT)} | env
         log = open(self.root / "log", "a")  # noqa: SIM115
@@ -950,68 +713,3 @@ def test_job_survives(bench: Bench, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FAULTS if name not in FAST])
 def test_job_survives_everything(bench: Bench, name: str) -> None:
     try_fault(bench.fresh(), name)
-
-
-# ---- as a command --------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str]) -> int:
-    """Try all faults, or those whose names hold a word given, and print the table."""
-    sys.path.insert(0, str(ROOT))
-    import ray
-
-    chosen = [name for name in FAULTS if not argv or any(word in name for word in argv)]
-    rows, failed = [], 0
-    with tempfile.TemporaryDirectory() as root, ray_directory() as directory:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=directory, log_to_driver=False,
-                 object_store_memory=200_000_000)  # fmt: skip
-        model = Path(root) / "model"
-        make_model(model)
-        (Path(root) / "undisturbed").mkdir()
-        bench = Bench(ray.get_runtime_context().gcs_address, str(model), Path(root) / "undisturbed")
-        bench.run()
-        bench.expected = bench.files()
-        for name in chosen:
-            start, here = time.monotonic(), bench.fresh()
-            expected, found, double = LIMIT * 9, 0, 0
-            try:
-                expected, found, double = try_fault(here, name)
-                verdict = "whole"
-            except pytest.skip.Exception as reason:
-                verdict = f"skipped: {reason}"
-            except Exception as error:
-                failed += 1
-                verdict = f"FAILED: {(str(error).strip() or repr(error)).splitlines()[0][:80].replace('|', '/')}"
-                with contextlib.suppress(Exception):
-                    found, double = here.count()
-                print(
-                    f"--- {name}\n{error}\n{here.log()[-1500:] if (here.root / 'log').exists() else ''}",
-                    file=sys.stderr,
-                )
-            exits = " ".join(map(str, here.exits))
-            seconds = time.monotonic() - start
-            rows.append(f"| {name} | {expected} | {found} | {double} | {exits} | {verdict} | {seconds:.0f} |")
-            print(rows[-1], flush=True)
-        ray.shutdown()
-    print("\n| fault | expected rows | found | double | exit codes | result | seconds |\n|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
-    print(f"\n{len(rows)} faults, {failed} failed")
-    return 1 if failed else 0
-
-
-def make_model(directory: Path) -> None:
-    import conftest
-
-    class Factory:
-        def mktemp(self, _: str) -> Path:
-            directory.parent.mkdir(exist_ok=True)
-            return directory.parent
-
-    made = conftest.tiny_digits_model.__wrapped__(Factory())
-    made.rename(directory)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--job"]:
-        sys.exit(run_planted(sys.argv[2], sys.argv[3], sys.argv[sys.argv.index("--") + 1 :]))
-    sys.exit(main(sys.argv[1:]))

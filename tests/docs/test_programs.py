@@ -8,16 +8,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from jobfiles import load_job
 
 DIGITS = tuple("0123456789")
-ROOT = Path(__file__).parent.parent
-labels = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "labels.py")))
-shortcuts = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "shortcuts.py")))
+labels, shortcuts = load_job("labels", "docs"), load_job("shortcuts", "docs")
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("kind", ["random", "natural"])
