@@ -26,6 +26,7 @@ from clarity.classifiers import LatentEnsemble
 from clarity.ids import fold_of
 from clarity.ids import noise as draw_noise
 from clarity.images import encode_png_column
+from clarity.judges import judge_rows
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model, load_model
 from clarity.rows import Prediction, decode_rows, encode_rows, logits_rows, mean_probs, one_thread, predict
@@ -83,12 +84,14 @@ class Written:
         distance_x_l1: (P,), between the decoded counterfactual and the reconstruction, before rounding to 8 bits.
         z: (P, D), the codes of ``pixels``.
         probs: (P, K), mean probabilities of the latent ensemble at those codes.
+        judge_probs: (P, K), of the held-out judge for ``pixels``; None where the model has no judge.
     """
 
     pixels: np.ndarray
     distance_x_l1: np.ndarray
     z: Tensor
     probs: np.ndarray
+    judge_probs: np.ndarray | None
 
 
 class Clock:
@@ -272,7 +275,7 @@ class Explainer:
         """Decode points to 8-bit images, and predict what those show; a few pairs at a time."""
         latent = METHODS[self.method].space == "latent"
         image = torch.from_numpy(asked.image).to(self.device)
-        pixels, distances, codes, probs = [], [], [], []
+        pixels, distances, codes, probs, judge_probs = [], [], [], [], []
         for start in range(0, len(points), CHUNK):
             rows = slice(start, start + CHUNK)
             with clock("decode"):
@@ -282,7 +285,16 @@ class Explainer:
             with clock("reencode"):
                 codes.append(encode_rows(self.model.vae, to_float(pixels[-1], self.device))[0])
                 probs.append(mean_probs(logits_rows(encoded.model.ensemble, codes[-1])))
-        return Written(np.concatenate(pixels), np.concatenate(distances), torch.cat(codes), np.concatenate(probs))
+            if encoded.model.judge is not None:
+                with clock("judge"):
+                    judge_probs.append(judge_rows(encoded.model.judge, to_float(pixels[-1], self.device)))
+        return Written(
+            pixels=np.concatenate(pixels),
+            distance_x_l1=np.concatenate(distances),
+            z=torch.cat(codes),
+            probs=np.concatenate(probs),
+            judge_probs=np.concatenate(judge_probs) if judge_probs else None,
+        )
 
     # Tables.
 
@@ -322,6 +334,7 @@ class Explainer:
         pair, target = np.arange(len(asked.target)), asked.target.astype(np.int32)
         initial, final = self.predict_start(encoded), self.predict_points(encoded.model, found.point)
         z_cf = found.point if METHODS[self.method].space == "latent" else written.z
+        judged = written.judge_probs
         single, no_values = METHODS[self.method].classifier.endswith("member"), pa.nulls(len(pair), pa.float32())
         columns = {
             "image_id": encoded.image_id.take(pa.array(asked.image)),
@@ -347,6 +360,8 @@ class Explainer:
             "distance_x_l1": written.distance_x_l1,
             "reencoded_class": written.probs.argmax(1).astype(np.int32),
             "reencoded_target_prob": written.probs[pair, target],
+            "judge_class": [None] * len(pair) if judged is None else judged.argmax(1).astype(np.int32),
+            "judge_target_prob": no_values if judged is None else judged[pair, target],
             "z_cf": schema.fixed_size_list(to_numpy(z_cf)),
             "x_cf": self.raw_column(written.pixels),
         }

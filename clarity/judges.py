@@ -1,26 +1,23 @@
-"""Held-out evaluation networks, never used to generate counterfactuals.
+"""Held-out evaluation networks: image classifiers that are never used to generate counterfactuals.
 
-Knows their architecture and training. Independent of the ensembles by another architecture (pairs of 3x3 convolutions
-with max pooling and global averaging), another seed, random shifts, turns and scales instead of adversarial steps, and
-by its training images: only those for which ``ids.in_judges_half`` is true. Ensembles that were trained on all training
-images have seen that half too; a judge has never seen their weights, codes or gradients.
+Knows their architecture and what they predict. Independent of the ensembles by another architecture (pairs of 3x3
+convolutions with max pooling and global averaging), another seed, and other training images: only those for which
+``ids.in_judges_half`` is true. Ensembles that were trained on all training images have seen that half too; a judge has
+never seen their weights, codes or gradients. Trained by ``training.judge``.
 
 Shapes: B rows, C, H, W image, K classes, F features.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from clarity.training.loops import mixed_precision
+from clarity.rows import in_blocks, require_eval, require_rows
 
 #: Widths of the blocks for images above 32 pixels.
 LARGE_CHANNELS = (16, 32, 64, 96)
@@ -36,51 +33,13 @@ class JudgeConfig:
     num_features: int = 64
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        object.__setattr__(self, "channels", tuple(self.channels))
         check_image_shape(self.image_shape)
         if self.num_outputs < 1 or not self.channels:
             raise ValueError(
                 f"a held-out network needs outputs and channels, got {self.num_outputs} and {self.channels}"
             )
-
-
-@dataclass(frozen=True)
-class JudgeTraining:
-    """How a judge is trained: Adam under a one-cycle schedule, images shifted, turned and scaled at random.
-
-    The defaults are for MNIST's half of 30,000 images (99.4 % on its test images; eight minutes on one core);
-    ``for_images`` is less where there are fewer (99.0 % on the digits from 2,250 images, in one minute).
-
-    Args:
-        updates: of ``batch_size`` images each.
-        batch_size: images in an update.
-        learning_rate: peak of the schedule.
-        weight_decay: of Adam.
-        shift: largest shift, as a share of the side.
-        turn: largest rotation, in radians.
-        scale: largest change of size, as a share.
-        seed: of the order and the augmentation.
-        precision: one of training.loops.PRECISIONS.
-    """
-
-    updates: int = 2400
-    batch_size: int = 128
-    learning_rate: float = 0.005
-    weight_decay: float = 1e-4
-    shift: float = 0.08
-    turn: float = 0.17
-    scale: float = 0.1
-    seed: int = 90210
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.updates < 1 or self.batch_size < 2:
-            raise ValueError(f"judges need updates of at least 1 and batches of at least 2, got {self}")
-        mixed_precision(self.precision, torch.device("cpu"))
-
-    @classmethod
-    def for_images(cls, count: int) -> JudgeTraining:
-        """The budget for ``count`` images: ten passes over them, within bounds."""
-        return cls(updates=min(cls.updates, max(400, 10 * count // cls.batch_size)))
 
 
 class JudgeNet(nn.Module):
@@ -115,86 +74,12 @@ def build_judge(image_shape: tuple[int, int, int], num_outputs: int) -> JudgeNet
     return JudgeNet(JudgeConfig(image_shape, num_outputs, LARGE_CHANNELS if large else JudgeConfig.channels))
 
 
-def train_judge(
-    net: JudgeNet, images: np.ndarray, labels: np.ndarray, config: JudgeTraining | None = None, name: str = "judge"
-) -> Iterator[dict[str, Any]]:
-    """Trains a judge in place by cross-entropy, see ``fit``.
-
-    Args:
-        net: from ``build_judge``.
-        images: (N, C, H, W) uint8, the judges' half of the training images.
-        labels: (N,) class indices, negative where unknown.
-        config: budget; ``JudgeTraining.for_images`` when None.
-        name: of the network.
-    """
-    config = config or JudgeTraining.for_images(len(images))
-    targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-
-    def loss(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(net(x).float(), targets[rows])
-
-    yield from fit(name, net, images, np.flatnonzero(labels >= 0), config.updates, config, loss, augment=True)
-
-
-def fit(
-    name: str,
-    net: nn.Module,
-    images: np.ndarray,
-    rows: np.ndarray,
-    updates: int,
-    config: JudgeTraining,
-    loss_of: Callable[[Any, Tensor, Tensor], Tensor],
-    *,
-    augment: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """Adam under a one-cycle schedule over ``rows`` in random order, drawn from the network's name and the seed."""
-    generator = torch.Generator().manual_seed(
-        config.seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    )
-    optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=updates + 1)
-    pixels, order = torch.from_numpy(images), torch.empty(0, dtype=torch.int64)
-    total, since, report = 0.0, 0, max(1, updates // 10)
-    if isinstance(net, JudgeNet):  # half as fast again; the autoencoders lose by it
-        net.to(memory_format=torch.channels_last)
-    net.train()
-    for update in range(1, updates + 1):
-        while len(order) < config.batch_size:
-            order = torch.cat([order, torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)]])
-        batch, order = order[: config.batch_size], order[config.batch_size :]
-        x = pixels[batch].float() / 255
-        if augment:
-            x = augmented(x, config, generator)
-        optimiser.zero_grad(set_to_none=True)
-        with mixed_precision(config.precision, x.device):
-            loss = loss_of(net, x, batch)
-        loss.backward()
-        optimiser.step()
-        cycle.step()
-        total, since = total + float(loss.detach()), since + 1
-        if update % report == 0 or update == updates:
-            yield {"net": name, "update": update, "updates": updates, "loss": total / since}
-            total, since = 0.0, 0
-    net.eval()
-
-
-def augmented(x: Tensor, config: JudgeTraining, generator: torch.Generator) -> Tensor:
-    """Each image shifted, turned and scaled on its own, its border continued outwards."""
-    shift, turn, scale = (
-        (torch.rand(len(x), 2, generator=generator) * 2 - 1) * size
-        for size in (2 * config.shift, config.turn, config.scale)
-    )
-    cosine, sine, size = turn[:, 0].cos(), turn[:, 0].sin(), 1 + scale[:, 0]
-    aspect = x.shape[2] / x.shape[3]
-    theta = torch.stack(
-        [
-            torch.stack([cosine * size, -sine * size * aspect, shift[:, 0]], dim=1),
-            torch.stack([sine * size / aspect, cosine * size, shift[:, 1]], dim=1),
-        ],
-        dim=1,
-    )
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+@torch.inference_mode()
+def judge_rows(net: JudgeNet, x: Tensor) -> np.ndarray:
+    """Class probabilities (B, K) of images (B, C, H, W) in [0, 1], each row independent of its batch (``rows``)."""
+    require_eval(net)
+    require_rows(x, net.config.image_shape)
+    return in_blocks(lambda block: net(block).softmax(1), x).cpu().numpy()
 
 
 def predict_probs(net: JudgeNet, images: np.ndarray, *, sigmoid: bool = False, batch_size: int = 512) -> np.ndarray:

@@ -25,6 +25,7 @@ import clarity
 from clarity import storage
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
+from clarity.judges import JudgeConfig, JudgeNet
 from clarity.vae import VAE, VAEConfig
 
 MODEL_FILE = "model.json"
@@ -32,7 +33,8 @@ VAE_FILE = "vae.safetensors"
 ENSEMBLE_FILE = "ensemble.safetensors"
 IMAGE_ENSEMBLE_FILE = "image_ensemble.safetensors"
 FOLDS_FILE = "folds.safetensors"
-WEIGHT_FILES = (VAE_FILE, ENSEMBLE_FILE, IMAGE_ENSEMBLE_FILE, FOLDS_FILE)
+JUDGE_FILE = "judge.safetensors"
+WEIGHT_FILES = (VAE_FILE, ENSEMBLE_FILE, IMAGE_ENSEMBLE_FILE, FOLDS_FILE, JUDGE_FILE)
 FORMAT = 1
 REMEDY = "copy the model directory again, or train it again"
 
@@ -50,8 +52,9 @@ class Model:
         preprocessing: from an image file to the VAE's pixels.
         image_ensemble: classifies images; only the image-space methods need it.
         folds: ensembles on parts of the training split; fold f has not seen the images with ``fold_of(id, F) == f``.
+        judge: held-out image classifier, which tells what class counterfactual images show.
         card: what model.json says: data, training, metrics, versions, checksums.
-        fingerprint: changes with anything that determines Clarity's results (not with image_ensemble or folds).
+        fingerprint: changes with anything that determines Clarity's results (not with image_ensemble, folds or judge).
     """
 
     vae: VAE
@@ -60,6 +63,7 @@ class Model:
     preprocessing: Preprocessing
     image_ensemble: ImageEnsemble | None = None
     folds: tuple[LatentEnsemble, ...] = ()
+    judge: JudgeNet | None = None
     card: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -82,7 +86,7 @@ class Model:
 
     def to(self, device: str | torch.device) -> Model:
         """Move the model's networks to a device, in place; returns the model."""
-        for network in (self.vae, self.ensemble, self.image_ensemble, *self.folds):
+        for network in (self.vae, self.ensemble, self.image_ensemble, self.judge, *self.folds):
             if network is not None:
                 network.to(device)
         return self
@@ -124,6 +128,8 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
         weights[IMAGE_ENSEMBLE_FILE] = state_of(model.image_ensemble)
     if model.folds:
         weights[FOLDS_FILE] = state_of(nn.ModuleList(model.folds))
+    if model.judge is not None:
+        weights[JUDGE_FILE] = state_of(model.judge)
     files = {}
     for name, tensors in weights.items():
         content = safetensors.torch.save(tensors)
@@ -135,6 +141,7 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
         "ensemble": asdict(model.ensemble.config),
         "image_ensemble": None if model.image_ensemble is None else asdict(model.image_ensemble.config),
         "folds": len(model.folds),
+        "judge": None if model.judge is None else asdict(model.judge.config),
         "class_names": list(model.class_names),
         "preprocessing": model.preprocessing.to_json(),
         "files": files,
@@ -182,6 +189,8 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
     preprocessing = entry("preprocessing", Preprocessing.from_json)
     image_config = entry("image_ensemble", lambda fields: fields and EnsembleConfig(**fields))
     num_folds = entry("folds", parse_count)
+    # Models of earlier versions have no such entry.
+    judge_config = entry("judge", lambda fields: fields and JudgeConfig(**fields)) if "judge" in card else None
     checksums = entry("files", parse_files)
     if preprocessing.image_shape != vae_config.image_shape:
         raise ValueError(
@@ -212,6 +221,13 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
     )
     if image_config:
         model.image_ensemble = network(IMAGE_ENSEMBLE_FILE, lambda: ImageEnsemble(image_config, vae_config))
+    if judge_config:
+        if judge_config.image_shape != vae_config.image_shape or judge_config.num_outputs != len(class_names):
+            raise ValueError(
+                f"{path}: the judge is for {judge_config.num_outputs} classes of images {judge_config.image_shape}, "
+                f"the model for {len(class_names)} of images {vae_config.image_shape}; {REMEDY}"
+            )
+        model.judge = network(JUDGE_FILE, lambda: JudgeNet(judge_config))
     if num_folds:
         folds = network(FOLDS_FILE, lambda: nn.ModuleList(LatentEnsemble(config) for _ in range(num_folds)))
         model.folds = tuple(folds)  # type: ignore[arg-type]  # a ModuleList yields plain modules

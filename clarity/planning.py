@@ -113,6 +113,7 @@ def make_plan(
     needed = {
         "image_ensemble.safetensors": METHODS[method].classifier.startswith("image"),
         "folds.safetensors": num_folds > 0,
+        "judge.safetensors": True,
     }
     sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items() if needed.get(name)}
     extra = [field for field in listing.schema if field.name not in data.LISTING_COLUMNS]

@@ -81,6 +81,8 @@ COUNTERFACTUALS: dict[str, Column] = {
     "distance_x_l1": Column("float", "sum over pixels of |x_cf - decode(z)|, pixels in [0, 1]"),
     "reencoded_class": Column("int32", "class predicted by the latent ensemble after decoding, 8 bits, encoding again"),
     "reencoded_target_prob": Column("float", "probability of the target there"),
+    "judge_class": Column("int32", "class that a held-out network sees in the 8-bit image; null where there is none"),
+    "judge_target_prob": Column("float", "its probability of the target"),
     "z_cf": Column("float[D]", "code of the counterfactual, D values; image-space methods: the code of their image"),
     "x_cf": Column("binary", "the counterfactual image as PNG; null with --images none"),
 }

@@ -87,6 +87,13 @@ def new_parser() -> argparse.ArgumentParser:
         help="Ensembles that each leave a part of the training split out, "
         "with which its images are explained (default: 0).",
     )
+    add(
+        "--judge-updates",
+        type=int,
+        metavar="N",
+        help="Updates of the held-out judge, an image network that only judges pictures; 0 trains none "
+        "(default: by the number of images).",
+    )
     for prefix, training in TRAININGS.items():
         driver.add_config_flags(
             parser.add_argument_group(f"training of the {prefix}"), training, f"{prefix}_", ["seed"]
@@ -158,6 +165,7 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         center_crop=args.center_crop,
         image_members=args.image_members,
         num_folds=args.folds,
+        judge_updates=args.judge_updates,
         precision=args.precision,
         **{f"{prefix}_seed": args.seed for prefix in TRAININGS},
         **given,
@@ -180,7 +188,7 @@ def train(args: argparse.Namespace) -> int:
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
     driver.start_ray(200_000_000)
     fit(plan, ("vae", "encode"), args.workers, 0)
-    fit(plan, ("latent", "images"), args.workers, max(plan.ensemble.num_members, plan.image_members))
+    fit(plan, ("latent", "images", "judge"), args.workers, max(plan.ensemble.num_members, plan.image_members))
     finish(plan, log=say)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0

@@ -194,6 +194,8 @@ def make_tables(
         "distance_x_l1": np.abs(after - before).sum((1, 2, 3)),
         "reencoded_class": reencoded.tolist(),
         "reencoded_target_prob": np.where(reencoded == target, 0.98, 0.02),
+        "judge_class": [None] * len(target),
+        "judge_target_prob": [None] * len(target),
         "z_cf": (z[image] + rng.normal(0, 1, (num_pairs, latent_dim))).astype(np.float32).tolist(),
         "x_cf": png(after) if images == "png" else [None] * num_pairs,
     }

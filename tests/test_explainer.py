@@ -16,6 +16,7 @@ from clarity.classifiers import LatentEnsemble
 from clarity.explainer import Explainer, quantise
 from clarity.ids import fold_of, noise
 from clarity.images import decode_png
+from clarity.judges import build_judge, predict_probs
 from clarity.methods import METHODS
 from clarity.model import Model
 from clarity.rows import decode_rows, encode_rows, logits_rows
@@ -157,6 +158,24 @@ def test_counterfactuals_measure_their_own_points(model: Model, explained: Any) 
     assert np.allclose(pairs["reencoded_target_prob"].to_numpy(), again[torch.arange(len(target)), target].numpy())
     start = logits_rows(model.ensemble, z).softmax(-1).mean(0)[torch.arange(len(target)), target].numpy()
     assert np.allclose(pairs["target_prob_initial"].to_numpy(), start, atol=1e-5)
+
+
+def test_judge_sees_the_written_images_in_any_shard(model: Model) -> None:
+    torch.manual_seed(3)
+    judge = build_judge(model.image_shape, model.num_classes).eval()
+    explainer = Explainer(replace(model, judge=judge), "clarity", CONFIG, threads=1)
+    pairs = explainer.explain_shard(shard_of(model, IDS)).counterfactuals
+    x = decode_png(pairs["x_cf"], model.image_shape)
+    probs = predict_probs(judge, x)
+    target = pairs["target"].to_numpy()
+    assert np.allclose(pairs["judge_target_prob"].to_numpy(), probs[np.arange(len(target)), target], atol=1e-5)
+    assert (pairs["judge_class"].to_numpy() == probs.argmax(1)).all()
+    alone = explainer.explain_shard(shard_of(model, IDS[:1])).counterfactuals
+    first = pairs.filter(pc.equal(pairs["image_id"], IDS[0]))
+    assert alone["judge_target_prob"].equals(first["judge_target_prob"])
+    without = Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
+    assert without["judge_class"].null_count == len(without)
+    assert without.drop(["judge_class", "judge_target_prob"]).equals(pairs.drop(["judge_class", "judge_target_prob"]))
 
 
 @pytest.mark.parametrize("method", METHODS)

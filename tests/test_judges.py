@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from clarity.judges import (
-    JudgeNet,
-    JudgeTraining,
-    augmented,
-    build_judge,
-    predict_features,
-    predict_probs,
-    probs_of_features,
-    train_judge,
-)
+from clarity.judges import JudgeNet, build_judge, judge_rows, predict_features, predict_probs, probs_of_features
+from clarity.training.judge import JudgeTraining, augmented, train_judge
 
 C, H, W, K = 3, 8, 12, 4
 
@@ -79,6 +71,15 @@ def test_features_are_what_the_head_reads(judge: JudgeNet) -> None:
 def test_bytes_and_floats_are_seen_alike(judge: JudgeNet) -> None:
     images = bars(9, seed=6)[0]
     assert np.allclose(predict_probs(judge, images), predict_probs(judge, images / 255.0), atol=1e-5)
+
+
+def test_judge_rows_do_not_depend_on_the_batch(judge: JudgeNet) -> None:
+    x = torch.from_numpy(bars(150, seed=8)[0]).float() / 255
+    together = judge_rows(judge, x)
+    assert np.allclose(together, predict_probs(judge, x.numpy()), atol=1e-5)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(judge_rows(judge, x[order]), together[order])
+    assert np.array_equal(judge_rows(judge, x[141:142]), together[141:142])
 
 
 def test_large_images_get_another_block() -> None:

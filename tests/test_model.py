@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 import clarity
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
+from clarity.judges import build_judge, judge_rows
 from clarity.model import (
     ENSEMBLE_FILE,
     IMAGE_ENSEMBLE_FILE,
@@ -40,11 +42,12 @@ def full_model(tiny_model: Model) -> Model:
 
 
 def completed(tiny_model: Model) -> Model:
-    """The tiny model with an image ensemble of 3 members and two folds."""
+    """The tiny model with an image ensemble of 3 members, two folds and a judge."""
     torch.manual_seed(8)
     config = EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=3)
     tiny_model.image_ensemble = ImageEnsemble(config, tiny_model.vae.config).eval()
     tiny_model.folds = tuple(LatentEnsemble(tiny_model.ensemble.config).eval() for _ in range(2))
+    tiny_model.judge = build_judge(tiny_model.image_shape, 4).eval()
     return tiny_model
 
 
@@ -188,6 +191,8 @@ def test_model_comes_back_bit_by_bit(full_model: Model, tmp_path: Path) -> None:
     assert torch.equal(logits_rows(loaded.ensemble, z), logits_rows(full_model.ensemble, z))
     assert loaded.image_ensemble is not None and full_model.image_ensemble is not None
     assert torch.equal(logits_rows(loaded.image_ensemble, x), logits_rows(full_model.image_ensemble, x))
+    assert loaded.judge is not None and full_model.judge is not None
+    assert np.array_equal(judge_rows(loaded.judge, x), judge_rows(full_model.judge, x))
     for ours, theirs in zip(loaded.folds, full_model.folds, strict=True):
         assert torch.equal(logits_rows(ours, z), logits_rows(theirs, z))
     assert not any(p.requires_grad for p in loaded.vae.parameters())
@@ -197,7 +202,7 @@ def test_model_without_extras_has_two_weight_files(tiny_model: Model, tmp_path: 
     save_model(tiny_model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [ENSEMBLE_FILE, MODEL_FILE, VAE_FILE]
     loaded = load_model(tmp_path)
-    assert loaded.image_ensemble is None and loaded.folds == ()
+    assert loaded.image_ensemble is None and loaded.folds == () and loaded.judge is None
 
 
 def test_same_model_has_the_same_bytes(full_model: Model, tmp_path: Path) -> None:
@@ -209,7 +214,7 @@ def test_same_model_has_the_same_bytes(full_model: Model, tmp_path: Path) -> Non
 
 def test_fingerprint_changes_with_what_determines_results(full_model: Model, tmp_path: Path) -> None:
     first = save_model(full_model, tmp_path / "a")["fingerprint"]
-    full_model.image_ensemble, full_model.folds = None, ()
+    full_model.image_ensemble, full_model.folds, full_model.judge = None, (), None
     assert save_model(full_model, tmp_path / "b")["fingerprint"] == first
     full_model.class_names = ("ant", "bee", "cow", "elk")
     second = save_model(full_model, tmp_path / "c")["fingerprint"]

@@ -22,7 +22,7 @@ PREDICTIONS = """
 SELECT coalesce(sum(images) FILTER (prediction IS NOT NULL), 0), coalesce(sum(images) FILTER (prediction = source), 0)
 FROM agreement"""
 PAIRS = """
-SELECT pairs, converged, nonfinite, reencoded_as_target, mean_steps,
+SELECT pairs, converged, nonfinite, reencoded_as_target, judged, judged_as_target, mean_steps,
        (SELECT quantile_disc(steps, 0.5) FROM counterfactuals)
 FROM class_pair_figures WHERE source IS NULL"""
 SLOWEST = """
@@ -40,7 +40,7 @@ def summarise(
         return con.execute(sql).fetchall()
 
     images, unread, unknown, labelled = rows(IMAGES)[0]
-    pairs, converged, nonfinite, reencoded, mean_steps, median_steps = rows(PAIRS)[0]
+    pairs, converged, nonfinite, reencoded, judged, judged_as_target, mean_steps, median_steps = rows(PAIRS)[0]
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
@@ -57,6 +57,8 @@ def summarise(
         "converged": converged,
         "nonfinite": nonfinite,
         "reencoded_as_target": reencoded,
+        "judged": judged,
+        "judged_as_target": judged_as_target,
         "median_steps": median_steps,
         "mean_steps": round(mean_steps, 2) if pairs else None,
         "slowest_class_pairs": [
@@ -100,6 +102,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"pairs      {summary['pairs']}, {summary['nonfinite']} not finite",
         f"converged  {share(summary['converged'], summary['pairs'])}",
         f"re-encoded {share(summary['reencoded_as_target'], summary['pairs'])} as the target",
+        *judge_lines(summary),
         f"steps      median {summary['median_steps']}, mean {summary['mean_steps']}; most: {', '.join(slow)}",
         f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s",
         f"stages     {', '.join(stages)} (seconds, summed over the processes)",
@@ -108,6 +111,13 @@ def describe(summary: Mapping[str, Any]) -> str:
         *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
     return "\n".join(lines)
+
+
+def judge_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What a held-out network sees in the counterfactual images; nothing where the model has none."""
+    if not summary.get("judged"):
+        return []
+    return [f"judge      sees the target in {share(summary['judged_as_target'], summary['judged'])}, held out"]
 
 
 def share(count: int, total: int) -> str:

@@ -22,17 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clarity import storage
-from clarity.judges import (
-    JudgeConfig,
-    JudgeNet,
-    JudgeTraining,
-    build_judge,
-    check_image_shape,
-    fit,
-    in_batches,
-    predict_probs,
-    train_judge,
-)
+from clarity.judges import JudgeConfig, JudgeNet, build_judge, check_image_shape, in_batches, predict_probs
+from clarity.training.judge import JudgeTraining, fit, train_judge
 
 FORMAT = 1
 JUDGES_JSON = "judges.json"

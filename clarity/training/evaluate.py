@@ -6,16 +6,28 @@ Shapes: N images, B rows, K classes, M members.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from clarity.judges import judge_rows
 from clarity.model import Model
-from clarity.rows import decode_rows, encode_rows, logits_rows
+from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.vae import LOSSES
+
+#: Training images of the baseline at most, and its principal components.
+BASELINE_IMAGES = 20_000
+BASELINE_COMPONENTS = 100
+#: Images that the principal components are fitted to at most, by an exact decomposition of bounded memory.
+COMPONENT_IMAGES = 5_000
 
 
 @dataclass(frozen=True)
@@ -113,3 +125,143 @@ def classification_metrics(logits: Tensor, labels: Tensor, class_names: Sequence
         "calibration_error": float(torch.stack(gaps).sum()),
         "nll": float(-mean[torch.arange(len(labels)), labels].clamp_min(1e-30).log().mean()),
     }
+
+
+def evaluation(model: Model, training: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:
+    """What a verdict on a model is built from: how it compares with simple methods and with real images.
+
+    Args:
+        model: the model.
+        training: labelled images of the training split, some or all.
+        held_out: images that it was not trained on; those without a label are left out.
+
+    Returns:
+        Two entries of model.json. ``target_probs``: the ensemble's probability of the own class of real held-out
+        images, {"median": [K], "p90": [K]}, null for a class without an image. ``evaluation``:
+
+        images: labelled held-out images that were counted.
+        correct, accuracy, balanced_accuracy: of the ensemble (argmax of the mean probabilities).
+        per_class: {class name: {"images", "correct"}}.
+        majority: {"class", "share"} of the most frequent class among the held-out images.
+        reconstruction: mean squared error of a pixel in [0, 1]: "vae", "mean_image" (of the training images) and
+            "linear_code" (that many principal components as the code has dimensions), and "latent_dim".
+        baseline: logistic regression on principal components of the pixels: "components", "images" (of training),
+            "correct", "accuracy", "balanced_accuracy".
+        judge: "correct", "accuracy", "balanced_accuracy" on the held-out images, "accuracy_on_reconstructions";
+            null without a judge.
+    """
+    labelled = held_out.labels >= 0
+    labels, pixels = held_out.labels[labelled], held_out.pixels[labelled]
+    count, num_classes = len(labels), model.num_classes
+    probs, errors, judged, judged_again = [], 0.0, [], []
+    for part in pixels.split(1024):
+        x = part.to(model.device).float() / 255
+        z, _ = encode_rows(model.vae, x)
+        reconstruction = decode_rows(model.vae, z)
+        errors += float((reconstruction - x).square().sum(dtype=torch.float64))
+        probs.append(mean_probs(logits_rows(model.ensemble, z)))
+        if model.judge is not None:
+            judged.append(judge_rows(model.judge, x).argmax(1))
+            judged_again.append(judge_rows(model.judge, reconstruction).argmax(1))
+    truth = labels.numpy()
+    own = np.concatenate(probs)[np.arange(count), truth]
+    groups = [own[truth == k] for k in range(num_classes)]
+    predicted = np.concatenate(probs).argmax(1)
+    sizes = np.bincount(truth, minlength=num_classes)
+    correct = np.bincount(truth[predicted == truth], minlength=num_classes)
+    judge = None
+    if model.judge is not None:
+        again = float((np.concatenate(judged_again) == truth).mean())
+        judge = accuracies(np.concatenate(judged), truth) | {"accuracy_on_reconstructions": again}
+    linear = fit_linear(training, model.latent_dim)
+    found: dict[str, Any] = {
+        "images": count,
+        **accuracies(predicted, truth),
+        "per_class": {
+            name: {"images": int(size), "correct": int(right)}
+            for name, size, right in zip(model.class_names, sizes, correct)
+        },
+        "majority": {"class": model.class_names[int(sizes.argmax())], "share": float(sizes.max() / count)},
+        "reconstruction": {
+            "latent_dim": model.latent_dim,
+            "vae": errors / (count * math.prod(model.image_shape)),
+            **linear.reconstruction_errors(pixels),
+        },
+        "baseline": {
+            "components": linear.num_components,
+            "images": linear.num_images,
+            **accuracies(linear.predict(pixels), truth),
+        },
+        "judge": judge,
+    }
+    quantiles = {"median": 0.5, "p90": 0.9}
+    target_probs = {
+        name: [float(np.quantile(group, q)) if len(group) else None for group in groups]
+        for name, q in quantiles.items()
+    }
+    return {"target_probs": target_probs, "evaluation": found}
+
+
+def accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Correct predictions, their share, and the mean over the classes present of the share in each."""
+    hits = predicted == truth
+    by_class = [float(hits[truth == k].mean()) for k in np.unique(truth)]
+    return {
+        "correct": int(hits.sum()),
+        "accuracy": float(hits.mean()),
+        "balanced_accuracy": float(np.mean(by_class)),
+    }
+
+
+@dataclass(frozen=True)
+class LinearBaseline:
+    """Principal components of images and a logistic regression on them.
+
+    Args:
+        pca: of pixels in [0, 1].
+        classifier: of the first ``num_components`` components.
+        num_components: of the classifier.
+        latent_dim: components of the linear code.
+        num_images: training images of the classifier.
+    """
+
+    pca: PCA
+    classifier: LogisticRegression
+    num_components: int
+    latent_dim: int
+    num_images: int
+
+    def components(self, pixels: Tensor) -> np.ndarray:
+        """Components of images uint8 (N, C, H, W), some at a time."""
+        return np.concatenate([self.pca.transform(flat(part)) for part in pixels.split(1024)])
+
+    def predict(self, pixels: Tensor) -> np.ndarray:
+        """Predicted classes."""
+        return self.classifier.predict(self.components(pixels)[:, : self.num_components])
+
+    def reconstruction_errors(self, pixels: Tensor) -> dict[str, float]:
+        """Mean squared errors of a pixel: of the mean image, and of the code of ``latent_dim`` components."""
+        total = sum(float(np.square(flat(part) - self.pca.mean_).sum(dtype=np.float64)) for part in pixels.split(1024))
+        kept = float(np.square(self.components(pixels)[:, : self.latent_dim]).sum(dtype=np.float64))
+        return {"mean_image": total / pixels.numel(), "linear_code": (total - kept) / pixels.numel()}
+
+
+def flat(pixels: Tensor) -> np.ndarray:
+    """Images as float32 rows in [0, 1]."""
+    return pixels.flatten(1).numpy().astype(np.float32) / 255
+
+
+def fit_linear(training: LabelledImages, latent_dim: int, seed: int = 0) -> LinearBaseline:
+    """Fits the baseline to labelled images, the components to some of them."""
+    pixels, labels = training.pixels, training.labels.numpy()
+    chosen = np.unique(np.linspace(0, len(pixels) - 1, min(COMPONENT_IMAGES, len(pixels))).astype(int))
+    limit = min(len(chosen), pixels[0].numel())
+    pca = PCA(min(max(BASELINE_COMPONENTS, latent_dim), limit), svd_solver="randomized", random_state=seed)
+    pca.fit(flat(pixels[chosen]))
+    components = np.concatenate([pca.transform(flat(part)) for part in pixels.split(1024)])
+    num_components = min(BASELINE_COMPONENTS, components.shape[1])
+    with warnings.catch_warnings():
+        # What the iterations do not finish is far below the accuracy's standard error.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier = LogisticRegression(max_iter=200).fit(components[:, :num_components], labels)
+    return LinearBaseline(pca, classifier, num_components, min(latent_dim, components.shape[1]), len(labels))

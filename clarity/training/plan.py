@@ -22,6 +22,7 @@ from clarity.data import Dataset, class_names_of, infer_preprocessing, list_imag
 from clarity.data.review import review
 from clarity.images import Preprocessing
 from clarity.model import load_model, load_tensors, read_card, save_tensors
+from clarity.training.judge import JudgeTraining
 from clarity.training.loops import (
     IMAGE_TRAINING,
     EnsembleTraining,
@@ -41,16 +42,17 @@ TRAININGS: dict[str, VAETraining | EnsembleTraining] = {
 #: The epoch of a checkpoint that needs no more training.
 FINISHED = 1 << 40
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
-EXTRAS = {"image_members", "image_training", "num_folds"}
+EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates"}
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
     """What to train, on which images, and where to write it: all that a worker needs to do its share.
 
-    ``vae`` and ``ensemble`` are the networks, ``..._training`` how they are trained; ``image_members`` and
-    ``num_folds`` may be 0. ``data`` describes the images for model.json; its fingerprint identifies the data set.
-    ``precision``, like the device, may be another when a training is resumed.
+    ``vae`` and ``ensemble`` are the networks, ``..._training`` how they are trained; ``image_members``,
+    ``num_folds`` and ``judge_updates`` may be 0, and None updates of the judge follow from the number of images.
+    ``data`` describes the images for model.json; its fingerprint identifies the data set. ``precision``, like the
+    device, may be another when a training is resumed.
     """
 
     out: str
@@ -65,6 +67,7 @@ class TrainingPlan:
     image_training: EnsembleTraining = IMAGE_TRAINING
     image_members: int = 0
     num_folds: int = 0
+    judge_updates: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
     precision: str = "auto"
 
@@ -74,11 +77,21 @@ class TrainingPlan:
             raise ValueError(f"image_members: expected at least 0, got {self.image_members}")
         if self.num_folds < 0 or self.num_folds == 1:
             raise ValueError(f"num_folds: expected 0 or at least 2, got {self.num_folds}")
+        if self.judge_updates is not None and self.judge_updates < 0:
+            raise ValueError(f"judge_updates: expected at least 0, got {self.judge_updates}")
 
     @property
     def image_ensemble(self) -> EnsembleConfig:
         """Config of the image ensemble."""
         return replace(self.ensemble, num_members=self.image_members)
+
+    @property
+    def judge_training(self) -> JudgeTraining | None:
+        """How the judge is trained; None for no judge."""
+        if self.judge_updates == 0:
+            return None
+        suggested = JudgeTraining.for_images(self.data.get("labelled", 0) // 2)
+        return replace(suggested, updates=self.judge_updates or suggested.updates, precision=self.precision)
 
     def describe(self) -> dict[str, Any]:
         """What determines the result, as JSON: equal descriptions make equal models."""
@@ -98,6 +111,7 @@ class TrainingPlan:
             "image_members": self.image_members,
             "image_training": resolved(self.image_training, "labelled") if self.image_members else None,
             "num_folds": self.num_folds,
+            "judge_updates": self.judge_training.updates if self.judge_training else 0,
         }
         return json.loads(json.dumps(description))
 
@@ -248,6 +262,8 @@ def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
     parts: list[tuple[str, Any]] = [("latent", model.ensemble)]
     if model.image_ensemble is not None and found.get("image_training") == plan.describe()["image_training"]:
         parts.append(("image", model.image_ensemble))
+    if model.judge is not None and found.get("judge_updates") == plan.describe()["judge_updates"]:
+        save_finished(plan.file("judge.safetensors"), model.judge.state_dict())
     if len(model.folds) == plan.num_folds:
         parts += [(plan.fold_kind(number), fold) for number, fold in enumerate(model.folds)]
     save_finished(plan.file("vae.safetensors"), model.vae.state_dict())

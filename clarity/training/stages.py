@@ -13,21 +13,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
 from clarity import storage
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.data import Dataset, label_indices, list_images, read_all
-from clarity.ids import fold_of
+from clarity.ids import fold_of, in_judges_half
+from clarity.judges import JudgeNet, build_judge
 from clarity.model import Model, load_tensors, save_model, save_tensors
 from clarity.rows import encode_rows, logits_rows
-from clarity.training.evaluate import LabelledImages, evaluate
+from clarity.training.evaluate import BASELINE_IMAGES, LabelledImages, evaluate, evaluation
+from clarity.training.judge import train_judge
 from clarity.training.loops import (
     Codes,
     Epoch,
     join_states,
     member_states,
+    seeded,
     train_image_members,
     train_latent_members,
     train_vae,
@@ -38,7 +42,7 @@ from clarity.vae import VAE
 
 #: Seconds of work that a killed run may lose.
 CHECKPOINT_SECONDS = 15.0
-STAGES = ("vae", "encode", "latent", "images")
+STAGES = ("vae", "encode", "latent", "images", "judge")
 ENCODE_ROWS = 4096
 
 
@@ -66,9 +70,13 @@ class Worker:
             torch.distributed.barrier()
 
 
-def load_images(plan: TrainingPlan, dataset: Dataset) -> LabelledImages:
-    """Reads a split into memory, with its labels as indices."""
-    pixels, ids, names, errors = read_all(dataset, list_images(dataset), plan.preprocessing)
+def load_images(plan: TrainingPlan, dataset: Dataset, limit: int | None = None) -> LabelledImages:
+    """Reads a split into memory, or at most ``limit`` of its labelled images spread evenly, with labels as indices."""
+    listing = list_images(dataset)
+    if limit is not None:
+        listing = listing.filter(pc.is_valid(listing["label_name"]))
+        listing = listing.take(np.unique(np.linspace(0, len(listing) - 1, min(limit, len(listing))).astype(int)))
+    pixels, ids, names, errors = read_all(dataset, listing, plan.preprocessing)
     labels = label_indices(pa.array(names, pa.string()), plan.class_names).fill_null(-1).to_numpy(zero_copy_only=False)
     return LabelledImages(torch.from_numpy(pixels), ids, torch.from_numpy(labels.astype(np.int64)), errors)
 
@@ -87,13 +95,18 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
             "choose a directory that every node sees: s3://..., or a shared mount"
         )
     todo = [stage for stage in stages if not stage_done(plan, stage)]
-    images = load_images(plan, plan.dataset) if {"vae", "encode", "images"} & set(todo) else None
+    images = load_images(plan, plan.dataset) if {"vae", "encode", "images", "judge"} & set(todo) else None
     for stage in todo:
         if stage == "latent":
             train_latent_stage(plan, worker)
         else:
             assert images is not None
-            run = {"vae": train_vae_stage, "encode": encode_stage, "images": train_image_stage}[stage]
+            run = {
+                "vae": train_vae_stage,
+                "encode": encode_stage,
+                "images": train_image_stage,
+                "judge": train_judge_stage,
+            }[stage]
             run(plan, worker, images)
 
 
@@ -101,6 +114,8 @@ def stage_done(plan: TrainingPlan, stage: str) -> bool:
     """Whether nothing of a stage is left to do."""
     if stage == "vae":
         return is_finished(plan.file("vae.safetensors"))
+    if stage == "judge":
+        return plan.judge_training is None or storage.exists(plan.file("judge.safetensors"))
     if stage == "encode":
         return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or (
             stage_done(plan, "vae") and stage_done(plan, "latent")
@@ -225,6 +240,28 @@ def train_image_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages
     train_members_stage(plan, worker, "image", plan.image_members, stack_size, loop)
 
 
+def train_judge_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:
+    """Trains the held-out judge on its half of the labelled images, on the last worker; a cut one starts again."""
+    if worker.rank != worker.world - 1 or plan.judge_training is None:
+        return
+    half = torch.from_numpy(in_judges_half(images.ids)) & (images.labels >= 0)
+    pixels, labels = images.pixels[half].numpy(), images.labels[half].numpy()
+    counts = np.bincount(labels, minlength=len(plan.class_names))
+    if counts.min() == 0:
+        missing = [name for name, count in zip(plan.class_names, counts) if not count]
+        worker.log(f"no judge: its half of the images has none of class {', '.join(missing[:5])}")
+        save_tensors(plan.file("judge.safetensors"), {"epoch": torch.tensor(FINISHED)})
+        return
+    net = seeded(lambda: build_judge(plan.vae.image_shape, len(plan.class_names)), plan.judge_training.seed, "judge", 0)
+    started = time.monotonic()
+    for report in train_judge(net, pixels, labels, plan.judge_training):
+        minutes, seconds = divmod(round(time.monotonic() - started), 60)
+        worker.log(
+            f"judge: update {report['update']}/{report['updates']}  loss {report['loss']:#.4g}  {minutes}:{seconds:02d}"
+        )
+    save_finished(plan.file("judge.safetensors"), net.state_dict())
+
+
 def train_members_stage(
     plan: TrainingPlan,
     worker: Worker,
@@ -275,13 +312,23 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
         preprocessing=plan.preprocessing,
         image_ensemble=image_ensemble,
         folds=tuple(folds),
+        judge=assemble_judge(plan),
     )
     held_out = None if plan.held_out is None else load_images(plan, plan.held_out)
     log(f"measuring on {len(held_out.ids) if held_out else 0} held-out images")
     metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
+    verdict: dict[str, Any] = {}
+    if held_out and bool((held_out.labels >= 0).any()):
+        verdict = evaluation(model, load_images(plan, plan.dataset, BASELINE_IMAGES), held_out)
     if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
         metrics["out_of_fold"] = {"accuracy": out_of_fold_accuracy(plan, folds)}
-    card = {"data": plan.data, "plan": plan.describe(), "precision": plan.precision, "metrics": metrics}
+    card = {
+        "data": plan.data,
+        "plan": plan.describe(),
+        "precision": plan.precision,
+        "metrics": metrics,
+        **verdict,
+    }
     save_model(model, plan.out, card=card)
     storage.delete_tree(plan.file())
     return model
@@ -292,6 +339,18 @@ def assemble(plan: TrainingPlan, kind: str, network: Any) -> Any:
     states = [load_tensors(plan.member_file(kind, m)) for m in range(network.config.num_members)]
     network.load_state_dict(weights_of(join_states(states)))
     return network.requires_grad_(False).eval()
+
+
+def assemble_judge(plan: TrainingPlan) -> JudgeNet | None:
+    """The trained judge in eval mode, or None."""
+    if plan.judge_training is None:
+        return None
+    weights = weights_of(load_tensors(plan.file("judge.safetensors")))
+    if not weights:
+        return None
+    net = build_judge(plan.vae.image_shape, len(plan.class_names))
+    net.load_state_dict(weights)
+    return net.requires_grad_(False).eval()
 
 
 def out_of_fold_accuracy(plan: TrainingPlan, folds: Sequence[LatentEnsemble]) -> float:

@@ -91,6 +91,7 @@ def make_tables(plan: Plan, shard: int) -> dict[str, pa.Table]:
         "steps": pa.array(np.where(converged, 7, plan.config["max_steps"]), pa.int32()),
         "target_prob_final": pa.array(np.where(converged, 0.995, 0.5), pa.float32()),
         "reencoded_class": pa.array(target),
+        "judge_class": pa.array(target),
         "z_cf": schema.fixed_size_list(rng.random((count, latent), np.float32)),
         "x_cf": pa.array(encode_png(rng.integers(0, 256, (count, *plan.image_shape), np.uint8))),
     }
@@ -730,6 +731,7 @@ def test_summarise_counts(plan: Plan, filled: str) -> None:
     assert found["median_steps"] == 7
     assert found["mean_steps"] == round(pc.mean(pairs["steps"]).as_py(), 2)
     assert found["engines"] == {"plain": 3}
+    assert found["judged"] == found["judged_as_target"] == len(pairs)
     assert found["seconds_by_stage"] == {"search": 1.5}
     assert len(found["slowest_class_pairs"]) == 5
     slowest = found["slowest_class_pairs"][0]

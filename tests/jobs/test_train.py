@@ -20,7 +20,7 @@ import clarity
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
-    *("--latent-dim", "5", "--channels", "6", "7", "--hidden", "6", "--num-members", "3"),
+    *("--latent-dim", "5", "--channels", "6", "7", "--hidden", "6", "--num-members", "3", "--judge-updates", "3"),
     *("--vae-epochs", "2", "--ensemble-epochs", "2", "--image-epochs", "1"),
 ]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from clarity import judges
-from clarity.judges import JudgeTraining
 from clarity.paper import evaluators
 from clarity.paper.evaluators import build_judges, load_judges, save_judges, train_judges
+from clarity.training.judge import JudgeTraining
 
 C, H, W, K = 3, 8, 12, 4
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from bars import bars
 
-from clarity.training.evaluate import classification_metrics
+from clarity.model import Model
+from clarity.training.evaluate import LabelledImages, classification_metrics, evaluation, fit_linear
 
 
 def test_classification_metrics_by_hand() -> None:
@@ -20,3 +23,33 @@ def test_classification_metrics_by_hand() -> None:
     assert found["calibration_error"] == pytest.approx((0.3 + 0.5) / 2)
     assert found["nll"] == pytest.approx(-(math.log(0.7) + math.log(0.4)) / 2)
     json.dumps(found)
+
+
+def test_evaluation_compares_with_simple_methods_and_real_images(tiny_model: Model) -> None:
+    images, labels = bars(90, channels=1)
+    split = torch.arange(90) % 4 == 0
+    ids = [str(i) for i in range(90)]
+    training = LabelledImages(images[~split], ids[:67], labels[~split])
+    held_out = LabelledImages(images[split], ids[67:], torch.where(torch.arange(23) < 2, -1, labels[split]))
+    found = evaluation(tiny_model, training, held_out)
+    json.dumps(found)
+    figures = found["evaluation"]
+    assert figures["images"] == 21 == sum(entry["images"] for entry in figures["per_class"].values())
+    assert figures["correct"] == round(21 * figures["accuracy"])
+    assert figures["baseline"]["accuracy"] > 0.9 and figures["baseline"]["images"] == 67
+    errors = figures["reconstruction"]
+    assert errors["linear_code"] < errors["mean_image"] < errors["vae"]
+    for name in ("median", "p90"):
+        values = found["target_probs"][name]
+        assert all(0 <= value <= 1 for value in values if value is not None)
+    assert figures["judge"] is None
+
+
+def test_linear_code_is_that_of_the_singular_values() -> None:
+    images, labels = bars(60)
+    split = LabelledImages(images, [str(i) for i in range(60)], labels)
+    found = fit_linear(split, 5).reconstruction_errors(images)
+    x = images.flatten(1).double().numpy() / 255
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+    assert found["mean_image"] == pytest.approx(values.sum() / x.size, rel=1e-4)
+    assert found["linear_code"] == pytest.approx(values[5:].sum() / x.size, rel=1e-3)

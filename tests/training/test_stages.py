@@ -27,6 +27,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "vae_training": SHORT_VAE,
         "ensemble_training": SHORT,
         "image_training": SHORT_IMAGES,
+        "judge_updates": 3,
         **changes,
     }
 
@@ -83,6 +84,8 @@ def test_training_of_a_folder_writes_a_model_that_says_how_it_was_made(folder: P
     parts = metrics["vae"]
     assert parts["loss"] == pytest.approx(parts["reconstruction"] + parts["kl"], rel=1e-6)
     assert 0 <= metrics["out_of_fold"]["accuracy"] <= 1
+    assert loaded.judge is not None and card["evaluation"]["judge"]["accuracy"] >= 0
+    assert card["evaluation"]["images"] == metrics["images"] and len(card["target_probs"]["median"]) == 3
     assert card["plan"]["vae_training"]["epochs"] == 3
     assert card["versions"]["clarity"] == clarity.__version__
     assert not (tmp_path / "model" / "_training").exists()
@@ -97,7 +100,7 @@ def test_stages_shared_by_workers_give_the_same_members(folder: Path, tmp_path: 
     for rank in (2, 0, 1):
         run_stages(plan, ("encode",), Worker(rank, 3)) if rank == 0 else None
     for rank in (2, 0, 1):
-        run_stages(plan, ("latent", "images"), Worker(rank, 3))
+        run_stages(plan, ("latent", "images", "judge"), Worker(rank, 3))
     finish(plan)
     assert files_of(tmp_path) == uncut
 
