@@ -58,21 +58,12 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 
 def add_data_flags(parser: argparse.ArgumentParser, split: str, split_help: str) -> argparse._ArgumentGroup:
     """Add ``--dataset``, ``--data``, ``--split`` and ``--columns`` in a group of their own, which is returned."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", default="digits", choices=list(data.SOURCES), help="Source of the images (default: digits)."
-    )
-    group.add_argument(
-        "--data", metavar="URI", help="Path or s3:// URI of the images; required for every source but digits."
-    )
-    group.add_argument("--split", default=split, help=f"{split_help} (default: {split}).")
-    group.add_argument(
-        "--columns",
-        nargs="+",
-        default=[],
-        metavar="NAME=COLUMN",
-        help="What the data calls image, label, image_id or split, as in image=img label=fine_label.",
-    )
+    add = (group := parser.add_argument_group("data")).add_argument
+    add("--dataset", default="digits", choices=list(data.SOURCES), help="Source of the images (default: digits).")
+    add("--data", metavar="URI", help="Path or s3:// URI of the images; required for every source but digits.")
+    add("--split", default=split, help=f"{split_help} (default: {split}).")
+    about = "Names in the data of image, label, image_id or split, as in image=img label=fine_label."
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=about)
     return group
 
 
@@ -87,48 +78,27 @@ def open_dataset(args: argparse.Namespace, split: str, **options: Any) -> data.D
     return dataset
 
 
-def add_config_flags(
-    group: argparse._ArgumentGroup | argparse.ArgumentParser,
-    defaults: Any,
-    prefix: str = "",
-    skip: Sequence[str] = (),
-) -> None:
+def add_config_flags(group: Any, defaults: Any, prefix: str = "", skip: Sequence[str] = ()) -> None:
     """Add a flag for each field of a config dataclass, explained by the field's line in the dataclass's docstring."""
     explained = field_help(type(defaults))
     for name, value in dataclasses.asdict(defaults).items():
         flag, about = f"--{prefix}{name}".replace("_", "-"), explained.get(name, "").replace("%", "%%")
-        if name in skip:
-            continue
-        if isinstance(value, bool):
+        metavar = "N" if isinstance(value, int) else "X"
+        if isinstance(value, bool) and name not in skip:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=f"{about}.")
-            continue
-        group.add_argument(
-            flag,
-            type=type(value),
-            default=value,
-            metavar="N" if isinstance(value, int) else "X",
-            help=f"{about} (default: {value}).",
-        )
+        elif name not in skip:
+            about = f"{about} (default: {value})."
+            group.add_argument(flag, type=type(value), default=value, metavar=metavar, help=about)
 
 
 def add_resource_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags of the actor plan in a group of their own, which is returned."""
-    group = parser.add_argument_group("resources")
-    group.add_argument(
-        "--actors", type=int, metavar="N", help="Number of processes that search (default: as many as are useful)."
-    )
-    group.add_argument(
-        "--gpus-per-actor",
-        type=float,
-        metavar="X",
-        help="GPUs of each actor; a fraction lets several share one (default: 1 where there are GPUs, else 0).",
-    )
-    group.add_argument(
-        "--max-nodes",
-        type=int,
-        metavar="N",
-        help="Plan for N nodes where the job cannot see how many an autoscaler may bring, as on Kubernetes.",
-    )
+    add = (group := parser.add_argument_group("resources")).add_argument
+    add("--actors", type=int, metavar="N", help="Number of processes that search (default: as many as are useful).")
+    about = "GPUs of each actor; a fraction lets several share one (default: 1 where there are GPUs, else 0)."
+    add("--gpus-per-actor", type=float, metavar="X", help=about)
+    about = "Plan for N nodes where the job cannot see how many an autoscaler may bring, as on Kubernetes."
+    add("--max-nodes", type=int, metavar="N", help=about)
     return group
 
 
@@ -174,12 +144,12 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 1
-    except cut_by as error:
-        print(f"error: {error}\nthe same command resumes", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"error: {with_flag(str(error), parser)}", file=sys.stderr)
         return 2
+    except cut_by as error:
+        print(f"error: {error}\nthe same command resumes", file=sys.stderr)
+        return 1
 
 
 def with_flag(message: str, parser: argparse.ArgumentParser) -> str:

@@ -38,13 +38,11 @@ from clarity.report.page import write_report
 from clarity.search import ENGINES, SearchConfig
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
-SPLIT_HELP = "Part of the data to explain: train, validation, test, all, or held-out: test, else validation"
-
 
 def new_parser() -> ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
-    add = driver.add_data_flags(parser, "held-out", SPLIT_HELP).add_argument
+    add = driver.add_data_flags(parser, "held-out", "Part of the data: train, test, all, held-out").add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
     add("--limit", type=int, metavar="N", help="Explain only the first N of these images.")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to carry into codes, or all.")
