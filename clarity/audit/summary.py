@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import duckdb
 import pyarrow.dataset as pads
 
 from clarity import storage
@@ -13,8 +14,8 @@ from clarity.audit.plan import Plan
 from clarity.audit.queries import connect, has_predictions
 
 IMAGES = """
-SELECT count(*), count(error), count(*) FILTER (label IS NULL AND label_name IS NOT NULL), count(label_name)
-FROM codes"""
+SELECT count(*), count(error), count(*) FILTER (label IS NULL AND label_name IS NOT NULL) FROM codes"""
+LABELS = "SELECT count(label_name), count(label) FROM codes"
 ERRORS = """
 SELECT error, count(*) AS images FROM codes
 WHERE error IS NOT NULL GROUP BY error ORDER BY images DESC, error LIMIT 20"""
@@ -39,13 +40,18 @@ def summarise(
     def rows(sql: str) -> list[tuple[Any, ...]]:
         return con.execute(sql).fetchall()
 
+<<<<<<< HEAD
     images, unread, unknown, labelled = rows(IMAGES)[0]
     pairs, converged, nonfinite, reencoded, judged, judged_as_target, mean_steps, median_steps = rows(PAIRS)[0]
+=======
+    images, unread, unknown = rows(IMAGES)[0]
+    pairs, converged, nonfinite, reencoded, mean_steps, median_steps = rows(PAIRS)[0]
+>>>>>>> 548620f (The page and the summary begin with what makes an audit doubtful, and tell the notes on the data)
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
     return {
-        "warnings": warnings(plan, labelled, unknown, sum(commit.get("clipped", 0) for commit in commits.values())),
+        "warnings": warnings(plan, commits, con),
         "images": images,
         "errors": dict(rows(ERRORS)),
         "unread": unread,
@@ -69,17 +75,18 @@ def summarise(
     }
 
 
-def warnings(plan: Plan, labelled: int, unknown: int, clipped: int) -> list[str]:
+def warnings(plan: Plan, commits: Mapping[int, Mapping[str, Any]], con: duckdb.DuckDBPyConnection) -> list[str]:
     """What makes the figures of an audit doubtful, the gravest first: a sentence each."""
     found = []
-    if labelled and unknown == labelled:
+    labelled, known = con.execute(LABELS).fetchall()[0]
+    if labelled and not known:
         names = plan.model["class_names"]
         found.append(
-            f"none of the {labelled} labels of the data is a class of the model ({', '.join(names[:5])}"
-            f"{' ...' if len(names) > 5 else ''}): it was trained on another data set"
+            f"None of the {labelled} labels of the data is a class of the model ({', '.join(names[:5])}"
+            f"{' ...' if len(names) > 5 else ''}): it was trained on another data set."
         )
-    if clipped:
-        found.append(f"{clipped} images hold values above the range of the images that the model was trained on")
+    if clipped := sum(commit.get("clipped", 0) for commit in commits.values()):
+        found.append(f"{clipped} images hold values above the range of the images that the model was trained on.")
     return found
 
 

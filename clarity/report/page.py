@@ -15,6 +15,7 @@ import markupsafe
 
 from clarity import __version__, storage
 from clarity.audit.queries import load_queries, load_views
+from clarity.audit.summary import warnings
 from clarity.findings.finding import Finding
 from clarity.report import charts, overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
@@ -124,6 +125,11 @@ def render(
         bounds=bounds,
         num_tiles=len(tiles),
         max_tiles=bounds.budget(tiles.height * tiles.width) + len(first.class_names) ** 2,
+        warnings=[
+            f"{view.name}: {text}" if several else text
+            for view in views
+            for text in warnings(view.audit.plan, view.audit.commits, view.con)
+        ],
         problems=[problem for view in views if (problem := overview.problem(view, several))],
         audits=[
             {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,8 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
         )
     todo = [stage for stage in stages if not stage_done(plan, stage)]
     images = load_images(plan, plan.dataset) if {"vae", "encode", "images", "judge"} & set(todo) else None
+    if images is not None and worker.rank == 0:
+        log_errors(images, worker.log)
     for stage in todo:
         if stage == "latent":
             train_latent_stage(plan, worker)
@@ -108,6 +111,12 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
                 "judge": train_judge_stage,
             }[stage]
             run(plan, worker, images)
+
+
+def log_errors(images: LabelledImages, log: Callable[[str], None]) -> None:
+    """Logs how many images cannot be read, a line for each of the five most frequent reasons."""
+    for reason, count in Counter(images.errors.values()).most_common(5):
+        log(f"left out: {count} images that cannot be read: {reason}")
 
 
 def stage_done(plan: TrainingPlan, stage: str) -> bool:
@@ -315,6 +324,8 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
         judge=assemble_judge(plan),
     )
     held_out = None if plan.held_out is None else load_images(plan, plan.held_out)
+    if held_out is not None:
+        log_errors(held_out, log)
     log(f"measuring on {len(held_out.ids) if held_out else 0} held-out images")
     metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
     verdict: dict[str, Any] = {}

@@ -750,10 +750,10 @@ def test_summarise_warns_of_a_model_of_another_data_set(plan: Plan, filled: str)
     commits = {0: {"clipped": 2}, 1: {}, 2: {"clipped": 1}}
     found = summarise(audit.plan, commits, pads.dataset(strange), audit.counterfactuals)
     labelled = len(codes) - codes["label_name"].null_count
-    assert found["warnings"][0].startswith(f"none of the {labelled} labels of the data is a class of the model (")
+    assert found["warnings"][0].startswith(f"None of the {labelled} labels of the data is a class of the model (")
     assert found["warnings"][1].startswith("3 images hold values above the range")
     told = dict.fromkeys(("pairs_per_second", "seconds", "redecoded"), 0) | {"problems": []}
-    assert describe(found | told).splitlines()[0].startswith("WARNING    none of the")
+    assert describe(found | told).splitlines()[0].startswith("WARNING    None of the")
 
 
 def test_summarise_of_nothing_is_empty(plan: Plan, model_dir: str, tmp_path: Path) -> None:

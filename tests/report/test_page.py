@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -239,6 +240,18 @@ def test_report_says_what_the_data_left_out(tmp_path: Path) -> None:
     assert "Left out: 1,234 hidden files." in Path(write_report([uri]).uri).read_text()
     uri = write_audit(tmp_path / "b", make_tables(30))
     assert "Left out" not in Path(write_report([uri]).uri).read_text()
+
+
+def test_report_begins_with_the_model_of_another_data_set(tmp_path: Path) -> None:
+    tables = make_tables(30)
+    uri = write_audit(tmp_path / "a", tables)
+    assert 'class="banner"' not in Path(write_report([uri]).uri).read_text()
+    index = tables.codes.column_names.index("label")
+    nothing = pa.nulls(len(tables.codes), pa.int32())
+    strange = tables.codes.set_column(index, tables.codes.schema.field("label"), nothing)
+    uri = write_audit(tmp_path / "b", dataclasses.replace(tables, codes=strange))
+    page = Path(write_report([uri]).uri).read_text()
+    assert page.index("labels of the data is a class of the model") < page.index("<h1>")
 
 
 @pytest.mark.parametrize(
