@@ -40,13 +40,8 @@ def summarise(
     def rows(sql: str) -> list[tuple[Any, ...]]:
         return con.execute(sql).fetchall()
 
-<<<<<<< HEAD
-    images, unread, unknown, labelled = rows(IMAGES)[0]
-    pairs, converged, nonfinite, reencoded, judged, judged_as_target, mean_steps, median_steps = rows(PAIRS)[0]
-=======
     images, unread, unknown = rows(IMAGES)[0]
-    pairs, converged, nonfinite, reencoded, mean_steps, median_steps = rows(PAIRS)[0]
->>>>>>> 548620f (The page and the summary begin with what makes an audit doubtful, and tell the notes on the data)
+    pairs, converged, nonfinite, reencoded, judged, judged_as_target, mean_steps, median_steps = rows(PAIRS)[0]
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
