@@ -39,35 +39,43 @@ JOBS = Path(__file__).resolve().parent
 SHARD_PAIRS = 144
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="digits", choices=list(data.SOURCES), help="source of the images (digits)")
-    add("--data", help="where the images lie: a path or an s3:// URI, for every source but digits")
-    add("--split", default="test", help="part of the data that is explained (test)")
-    add("--attributes", nargs="+", default=[], metavar="NAME", help="train a net that judges these too; all: every one")
-    add("--out", help="where everything is kept (runs/DATASET/compare)")
-    add("--model", help="model directory (OUT/model, trained when missing)")
-    add("--judges", help="judges' directory (OUT/judges, trained when missing)")
+def new_parser() -> argparse.ArgumentParser:
+    """The flags; those of the search come from SearchConfig."""
+    parser = driver.new_parser(__doc__)
+    add = driver.add_data_flags(parser, "test", "Part of the data that is explained").add_argument
+    about = "Train a network that judges these attributes too; all for every one."
+    add("--attributes", nargs="+", default=[], metavar="NAME", help=about)
     add(
-        "--flat-model",
-        help="model with a 2-D latent space for Figure 10, trained when missing (digits: OUT/flat-model)",
+        "--images",
+        type=int,
+        default=50,
+        metavar="N",
+        help="Images to explain, of each class alike; 0: all (default: 50).",
     )
-    add("--methods", nargs="+", default=["all"], metavar="METHOD", help=f"all, or some of {', '.join(METHODS)} (all)")
-    add("--images", type=int, default=50, help="images to explain, as many of each class as there are; 0 for all (50)")
-    add("--image-method-limit", type=int, help="images for the methods with image classifiers (as --images)")
-    add("--image-members", type=int, default=10, help="image classifiers of a model that is trained here (10)")
-    add("--audit", nargs="+", type=named, default=[], metavar="METHOD=URI", help="take this audit for the method")
-    add("--external", nargs="+", type=named, default=[], metavar="NAME=URI",
-        help="judge images made elsewhere too: npz or Parquet with image_id, target, image")  # fmt: skip
-    driver.add_config_flags(parser.add_argument_group("search"), SearchConfig())
-    add("--speed-pairs", type=int, default=36, help="pairs of a timed batch (36)")
-    add("--draws", type=int, default=1000, help="resamples of the bootstrap (1000)")
-    add("--no-figures", action="store_true", help="tables alone")
-    add("--differences", action="store_true", help="difference maps in the grids of Tables 1 and 2")
-    add("--formats", nargs="+", default=["png", "pdf"], choices=["png", "pdf", "svg"], help="of figures (png pdf)")
-    return parser.parse_args(argv)
+    add("--image-method-limit", type=int, metavar="N", help="Fewer images for the methods with image classifiers.")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="URI", help="Model directory (default: OUT/model, trained when missing).")
+    about = "Image classifiers of a model that is trained here (default: 10)."
+    add("--image-members", type=int, default=10, metavar="N", help=about)
+    add("--judges", metavar="URI", help="Held-out networks (default: OUT/judges, trained when missing).")
+    about = "Model with a 2-D latent space for Figure 10, trained when missing (default for digits: OUT/flat-model)."
+    add("--flat-model", metavar="URI", help=about)
+    add = (search := parser.add_argument_group("search")).add_argument
+    about = f"Methods to compare: all, or some of {', '.join(METHODS)} (default: all)."
+    add("--methods", nargs="+", default=["all"], metavar="METHOD", help=about)
+    driver.add_config_flags(search, SearchConfig())
+    add("--audit", nargs="+", type=named, default=[], metavar="METHOD=URI", help="Take an audit that exists.")
+    about = "Judge images made elsewhere too: npz or Parquet with image_id, target, image."
+    add("--external", nargs="+", type=named, default=[], metavar="NAME=URI", help=about)
+    add("--speed-pairs", type=int, default=36, metavar="N", help="Pairs of a timed batch (default: 36).")
+    add("--draws", type=int, default=1000, metavar="N", help="Resamples of the bootstrap (default: 1000).")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="URI", help="Directory for everything that is kept (default: runs/DATASET/compare).")
+    add("--no-figures", action="store_true", help="Write tables alone.")
+    add("--differences", action="store_true", help="Show difference maps in the grids of Tables 1 and 2.")
+    formats = ["png", "pdf", "svg"]
+    add("--formats", nargs="+", default=formats[:2], choices=formats, help="Formats of figures (default: png pdf).")
+    return parser
 
 
 def named(text: str) -> tuple[str, str]:
@@ -87,24 +95,17 @@ class JobFailed(RuntimeError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, and turn what went wrong into an exit code."""
-    args = parse(argv)
+    """Run the job; the exit code, which is that of another job where one failed."""
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
     try:
-        return run_comparison(args)
+        return driver.run(new_parser(), run_comparison, argv)
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        return 1
 
 
 def run_comparison(args: argparse.Namespace) -> int:
@@ -114,9 +115,9 @@ def run_comparison(args: argparse.Namespace) -> int:
         raise ValueError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
     config = driver.config_from(args, SearchConfig)
     cache = Cache(driver.job_path(args.out, f"runs/{args.dataset}/compare", "--out"))
-    tested = data.open_dataset(args.dataset, args.data, args.split)
+    tested = driver.open_dataset(args, args.split)
     unlabelled = bool(args.attributes) and args.dataset == "celeba_hair"
-    trained = data.open_dataset(args.dataset, args.data, "train", attributes=args.attributes, unlabelled=unlabelled)
+    trained = driver.open_dataset(args, "train", attributes=args.attributes, unlabelled=unlabelled)
 
     model_uri = driver.job_path(args.model, cache.path("model"), "--model")
     train_model(args, model_uri, "--image-members", str(args.image_members), given=args.model is not None)
@@ -197,6 +198,7 @@ def train_model(args: argparse.Namespace, uri: str, *more: str, given: bool) -> 
         raise ValueError(f"no model in {storage.display(uri)}: train it with jobs/train.py, or leave --model out")
     log.info("training %s", storage.display(uri))
     where = ["--data", args.data] if args.data else []
+    where += ["--columns", *args.columns] if args.columns else []
     run("train.py", "--dataset", args.dataset, *where, "--out", uri, *more)
 
 
@@ -228,7 +230,8 @@ def explain(
     out = cache.path("audits", method)
     log.info("%s: %d targets for each image of %s", NAMES.get(method, method), num_classes - 1, Path(sample).name)
     fields = dataclasses.asdict(config).items()
-    search = [text for name, value in fields for text in (f"--{name.replace('_', '-')}", str(value))]
+    search = [f"--{name.replace('_', '-')}={value}" for name, value in fields if not isinstance(value, bool)]
+    search += [f"--{name.replace('_', '-')}" for name, value in fields if value is True]
     where = ["--dataset", "parquet", "--data", sample, "--split", "test"]
     if count:
         # Enough pairs in each that few slots idle beside the longest search, enough shards to see and keep progress.

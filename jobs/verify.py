@@ -11,28 +11,34 @@ import os
 import sys
 from collections.abc import Sequence
 
+import driver
+
 from clarity import storage
 from clarity.audit.commits import drop_commits
 from clarity.audit.verify import verify
 from clarity.notebook import redecoder
 
 
+def new_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = driver.new_parser(__doc__)
+    parser.add_argument("audit", help="Audit directory, local or s3://.")
+    about = "Drop the commits of unsound shards, so that the next run of explain_all.py redoes exactly these."
+    parser.add_argument("--repair", action="store_true", help=about)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Verify one audit and print what was found; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("audit", help="the audit directory, or its s3:// URI")
-    parser.add_argument(
-        "--repair", action="store_true", help="drop the commits of unsound shards: the next run redoes them"
-    )
-    args = parser.parse_args(argv)
-    try:
-        found = verify(args.audit, redecode=redecoder(args.audit), workers=os.cpu_count() or 1)
-        marked = storage.exists(storage.join(args.audit, "_SUCCESS"))
-        if args.repair and found.shards:
-            drop_commits(args.audit, found.shards)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the job; the exit code."""
+    return driver.run(new_parser(), check, argv)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Verify one audit and print what was found."""
+    found = verify(args.audit, redecode=redecoder(args.audit), workers=os.cpu_count() or 1)
+    marked = storage.exists(storage.join(args.audit, "_SUCCESS"))
+    if args.repair and found.shards:
+        drop_commits(args.audit, found.shards)
     print(f"images     {found.images}, {found.errors} unreadable")
     print(f"pairs      {found.pairs}, {found.converged} converged")
     print(f"decoded    {found.redecoded} pairs again, within one grey level")

@@ -478,7 +478,7 @@ def test_job_refuses_bad_input(arguments: list[str], message: str, tmp_path: Pat
 
 def test_flat_model_must_be_flat_and_of_the_same_data(place: Path) -> None:
     model, module = checkpoints.load_model(place / "model"), job()
-    args = module.parse(["--flat-model", str(place / "model")])
+    args = module.new_parser().parse_args(["--flat-model", str(place / "model")])
     with pytest.raises(ValueError, match="Figure 10 needs 2"):
         module.flat_model(args, model, "unused")
 
