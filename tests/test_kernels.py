@@ -441,7 +441,7 @@ def test_interpreted_search_knows_thresholds_and_fixed_directions(
     )
     rows = {"target": target, "reference": z, "min_target_prob": thresholds}
     plain = descend(LatentObjective(layers, config.distance_weight, fixed), z, rows, config, engine="plain")
-    assert len(plain.steps.unique()) > 4
+    assert len(plain.steps.unique()) > 2
     same = found["steps"] == plain.steps
     assert same.float().mean() > 0.95
     torch.testing.assert_close(found["point"][same], plain.point[same], atol=1e-3, rtol=0)
