@@ -68,6 +68,9 @@ def list_folder(dataset: Dataset) -> pa.Table:
         label_names = [labels.labels.get(path) for path in paths]
     else:
         label_names = [printable(parts[depth]) if len(parts := path.split("/")) > depth + 1 else None for path in paths]
+    told = (
+        notes_on_inner_folders(root, [path.split("/") for path in paths], depth) if label_names and not labels else []
+    )
     listing = make_listing(
         dataset,
         [printable(path) for path in paths],
@@ -76,6 +79,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
         [file.size for file in images],
         label_names,
     )
+    listing = add_notes(listing, told) if told else listing
     if labels:
         strangers = sum(path not in labels.labels for path in paths) if labels.labels else 0
         unnamed = [f"{strangers} images are in no table of labels and have no label"] if strangers else []
@@ -132,6 +136,25 @@ def require_no_inner_splits(root: str, paths: list[str]) -> None:
             f"expected splits above class folders in {storage.display(root)}, found them inside {top}/ "
             f"({', '.join(sorted(inner[top]))}): {remedy}"
         )
+
+
+def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> list[str]:
+    """A note of classes whose images all lie in several folders below theirs, as the folder may only wrap classes."""
+    inner: dict[str, set[str]] = {}
+    direct = set()
+    for parts in paths:
+        if len(parts) > depth + 2:
+            inner.setdefault(parts[depth], set()).add(printable(parts[depth + 1]))
+        elif len(parts) == depth + 2:
+            direct.add(parts[depth])
+    wrapping = [name for name in inner if name not in direct and len(inner[name]) > 1]
+    if not wrapping:
+        return []
+    first = wrapping[0]
+    return [
+        f"{len(wrapping)} classes have all their images in folders below ({printable(first)}: {some(inner[first])}), "
+        f"which are not read as classes; if they are, name {storage.display(storage.join(root, printable(first)))}"
+    ]
 
 
 def split_in(path: str, tops: dict[str, str], labels: Labels | None) -> str | None:

@@ -177,6 +177,8 @@ FOREIGN = (
     (r"(?i)\.tfrecords?(-\d+-of-\d+)?(\.gz)?$", "TFRecord files", "export the images as files or Parquet"),
     (r"(?i)\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", "tar archives", "unpack them"),
     (r"(?i)\.(zip|7z|rar)$", "zip archives", "unpack them"),
+    (r"(?i)\.(parquet|pq)$", "Parquet files", "read them with the source parquet"),
+    (r"-idx\d-ubyte(\.gz)?$", "files of MNIST's format", "read them with the source mnist"),
     (r"(?i)\.(npz|npy|mat|h5|hdf5|pkl|pickle|pt)$", "files of arrays", "write the images as files or Parquet"),
 )
 TABLE_FORMATS = FOREIGN[:4]

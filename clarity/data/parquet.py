@@ -32,7 +32,7 @@ from clarity.data.listing import (
     split_named,
 )
 from clarity.ids import split_of
-from clarity.images import UnreadableImage
+from clarity.images import EXTENSIONS, UnreadableImage
 
 #: What reading a broken file raises; Arrow's errors are among them.
 BROKEN = (OSError, ValueError)
@@ -90,6 +90,10 @@ def list_parts(dataset: Dataset) -> list[ParquetPart]:
         if not file.path or re.search(r"(?i)\.(parquet|pq)$", file.path):
             split, keys = read_path(dataset, file.path or storage.name(root))
             parts.append(ParquetPart(file.path, storage.join(root, file.path), file.size, split, keys))
+    if not parts and any(file.path.lower().endswith(EXTENSIONS) for file in shown):
+        raise ValueError(
+            f"expected Parquet files in {storage.display(root)}, found image files: read them with the source folder"
+        )
     if not parts:
         raise ValueError(
             f"expected files *.parquet or *.pq in {storage.display(root)}, "

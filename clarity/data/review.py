@@ -28,7 +28,8 @@ def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
         lines.append(f"note: one image only of {some(single)}: add images, or leave the class out")
     if held_out is None:
         return lines
-    lines += [f"left out of the held-out images: {count} {reason}" for reason, count in left_out(held_out).items()]
+    others = {reason: count for reason, count in left_out(held_out).items() if reason not in left_out(listing)}
+    lines += [f"left out of the held-out images: {count} {reason}" for reason, count in others.items()]
     lines += [f"note on the held-out images: {note}" for note in notes(held_out) if note not in notes(listing)]
     measured = count_labels(held_out)
     if unseen := [name for name in counts if name not in measured]:

@@ -107,6 +107,14 @@ def test_folder_says_that_a_class_is_a_link(tmp_path: Path) -> None:
     assert data.left_out(listing) == {"class folders that are links to others (kitty)": 1}
 
 
+def test_folder_notes_a_folder_that_may_only_wrap_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, "Dataset/0/1.png", "Dataset/1/2.png", "Examples/1.png", "cat/deep/1.png")
+    (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all")))
+    assert note.startswith("1 classes have all their images in folders below (Dataset: 0, 1), which are not read as")
+    assert note.endswith(f"if they are, name {tmp_path}/Dataset")
+    assert data.notes(data.list_images(data.open_dataset("folder", tmp_path / "Dataset", "all"))) == []
+
+
 def test_folder_reads_rare_endings(tmp_path: Path) -> None:
     for name in ("a/1.jfif", "a/2.jpe", "b/3.JFIF"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -134,12 +142,14 @@ def test_folder_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
         ("x.tfrecord", "TFRecord"),
         ("a.lance/data/x", "Lance"),
         ("train.npz", "files of arrays"),
+        ("train-0.parquet", "Parquet files"),
+        ("t10k-images-idx3-ubyte.gz", "files of MNIST's format"),
     ],
 )
 def test_folder_refuses_other_formats_by_name(name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"found .*{what}.*: (unpack|export|write)"):
+    with pytest.raises(ValueError, match=f"found .*{what}.*: (unpack|export|write|read)"):
         listed(tmp_path)
     if "/" not in name:
         with pytest.raises(ValueError, match=f"expected a folder, found .*{what}"):

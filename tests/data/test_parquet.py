@@ -305,3 +305,9 @@ def test_parquet_follows_a_path_only_where_bytes_are_null(tmp_path: Path) -> Non
     found = pixels_of(shard.slice(0, 2), (1, HEIGHT, WIDTH))[:, 0]
     assert np.array_equal(found, [random_pixels(5), random_pixels(0)])
     assert shard["error"].to_pylist()[2] == "expected the bytes of an image, found null: fill or drop the row"
+
+
+def test_parquet_says_that_a_folder_holds_image_files(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png")
+    with pytest.raises(ValueError, match="found image files: read them with the source folder"):
+        listed(tmp_path, source="parquet")
