@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from clarity.findings.finding import Facts, Finding, NotChecked
@@ -31,29 +33,30 @@ def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
     if not rows:
         return NotChecked(f"no class pair has {MIN_PAIRS} pairs with attributes")
     changes = [np.array(row[3]) for row in rows]
-    rejected = holm([signed_rank_p(change) for change in changes])
-    drifting = [
-        (float(change.mean()), row)
-        for change, row, real in zip(changes, rows, rejected)
-        if real and abs(change.mean()) >= MIN_DRIFT
-    ]
+    drifting = [(float(change.mean()), row) for change, row, drifts in zip(changes, rows, drift(changes)) if drifts]
     if not drifting:
         return []
     drifting.sort(key=lambda entry: (-abs(entry[0]), entry[1][:3]))
-    drift, (attribute, source, target, change, flipped) = drifting[0]
+    mean, (attribute, source, target, change, flipped) = drifting[0]
     names = list(dict.fromkeys(row[0] for _, row in drifting))
     others = f" Other attributes that drift: {listed(names[1:5])}." if names[1:] else ""
     return [
         Finding(
             "attributes",
-            min(0.95, 0.4 + abs(drift)),
+            min(0.95, 0.4 + abs(mean)),
             f"“{attribute}” drifts",
             f"{facts.arrow((source, target))} should leave “{attribute}” alone, but moves its probability by "
-            f"{drift:+.2f} on average and flips it in {percent(flipped, len(change))} of "
+            f"{mean:+.2f} on average and flips it in {percent(flipped, len(change))} of "
             f"{plural(len(change), 'pair')}.{others}",
             f"Signed-rank tests of {len(rows):,} attributes of class pairs, Holm-corrected: at most 5 % of audits "
             "without any drift would show one. The attributes are one network's view.",
             tuple(dict.fromkeys((row[1], row[2]) for _, row in drifting))[:6],
-            figures={"drift": drift, "attributes": len(names), "comparisons": len(rows)},
+            figures={"drift": mean, "attributes": len(names), "comparisons": len(rows)},
         )
     ]
+
+
+def drift(changes: Sequence[np.ndarray]) -> np.ndarray:
+    """Which of many samples of changes have a mean of at least MIN_DRIFT, beyond chance over all of them."""
+    large = [abs(change.mean()) >= MIN_DRIFT for change in changes]
+    return np.array(large, bool) & holm([signed_rank_p(change) for change in changes])

@@ -56,37 +56,11 @@ def check_extremes(facts: Facts) -> list[Finding] | NotChecked:
 def check_asymmetry(facts: Facts) -> list[Finding] | NotChecked:
     """Class pairs of which one direction goes further, or fails more often, beyond chance over all comparisons."""
     columns = facts.con.execute("SELECT source, target, converged, distance_z_l1 FROM counterfactuals").fetchnumpy()
-    source, target, distance = (np.ma.filled(columns[name], 0) for name in ("source", "target", "distance_z_l1"))
-    converged = np.ma.filled(columns["converged"], False)
-    size = len(facts.class_names)
-    order = np.argsort(source * size + target, kind="stable")
-    cells, starts = np.unique((source * size + target)[order], return_index=True)
-    rows = dict(zip(cells.tolist(), np.split(order, starts[1:])))
-    both = [
-        (a, b)
-        for a in range(size)
-        for b in range(a + 1, size)
-        if min(len(rows.get(a * size + b, ())), len(rows.get(b * size + a, ()))) >= MIN_COMPARED
-    ]
-    if not both:
+    source, target, converged, distance = (np.ma.filled(values, 0) for values in columns.values())
+    strength, num_compared = asymmetries(source, target, converged.astype(bool), distance, len(facts.class_names))
+    if not num_compared:
         return NotChecked(f"no two classes have {MIN_COMPARED} pairs in each direction")
-    p_values = []
-    for a, b in both:
-        there, back = rows[a * size + b], rows[b * size + a]
-        far = [distance[some][converged[some]] for some in (there, back)]
-        p_values.append(rank_sum_p(*far) if min(map(len, far)) >= MIN_COMPARED else 1.0)
-        p_values.append(fisher_p(converged[there].sum(), len(there), converged[back].sum(), len(back)))
-    rejected = holm(p_values).reshape(-1, 2)
     medians, validity = facts.pairs["median_distance"], facts.pairs["strict_validity"]
-    strength = np.full((size, size), np.nan)
-    for (a, b), (further, fails) in zip(both, rejected):
-        hard, easy = ((a, b), (b, a)) if validity[a, b] < validity[b, a] else ((b, a), (a, b))
-        if fails and validity[easy] - validity[hard] >= MIN_GAP:
-            strength[hard] = 10 + validity[easy] - validity[hard]
-            continue
-        hard, easy = ((a, b), (b, a)) if medians[a, b] > medians[b, a] else ((b, a), (a, b))
-        if further and medians[hard] / medians[easy] >= MIN_RATIO:
-            strength[hard] = medians[hard] / medians[easy]
     asymmetric = ranked(strength)
     if not asymmetric:
         return []
@@ -116,11 +90,52 @@ def check_asymmetry(facts: Facts) -> list[Finding] | NotChecked:
             f"One direction is harder: {facts.arrow(hard)}",
             f"{words}.{others}",
             "Rank-sum test of the distances and Fisher's exact test of the failures, Holm-corrected over "
-            f"{plural(len(both), 'class pair')}: at most 5 % of audits without any asymmetry would show one.",
+            f"{plural(num_compared, 'class pair')}: at most 5 % of audits without any asymmetry would show one.",
             tuple(cell for pair in asymmetric[:4] for cell in (pair, pair[::-1])),
-            figures={"ratio": ratio, "directions": len(asymmetric), "comparisons": len(p_values)},
+            figures={"ratio": ratio, "directions": len(asymmetric), "comparisons": num_compared},
         )
     ]
+
+
+def asymmetries(
+    source: np.ndarray, target: np.ndarray, converged: np.ndarray, distance: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, int]:
+    """Compares the two directions of every two classes by their distances and by their shares that converge.
+
+    Args:
+        source: (P,).
+        target: (P,).
+        converged: (P,) bool.
+        distance: (P,), read where converged.
+        num_classes: K.
+
+    Returns:
+        (K, K) by [source, target]: for the harder direction its ratio of median distances, or 10 plus its gap of shares
+        that converge, NaN elsewhere; and the number of class pairs compared.
+    """
+    cell = source.astype(np.int64) * num_classes + target
+    order = np.argsort(cell, kind="stable")
+    cells, starts = np.unique(cell[order], return_index=True)
+    rows = dict(zip(cells.tolist(), np.split(order, starts[1:])))
+    candidates, p_values = [], []
+    for a in range(num_classes):
+        for b in range(a + 1, num_classes):
+            there, back = (rows.get(i * num_classes + j, np.empty(0, int)) for i, j in ((a, b), (b, a)))
+            if min(len(there), len(back)) < MIN_COMPARED:
+                continue
+            far = [distance[some][converged[some]] for some in (there, back)]
+            gap = float(converged[back].mean() - converged[there].mean())
+            ratio = float(np.median(far[0]) / np.median(far[1])) if min(map(len, far)) >= MIN_COMPARED else 1.0
+            candidates.append((a, b, gap, ratio))
+            p_values.append(fisher_p(int(converged[there].sum()), len(there), int(converged[back].sum()), len(back)))
+            p_values.append(rank_sum_p(*far) if min(map(len, far)) >= MIN_COMPARED else 1.0)
+    strength = np.full((num_classes, num_classes), np.nan)
+    for (a, b, gap, ratio), (fails, further) in zip(candidates, holm(p_values).reshape(-1, 2)):
+        if fails and abs(gap) >= MIN_GAP:
+            strength[(a, b) if gap > 0 else (b, a)] = 10 + abs(gap)
+        elif further and max(ratio, 1 / ratio) >= MIN_RATIO:
+            strength[(a, b) if ratio > 1 else (b, a)] = max(ratio, 1 / ratio)
+    return strength, len(candidates)
 
 
 NEAREST = """

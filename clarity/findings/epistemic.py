@@ -10,15 +10,15 @@ from clarity.report.text import listed, number, percent
 
 #: Images behind a quantile, and counterfactuals towards a target, at least.
 MIN_IMAGES, MIN_COUNTERFACTUALS = 40, 20
-#: Told from this share beyond the images' 95 % quantile, if its lower bound is above twice the 5 % expected.
-MIN_SHARE, MIN_BOUND = 0.25, 0.1
+#: Told if more than half lie beyond the images' 95 % quantile, and the lower bound of their share is above a quarter.
+MIN_SHARE, MIN_BOUND = 0.5, 0.25
 
 
 def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
     """Targets whose counterfactuals have more epistemic uncertainty than 95 % of images of the same probability.
 
-    The search stops at a probability that most images exceed, so only images whose own probability has odds within a
-    factor of two of the counterfactuals' (5 % to 95 %) are compared: those of the target if there are enough, else all.
+    The search stops at a probability that most images of easy data exceed, and epistemic uncertainty falls with it, so
+    only images as sure as the counterfactuals are compared.
     """
     columns = facts.con.execute(
         "SELECT target, source, target_prob_final, epistemic_final FROM counterfactuals "
@@ -32,25 +32,20 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
         "SELECT source, probs[source + 1] AS prob, epistemic FROM codes WHERE status = 'ok' AND epistemic IS NOT NULL"
     ).fetchnumpy()
     image_class, image_prob, epistemic = (np.asarray(columns[name]) for name in columns)
-    targets = [t for t in np.unique(target).tolist() if (target == t).sum() >= MIN_COUNTERFACTUALS]
+    reached = {t: target == t for t in np.unique(target).tolist()}
+    reached = {t: mine for t, mine in reached.items() if mine.sum() >= MIN_COUNTERFACTUALS}
     escaping, compared = [], 0
-    for t in targets:
-        mine = target == t
-        low, high = log_odds(np.quantile(prob[mine], [0.05, 0.95])) + np.log([0.5, 2.0])
-        alike = (log_odds(image_prob) >= low) & (log_odds(image_prob) <= high)
-        own = alike & (image_class == t)
-        reference = epistemic[own if own.sum() >= MIN_IMAGES else alike]
-        if len(reference) < MIN_IMAGES:
+    for t, mine in reached.items():
+        reference = images_as_sure(prob[mine], image_prob, epistemic, image_class == t)
+        if reference is None:
             continue
         compared += 1
         beyond = final[mine] > np.quantile(reference, 0.95)
-        bound, _ = share_interval(beyond.sum(), len(beyond), 1 - 0.1 / len(targets))
-        if beyond.mean() > MIN_SHARE and bound > MIN_BOUND:
+        if escapes(beyond, len(reached)):
             shares = [(float(beyond[source[mine] == s].mean()), s) for s in np.unique(source[mine]).tolist()]
             sources = [s for _, s in sorted(shares, key=lambda entry: (-entry[0], entry[1]))]
-            escaping.append(
-                (float(beyond.mean()), t, len(beyond), np.median(final[mine]), np.median(reference), sources)
-            )
+            medians = (float(np.median(final[mine])), float(np.median(reference)))
+            escaping.append((float(beyond.mean()), t, len(beyond), *medians, sources))
     if not compared:
         return NotChecked(
             f"fewer than {MIN_IMAGES} images are as sure as the counterfactuals, or no target has {MIN_COUNTERFACTUALS}"
@@ -69,11 +64,38 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
             f"% of the images that the ensemble is as sure of (median {number(after)} nats, the images' "
             f"{number(usual)}). Targets concerned: {names}.",
             f"{share_text(share * count, count)}; 5 % is expected by chance. Told where the lower bound, corrected for "
-            f"{len(targets)} targets, is above 10 %.",
+            f"{len(reached)} targets, is above {percent(MIN_BOUND)}.",
             tuple((s, entry[1]) for entry in escaping[:3] for s in entry[5][:3]),
             figures={"share": share, "targets": len(escaping)},
         )
     ]
+
+
+def images_as_sure(
+    prob: np.ndarray, image_prob: np.ndarray, epistemic: np.ndarray, own: np.ndarray
+) -> np.ndarray | None:
+    """Epistemic uncertainties of images whose odds are within a factor of two of 5 % to 95 % of the counterfactuals'.
+
+    Args:
+        prob: of the target, of the counterfactuals.
+        image_prob: (N,) of the predicted class, of the images.
+        epistemic: (N,).
+        own: (N,) images of the target, which are taken alone where there are enough.
+
+    Returns:
+        None where fewer than MIN_IMAGES are as sure.
+    """
+    low, high = log_odds(np.quantile(prob, [0.05, 0.95])) + np.log([0.5, 2.0])
+    alike = (log_odds(image_prob) >= low) & (log_odds(image_prob) <= high)
+    if (alike & own).sum() >= MIN_IMAGES:
+        return epistemic[alike & own]
+    return epistemic[alike] if alike.sum() >= MIN_IMAGES else None
+
+
+def escapes(beyond: np.ndarray, num_targets: int) -> bool:
+    """Whether most counterfactuals of one of several targets lie beyond the images' quantile, and not by chance."""
+    bound, _ = share_interval(beyond.sum(), len(beyond), 1 - 0.1 / num_targets)
+    return bool(beyond.mean() > MIN_SHARE and bound > MIN_BOUND)
 
 
 def log_odds(prob: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from clarity.findings.differences import Differences
 from clarity.findings.statistics import share_interval
 from clarity.findings.suspicion import suspicious_labels
 from clarity.findings.verdict import Verdict, verdict
-from clarity.report.text import percent
+from clarity.report.text import interval, percent
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def gather(
 
 def share_text(part: float, whole: float) -> str:
     """A share with its 95 % interval."""
-    low, high = share_interval(part, whole)
-    return f"{percent(part, whole)}, 95 % interval {percent(low)} to {percent(high)}"
+    return f"{percent(part, whole)}, 95 % interval {interval(*share_interval(part, whole))}"
 
 
 def ranked(values: np.ndarray, descending: bool = True) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clarity.findings.statistics import share_interval
-from clarity.report.text import listed, percent, plural, probability
+from clarity.report.text import interval, listed, percent, plural, probability
 
 #: "With care" if the balanced accuracy is this far behind the baseline's.
 MAX_BEHIND = 0.05
@@ -44,8 +44,8 @@ class Verdict:
 def verdict(card: Mapping[str, Any]) -> Verdict:
     """Judges a model by its held-out figures.
 
-    No-go: the lower bound of the balanced accuracy, or of the recall of a class, is not above 1 / K, the balanced
-    accuracy of always naming the most frequent class. With care: balanced accuracy more than MAX_BEHIND behind
+    No-go: the lower bound of the balanced accuracy is not above 1 / K, that of always naming the most frequent class.
+    With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind
     logistic regression on principal components; reconstructions with more than MAX_ERROR of the mean image's error;
     a target out of reach. Sound otherwise.
 
@@ -63,11 +63,14 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
     no_go, care = [], []
     if low <= chance:
         no_go.append(
-            f"its balanced accuracy, {percent(balanced)} ({percent(low)} to {percent(high)}), is not above the "
+            f"its balanced accuracy, {percent(balanced)} ({interval(low, high)}), is not above the "
             f"{percent(chance)} of always naming one class"
         )
     elif guessed:
-        no_go.append(f"{listed(guessed)} {'is' if len(guessed) == 1 else 'are'} recognised no better than by guessing")
+        care.append(
+            f"no-go for {plural(len(guessed), 'class', 'classes')} recognised no better than by guessing: "
+            f"{listed(guessed)}"
+        )
     baseline, reconstruction = evaluation.get("baseline"), evaluation.get("reconstruction")
     if baseline and baseline["balanced_accuracy"] - balanced > MAX_BEHIND:
         behind = 100 * (baseline["balanced_accuracy"] - balanced)
@@ -119,13 +122,13 @@ def class_rows(
         low, high = share_interval(part["correct"], part["images"], 1 - 0.1 / len(names))
         if low <= chance:
             guessed.append(name)
-            notes.append("no better than guessing")
+            notes.append("no-go: no better than guessing")
         median, most = ((probs.get(key) or [None] * len(names))[i] for key in ("median", "p90"))
         if most is not None and most < MIN_REACHED:
             unreachable.append(name)
             notes.append("out of reach")
         low, high = share_interval(part["correct"], part["images"])
-        recall = f"{percent(part['correct'], part['images'])} ({percent(low)} to {percent(high)})"
+        recall = f"{percent(part['correct'], part['images'])} ({interval(low, high)})"
         shown = ["–" if prob is None else probability(prob) for prob in (median, most)]
         rows.append((name, recall, *shown, ", ".join(notes)))
     return rows, guessed, unreachable
@@ -137,8 +140,8 @@ def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: floa
     right, count = evaluation["correct"], evaluation["images"]
     bounds = share_interval(right, count)
     rows = [
-        ("Accuracy", percent(right, count), f"{percent(bounds[0])} to {percent(bounds[1])}, {plural(count, 'image')}"),
-        ("Balanced accuracy", percent(balanced), f"{percent(low)} to {percent(high)}"),
+        ("Accuracy", percent(right, count), f"{interval(*bounds)}, {plural(count, 'image')}"),
+        ("Balanced accuracy", percent(balanced), interval(low, high)),
     ]
     if majority := evaluation.get("majority"):
         rows.append(("Most frequent class", percent(majority["share"]), str(majority["class"])))

@@ -18,6 +18,14 @@ def percent(part: float, whole: float = 1.0) -> str:
     return f"{share:.{min(digits, 2) if rest > 0.01 else digits}f} %"
 
 
+def interval(low: float, high: float) -> str:
+    """Two bounds of a share: 30 % to 39 %; <0.01 % to 2.0 %."""
+    return " to ".join(
+        "<0.01 %" if 0 < bound < 1e-4 else ">99.99 %" if 1 - 1e-4 < bound < 1 else percent(bound)
+        for bound in (low, high)
+    )
+
+
 def plural(count: float, noun: str, nouns: str | None = None) -> str:
     """1 image, 2 images, 10,000 images; ``nouns`` is the plural where it is not ``noun`` and an s."""
     return f"{count:,.0f} {noun if count == 1 else nouns or noun + 's'}"

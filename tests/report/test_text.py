@@ -27,6 +27,11 @@ def test_percent_rounds_to_neither_end(part: float, whole: float, written: str) 
     assert text.percent(part, whole) == written
 
 
+def test_interval_does_not_show_digits_that_mean_nothing() -> None:
+    assert text.interval(0.0, 1.0) == "0 % to 100 %" and text.interval(1e-7, 0.39) == "<0.01 % to 39 %"
+    assert text.interval(0.5, 1 - 1e-7) == "50 % to >99.99 %"
+
+
 def test_plural_takes_an_irregular_plural() -> None:
     assert [text.plural(n, "image") for n in (0, 1, 10_000)] == ["0 images", "1 image", "10,000 images"]
     assert text.plural(2, "search", "searches") == "2 searches"

@@ -1,0 +1,83 @@
+"""The verdict on made-up model cards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from clarity.findings.verdict import describe, verdict
+
+NAMES = ("ant", "bee", "cow", "dog")
+
+
+def card(
+    recall: tuple[float, ...] = (0.95, 0.93, 0.97, 0.96),
+    baseline: float = 0.9,
+    error: float = 0.2,
+    p90: tuple[float | None, ...] = (0.99, 0.99, 0.99, 0.99),
+    images: int = 100,
+) -> dict[str, Any]:
+    per_class = {
+        name: {"images": images, "correct": round(share * images)} for name, share in zip(NAMES, recall, strict=True)
+    }
+    correct = sum(part["correct"] for part in per_class.values())
+    return {
+        "metrics": {"ensemble": {"calibration_error": 0.031}},
+        "target_probs": {"median": [0.9] * 4, "p90": list(p90)},
+        "evaluation": {
+            "images": 4 * images,
+            "correct": correct,
+            "per_class": per_class,
+            "majority": {"class": "ant", "share": 0.25},
+            "baseline": {"components": 50, "balanced_accuracy": baseline},
+            "reconstruction": {"latent_dim": 16, "vae": error, "mean_image": 1.0, "linear_code": 0.3},
+            "judge": None,
+        },
+    }
+
+
+def test_verdict_is_sound_for_a_good_model() -> None:
+    found = verdict(card())
+    assert found.level == "sound" and not found.reasons
+    assert [row[0] for row in found.classes] == list(NAMES)
+    assert found.classes[0][1].startswith("95.0 % (89 % to") and found.classes[0][2:] == ("0.90", "0.99", "")
+    text = describe(found)
+    assert "baseline 90 %" in text and "calibration error 3.1 %" in text and "reconstruction error 20 %" in text
+
+
+@pytest.mark.parametrize(
+    ("made", "level", "reason"),
+    [
+        (card((0.28, 0.27, 0.25, 0.3)), "no-go", "is not above the 25 % of always naming one class"),
+        (card((0.95, 0.9, 0.2, 0.9)), "with care", "No-go for 1 class recognised no better than by guessing: cow"),
+        (card(baseline=0.99), "sound", ""),
+        (card((0.85, 0.85, 0.85, 0.85), baseline=0.92), "with care", "7 points behind logistic regression"),
+        (card(error=0.6), "with care", "60 % of the mean image's error"),
+        (card(p90=(0.99, 0.72, None, 0.99)), "with care", "1 class is out of reach (bee)"),
+    ],
+)
+def test_verdict_has_documented_cuts(made: dict[str, Any], level: str, reason: str) -> None:
+    found = verdict(made)
+    assert found.level == level and (reason in " ".join(found.reasons))
+    assert bool(found.reasons) == (level != "sound")
+
+
+def test_verdict_keeps_every_reason_and_leads_with_the_worst() -> None:
+    found = verdict(card((0.95, 0.9, 0.2, 0.9), baseline=0.95, error=0.7, p90=(0.5, 0.99, 0.99, 0.99)))
+    assert len(found.reasons) == 4 and "because no-go for 1 class recognised no better" in found.sentence
+    assert found.classes[2][4] == "no-go: no better than guessing" and found.classes[0][4] == "out of reach"
+
+
+@pytest.mark.parametrize("made", [{}, {"evaluation": None}, {"evaluation": {"per_class": {}}}])
+def test_verdict_of_a_card_without_figures_is_not_checked(made: dict[str, Any]) -> None:
+    found = verdict(made)
+    assert (
+        found.level == "not checked" and "was not checked, because its card has no held-out figures" in found.sentence
+    )
+
+
+def test_verdict_leaves_out_classes_without_images() -> None:
+    made = card()
+    made["evaluation"]["per_class"]["dog"] = {"images": 0, "correct": 0}
+    assert [row[0] for row in verdict(made).classes] == ["ant", "bee", "cow"] and verdict(made).level == "sound"
