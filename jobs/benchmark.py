@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""Measure everything that the README says about speed, on whatever machine this runs: figures, ratios, goals.
+"""Measure everything that the pages say about speed, on whatever machine this runs: figures, ratios, goals.
 
 Each figure is the median of several repeats; what is compared is measured in turns within one run, since a machine's
-speed drifts. Prints a Markdown table as it goes; keeps benchmark.json and benchmark.md under --out.
+speed drifts. With --device all runs on that device in this process, without Ray, and the engines are checked against
+the plain one first. Prints a Markdown table; keeps benchmark.json and benchmark.md under --out. Exit codes: 0 measured,
+1 a check failed, 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -23,76 +23,92 @@ from pathlib import Path
 from typing import Any
 
 import driver
+import measures
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clarity import data, kernels
-from clarity import model as checkpoints
 from clarity.audit.commits import claim
 from clarity.audit.plan import rows_per_shard
-from clarity.classifiers import EnsembleConfig, LatentEnsemble
+from clarity.model import load_model
 from clarity.planning import choose, make_plan, raw_bytes_per_image
 from clarity.rows import encode_rows
-from clarity.search import LatentObjective, SearchConfig, descend
-from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
+from clarity.vae import VAE, VAES, vae_config
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, unpack_row, write_shard
 
 JOBS = Path(__file__).resolve().parent
-PARTS = ("machine", "search", "training", "stages", "job", "memory")
-CONFIG = SearchConfig()
+#: What needs a model, and what needs Ray.
+NEED_MODEL, NEED_RAY = ("stages", "job", "memory"), ("job", "memory")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)} (all)")
-    add("--model", help="model directory; without one the search runs over classifiers of random clusters")
-    add("--dataset", default="digits", choices=list(data.SOURCES), help="images of the stages, job, memory (digits)")
-    add("--data", help="where the images lie: a path or an s3:// URI, for every source but digits")
-    add("--split", default="test", help="part of the data that is explained (test)")
-    add("--limit", type=int, default=10_000, help="images of the stages and the job (10000)")
-    add("--memory-images", type=int, nargs=2, default=(6_000, 60_000), metavar="N",
-        help="images of the two runs whose peak memory is compared, to one class each (6000 60000)")  # fmt: skip
-    add("--threads", type=int, default=os.cpu_count() or 1, help="of the search and of matrix products (all)")
-    add("--repeats", type=int, default=5, help="of each timing (5)")
-    add("--scale", type=float, default=1.0, help="of the numbers of searches and updates that are timed (1)")
-    add("--out", help="where the figures and the scratch audits go (runs/benchmark)")
-    return parser.parse_args(argv)
+def new_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = driver.new_parser(__doc__)
+    add = driver.add_data_flags(parser, "test", "Part of the data that is explained").add_argument
+    add("--limit", type=int, default=10_000, metavar="N", help="Images of the stages and the job (default: 10000).")
+    about = "Images of the two runs whose peak memory is compared, to one class each (default: 6000 60000)."
+    add("--memory-images", type=int, nargs=2, default=(6_000, 60_000), metavar="N", help=about)
+    add = parser.add_argument_group("model").add_argument
+    about = "Model directory; without one, classifiers of random clusters are searched and networks are untrained."
+    add("--model", metavar="URI", help=about)
+    add = parser.add_argument_group("measurement").add_argument
+    about = f"Parts to measure: {', '.join(PARTS)} (default: all that --device and --model allow)."
+    add("--parts", nargs="+", choices=PARTS, metavar="PART", help=about)
+    about = "Measure this device alone, without Ray (default: the CPU, the GPU where there is one, and the job on Ray)."
+    add("--device", choices=["cpu", "cuda"], help=about)
+    add("--repeats", type=int, default=5, metavar="N", help="Repeats of each timing (default: 5).")
+    about = "Factor on the numbers of searches, images and updates that are timed (default: 1)."
+    add("--scale", type=float, default=1.0, metavar="X", help=about)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="DIR", help="Directory for figures and audits that are thrown away (default: runs/benchmark).")
+    add = parser.add_argument_group("resources").add_argument
+    threads = os.cpu_count() or 1
+    add(
+        "--threads", type=int, default=threads, metavar="N", help="CPU threads of searches and products (default: all)."
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the parts that are asked for; the exit code."""
-    args = parse(argv)
-    try:
-        args.out = driver.job_path(args.out, "runs/benchmark", "--out")
-        args.model = args.model and driver.job_path(args.model, "", "--model")
-        if not args.model and set(args.parts) & {"stages", "job", "memory"}:
-            raise ValueError("--model: the parts stages, job and memory need one; train it with jobs/train.py")
-        torch.set_num_threads(args.threads)
-        found: dict[str, Any] = {"about": about(args)}
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        for part in [part for part in PARTS if part in args.parts]:
-            found[part] = globals()[f"measure_{part}"](args)
-            text = table(found)
-            Path(args.out, "benchmark.json").write_text(json.dumps(found, indent=1))
-            Path(args.out, "benchmark.md").write_text(text)
-            print(f"{part} measured", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the job; the exit code."""
+    return driver.run(new_parser(), benchmark, argv)
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Measure the parts that are asked for, and keep what is found after each; 1 where a check failed."""
+    args.out = driver.job_path(args.out, "runs/benchmark", "--out")
+    args.model = args.model and driver.job_path(args.model, "", "--model")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: expected a GPU that torch can use, found none; choose --device cpu")
+    barred = {*(NEED_RAY if args.device else ()), *(() if args.model or not args.device else NEED_MODEL)}
+    parts = args.parts or [part for part in PARTS if part not in barred]
+    if not args.model and set(parts) & set(NEED_MODEL):
+        raise ValueError("--model: the parts stages, job and memory need one; train it with jobs/train.py")
+    if args.device and set(parts) & set(NEED_RAY):
+        raise ValueError("--parts: job and memory measure the job on Ray; leave --device out")
+    torch.set_num_threads(args.threads)
+    found: dict[str, Any] = {"about": about(args)}
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for part in [part for part in PARTS if part in parts]:
+        found[part] = PARTS[part](args)
+        text = table(found)
+        Path(args.out, "benchmark.json").write_text(json.dumps(found, indent=1))
+        Path(args.out, "benchmark.md").write_text(text)
+        print(f"{part} measured", file=sys.stderr)
     print(text)
-    return 0
+    checks = [*found.get("checks", []), *found.get("networks", [])]
+    return 0 if all(check["ok"] for check in checks) else 1
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """The machine and the versions."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    cpu = next((line.split(":")[1].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")), "")
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": args.threads,
+        "device": args.device,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "native": list(kernels.native_builds()),
         "triton": kernels.triton_available(),
@@ -104,213 +120,73 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# ---- machine and search ----------------------------------------------------------------------------------------------
+def devices(args: argparse.Namespace) -> list[str]:
+    """The devices to measure; the last is where a job would search."""
+    return [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def measure_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Products of 2048 x 2048 in float32, and bytes read and written by a copy of 256 MB."""
-    source = torch.rand(64 << 20)
-    goal = torch.empty_like(source)
-    copies = [timed(lambda: goal.copy_(source)) for _ in range(args.repeats + 1)][1:]
-    result = {
-        "sgemm_gflops": statistics.median(sgemm("cpu") for _ in range(args.repeats)),
-        "copy_gb_per_second": 2 * source.nbytes / statistics.median(copies) / 1e9,
-    }
-    if torch.cuda.is_available():
-        result["cuda_sgemm_gflops"] = statistics.median(sgemm("cuda") for _ in range(args.repeats))
-    return result
+    """What each device can do."""
+    return {device: measures.machine(device, args.repeats) for device in devices(args)}
 
 
-def sgemm(device: str) -> float:
-    """GFLOP/s of a float32 product, the best of three so that a pause of the machine does not flatter the search."""
-    size = 2048 if device == "cpu" else 8192
-    a = torch.rand(size, size, device=device)
-    return max(2e-9 * size**3 / timed(lambda: a @ a, device) for _ in range(3))
+def cases(args: argparse.Namespace) -> list[tuple[str, measures.Layers, Tensor, Tensor]]:
+    """The two ensembles that are searched, with codes and targets: of the model, or of clusters, and of clusters."""
+    first = "M 50, D 16, K 10", *measures.cluster_case(50, 16, 10, args.scale)
+    if args.model:
+        first = "the model", *model_case(args)
+    return [first, ("M 20, D 128, K 4", *measures.cluster_case(20, 128, 4, args.scale))]
+
+
+def measure_checks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every engine against the plain one, on codes of the model's images where there is a model."""
+    rows = max(64, int(2_000 * args.scale))
+    return [
+        check
+        for name, layers, codes, target in cases(args)
+        for device in devices(args)
+        for check in measures.check_engines(name, layers, codes[:rows], target[:rows], device)
+    ]
 
 
 def measure_search(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Each engine and two baselines, in turns; one entry for each ensemble."""
-    cases = [
-        ("M 50, D 16, K 10", *cluster_case(50, 16, 10, args.scale)),
-        ("M 20, D 128, K 4", *cluster_case(20, 128, 4, args.scale)),
-    ]
+    options = {"threads": args.threads, "repeats": args.repeats, "scale": args.scale}
+    return [measures.time_engines(*case, devices=devices(args), **options) for case in cases(args)]
+
+
+def measure_networks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Encode and decode: the model's VAE, or else each architecture, untrained."""
+    shapes = {"conv": (1, 28, 28), "beta_vae": (3, 64, 64)}
+    vaes = {name: VAE(vae_config(name, shapes[name])) for name in VAES if name in shapes}
     if args.model:
-        cases[0] = ("the model", *model_case(args))
-    return [search_case(args, name, layers, codes, target) for name, layers, codes, target in cases]
-
-
-def search_case(
-    args: argparse.Namespace, name: str, layers: list[tuple[Tensor, Tensor]], codes: Tensor, target: Tensor
-) -> dict[str, Any]:
-    """Time every engine on as many rows as it does in about a second or two."""
-    ways: dict[str, tuple[Callable[..., int], int, str]] = {
-        "one at a time": (one_at_a_time, 2, "cpu"),
-        "batched autograd": (batched_autograd, 512, "cpu"),
-        "plain": (engine("plain", args.threads), 512, "cpu"),
-        "batched": (engine("batched", args.threads), 2_048, "cpu"),
-    }
-    if builds := kernels.native_builds():
-        ways["native"] = (engine(f"native-{builds[0]}", args.threads), 20_000, "cpu")
-        ways["native, 1 thread"] = (engine(f"native-{builds[0]}", 1), 10_000, "cpu")
-    if torch.cuda.is_available():
-        ways["batched on the GPU"] = (engine("batched", None), 200_000, "cuda")
-        if kernels.triton_available():
-            ways["triton"] = (engine("triton", None), 2_000_000, "cuda")
-    flop = 4 * sum(weight.numel() for weight, _ in layers)
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    for turn, (way, (run, rows, device)) in itertools.product(range(args.repeats + 1), ways.items()):
-        if way == "one at a time" and turn > 2:
-            continue
-        count = max(2, int(rows * args.scale))
-        index = torch.arange(count) % len(codes)
-        given = [[(w.to(device), b.to(device)) for w, b in layers], codes[index].to(device), target[index].to(device)]
-        peak, start = sgemm(device), time.perf_counter()
-        updates = run(*given)
-        seconds = time.perf_counter() - start
-        if turn:  # the first turn warms up
-            steps = (updates + count) / seconds  # a search of n updates evaluates its objective n + 1 times
-            speed = {
-                "searches_per_second": count / seconds,
-                "search_steps_per_second": steps,
-                "mean_steps": updates / count,
-            }
-            runs[way].append(
-                speed | {"gflops": steps * flop / 1e9, "share_of_sgemm": steps * flop / 1e9 / peak, "rows": count}
-            )
-    medians = {way: {key: statistics.median(run[key] for run in each) for key in each[0]} for way, each in runs.items()}
-    shape = {"members": layers[0][0].shape[0], "sizes": [layers[0][0].shape[1], *(w.shape[2] for w, _ in layers)]}
-    return {"name": name, **shape, "kflop_per_step": flop / 1e3, "engines": medians}
-
-
-def engine(name: str, threads: int | None) -> Callable[..., int]:
-    """A way to search: the total of updates."""
-
-    def run(layers: list[tuple[Tensor, Tensor]], codes: Tensor, target: Tensor) -> int:
-        rows = {"target": target, "reference": codes}
-        found = descend(
-            LatentObjective(layers, CONFIG.distance_weight), codes, rows, CONFIG, engine=name, threads=threads
-        )
-        return int(found.steps.sum())
-
-    return run
-
-
-def one_at_a_time(layers: list[tuple[Tensor, Tensor]], codes: Tensor, target: Tensor) -> int:
-    """A baseline as a researcher would write it: one search after another over M separate networks, torch's Adam."""
-    members = [network(layers, m) for m in range(layers[0][0].shape[0])]
-    updates = 0
-    for z, wanted in zip(codes, target):
-        point = z.clone().unsqueeze(0).requires_grad_()
-        adam = torch.optim.Adam([point], lr=CONFIG.learning_rate)
-        for step in range(CONFIG.max_steps + 1):
-            logits = [member(point) for member in members]
-            prob = torch.stack([each.softmax(1)[0, wanted] for each in logits]).mean()
-            if prob > CONFIG.min_target_prob or step == CONFIG.max_steps:
-                break
-            adam.zero_grad()
-            entropy = torch.stack([nn.functional.cross_entropy(each, wanted.view(1)) for each in logits]).mean()
-            (entropy + CONFIG.distance_weight * (point - z).abs().sum()).backward()
-            adam.step()
-            updates += 1
-    return updates
-
-
-def batched_autograd(layers: list[tuple[Tensor, Tensor]], codes: Tensor, target: Tensor) -> int:
-    """A baseline as a researcher would write it: all searches side by side, autograd, until the last one has ended."""
-    objective = LatentObjective(layers, CONFIG.distance_weight)
-    rows = {"target": target, "reference": codes}
-    point = codes.clone().requires_grad_()
-    adam = torch.optim.Adam([point], lr=CONFIG.learning_rate)
-    searching = torch.ones(len(codes), dtype=torch.bool)
-    updates = 0
-    for step in range(CONFIG.max_steps + 1):
-        loss, prob, _ = objective(point, rows)
-        searching &= prob.detach() <= CONFIG.min_target_prob
-        if step == CONFIG.max_steps or not searching.any():
-            break
-        adam.zero_grad()
-        (loss * searching).sum().backward()
-        adam.step()
-        updates += int(searching.sum())
-    return updates
-
-
-def network(layers: list[tuple[Tensor, Tensor]], member: int) -> nn.Sequential:
-    """One member as a network of its own."""
-    stack: list[nn.Module] = []
-    for weight, bias in layers:
-        linear = nn.Linear(*weight.shape[1:])
-        linear.weight.data, linear.bias.data = weight[member].t().contiguous(), bias[member].clone()
-        stack += [nn.ReLU(), linear] if stack else [linear]
-    return nn.Sequential(*stack).requires_grad_(False)
-
-
-def cluster_codes(latent: int, classes: int, rows: int) -> Codes:
-    """Codes of random clusters that overlap as the classes of real images do."""
-    noise = torch.Generator().manual_seed(0)
-    labels = torch.arange(rows) % classes
-    centres = torch.randn(classes, latent, generator=noise) * (16 / latent) ** 0.5
-    mean = centres[labels] + 0.6 * torch.randn(rows, latent, generator=noise)
-    return Codes(mean, torch.full_like(mean, -3.0), labels)
-
-
-def cluster_case(
-    members: int, latent: int, classes: int, scale: float
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """Layers of an ensemble trained on random clusters, codes to start from, and wanted classes."""
-    codes = cluster_codes(latent, classes, 256 * 10)
-    config = EnsembleConfig(num_classes=classes, latent_dim=latent, num_members=members)
-    training = EnsembleTraining(epochs=1, min_updates=max(10, int(400 * scale)))
-    state: dict[str, Tensor] = {}
-    for epoch in train_latent_members(codes, config, training, range(members)):
-        state = epoch.state()
-    ensemble = LatentEnsemble(config)
-    ensemble.load_state_dict(weights_of(state))
-    target = (codes.labels + 1 + torch.arange(len(codes)) // classes % (classes - 1)) % classes
-    return [(w.detach(), b.detach()) for w, b in ensemble.layers()], codes.mean, target
-
-
-def model_case(args: argparse.Namespace) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
-    """The model's layers, codes of its data, and every class but the one that the ensemble sees."""
-    model = checkpoints.load_model(args.model)
-    _, listing = images(args)
-    pixels = data.read_all(_, listing.slice(0, 2_500), model.preprocessing)[0]
-    mean, _ = encode_rows(model.vae, torch.from_numpy(pixels).float() / 255)
-    with torch.no_grad():
-        seen = model.ensemble(mean).softmax(-1).mean(0).argmax(-1)
-    classes = model.num_classes
-    others = (seen.unsqueeze(1) + torch.arange(1, classes)) % classes
-    layers = [(weight.detach(), bias.detach()) for weight, bias in model.ensemble.layers()]
-    order = torch.randperm(others.numel(), generator=torch.Generator().manual_seed(0))
-    return layers, mean.repeat_interleave(classes - 1, dim=0)[order].contiguous(), others.flatten()[order].contiguous()
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
+        vaes = {"the model": load_model(args.model).vae}
+    return [
+        timing
+        for name, vae in vaes.items()
+        for device in devices(args)
+        for timing in measures.time_networks(vae, name, device, args.repeats, args.scale)
+    ]
 
 
 def measure_training(args: argparse.Namespace) -> dict[str, Any]:
-    """50 latent classifiers in one stack against one after another, at batch 256; the sequence is timed on five."""
-    updates = max(4, int(60 * args.scale))
-    codes = cluster_codes(16, 10, 256 * updates)
-    config = EnsembleConfig(num_classes=10, latent_dim=16, num_members=50)
-    training = EnsembleTraining(epochs=1, min_updates=1)
-
-    def stacked() -> None:
-        for _ in train_latent_members(codes, config, training, range(50)):
-            pass
-
-    def in_sequence() -> None:
-        for member in range(5):
-            for _ in train_latent_members(codes, config, training, [member]):
-                pass
-
-    turns = [(timed(stacked), timed(in_sequence) * 10) for _ in range(args.repeats + 1)][1:]
-    together, apart = (statistics.median(each) / updates for each in zip(*turns))
-    ratio = statistics.median(b / a for a, b in turns)
-    return {"stacked_seconds_per_update": together, "sequence_seconds_per_update": apart, "ratio": ratio}
+    """Training on the last device."""
+    return measures.time_training(devices(args)[-1], args.repeats, args.scale)
 
 
-# ---- stages, job, memory ---------------------------------------------------------------------------------------------
+def model_case(args: argparse.Namespace) -> tuple[measures.Layers, Tensor, Tensor]:
+    """The model's layers, codes of its data, and every class but the one that the ensemble predicts."""
+    model = load_model(args.model)
+    dataset, listing = images(args)
+    pixels = data.read_all(dataset, listing.slice(0, 2_500), model.preprocessing)[0]
+    mean, _ = encode_rows(model.vae, torch.from_numpy(pixels).float() / 255)
+    with torch.no_grad():
+        source = model.ensemble(mean).softmax(-1).mean(0).argmax(-1)
+    classes = model.num_classes
+    others = (source.unsqueeze(1) + torch.arange(1, classes)) % classes
+    layers = [(weight.detach(), bias.detach()) for weight, bias in model.ensemble.layers()]
+    order = torch.randperm(others.numel(), generator=torch.Generator().manual_seed(0))
+    return layers, mean.repeat_interleave(classes - 1, dim=0)[order].contiguous(), others.flatten()[order].contiguous()
 
 
 def images(args: argparse.Namespace) -> tuple[data.Dataset, pa.Table]:
@@ -320,23 +196,23 @@ def images(args: argparse.Namespace) -> tuple[data.Dataset, pa.Table]:
 
 
 def scratch(args: argparse.Namespace, name: str) -> str:
-    """An empty place for an audit that is thrown away."""
-    place = Path(args.out, "scratch", name)
-    shutil.rmtree(place, ignore_errors=True)
-    return str(place)
+    """A directory that does not exist yet, for an audit that is thrown away."""
+    directory = Path(args.out, "scratch", name)
+    shutil.rmtree(directory, ignore_errors=True)
+    return str(directory)
 
 
 def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
-    """The stages of a job one after another in this process, without Ray, on all threads."""
+    """The stages of a job one after another in this process, without Ray: from image files to committed tables."""
     dataset, listing = images(args)
-    model = checkpoints.load_model(args.model)
+    model = load_model(args.model)
     rows = rows_per_shard(len(listing), raw_bytes_per_image(model, model.num_classes - 1))
     out = scratch(args, "stages")
-    plan = make_plan(model, dataset, listing, method="clarity", config=CONFIG, shard_rows=rows)
+    plan = make_plan(model, dataset, listing, method="clarity", config=measures.CONFIG, shard_rows=rows)
     seconds: dict[str, float] = {}
     with claim(out, plan, args.model) as held:
         work = Work(out, held.run, held.plan, dataset, model.preprocessing)
-        explain = ExplainShard(work, threads=args.threads, device="cuda" if torch.cuda.is_available() else "cpu")
+        explain = ExplainShard(work, threads=args.threads, device=devices(args)[-1])
         _ = explain.explainer  # loading the model is start-up
         start, pairs = time.perf_counter(), 0
         for shard in held.pending:
@@ -404,7 +280,7 @@ def measure_job(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Largest sum of the proportional set sizes of the driver and its Ray processes, for two numbers of images."""
-    target = checkpoints.load_model(args.model).class_names[0]
+    target = load_model(args.model).class_names[0]
     runs = [
         run_job(args, f"memory-{n}", "--limit", str(n), "--targets", target, watch=True) for n in args.memory_images
     ]
@@ -420,38 +296,27 @@ def proportional_bytes(root: int) -> int:
         except OSError:  # it has ended
             continue
         children.setdefault(parent, []).append(int(stat.parent.name))
-    return sum(_proportional_set(pid) for pid in _family(root, children))
+    return sum(proportional_set(pid) for pid in family(root, children))
 
 
-def _family(pid: int, children: dict[int, list[int]]) -> Iterator[int]:
+def family(pid: int, children: dict[int, list[int]]) -> Iterator[int]:
+    """A process and all its descendants."""
     yield pid
     for child in children.get(pid, ()):
-        yield from _family(child, children)
+        yield from family(child, children)
 
 
-def _proportional_set(pid: int) -> int:
-    return 1024 * sum(int(line.split()[1]) for line in _lines(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
+def proportional_set(pid: int) -> int:
+    """Bytes of a process, shared pages divided among their holders; 0 where it has ended."""
+    return 1024 * sum(int(line.split()[1]) for line in lines_of(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
 
 
-def _lines(path: str) -> list[str]:
+def lines_of(path: str) -> list[str]:
+    """The lines of a file; none where it cannot be read."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
-def timed(action: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of a call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def table(found: dict[str, Any]) -> str:
@@ -474,16 +339,36 @@ def table(found: dict[str, Any]) -> str:
         lines += ["", "| engine | searches/s | search-steps/s | GFLOP/s | of sgemm |", "|---|---|---|---|---|"]
         for name, run in case["engines"].items():
             lines.append(
-                f"| {name} | {_number(run['searches_per_second'])} | {_number(run['search_steps_per_second'])} "
-                f"| {_number(run['gflops'])} | {100 * run['share_of_sgemm']:.1f} % |"
+                f"| {name} | {number(run['searches_per_second'])} | {number(run['search_steps_per_second'])} "
+                f"| {number(run['gflops'])} | {100 * run['share_of_sgemm']:.1f} % |"
             )
+        lines.append("")
+    if "checks" in found:
+        lines += ["| engine against plain | rows | same steps | codes within 1e-4 | |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {check['engine']}, {check['case']}, {check['variant']} | {check['rows']} | {check['same_steps']:.2%} "
+            f"| {check['codes_within_1e-4']:.2%} | {'agrees' if check['ok'] else 'DIFFERS'} |"
+            for check in found["checks"]
+        ]
+        lines.append("")
+    if "networks" in found:
+        lines += [
+            "| network | images/s | against PyTorch | of gemm | largest difference | |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {run['work']}, {run['network']}, {run['precision']} | {number(run['rows_per_second'])} "
+            f"| {run['ratio_to_pytorch']:.2f} x | {run['share_of_gemm']:.0%} | {run['largest_difference']:.1e} "
+            f"| {'within tolerance' if run['ok'] else 'DIFFERS'} |"
+            for run in found["networks"]
+        ]
         lines.append("")
     if "stages" in found:
         run = found["stages"]
         lines += [f"Stages in one process, {run['images']} images, {run['pairs']} pairs, {run['seconds']:.1f} s:", ""]
         lines += ["| stage | seconds | pairs/s |", "|---|---|---|"]
         lines += [
-            f"| {name} | {spent:.2f} | {_number(run['pairs'] / max(spent, 1e-9))} |"
+            f"| {name} | {spent:.2f} | {number(run['pairs'] / max(spent, 1e-9))} |"
             for name, spent in run["seconds_by_stage"].items()
         ]
         lines.append("")
@@ -502,30 +387,31 @@ def table(found: dict[str, Any]) -> str:
         lines += [
             f"Training, an update of 50 members at batch 256: {together:.1f} ms stacked, {apart:.1f} ms in sequence."
         ]
-    if "machine" in found:
-        lines.append(", ".join(f"{name} {_number(value)}" for name, value in found["machine"].items()) + ".")
+        lines.append(f"Training the VAE of 28 x 28 images: {number(run['vae_images_per_second'])} images a second.")
+    for device, can in found.get("machine", {}).items():
+        lines.append(f"{device}: " + ", ".join(f"{name} {number(value)}" for name, value in can.items()) + ".")
     return "\n".join(lines) + "\n"
 
 
 def goals_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
     """What was asked of the parts that were measured: goal, asked, found, reached."""
-    for number, case in enumerate(found.get("search", [])):
+    for index, case in enumerate(found.get("search", [])):
         runs, name = case["engines"], case["name"]
         rate = {way: run["search_steps_per_second"] for way, run in runs.items()}
         if "native" in runs:
-            share, asked = runs["native"]["share_of_sgemm"], (1.0, 0.8)[number]
+            share, asked = runs["native"]["share_of_sgemm"], (1.0, 0.8)[index]
             yield f"search on the CPU, {name}: share of sgemm", f"{asked:.0%}", f"{share:.0%}", share >= asked
         faster = [
             ("native", "one at a time", 5000),
             ("native", "batched autograd", 20),
             ("batched", "batched autograd", 2),
         ]
-        faster += [("triton", "batched on the GPU", 20)]
-        for way, other, asked in faster if number == 0 else []:
+        faster += [("triton", "batched autograd on the GPU", 20)]
+        for way, other, asked in faster if index == 0 else []:
             if way in runs and other in runs:
                 ratio = rate[way] / rate[other]
-                yield f"{way} against {other}, {name}", f"{asked} x", f"{_number(ratio)} x", ratio >= asked
-        if number == 0 and "triton" in runs:
+                yield f"{way} against {other}, {name}", f"{asked} x", f"{number(ratio)} x", ratio >= asked
+        if index == 0 and "triton" in runs:
             yield "triton, search-steps/s", "2.0e8", f"{rate['triton']:.1e}", rate["triton"] >= 2e8
     if "job" in found:
         spent, allowed = found["job"]["seconds_after_startup"], found["job"]["as_planned"]["pairs"] / 1500
@@ -542,8 +428,22 @@ def goals_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
         yield "50 members stacked against in sequence", "6 x", f"{ratio:.1f} x", ratio >= 6
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+#: What is measured, in this order.
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "machine": measure_machine,
+    "checks": measure_checks,
+    "search": measure_search,
+    "networks": measure_networks,
+    "training": measure_training,
+    "stages": measure_stages,
+    "job": measure_job,
+    "memory": measure_memory,
+}
 
 
 if __name__ == "__main__":

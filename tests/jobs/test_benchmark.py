@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,11 @@ JOB = Path(__file__).parent.parent.parent / "jobs" / "benchmark.py"
 
 
 @pytest.fixture(scope="module")
-def benchmark(load_job: Any) -> Any:
+def benchmark(load_job: Any) -> Iterator[Any]:
     module = load_job("benchmark")
-    module.CONFIG = SearchConfig(min_target_prob=0.9, max_steps=25)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.measures, "CONFIG", SearchConfig(min_target_prob=0.9, max_steps=25))
+        yield module
 
 
 @pytest.fixture
@@ -34,13 +36,17 @@ def threads() -> Any:
 
 
 def test_baselines_make_the_updates_of_the_plain_engine(benchmark: ModuleType) -> None:
-    layers, codes, target = benchmark.cluster_case(3, 5, 4, 0.1)
+    layers, codes, target = benchmark.measures.cluster_case(3, 5, 4, 0.1)
     codes, target = codes[:9], target[:9]
     rows = {"target": target, "reference": codes}
-    objective = LatentObjective(layers, benchmark.CONFIG.distance_weight)
-    plain = int(descend(objective, codes, rows, benchmark.CONFIG, engine="plain").steps.sum())
+    objective = LatentObjective(layers, benchmark.measures.CONFIG.distance_weight)
+    plain = int(descend(objective, codes, rows, benchmark.measures.CONFIG, engine="plain").steps.sum())
     assert plain > 9
-    for baseline in (benchmark.one_at_a_time, benchmark.batched_autograd, benchmark.engine("batched", 1)):
+    for baseline in (
+        benchmark.measures.one_at_a_time,
+        benchmark.measures.batched_autograd,
+        benchmark.measures.engine("batched", 1),
+    ):
         assert abs(baseline(layers, codes, target) - plain) <= 2
 
 
@@ -72,6 +78,49 @@ def test_benchmark_writes_figures_and_goals(
     assert "| goal | asked | found | |" in text
 
 
+def test_benchmark_checks_the_engines_of_a_device(
+    benchmark: ModuleType, tmp_path: Path, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "figures"
+    command = [
+        "--device",
+        "cpu",
+        "--parts",
+        "checks",
+        "networks",
+        "--scale",
+        "0.03",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+    ]
+    assert benchmark.main([*command, "--out", str(out)]) == 0
+    found = json.loads((out / "benchmark.json").read_text())
+    assert {check["variant"] for check in found["checks"]} == {"plain", "thresholds", "fixed"}
+    assert {run["precision"] for run in found["networks"]} == {"float32", "bfloat16"}
+    assert "agrees" in (out / "benchmark.md").read_text()
+    # An engine that moves along the fixed directions is found out.
+    real = benchmark.measures.descend
+
+    def careless(objective: Any, *args: Any, engine: str, **options: Any) -> Any:
+        if engine != "plain":
+            objective = LatentObjective(objective.layers, objective.distance_weight)
+        return real(objective, *args, engine=engine, **options)
+
+    monkeypatch.setattr(benchmark.measures, "descend", careless)
+    assert benchmark.main([*command[:4], *command[5:], "--out", str(out)]) == 1
+    assert "DIFFERS" in (out / "benchmark.md").read_text()
+
+
+def test_benchmark_on_a_device_needs_no_ray(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["--device", "cpu", "--parts", "job", "--model", "m", "--out", str(tmp_path)]) == 2
+    assert "--parts: job and memory measure the job on Ray; leave --device out" in capsys.readouterr().err
+    assert "ray" not in {name for name in vars(benchmark)} | {name for name in vars(benchmark.measures)}
+
+
 def test_benchmark_measures_the_stages_of_a_job(
     benchmark: ModuleType, tiny_digits_model: Path, tmp_path: Path, threads: Any
 ) -> None:
@@ -100,7 +149,7 @@ def test_memory_is_summed_over_a_process_and_its_children(benchmark: ModuleType)
         assert process.stdout is not None
         process.stdout.readline()
         assert benchmark.proportional_bytes(process.pid) > 60_000_000
-        assert benchmark.proportional_bytes(process.pid) > benchmark._proportional_set(process.pid) + 50_000_000
+        assert benchmark.proportional_bytes(process.pid) > benchmark.proportional_set(process.pid) + 50_000_000
         process.communicate(b"\n")
     assert benchmark.proportional_bytes(os.getpid()) > 10_000_000
 
