@@ -7,20 +7,21 @@ belongs in ``clarity``. Imports Ray only where Ray is used: jobs without it star
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+import io
 import logging
 import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,16 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from clarity import data, storage
 from clarity.audit.commits import unreachable_paths
 
-#: CPUs of one actor without a GPU. Two actors of one thread do more than one of two, which wait for each other between
-#: the large operations; but each has its own torch and model in memory, so that only small nodes get one for each CPU.
-CPUS_PER_ACTOR = 2
-SMALL_NODE_CPUS = 4
-#: Memory that one actor takes at the most: torch, the model, the shards in flight.
-ACTOR_BYTES = 1_000_000_000
 #: Where `ray up` leaves the description of an autoscaling cluster on its head, on which a submitted job's driver runs.
 AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 #: Of a Ray that a job starts itself: fixed, so that memory does not grow with the data.
 OBJECT_STORE_BYTES = 1_000_000_000
+#: How long to wait for the Ray that RAY_ADDRESS names.
+RAY_CONTACT_S = 15
 #: How long to wait for the first node of an autoscaler.
 FIRST_NODE_S = 900
 #: Set in the driver of a job that was handed in with `ray job submit`.
@@ -138,6 +135,7 @@ def run(
         cut_by: exceptions after which the same command resumes; exit code 1, as after an interrupt. ValueError and
             OSError are bad input, exit code 2.
     """
+    print_whatever_happens()
     args = parser.parse_args(argv)
     try:
         return job(args)
@@ -150,6 +148,44 @@ def run(
     except cut_by as error:
         print(f"error: {error}\nthe same command resumes", file=sys.stderr)
         return 1
+
+
+def print_whatever_happens() -> None:
+    """Let no output decide about a job: what a terminal cannot encode is escaped, and a closed pipe is written past."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stdout, Tolerant):
+        sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
+
+
+class Tolerant:
+    """A stream whose reader may go away, as that of ``| head -1`` does."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, where anybody reads."""
+        with self.closed_pipe():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, where anybody reads."""
+        with self.closed_pipe():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def closed_pipe(self) -> Iterator[None]:
+        """From the first write into a closed pipe on, everything goes to /dev/null."""
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def with_flag(message: str, parser: argparse.ArgumentParser) -> str:
@@ -234,6 +270,9 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     context.enable_progress_bars = context.print_on_execution_start = False
     if ray.is_initialized():
         return
+    require_answer(os.environ.get("RAY_ADDRESS", ""))
+    # Its core writes what helps nobody outside of Ray to the console, as that an actor has large constructor arguments.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     interruptible()
     try:
@@ -250,6 +289,24 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     except Exception as error:  # a plain Exception when the machine is too busy for Ray's own limit of 30 seconds
         raise ray.exceptions.RaySystemError(f"Ray did not start: {error}") from None
     interruptible()  # Ray took SIGTERM for itself
+
+
+def require_answer(address: str) -> None:
+    """Raise ValueError unless somebody listens at RAY_ADDRESS; Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    end = time.monotonic() + RAY_CONTACT_S
+    while host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"RAY_ADDRESS: expected a Ray at {address}, got no answer in {RAY_CONTACT_S} s ({error}): start "
+                    "that cluster, correct the address, or unset RAY_ADDRESS for a Ray of this job's own"
+                ) from None
+            print(f"no Ray answers at {address} yet ({error}); trying again", file=sys.stderr)
+            time.sleep(2)
 
 
 def offered_nodes(max_nodes: int | None = None, gpus: float | None = None) -> list[dict[str, float]]:
@@ -353,144 +410,3 @@ def autoscaler_description(path: str | os.PathLike[str] = AUTOSCALER_FILE) -> di
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return found if isinstance(found, dict) else None
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a job asks Ray for: CPUs and GPUs as the scheduler counts them, threads as each actor really runs them."""
-
-    num_actors: int
-    cpus_per_actor: float
-    gpus_per_actor: float
-    threads_per_actor: int
-    io_cpus: float
-    num_nodes: int
-
-    def describe(self) -> str:
-        """One line for the console."""
-        device = f"{self.gpus_per_actor:g} GPU, " if self.gpus_per_actor else ""
-        return (
-            f"{self.num_actors} actor{'s' * (self.num_actors > 1)} on {self.num_nodes} "
-            f"node{'s' * (self.num_nodes > 1)}, each {device}{self.cpus_per_actor:g} CPU, "
-            f"{self.threads_per_actor} thread{'s' * (self.threads_per_actor > 1)}; "
-            f"{self.io_cpus:g} CPU for a reader or writer"
-        )
-
-
-def plan_resources(
-    nodes: Sequence[Mapping[str, float]],
-    num_shards: int,
-    actors: int | None = None,
-    gpus_per_actor: float | None = None,
-) -> Resources:
-    """The resources of a run over ``nodes``, each {"CPU": n, "GPU": n, "memory": bytes} (absent is none).
-
-    Wherever Ray puts the actors, also after losing any nodes, they leave each node the CPUs of ``io_reserve`` (0.75 of
-    several nodes of 2 CPUs): actors that hold every CPU starve the reads that they wait for. Without GPUs an actor also
-    fits on at least two nodes, so that losing one cannot strand the run.
-
-    Args:
-        nodes: the machines that Ray offers, or that its autoscaler may bring.
-        num_shards: no more actors than shards.
-        actors: number of actors asked for; as many as useful by default.
-        gpus_per_actor: 1 where there is a GPU, else 0, by default; a fraction shares a GPU.
-
-    Raises:
-        ValueError: on what cannot be scheduled, with the remedy.
-    """
-    if actors is not None and actors < 1:
-        raise ValueError(f"actors: expected at least 1, got {actors}")
-    if gpus_per_actor is not None and not (gpus_per_actor >= 0 and (gpus_per_actor < 1 or gpus_per_actor % 1 == 0)):
-        raise ValueError(f"gpus_per_actor: expected 0, a fraction below 1 or a whole number, got {gpus_per_actor:g}")
-    usable = [node for node in nodes if node.get("CPU", 0) > 0]
-    if not usable:
-        raise ValueError(
-            "no node offers a CPU, which reading and writing need; start one with --num-cpus of 2 or more, or give "
-            "--max-nodes where an autoscaler brings nodes that this job cannot foresee, as on Kubernetes"
-        )
-    if gpus_per_actor is None:
-        gpus_per_actor = 1.0 if any(node.get("GPU", 0) >= 1 for node in usable) else 0.0
-    if gpus_per_actor:
-        return plan_gpu_actors(usable, num_shards, actors, gpus_per_actor)
-    return plan_cpu_actors(usable, num_shards, actors)
-
-
-def plan_cpu_actors(nodes: Sequence[Mapping[str, float]], num_shards: int, actors: int | None) -> Resources:
-    """``plan_resources`` without GPUs: as many actors as are useful, as large as they may be."""
-    # Nodes of one CPU get no actor beside larger ones.
-    least = 2 if any(node["CPU"] >= 2 for node in nodes) else 0
-    hosts = [node for node in nodes if node["CPU"] >= least]
-    count = actors or max(1, min(sum(useful_actors(node) for node in hosts), num_shards))
-    cpus = Counter(float(node["CPU"]) for node in nodes)
-    # The second largest node bounds the size: an actor must fit somewhere when the largest is lost.
-    bound = sorted(node["CPU"] for node in hosts)[-2:][0]
-    reserve = {c: io_reserve(c) for c in cpus}
-    if len(hosts) > 1 and 2 in reserve:
-        reserve[2] = 0.75  # with one of 2 CPUs kept, no size fits beside it once but not twice
-    fitting, size = 0, 0.0
-    for candidate in {round_down((c - reserve[c]) / n, 100) for c in cpus for n in range(1, 2 * math.ceil(c) + 1)}:
-        if not 0.1 <= candidate <= bound - reserve[bound]:
-            continue
-        # Of each kind of node: how many actors fit beside the reserve. Where Ray could put more, there may be no more.
-        beside = {c: int(round_down((c - reserve[c]) / candidate)) for c in cpus}
-        total = sum(beside[c] * nodes_alike for c, nodes_alike in cpus.items() if c >= least)
-        limits = [beside[c] for c in cpus if round_down(c / candidate) > beside[c]]
-        fitting, size = max((fitting, size), (min([count, total, *limits]), candidate))
-    if not fitting:
-        raise ValueError(
-            f"no actor can be scheduled on nodes of {sorted(cpus.elements())} CPUs; start a node with --num-cpus of 2 "
-            "or more"
-        )
-    if actors is not None and fitting < actors:
-        raise ValueError(
-            f"--actors {actors} cannot be scheduled on {len(nodes)} node(s) with {sum(cpus.elements()):g} CPUs in all, "
-            f"at least 0.75 of each kept for reading and writing; ask for --actors {fitting} or fewer, or add nodes"
-        )
-    fit = [node["CPU"] for node in hosts if node["CPU"] >= size]
-    threads = int(max(1, min(sum(fit) // fitting, min(fit))))
-    return Resources(fitting, size, 0.0, threads, 0.5 if reserve[min(fit)] >= 1 else 0.25, len(nodes))
-
-
-def plan_gpu_actors(
-    nodes: Sequence[Mapping[str, float]], num_shards: int, actors: int | None, gpus: float
-) -> Resources:
-    """``plan_resources`` of actors that each hold ``gpus`` GPUs."""
-    hosts = [(float(node["CPU"]), int(round_down(node.get("GPU", 0) / gpus))) for node in nodes]
-    hosts = [(cpu, fit) for cpu, fit in hosts if fit]
-    total = sum(fit for _, fit in hosts)
-    if not total:
-        raise ValueError(
-            f"--gpus-per-actor {gpus:g}: no node offers that many GPUs; the nodes have "
-            f"{sorted({node.get('GPU', 0) for node in nodes})}; ask for --gpus-per-actor 0, or add GPU nodes"
-        )
-    if actors is not None and actors > total:
-        raise ValueError(
-            f"--actors {actors} of {gpus:g} GPU each do not fit: the nodes hold {total}; ask for --actors {total}"
-        )
-    count = actors if actors is not None else max(1, min(total, num_shards))
-    size = min(1.0, *(round_down((cpu - io_reserve(cpu)) / min(fit, count), 100) for cpu, fit in hosts))
-    if size < 0.05:
-        raise ValueError(
-            f"a node offers {min(cpu for cpu, _ in hosts):g} CPU for {max(fit for _, fit in hosts)} GPU actors: "
-            "too few to read, write and feed them; ask for fewer --actors or for nodes with more CPUs"
-        )
-    threads = max(1, min(8, min(int(cpu // min(fit, count)) for cpu, fit in hosts)))
-    return Resources(count, size, gpus, threads, 0.5 if max(cpu for cpu, _ in hosts) >= 2 else 0.25, len(nodes))
-
-
-def useful_actors(node: Mapping[str, float]) -> int:
-    """How many actors without a GPU make a node's CPUs work, and fit into its memory."""
-    by_memory = node["memory"] // ACTOR_BYTES if node.get("memory") else math.inf
-    cpus = node["CPU"]
-    return int(max(1, min(cpus if cpus <= SMALL_NODE_CPUS else cpus // CPUS_PER_ACTOR, by_memory)))
-
-
-def io_reserve(cpus: float) -> float:
-    """CPUs of a node that actors leave to readers and writers: an eighth, at least one; half of nodes below 2 CPUs."""
-    # Encoding PNG files and writing tables is about an eighth of the work.
-    return max(cpus / 8, 1.0) if cpus >= 2 else cpus / 2
-
-
-def round_down(value: float, steps: int = 1) -> float:
-    """The next multiple of 1 / ``steps`` below, where the arithmetic of floats does not count."""
-    return math.floor(value * steps + 1e-6) / steps

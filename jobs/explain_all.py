@@ -16,18 +16,20 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
+import actors
 import driver
 import pyarrow as pa
 import ray
 import ray.data
 import torch
-from driver import Notes, Resources
+from actors import Resources
+from driver import Notes
 
 from clarity import data, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim, drop_commits
 from clarity.audit.plan import Plan, read_plan, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
-from clarity.audit.summary import describe, describe_plan
+from clarity.audit.summary import describe, describe_plan, require_readable
 from clarity.audit.verify import verify
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
@@ -106,14 +108,18 @@ def explain_all(args: Namespace) -> int:
             driver.check_visible(held.uri, held.run, dataset.data)
             fill(args, held, resources, Work(out, held.run, held.plan, dataset, model.preprocessing), listing)
         print(f"model      {model_uri}\naudit      {out}")
+        if held.complete:
+            if not args.no_report and not storage.exists(storage.join(out, "report.html")):
+                print(f"report     {storage.display(write_report([out]).uri)}")
+            require_readable(held.summary())
         return 0 if held.complete else 1
 
 
-def plan_resources(args: Namespace, num_shards: int, actors: int | None = None) -> Resources:
+def plan_resources(args: Namespace, num_shards: int, count: int | None = None) -> Resources:
     """Start Ray, and plan the actors on its nodes."""
     driver.start_ray()
     nodes = driver.offered_nodes(args.max_nodes, args.gpus_per_actor)
-    return driver.plan_resources(nodes, num_shards, actors or args.actors, args.gpus_per_actor)
+    return actors.plan_resources(nodes, num_shards, count or args.actors, args.gpus_per_actor)
 
 
 def measure(args: Namespace, plan: Plan, model_uri: str, dataset: data.Dataset, images: pa.Table) -> dict[str, Any]:
@@ -168,8 +174,6 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
     if checked.shards:
         drop_commits(held.uri, checked.shards)
         print(f"{len(checked.shards)} unsound shards are taken back; the same command redoes them", file=sys.stderr)
-    if checked.ok and not args.no_report:
-        print(f"report     {storage.display(write_report([held.uri]).uri)}")
 
 
 def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> Notes:

@@ -44,11 +44,13 @@ def check(args: argparse.Namespace) -> int:
     print(f"decoded    {found.redecoded} pairs again, within one grey level")
     for problem in found.problems:
         print(f"problem    {problem}")
-    if not found.ok:
+    if found.problems:
         print("NOT SOUND: run jobs/explain_all.py again" + (" after --repair" if marked and not args.repair else ""))
-        return 1
-    print("sound" if marked else "sound, but not marked complete: run jobs/explain_all.py again")
-    return 0 if marked else 1
+    elif not found.ok:
+        print(f"incomplete, {found.committed} of {found.planned} shards: run jobs/explain_all.py again")
+    else:
+        print("sound" if marked else "sound, but not marked complete: run jobs/explain_all.py again")
+    return 0 if found.ok and marked else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "jobs"))
 
+import actors as actors  # noqa: E402
 import driver as driver  # noqa: E402
 
 

@@ -138,7 +138,8 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
         plan = settle_plan(uri, plan, model_uri, scratch)
         held = Claim(uri, plan, valid_commits(uri, plan), lock)
         if held.pending:
-            storage.delete(storage.join(uri, "_SUCCESS"))
+            for name in ("_SUCCESS", "report.html"):  # what tells of an audit that was complete
+                storage.delete(storage.join(uri, name))
         delete_uncommitted(held)
         yield held
     finally:

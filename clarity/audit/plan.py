@@ -97,10 +97,17 @@ class Plan:
     def differences(self, other: Plan) -> list[str]:
         """What another plan decides differently, one line each: empty when both fill the same files."""
         mine, theirs = flatten(self.identity()), flatten(other.identity())
-        return [
-            f"{name}: {shortened(mine.get(name))} here, {shortened(theirs.get(name))} in the run"
-            for name in sorted({*mine, *theirs})
-            if mine.get(name) != theirs.get(name)
+        names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+        lines = []
+        if "data.listing" in names:
+            # Its digests say nothing to people, and other images are always cut into other shards.
+            names = [name for name in names if not name.startswith(("data.listing", "data.num_images", "shards."))]
+            lines = ["data: other images or labels than in the audit"]
+            if self.num_images != other.num_images:
+                lines = [f"data: {self.num_images} images in the audit, {other.num_images} in this run"]
+        return lines + [
+            f"{name}: {shortened(mine.get(name))} in the audit, {shortened(theirs.get(name))} in this run"
+            for name in names
         ]
 
     def to_json(self) -> dict[str, Any]:

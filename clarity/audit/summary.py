@@ -47,6 +47,8 @@ def summarise(
         seconds.update(commit.get("seconds", {}))
     return {
         "warnings": warnings(plan, commits, con),
+        "committed": len(commits),
+        "planned": len(plan.shards),
         "images": images,
         "errors": dict(rows(ERRORS)),
         "unread": unread,
@@ -112,6 +114,8 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"verified   sums, keys, order, contents; {summary['redecoded']} pairs decoded again",
         *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
+    if summary["committed"] < summary["planned"]:
+        lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command goes on")
     return "\n".join(lines)
 
 
@@ -120,6 +124,13 @@ def judge_lines(summary: Mapping[str, Any]) -> list[str]:
     if not summary.get("judged"):
         return []
     return [f"judge      sees the target in {share(summary['judged_as_target'], summary['judged'])}, held out"]
+
+
+def require_readable(summary: Mapping[str, Any]) -> None:
+    """Raise ValueError if none of an audit's images could be read."""
+    if summary["images"] and summary["unread"] == summary["images"]:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in list(summary["errors"].items())[:3])
+        raise ValueError(f"data: expected images, got {summary['images']} of which none could be read: {reasons}")
 
 
 def share(count: int, total: int) -> str:

@@ -114,7 +114,7 @@ def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded
     ).to_pylist()
     codes = {code["image_id"]: code["z"] for code in codes_of(view, sample.image_ids) if code["status"] == "ok"}
     reconstructions = {}
-    if view.decoder is not None:
+    if view.decoder is not None and codes:
         decoded = view.decoder.pictures(np.array(list(codes.values()), np.float32).reshape(len(codes), -1))
         reconstructions = {image_id: tiles.add(picture) for image_id, picture in zip(codes, decoded)}
     paths = {} if view.decoder is None else embed_paths(view, view.decoder, rows, codes, sample, path, tiles)

@@ -160,13 +160,13 @@ def test_plan_survives_json_and_notices_changes(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"method": "latent"}, 'method: "clarity" here, "latent" in the run'),
-        ({"config": {"min_target_prob": 0.9, "max_steps": 20}}, "config.min_target_prob: 0.99 here, 0.9"),
+        ({"method": "latent"}, 'method: "clarity" in the audit, "latent" in this run'),
+        ({"config": {"min_target_prob": 0.9, "max_steps": 20}}, "config.min_target_prob: 0.99 in the audit, 0.9"),
         ({"images": "none"}, "images"),
         ({"targets": [1, 2]}, "targets"),
         ({"only": "misclassified"}, "only"),
         ({"trace": 3}, "trace"),
-        ({"shards": shard_table(IDS, 3)}, "shards.count: 3 here, 2 in the run"),
+        ({"shards": shard_table(IDS, 3)}, "shards.count: 3 in the audit, 2 in this run"),
         ({"versions": {"clarity": "9"}}, "versions.clarity"),
     ],
 )
@@ -177,7 +177,10 @@ def test_plan_names_what_differs(plan: Plan, change: dict[str, Any], named: str)
 
 
 def test_plan_names_other_data_and_another_model(plan: Plan) -> None:
-    assert plan.differences(replace(plan, dataset=plan.dataset | {"listing": "f01"}))[0].startswith("data.listing")
+    other = replace(plan, dataset=plan.dataset | {"listing": "f01"}, shards=shard_table(IDS[::-1], 2))
+    assert plan.differences(other) == ["data: other images or labels than in the audit"]
+    fewer = replace(plan, dataset=plan.dataset | {"listing": "f01", "num_images": 3}, shards=shard_table(IDS[:3], 2))
+    assert plan.differences(fewer) == ["data: 5 images in the audit, 3 in this run"]
     assert plan.differences(replace(plan, model=plan.model | {"fingerprint": "d"}))[0].startswith("model.fingerprint")
 
 
@@ -226,7 +229,7 @@ def test_claim_makes_and_resumes(plan: Plan, model_dir: str, tmp_path: Path) -> 
 
 def test_claim_refuses_another_plan(plan: Plan, filled: str, model_dir: str) -> None:
     with (
-        pytest.raises(ValueError, match=r"another plan: config\.max_steps: 20 here, 30 in the run"),
+        pytest.raises(ValueError, match=r"another plan: config\.max_steps: 20 in the audit, 30 in this run"),
         claim(filled, replace(plan, config=plan.config | {"max_steps": 30}), model_dir),
     ):
         pass
@@ -703,7 +706,8 @@ def test_verify_finds_a_changed_byte(plan: Plan, filled: str) -> None:
     assert "another checksum" in found.problems[0]
     assert found.shards == [1]
     drop_commits(filled, found.shards)
-    assert "shard-00001: no valid commit record" in verify(filled).problems
+    found = verify(filled)
+    assert not found.ok and not found.problems and (found.committed, found.planned) == (2, 3)
 
 
 def test_verify_decodes_a_sample_again(plan: Plan, filled: str) -> None:

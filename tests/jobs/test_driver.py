@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jobfiles import driver
+from jobfiles import actors, driver
 
 
 def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
@@ -33,21 +34,21 @@ def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
 def test_plan_resources_knows_common_machines(
     nodes: list[dict[str, float]], expected: tuple[int, float, float, int]
 ) -> None:
-    found = driver.plan_resources(nodes, num_shards=1000)
+    found = actors.plan_resources(nodes, num_shards=1000)
     assert (found.num_actors, found.cpus_per_actor, found.gpus_per_actor, found.threads_per_actor) == expected
 
 
 def test_plan_resources_uses_a_cluster_of_hundreds() -> None:
-    found = driver.plan_resources([node(0)] + [node(16)] * 300, num_shards=20_000)
+    found = actors.plan_resources([node(0)] + [node(16)] * 300, num_shards=20_000)
     assert (found.num_actors, found.cpus_per_actor) == (1800, 2.33)
-    found = driver.plan_resources([node(4)] + [node(64, 8)] * 200, num_shards=20_000)
+    found = actors.plan_resources([node(4)] + [node(64, 8)] * 200, num_shards=20_000)
     assert (found.num_actors, found.gpus_per_actor) == (1600, 1)
 
 
 def test_plan_resources_is_at_once_done_with_a_mixed_cluster() -> None:
     """Trying one number of actors after another took minutes here."""
     start = time.process_time()
-    found = driver.plan_resources([node(16)] * 300 + [node(32)] * 100 + [node(96)] * 50, num_shards=20_000)
+    found = actors.plan_resources([node(16)] * 300 + [node(32)] * 100 + [node(96)] * 50, num_shards=20_000)
     assert (found.num_actors, found.cpus_per_actor) == (800, 14.0)
     assert time.process_time() - start < 5
 
@@ -57,7 +58,7 @@ def test_nodes_to_come_are_those_of_the_clusters_description() -> None:
     assert description is not None
     most, head = description["max_workers"], node(0)
     assert driver.nodes_to_come([head], description) == [head] + [{"CPU": 8.0, "GPU": 1.0}] * most
-    planned = driver.plan_resources(driver.nodes_to_come([head], description), 1000)
+    planned = actors.plan_resources(driver.nodes_to_come([head], description), 1000)
     assert (planned.num_actors, planned.gpus_per_actor) == (most, 1)
     # Those that are there already are not counted twice, and others leave less room.
     assert len(driver.nodes_to_come([head, node(8, 1), node(8, 1)], description)) == 1 + most
@@ -85,8 +86,8 @@ def test_autoscaler_description_is_none_where_there_is_none(tmp_path: Path, text
 
 
 def test_plan_resources_gives_no_more_actors_than_shards_or_memory() -> None:
-    assert driver.plan_resources([node(64)], num_shards=3).num_actors == 3
-    assert driver.plan_resources([node(64, memory=5e9)], num_shards=100).num_actors == 5
+    assert actors.plan_resources([node(64)], num_shards=3).num_actors == 3
+    assert actors.plan_resources([node(64, memory=5e9)], num_shards=100).num_actors == 5
 
 
 cluster = st.lists(st.integers(1, 96), min_size=1, max_size=8)
@@ -94,7 +95,7 @@ cluster = st.lists(st.integers(1, 96), min_size=1, max_size=8)
 
 @given(cluster, st.integers(1, 500))
 def test_plan_resources_never_lets_a_placement_take_the_last_cpu(cpus: list[int], num_shards: int) -> None:
-    found = driver.plan_resources([node(c) for c in cpus], num_shards=num_shards)
+    found = actors.plan_resources([node(c) for c in cpus], num_shards=num_shards)
     size = found.cpus_per_actor
     for c in cpus:
         most = min(found.num_actors, int(c / size + 1e-9))  # all that Ray could put there
@@ -109,7 +110,7 @@ def test_plan_resources_never_lets_a_placement_take_the_last_cpu(cpus: list[int]
 @given(st.lists(st.tuples(st.integers(1, 96), st.integers(0, 8)), min_size=1, max_size=6))
 def test_plan_resources_leaves_gpu_nodes_a_cpu(shapes: list[tuple[int, int]]) -> None:
     try:
-        found = driver.plan_resources([node(c, g) for c, g in shapes], num_shards=1000)
+        found = actors.plan_resources([node(c, g) for c, g in shapes], num_shards=1000)
     except ValueError as error:
         assert "CPU" in str(error)
         return
@@ -134,16 +135,16 @@ def test_plan_resources_refuses_what_cannot_be_scheduled(
     nodes: list[dict[str, float]], asked: dict[str, float], remedy: str
 ) -> None:
     with pytest.raises(ValueError, match=remedy):
-        driver.plan_resources(nodes, num_shards=100, **asked)  # type: ignore[arg-type]
+        actors.plan_resources(nodes, num_shards=100, **asked)  # type: ignore[arg-type]
 
 
 def test_plan_resources_shares_a_gpu() -> None:
-    assert driver.plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0.25).num_actors == 4
-    assert driver.plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0, actors=2).gpus_per_actor == 0
+    assert actors.plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0.25).num_actors == 4
+    assert actors.plan_resources([node(8, 1)], num_shards=9, gpus_per_actor=0, actors=2).gpus_per_actor == 0
 
 
 def test_resources_describe_themselves() -> None:
-    described = driver.Resources(2, 0.5, 0.0, 2, 0.5, 2).describe()
+    described = actors.Resources(2, 0.5, 0.0, 2, 0.5, 2).describe()
     assert described.startswith("2 actors on 2 nodes, each 0.5 CPU, 2 threads")
 
 
@@ -161,3 +162,20 @@ def test_job_path_keeps_away_from_a_temporary_working_directory(
     assert driver.job_path("s3://bucket/model", "", "--model") == "s3://bucket/model"
     with pytest.raises(ValueError, match=r"--out audit: .* give an absolute path"):
         driver.job_path("audit", "", "--out")
+
+
+def test_ray_that_does_not_answer_is_given_up_soon(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "RAY_CONTACT_S", 1)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        driver.require_answer(f"127.0.0.1:{port}")
+        driver.require_answer(f"ray://127.0.0.1:{port}")
+    for address in ("", "auto", "local"):
+        driver.require_answer(address)
+    with pytest.raises(ValueError, match=f"RAY_ADDRESS: expected a Ray at 127.0.0.1:{port}, got no answer in 1 s"):
+        driver.require_answer(f"127.0.0.1:{port}")
+    assert "trying again" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_job_redoes_exactly_what_is_missing(
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--max-steps", "26"], "config.max_steps: 25 here, 26 in the run"),
+        (["--max-steps", "26"], "config.max_steps: 25 in the audit, 26 in this run"),
         (["--method", "latent"], "method"),
         (["--images", "none"], "images"),
         (["--shard-rows", "8"], "shards.count"),

@@ -281,4 +281,4 @@ def test_job_says_where_the_page_is_and_what_it_found(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "page.html" in run.stdout and "4 images of" in run.stdout and (tmp_path / "page.html").exists()
     run = subprocess.run([*command, "--pair", "ant"], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 2 and "expected SOURCE:TARGET, found 'ant'" in run.stderr
+    assert run.returncode == 2 and "expected SOURCE:TARGET, got 'ant'" in run.stderr

@@ -1,0 +1,109 @@
+"""The end of a run: output that nobody reads, data of which nothing can be read, a death amid the report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobfiles import JOBS, load_job
+
+FLAGS = ["--limit", "9", "--shard-rows", "3", "--max-steps", "5", "--min-target-prob", "0.4"]
+
+
+@pytest.fixture
+def job(ray_local: Any) -> Any:
+    return load_job("explain_all")
+
+
+PRINTER = """
+import argparse, sys
+sys.path.insert(0, sys.argv[1])
+import driver
+
+def job(args):
+    for number in range(30_000):
+        print("line", number)
+    print("\\u5b57 \\udcff", file=sys.stderr)
+    return 0
+
+sys.exit(driver.run(argparse.ArgumentParser(), job, []))
+"""
+
+
+def test_printing_into_a_closed_pipe_decides_nothing() -> None:
+    command = f'"{sys.executable}" -c "$0" "{JOBS}" | head -1; exit ${{PIPESTATUS[0]}}'
+    run = subprocess.run(["bash", "-c", command, PRINTER], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "line 0\n"), run.stderr
+    assert "Broken" not in run.stderr and "\\udcff" in run.stderr
+
+
+def test_printing_what_a_terminal_cannot_encode_decides_nothing() -> None:
+    command = [sys.executable, "-c", PRINTER.replace("30_000", "3"), str(JOBS)]
+    env = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 0 and "\\u5b57 \\udcff" in run.stderr
+
+
+def test_a_set_in_which_nothing_can_be_read_is_bad_input_every_time(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "3").mkdir(parents=True)
+    for number in range(7):
+        (tmp_path / "data" / "3" / f"{number}.png").write_bytes(b"torn")
+    out = tmp_path / "audit"
+    command = ["--dataset", "folder", "--data", str(tmp_path / "data"), "--split", "all"]
+    command += ["--model", str(tiny_digits_model), "--out", str(out), *FLAGS]
+    for _ in range(2):
+        assert job.main(command) == 2
+        assert "--data: expected images, got 7 of which none could be read: 7 x" in capsys.readouterr().err
+        page = (out / "report.html").read_text()
+        assert "7 x" in page or "none" in page.lower()
+
+
+def test_a_report_that_was_cut_is_written_by_the_next_run(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "audit"
+    command = ["--model", str(tiny_digits_model), "--out", str(out), *FLAGS]
+    real, job.write_report = job.write_report, lambda uris: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        job.main(command)
+    assert (out / "_SUCCESS").exists() and not (out / "report.html").exists()
+    job.write_report = real
+    assert job.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "complete already" in printed and "report.html" in printed
+    before = (out / "report.html").stat().st_mtime_ns
+    assert job.main(command) == 0
+    assert (out / "report.html").stat().st_mtime_ns == before
+    # The page of an audit that lost a shard is not left to speak for it.
+    (out / "_commits" / "shard-00001.json").unlink()
+    assert job.main([*command, "--no-report"]) == 0
+    assert not (out / "report.html").exists()
+
+
+def test_job_names_the_images_of_another_limit(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", str(tiny_digits_model), "--out", str(tmp_path / "audit"), *FLAGS, "--no-report"]
+    assert job.main(command) == 0
+    assert job.main([*command, "--limit", "7"]) == 2
+    error = capsys.readouterr().err
+    assert "another plan: data: 9 images in the audit, 7 in this run. Ask" in error
+
+
+def test_verify_says_that_an_unfinished_audit_is_incomplete(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "audit"
+    assert job.main(["--model", str(tiny_digits_model), "--out", str(out), *FLAGS, "--no-report"]) == 0
+    for shard in (0, 2):
+        (out / "_commits" / f"shard-0000{shard}.json").unlink()
+    capsys.readouterr()
+    assert load_job("verify").main([str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("incomplete, 1 of 3 shards: run jobs/explain_all.py again\n")
+    assert "problem" not in printed and "NOT SOUND" not in printed
