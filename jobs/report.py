@@ -45,6 +45,8 @@ def report(args: argparse.Namespace) -> int:
     """Write the page, print its URI and what it found."""
     page = write_report(args.audits, args.out, images=args.image, pairs=args.pair)
     print(f"{storage.display(page.uri)}: {page.size / 1e6:.1f} MB, {page.tiles:,} images, {page.seconds:.1f} s")
+    for verdict in page.verdicts:
+        print(f"  model  {verdict.sentence}")
     for finding in page.findings:
         print(f"  {finding.level:5}  {finding.sentence}")
     if not page.complete:

@@ -255,7 +255,7 @@ def write_audit(
     if model is not None:
         from clarity.model import save_model
 
-        save_model(model, storage.join(uri, "model"), card={})
+        save_model(model, storage.join(uri, "model"))
     codes = tables.codes.select([field.name for field in plan.codes_schema()]).cast(plan.codes_schema())
     pairs = tables.counterfactuals.cast(plan.counterfactuals_schema())
     for shard, part in enumerate(plan.shards):

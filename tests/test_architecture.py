@@ -18,7 +18,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # package may.
 LEVELS = [
     {"ids", "images", "storage", "vae", "uncertainty", "schema", "refine", "report.text", "findings.statistics"},
-    {"data", "classifiers", "audit", "kernels", "findings.verdict"},
+    {"findings.verdict"},
+    {"data", "classifiers", "audit", "kernels"},
     {"rows"},
     {"judges"},
     {"model", "search", "predictions", "predictor"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from clarity.audit.commits import commit_path, files_below, valid_commits
 from clarity.audit.plan import Plan, read_plan
 from clarity.audit.queries import connect, query
 from clarity.audit.summary import summarise
+from clarity.findings.verdict import verdict
 
 #: Attributes of each pair as the attribute network sees them; written by the comparison beside the audit's tables.
 ATTRIBUTES_FILE = "attributes.parquet"
@@ -42,8 +43,10 @@ class Audit:
         return self.plan.class_names
 
     def summary(self) -> dict[str, Any]:
-        """Counts, reasons of failures, steps, slowest class pairs and seconds of the rows that are there."""
-        return summarise(self.plan, self.commits, self.codes, self.counterfactuals)
+        """Verdict on the model; counts, failures, steps, slowest class pairs and seconds of the rows that are there."""
+        card = storage.join(self.uri, "model", "model.json")
+        found = verdict(storage.read_json(card) if storage.exists(card) else {})
+        return {"verdict": asdict(found)} | summarise(self.plan, self.commits, self.codes, self.counterfactuals)
 
     def query(self, name: str, **parameters: Any) -> pa.Table:
         """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``.

@@ -96,8 +96,11 @@ def describe(summary: Mapping[str, Any]) -> str:
     if given := summary.get("predictions"):
         agree = share(given["agree"], given["images"])
         predictions = [f"predicted  {given['images']}; the ensemble sees the same in {agree}"]
+    model = summary.get("verdict", {"sentence": "not checked", "reasons": []})
     lines = [
         *(f"WARNING    {warning}" for warning in summary.get("warnings", [])),
+        f"model      {model['sentence']}",
+        *(f"           {reason}" for reason in model["reasons"][1:]),
         f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
         *(f"           {count} x {reason}" for reason, count in summary["errors"].items()),
         *(f"left out   {count} {reason}" for reason, count in summary.get("left_out", {}).items()),

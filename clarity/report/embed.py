@@ -24,7 +24,7 @@ from clarity.report.view import Decoder, View
 #: What a row of ``rows`` holds, in order.
 FIELDS = (
     *("target", "source", "status", "converged", "steps", "distance", "target_prob", "epistemic", "aleatoric"),
-    *("reencoded", "cf", "path", "path_prob", "path_text", "path_step"),
+    *("reencoded", "reencoded_prob", "cf", "path", "path_prob", "path_text", "path_step"),
 )
 #: Mean changes by class pair are embedded up to this number of classes.
 MAX_CHANGE_CLASSES = 24
@@ -132,6 +132,7 @@ def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded
                 None if row["epistemic_final"] is None else change_of(row, "epistemic"),
                 change_of(row, "aleatoric"),
                 row["reencoded_class"],
+                text_of(row["reencoded_target_prob"], probability),
                 pictures[key],
                 *paths.get(key, ([], [], [], [])),
             ]

@@ -8,9 +8,10 @@ from typing import Any
 
 from clarity import storage
 from clarity.findings.finding import Finding
+from clarity.findings.statistics import share_interval
 from clarity.report.embed import Embedded, text_of
 from clarity.report.sample import Sample
-from clarity.report.text import listed, percent, plural
+from clarity.report.text import listed, percent, plural, probability
 from clarity.report.tiles import Tiles
 from clarity.report.view import View
 
@@ -59,6 +60,12 @@ def problem(view: View, named: bool) -> dict[str, Any] | None:
     }
 
 
+def interval(part: float, whole: float) -> str:
+    """The 95 % interval of a share."""
+    low, high = share_interval(part, whole)
+    return f"{percent(low)} to {percent(high)}"
+
+
 def totals(view: View) -> dict[str, Any]:
     """Counts and medians over all rows of the audit."""
     (row,) = view.table(
@@ -71,6 +78,7 @@ def totals(view: View) -> dict[str, Any]:
         ), (
             SELECT count(*) AS pairs, count(*) FILTER (converged) AS converged,
                    count(*) FILTER (reencoded_class = target) AS survived,
+                   median(reencoded_target_prob) AS reencoded,
                    count(*) FILTER (status <> 'ok') AS nonfinite,
                    median(steps) FILTER (converged) AS steps, median(distance_z_l1) FILTER (converged) AS distance,
                    median(epistemic_initial) AS epistemic_initial, median(epistemic_final) AS epistemic_final
@@ -81,8 +89,12 @@ def totals(view: View) -> dict[str, Any]:
     return row
 
 
-def key_figures(total: dict[str, Any]) -> list[dict[str, str]]:
-    """The figures of the first screen, each with a line that explains it."""
+def key_figures(total: dict[str, Any], num_images: int) -> list[dict[str, str]]:
+    """The figures of the first screen, each with a line that explains it.
+
+    Shares of pairs have intervals as if the pairs of an image were one observation; ``num_images`` have pairs.
+    """
+    each = total["pairs"] / max(num_images, 1)
     failed, broken, lost = total["failed"], total["nonfinite"], total["pairs"] - total["converged"]
     others, after = total["labelled"] - total["agree"], total["epistemic_final"]
     distance = f"median latent distance {text_of(total['distance'])}" if total["converged"] else "nothing converged"
@@ -93,14 +105,23 @@ def key_figures(total: dict[str, Any]) -> list[dict[str, str]]:
         (
             "Strict validity",
             percent(total["converged"], total["pairs"]),
-            f"{lost:,} did not converge" if lost else "all converged" if total["pairs"] else "no pairs yet",
+            f"{interval(total['converged'] / each, num_images)}; {f'{lost:,} did not' if lost else 'all converged'}"
+            if total["pairs"]
+            else "no pairs yet",
         ),
-        ("Re-encoded agreement", percent(total["survived"], total["pairs"]), "still the target once encoded again"),
+        (
+            "Re-encoded agreement",
+            percent(total["survived"], total["pairs"]),
+            f"{interval(total['survived'] / each, num_images)}; still the target once encoded again, with a median "
+            f"probability of {text_of(total['reencoded'], probability)}"
+            if total["pairs"]
+            else "no pairs yet",
+        ),
         ("Median steps", text_of(total["steps"]), distance),
         ("Epistemic, nats", text_of(after), before),
     ]
     if total["labelled"]:
-        differ = f"{others:,} {'is' if others == 1 else 'are'} not" if others else "all of them"
+        differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not"
         figures.append(("Classified as labelled", percent(total["agree"], total["labelled"]), differ))
     return [{"name": name, "value": value, "sub": sub} for name, value, sub in figures]
 

@@ -17,6 +17,7 @@ from clarity import __version__, storage
 from clarity.audit.queries import load_queries, load_views
 from clarity.audit.summary import warnings
 from clarity.findings.finding import Finding
+from clarity.findings.verdict import Verdict
 from clarity.report import charts, overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
@@ -28,12 +29,13 @@ from clarity.report.view import View, open_views
 
 @dataclass(frozen=True)
 class Report:
-    """The written page: its URI, size in bytes, number of pictures, seconds it took, and the findings on it."""
+    """The written page: its URI, size in bytes, number of pictures, seconds; verdicts and findings on it."""
 
     uri: str
     size: int
     tiles: int
     seconds: float
+    verdicts: list[Verdict]
     findings: list[Finding]
     complete: bool
 
@@ -76,6 +78,7 @@ def write_report(
         size=len(data),
         tiles=len(tiles),
         seconds=time.perf_counter() - start,
+        verdicts=[view.facts.verdict for view in views],
         findings=[finding for view in views for finding in view.findings],
         complete=all(view.audit.complete for view in views),
     )
@@ -135,7 +138,8 @@ def render(
             {
                 "name": view.name,
                 "uri": view.audit.uri,
-                "figures": overview.key_figures(total),
+                "verdict": view.facts.verdict,
+                "figures": overview.key_figures(total, view.facts.num_images),
                 "histograms": [
                     charts.histogram(view, "steps", "Steps to the counterfactual"),
                     charts.histogram(view, "distance_z_l1", "Latent distance (L1 between the codes)"),

@@ -255,7 +255,7 @@ function rowFacts(row, t, extra) {
     fact(`p(${names[t]})`, get("target_prob")),
     get("epistemic") === null ? null : fact("epistemic", get("epistemic")),
     fact("aleatoric", get("aleatoric")),
-    again === null ? null : fact("re-encoded", `${names[again]}${again === t ? " ✓" : ""}`, again !== t));
+    again === null ? null : fact("re-encoded", `${names[again]}${again === t ? " ✓" : ""}, p(${names[t]}) ${get("reencoded_prob")}`, again !== t));
 }
 function strip(row, s, t, size = small) {
   const tiles = row[field.path], probs = row[field.path_prob], texts = row[field.path_text], steps = row[field.path_step];

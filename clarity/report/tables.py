@@ -8,6 +8,7 @@ import numpy as np
 
 from clarity.findings.suspicion import NEIGHBOURS
 from clarity.report.embed import Embedded, read_picture
+from clarity.report.overview import interval
 from clarity.report.sample import Sample
 from clarity.report.text import percent, plural, probability
 from clarity.report.tiles import Tiles
@@ -91,7 +92,8 @@ def confusion(view: View) -> dict[str, Any] | None:
 
 def share_row(name: str, count: int, agree: int) -> dict[str, Any]:
     """One class of a table of agreement."""
-    return {"name": name, "count": f"{count:,}", "share": percent(agree, count), "meter": round(100 * agree / count, 1)}
+    share, meter = f"{percent(agree, count)} ({interval(agree, count)})", round(100 * agree / count, 1)
+    return {"name": name, "count": f"{count:,}", "share": share, "meter": meter}
 
 
 def predictions(
@@ -113,13 +115,13 @@ def predictions(
     total, same = sum(row[1] for row in shares), sum(row[2] for row in shares)
     note = (
         f"Your model's predictions for {plural(total, 'image')}: the ensemble predicts the same class for {same:,} "
-        f"({percent(same, total)}). "
+        f"({percent(same, total)}; {interval(same, total)}). "
     )
     note += f"{plural(missing, 'image')} came without a prediction. " if missing else ""
     if labelled:
         note += (
-            f"On the {labelled:,} labelled ones, your model is right in {percent(theirs, labelled)}, the ensemble in "
-            f"{percent(ours, labelled)}. "
+            f"On the {labelled:,} labelled ones, your model is right in {percent(theirs, labelled)} "
+            f"({interval(theirs, labelled)}), the ensemble in {percent(ours, labelled)} ({interval(ours, labelled)}). "
         )
     note += "The explained model is the ensemble: where the two differ, an explanation does not speak for your model."
     crossed = view.rows(

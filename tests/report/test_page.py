@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,8 @@ def test_report_survives_a_model_that_yields_no_numbers(tmp_path: Path, tiny_mod
 def test_report_sets_the_predictions_handed_in_beside_the_ensemble(tmp_path: Path) -> None:
     _, html = write(tmp_path, planted=Planted(prediction_errors=9))
     part = html[html.index('<section id="predictions"') :].split("</section>")[0]
-    assert "predicts the same class for 111 (92.5 %)" in part
-    assert "your model is right in 92.5 %, the ensemble in 100 %" in part
+    assert "predicts the same class for 111 (92.5 %; 86 % to 96.5 %)" in part
+    assert "your model is right in 92.5 % (86 % to 96.5 %), the ensemble in 100 % (97.0 % to 100 %)" in part
     data = data_of(html)
     names = ["ant", "bee", "cow", "dog"]
     rows = re.findall(
@@ -265,6 +266,42 @@ def test_report_begins_with_the_model_of_another_data_set(tmp_path: Path) -> Non
 )
 def test_report_names_what_was_explained(source: str, uri: str, split: str | None, name: str) -> None:
     assert overview.dataset_name({"source": source, "data": uri, "split": split}) == name
+
+
+def test_report_begins_with_the_verdict_on_the_model(tmp_path: Path, tiny_model: Any) -> None:
+    html = Path(write_report([write_audit(tmp_path / "none", make_tables())]).uri).read_text()
+    assert 'class="verdict not-checked"' in html and "because its card has no held-out figures" in html
+    for correct, level in ((14, "no-go"), (48, "sound")):
+        per_class = {name: {"images": 50, "correct": correct} for name in tiny_model.class_names}
+        card = {"evaluation": {"images": 200, "correct": 4 * correct, "per_class": per_class}}
+        model = replace(tiny_model, card=card)
+        made = write_report([write_audit(tmp_path / level, make_tables(), model)])
+        html = Path(made.uri).read_text()
+        assert [verdict.level for verdict in made.verdicts] == [level]
+        assert html.index(f'class="verdict {level}"') < html.index('class="keys"') < html.index('id="findings"')
+        assert "Balanced accuracy" in html and "200 images" in html
+
+
+def test_report_says_what_was_not_checked_and_why(tmp_path: Path) -> None:
+    _, html = write(tmp_path)
+    part = html[html.index("<h3>Not checked</h3>") :].split("</div>")[0]
+    assert "not checked, because" in part
+
+
+def test_report_writes_shares_with_their_intervals(tmp_path: Path) -> None:
+    _, html = write(tmp_path, planted=Planted(wrong_labels=4))
+    assert re.search(r"Classified as labelled</dt><dd>96.7 %\s*<div class=\"sub\">91.7 % to 99.08 %; 4 are not", html)
+    assert re.search(r"Strict validity</dt><dd>100 %\s*<div class=\"sub\">97.0 % to 100 %; all converged", html)
+
+
+def test_report_warns_of_data_that_the_model_does_not_know(tmp_path: Path) -> None:
+    tables = make_tables()
+    strange = pa.array([None] * len(tables.codes), tables.codes["label"].type)
+    names = pa.array(["zebra"] * len(tables.codes))
+    codes = tables.codes.set_column(tables.codes.schema.get_field_index("label"), "label", strange)
+    codes = codes.set_column(codes.schema.get_field_index("label_name"), "label_name", names)
+    html = Path(write_report([write_audit(tmp_path / "a", replace(tables, codes=codes))]).uri).read_text()
+    assert "it was trained on another data set" in html[: html.index('class="keys"')]
 
 
 def test_report_asks_for_nothing_from_outside(tmp_path: Path) -> None:
