@@ -26,7 +26,7 @@ from actors import Resources
 from driver import Notes
 
 from clarity import data, storage
-from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim, drop_commits
+from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim
 from clarity.audit.plan import Plan, read_plan, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
 from clarity.audit.summary import describe, describe_plan, require_readable
@@ -167,13 +167,10 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
     seconds = time.time() - start
     checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
     summary = read_audit(held.uri).summary()
-    summary |= {"problems": checked.problems[:20], "redecoded": checked.redecoded, "seconds": round(seconds, 2)}
-    summary |= {"pairs_per_second": round(pairs / seconds, 1), "resources": dataclasses.asdict(resources)}
-    held.finish(summary, checked.ok)
+    summary |= {"problems": checked.problems[:20], "unsound": len(checked.shards), "redecoded": checked.redecoded}
+    summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(pairs / seconds, 1)}
+    held.finish(summary | {"resources": dataclasses.asdict(resources)}, checked.ok, checked.shards)
     print(describe(summary))
-    if checked.shards:
-        drop_commits(held.uri, checked.shards)
-        print(f"{len(checked.shards)} unsound shards are taken back; the same command redoes them", file=sys.stderr)
 
 
 def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> Notes:

@@ -117,7 +117,9 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"verified   sums, keys, order, contents; {summary['redecoded']} pairs decoded again",
         *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
-    if summary["committed"] < summary["planned"]:
+    if summary.get("unsound"):
+        lines.append(f"TAKEN BACK {summary['unsound']} unsound shards; the same command redoes them")
+    if summary.get("committed", 0) < summary.get("planned", 0):
         lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command goes on")
     return "\n".join(lines)
 

@@ -418,7 +418,7 @@ def changed_meanwhile(bench: Bench) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     bench.run(exit_code=1)
-    assert "1 unsound shards are taken back" in bench.log()
+    assert "TAKEN BACK 1 unsound shards" in bench.log()
     bench.run()
 
 
