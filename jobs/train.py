@@ -26,7 +26,8 @@ from clarity import storage
 from clarity.classifiers import EnsembleConfig
 from clarity.model import read_card
 from clarity.training.loops import PRECISIONS, VAETraining
-from clarity.training.plan import TRAININGS, TrainingPlan, begin, plan_training
+from clarity.training.plan import RECIPES, TRAININGS, TrainingPlan, begin, plan_training
+from clarity.training.recipe import with_recipe
 from clarity.training.stages import Worker, finish, run_stages, stage_done
 from clarity.vae import VAES, VAEConfig
 
@@ -49,6 +50,12 @@ def new_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="Where values come from that are not given: the paper's, or (auto) a search on the training split for the "
+        "code, the KL weight and the adversary's step (default: paper for digits, mnist and beta_vae, else auto).",
+    )
     add("--latent-dim", type=int, metavar="N", help=f"Length D of a code ({of_vaes('latent_dim')}).")
     add("--channels", type=int, nargs="+", metavar="N", help=f"Channels of the encoder ({of_vaes('channels')}).")
     add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
@@ -163,6 +170,7 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         image_size=size,
         mode=args.mode,
         center_crop=args.center_crop,
+        recipe=args.recipe,
         image_members=args.image_members,
         num_folds=args.folds,
         judge_updates=args.judge_updates,
@@ -180,18 +188,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train what is not there yet and say how good the model is."""
     start = time.time()
-    plan = make_plan(args)
+    plan = choose(make_plan(args))
     out = storage.display(plan.out)
     if begin(plan):
         print(f"finished already\n{describe(plan)}\nmodel      {out}")
         return 0
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
-    driver.start_ray(200_000_000)
+    start_ray()
     fit(plan, ("vae", "encode"), args.workers, 0)
     fit(plan, ("latent", "images", "judge"), args.workers, max(plan.ensemble.num_members, plan.image_members))
     finish(plan, log=say)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0
+
+
+def choose(plan: TrainingPlan) -> TrainingPlan:
+    """The plan with the values that the recipe's search chooses."""
+    if (known := with_recipe(plan)) is not None:
+        return known
+    print(f"recipe: searching {', '.join(plan.searched)} on the training split", flush=True)
+    start_ray()
+    fit(plan, ("recipe",), 1, 0)
+    if (chosen := with_recipe(plan)) is None:
+        raise ValueError(
+            f"out: a worker does not see {storage.display(plan.out)}; with several nodes, choose a directory that "
+            "every node sees: s3://..., or a shared mount"
+        )
+    return chosen
+
+
+def start_ray() -> None:
+    """Join Ray, or start one; little goes through its object store."""
+    driver.start_ray(200_000_000)
 
 
 def say(line: str) -> None:

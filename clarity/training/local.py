@@ -19,6 +19,7 @@ from clarity.data import Dataset, held_out_of, open_dataset
 from clarity.images import encode_png
 from clarity.model import Model, load_model
 from clarity.training.plan import begin, plan_training
+from clarity.training.recipe import with_recipe
 from clarity.training.stages import STAGES, Worker, finish, run_stages
 
 Arrays = tuple[Any, Sequence[Any]]
@@ -62,6 +63,8 @@ def train(
         plan = plan_training(str(out), dataset, held_out, **fields)
         if arrays:
             plan = replace(plan, data=plan.data | {"source": "arrays", "uri": None})
+        run_stages(plan, ["recipe"], Worker(device=device, log=log))
+        plan = with_recipe(plan) or plan
         if begin(plan):
             return load_model(plan.out).to(device)
         run_stages(plan, STAGES, Worker(device=device, log=log))

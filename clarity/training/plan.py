@@ -6,6 +6,7 @@ Shapes: N images, C, H, W image, D latent, K classes, M members.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -39,6 +40,8 @@ TRAININGS: dict[str, VAETraining | EnsembleTraining] = {
     "ensemble": EnsembleTraining(),
     "image": IMAGE_TRAINING,
 }
+#: Where values come from that are not given.
+RECIPES = ("auto", "paper")
 #: The epoch of a checkpoint that needs no more training.
 FINISHED = 1 << 40
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
@@ -51,8 +54,9 @@ class TrainingPlan:
 
     ``vae`` and ``ensemble`` are the networks, ``..._training`` how they are trained; ``image_members``,
     ``num_folds`` and ``judge_updates`` may be 0, and None updates of the judge follow from the number of images.
-    ``data`` describes the images for model.json; its fingerprint identifies the data set. ``precision``, like the
-    device, may be another when a training is resumed.
+    ``data`` describes the images for model.json; its fingerprint identifies the data set. ``searched`` names the values
+    that ``training.recipe`` has still to choose, ``recipe`` is what it chose and why. ``precision``, like the device,
+    may be another when a training is resumed.
     """
 
     out: str
@@ -69,6 +73,8 @@ class TrainingPlan:
     num_folds: int = 0
     judge_updates: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    searched: tuple[str, ...] = ()
+    recipe: dict[str, Any] = field(default_factory=dict)
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -144,6 +150,7 @@ def plan_training(
     image_size: int | tuple[int, int] | None = None,
     mode: str | None = None,
     center_crop: int | None = None,
+    recipe: str | None = None,
     **fields: Any,
 ) -> TrainingPlan:
     """Inspects the data and derives classes, preprocessing and shapes.
@@ -159,15 +166,31 @@ def plan_training(
         image_size: side of the images in the model, or (height, width); None looks at the data.
         mode: of the images in the model, "L" or "RGB"; None looks at the data.
         center_crop: side of the centred square that is taken of larger images; None takes the source's own, or all.
+        recipe: where values come from that are not given: "paper", or "auto" for a search on the training split (see
+            ``training.recipe``) and as many convolutions as the image needs. By default the paper's for its own data
+            sets and networks (digits, mnist, beta_vae), else auto.
         fields: of TrainingPlan; ``vae_epochs=6`` stands for that field of ``vae_training``, and so on.
     """
     if dataset.source in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
         raise ValueError(f"out: expected a directory outside the data, got {storage.display(out)}: choose another")
+    eps_given = bool({"ensemble_training", "ensemble_adversarial_eps"} & set(fields))
     fields = training_fields(fields)
     listing = list_images(dataset)
     class_names = class_names_of(listing)
     preprocessing = infer_preprocessing(dataset, listing, image_size=image_size, mode=mode, center_crop=center_crop)
-    vae = vae_config(architecture, preprocessing.image_shape, **(vae_fields or {}))
+    if recipe is None:
+        recipe = "paper" if dataset.source in ("digits", "mnist") or architecture != "conv" else "auto"
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+    given = {name: value for name, value in (vae_fields or {}).items() if value is not None}
+    searched: list[str] = []
+    if recipe == "auto":
+        searched = [name for name in ("latent_dim", "beta") if name not in given]
+        if not eps_given:
+            searched.append("adversarial_eps")
+        if architecture == "conv" and "channels" not in given:
+            given["channels"] = channels_for(preprocessing.image_shape)
+    vae = vae_config(architecture, preprocessing.image_shape, **given)
     data = {
         "source": dataset.source,
         "uri": None if dataset.data is None else storage.display(dataset.data),
@@ -181,8 +204,23 @@ def plan_training(
     }
     ensemble = EnsembleConfig(len(class_names), vae.latent_dim, tuple(hidden), num_members)
     return TrainingPlan(
-        out, class_names, preprocessing, vae, ensemble, dataset=dataset, held_out=held_out, data=data, **fields
+        out,
+        class_names,
+        preprocessing,
+        vae,
+        ensemble,
+        dataset=dataset,
+        held_out=held_out,
+        data=data,
+        searched=tuple(searched),
+        **fields,
     )
+
+
+def channels_for(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Channels of a convolutional VAE: the paper's three stages up to 32 pixels, one more for each doubling."""
+    stages = max(3, math.ceil(math.log2(max(image_shape[1:]) / 4)))
+    return (32, 64, 128, 256, 256, 256, 256)[:stages]
 
 
 def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +239,18 @@ def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
                 found[f"{prefix}_training"] = set_fields(found.get(f"{prefix}_training", default), **given)
             except ValueError as error:
                 raise ValueError(re.sub(r"^(?:\w+\.)?(\w+):", rf"{prefix}_\1:", str(error))) from None
-    derived = {"out", "class_names", "preprocessing", "vae", "ensemble", "dataset", "held_out", "data"}
+    derived = {
+        "out",
+        "class_names",
+        "preprocessing",
+        "vae",
+        "ensemble",
+        "dataset",
+        "held_out",
+        "data",
+        "searched",
+        "recipe",
+    }
     if unknown := sorted(set(found) - (set(known) - derived)):
         short = ", ".join(f"{prefix}_{field.name}" for prefix, c in TRAININGS.items() for field in dataclass_fields(c))
         raise ValueError(

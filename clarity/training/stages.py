@@ -39,6 +39,7 @@ from clarity.training.loops import (
     weights_of,
 )
 from clarity.training.plan import FINISHED, TrainingPlan, is_finished, save_finished
+from clarity.training.recipe import IMAGES, search_recipe, with_recipe
 from clarity.vae import VAE
 
 #: Seconds of work that a killed run may lose.
@@ -87,15 +88,21 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
 
     Args:
         plan: what to train.
-        stages: some of STAGES, in their order.
+        stages: some of STAGES, in their order; or "recipe" alone, which comes before a plan is begun.
         worker: who does it; all workers of the world run the same stages.
     """
-    if not storage.exists(plan.file("plan.json")):
+    if list(stages) != ["recipe"] and not storage.exists(plan.file("plan.json")):
         raise ValueError(
             f"out: the worker of rank {worker.rank} does not see {storage.display(plan.out)}; with several nodes, "
             "choose a directory that every node sees: s3://..., or a shared mount"
         )
     todo = [stage for stage in stages if not stage_done(plan, stage)]
+    if "recipe" in todo:
+        if worker.rank == 0:
+            some = load_images(plan, plan.dataset, IMAGES)
+            storage.write_json(plan.file("recipe.json"), search_recipe(plan, some, worker.device, worker.log))
+        worker.wait_for_all()
+        return
     images = load_images(plan, plan.dataset) if {"vae", "encode", "images", "judge"} & set(todo) else None
     if images is not None and worker.rank == 0:
         log_errors(images, worker.log)
@@ -123,6 +130,8 @@ def stage_done(plan: TrainingPlan, stage: str) -> bool:
     """Whether nothing of a stage is left to do."""
     if stage == "vae":
         return is_finished(plan.file("vae.safetensors"))
+    if stage == "recipe":
+        return with_recipe(plan) is not None
     if stage == "judge":
         return plan.judge_training is None or storage.exists(plan.file("judge.safetensors"))
     if stage == "encode":
@@ -338,6 +347,7 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
         "plan": plan.describe(),
         "precision": plan.precision,
         "metrics": metrics,
+        **({"recipe": plan.recipe} if plan.recipe else {}),
         **verdict,
     }
     save_model(model, plan.out, card=card)

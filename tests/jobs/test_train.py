@@ -21,6 +21,7 @@ import clarity
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
     *("--latent-dim", "5", "--channels", "6", "7", "--hidden", "6", "--num-members", "3", "--judge-updates", "3"),
+    *("--recipe", "paper"),
     *("--vae-epochs", "2", "--ensemble-epochs", "2", "--image-epochs", "1"),
 ]
 

@@ -28,6 +28,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "ensemble_training": SHORT,
         "image_training": SHORT_IMAGES,
         "judge_updates": 3,
+        "recipe": "paper",
         **changes,
     }
 

@@ -1,0 +1,125 @@
+"""The recipe's search: what is searched, the rule that chooses, and that nothing is searched twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bars import bars
+from pictures import write_images
+from PIL import Image
+
+import clarity
+from clarity import data, storage
+from clarity.training import recipe
+from clarity.training.loops import EnsembleTraining
+from clarity.training.plan import TrainingPlan, channels_for, plan_training
+from clarity.training.recipe import Trial, search_recipe, with_recipe
+from clarity.training.stages import Worker, load_images, run_stages
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """240 pictures of bars in three class folders."""
+    images, labels = bars(240)
+    for i, (x, k) in enumerate(zip(images, labels)):
+        file = tmp_path / "bars" / f"bar{k}" / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[0].numpy()).save(file)
+    return tmp_path / "bars"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of two codes and two steps, of a few updates each."""
+    for name, value in {
+        "CODES": ((3, 1.0), (5, 0.5)), "STEPS": (0.1, 0.4), "VAE_UPDATES": 20, "JUDGE_UPDATES": 30,
+        "ENSEMBLE_UPDATES": 30, "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(recipe, name, value)
+
+
+def plan_of(folder: Path, out: Path, **fields: Any) -> TrainingPlan:
+    return plan_training(str(out), data.open_dataset("folder", folder, "train"), None, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "searched"),
+    [
+        ({}, {"latent_dim", "beta", "adversarial_eps"}),
+        ({"vae_fields": {"latent_dim": 7, "beta": None}}, {"beta", "adversarial_eps"}),
+        ({"ensemble_adversarial_eps": 0.3, "ensemble_seed": 4}, {"latent_dim", "beta"}),
+        ({"ensemble_seed": 4}, {"latent_dim", "beta", "adversarial_eps"}),
+        ({"ensemble_training": EnsembleTraining()}, {"latent_dim", "beta"}),
+        ({"recipe": "paper"}, set()),
+        ({"architecture": "beta_vae"}, set()),
+    ],
+)
+def test_plan_searches_what_is_not_given(
+    folder: Path, tmp_path: Path, fields: dict[str, Any], searched: set[str]
+) -> None:
+    assert set(plan_of(folder, tmp_path / "out", **fields).searched) == searched
+
+
+def test_plan_keeps_the_paper_for_its_own_data_and_rejects_an_unknown_recipe(tmp_path: Path) -> None:
+    digits = data.open_dataset("digits")
+    assert plan_training(str(tmp_path), digits, None).searched == ()
+    assert plan_training(str(tmp_path), digits, None, recipe="auto").searched != ()
+    with pytest.raises(ValueError, match="recipe: expected one of auto, paper, got 'best'"):
+        plan_training(str(tmp_path), digits, None, recipe="best")
+
+
+def test_larger_images_get_more_convolutions() -> None:
+    assert [len(channels_for((3, side, 20))) for side in (8, 28, 32, 33, 64, 128, 256)] == [3, 3, 3, 4, 4, 5, 6]
+
+
+def test_rule_is_the_product_of_accuracy_and_realism() -> None:
+    blurred = Trial(16, 1.0, 0.2, accuracy=0.779, reached=0.999, judged=0.974, judge_on_reconstructions=0.6, seconds=1)
+    hybrid = dataclasses.replace(blurred, latent_dim=64, accuracy=0.944, judged=0.632)
+    both = dataclasses.replace(blurred, latent_dim=64, accuracy=0.943, judged=0.974)
+    assert max((blurred, hybrid, both), key=lambda trial: trial.score) is both
+
+
+def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
+    plan = plan_of(folder, tmp_path / "out")
+    lines: list[str] = []
+    found = search_recipe(plan, load_images(plan, plan.dataset, 200), "cpu", lines.append)
+    settings = {(trial["latent_dim"], trial["beta"], trial["adversarial_eps"]) for trial in found["trials"]}
+    assert settings == {(3, 1.0, 0.1), (3, 1.0, 0.4), (5, 0.5, 0.1), (5, 0.5, 0.4)}
+    best = max(found["trials"], key=lambda trial: trial["accuracy"] * trial["judged"])
+    assert found["chosen"] == {name: best[name] for name in ("latent_dim", "beta", "adversarial_eps")}
+    assert lines[-1] == f"recipe: {found['why']}" and "product" in found["why"]
+    json.dumps(found)
+    assert search_recipe(plan, load_images(plan, plan.dataset, 200), "cpu", print)["chosen"] == found["chosen"]
+
+
+def test_training_takes_what_was_chosen_and_searches_once(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
+    plan = plan_of(folder, tmp_path / "out", **short)
+    assert with_recipe(plan) is None
+    run_stages(plan, ["recipe"], Worker())
+    assert storage.exists(plan.file("recipe.json"))
+    monkeypatch.setattr("clarity.training.stages.search_recipe", None)  # would fail if it were called again
+    chosen = with_recipe(plan)
+    assert chosen is not None and chosen.searched == () and chosen.vae.latent_dim in (3, 5)
+    model = clarity.train("folder", tmp_path / "out", data=folder, **short)
+    assert model.latent_dim == chosen.vae.latent_dim and model.card["recipe"]["chosen"]["beta"] == chosen.vae.beta
+    assert model.card["plan"]["ensemble_training"]["adversarial_eps"] == chosen.ensemble_training.adversarial_eps
+    again = clarity.train("folder", tmp_path / "out", data=folder, **short)
+    assert again.fingerprint == model.fingerprint
+
+
+def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:
+    write_images(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(8)))
+    plan = plan_of(tmp_path, tmp_path.parent / "out")
+    lines: list[str] = []
+    found = search_recipe(plan, load_images(plan, plan.dataset), "cpu", lines.append)
+    assert found["chosen"] == {"latent_dim": 16, "beta": 1.0, "adversarial_eps": 0.2} and found["trials"] == []
+    assert "too few labelled images" in lines[0]
+    assert np.isscalar(found["seconds"])
