@@ -378,7 +378,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     # Folders
     ("empty folder", folder(), "refused", "expected images in split 'all'"),
     ("folder of other files", folder("c/a.txt", "c/b.md"), "refused", "2 files without an image's extension"),
-    ("file in place of a folder", lambda root: dataset("folder", written(root, b"x")), "refused", "found a file at"),
+    ("file in place of a folder", lambda root: dataset("folder", written(root, b"x")), "refused", "found Parquet files (x.parquet): read them"),
     ("folder that is not there", lambda root: dataset("folder", root / "nowhere"), "refused", "found nothing at"),
     ("folder that may not be listed", as_nobody("c"), "refused", "Permission denied: give this user the right"),
     ("test/ asked of train/ alone", folder("train/c/1.png", split="test"), "refused", "expected one of train, all"),

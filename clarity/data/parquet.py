@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from clarity import storage
 from clarity.data.files import raise_if_source_failed, read_file
 from clarity.data.listing import (
+    FOREIGN,
     NO_LABEL,
     TABLE_FORMATS,
     Content,
@@ -82,6 +83,9 @@ def list_parts(dataset: Dataset) -> list[ParquetPart]:
     """
     root = str(dataset.data)
     files = storage.list_files(root)
+    others = [kind for kind in FOREIGN if kind[1] != "Parquet files"]
+    if files and not files[0].path and (foreign := foreign_format([storage.name(root)], others)):
+        raise ValueError(f"expected a Parquet file, {foreign}")
     if foreign := foreign_format((file.path for file in files), TABLE_FORMATS):
         raise ValueError(f"expected plain Parquet files in {storage.display(root)}, {foreign}")
     shown = [file for file in files if not re.search(r"(^|/)[._]", file.path)]
@@ -131,10 +135,34 @@ def read_path(dataset: Dataset, path: str) -> tuple[str | None, dict[str, str | 
 
 def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int]:
     """The listing of one file, and how many of its rows belong to no split."""
+    table, columns = read_columns(dataset, part)
+    count = len(table)
+    numbered = pa.array([f"{part.path}#{row:08d}" if part.path else f"{row:08d}" for row in range(count)], pa.string())
+    ids = columns.get("image_id", numbered)
+    keep, others = rows_of_split(dataset, part, columns.get("split"), ids)
+    kept, mask = int(keep.sum()), pa.array(keep)
+    listing = make_listing(
+        dataset,
+        ids.filter(mask),
+        [part.path] * kept,
+        np.flatnonzero(keep),
+        [part.size] * kept,
+        columns.get("label", pa.nulls(count, pa.string())).filter(mask),
+        [
+            attribute_column(part.uri, name, table[name]).filter(mask) if name in table.column_names else pa.nulls(kept)
+            for name in dataset.attributes
+        ],
+    )
+    return listing, others
+
+
+def read_columns(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, dict[str, pa.Array]]:
+    """The columns of a file but its images as they are; and image_id, label and split as text, those that there are."""
     names = {name: dataset.column(name) for name in ("image_id", "label", "split")}
     with storage.open_parquet(part.uri) as parquet:
         fields = parquet.schema_arrow
-        kind = image_kind(dataset, part.uri, parquet)
+        if image_kind(dataset, part.uri, parquet) == "path":
+            check_paths(dataset, part, parquet)
         wanted = [name for name in dict.fromkeys([*names.values(), *dataset.attributes]) if name in fields.names]
         if missing := [name for key, name in dataset.columns if key != "image" and name not in [*wanted, *part.keys]]:
             raise ValueError(
@@ -145,48 +173,32 @@ def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int]:
             table = storage.attempt("read", part.uri, lambda: parquet.read(wanted))
         except pa.ArrowException as error:
             raise broken_file(part.uri, error) from None
-        if kind == "path":
-            check_paths(dataset, part, parquet)
-    count = table.num_rows if wanted else parquet.metadata.num_rows
     columns = {name: text_column(part.uri, column, table[column]) for name, column in names.items() if column in wanted}
     for name in ("label", "split"):
         if names[name] in part.keys:
-            columns[name] = join_key(part, names[name], columns.get(name), count)
-    if "label" in columns:
-        is_number = names["label"] not in wanted or not is_text(fields.field(names["label"]).type)
-        classes = class_label_names(names["label"], fields.metadata) if is_number else None
-        if classes is not None:
-            columns["label"] = name_labels(part.uri, names["label"], columns["label"], classes)
-    numbered = pa.array([f"{part.path}#{row:08d}" if part.path else f"{row:08d}" for row in range(count)], pa.string())
-    ids = columns.get("image_id", numbered)
-    keep, others = np.ones(count, bool), 0
-    splits = [split_named(value) for value in columns["split"].to_pylist()] if "split" in columns else []
+            columns[name] = join_key(part, names[name], columns.get(name), len(table))
+    is_text_column = names["label"] in wanted and is_text(fields.field(names["label"]).type)
+    classes = None if is_text_column else class_label_names(names["label"], fields.metadata)
+    if "label" in columns and classes is not None:
+        columns["label"] = name_labels(part.uri, names["label"], columns["label"], classes)
+    return table, columns
+
+
+def rows_of_split(
+    dataset: Dataset, part: ParquetPart, column: pa.Array | None, ids: pa.Array
+) -> tuple[np.ndarray, int]:
+    """Which rows of a file (B,) belong to the split of the data set, and how many belong to none."""
+    splits = [] if column is None else [split_named(value) for value in column.to_pylist()]
     if part.split and (wrong := next((split for split in splits if split not in (None, part.split)), None)):
         raise ValueError(
             f"expected one split for each row of {storage.display(part.uri)}, found {part.split} in its path and "
-            f"{wrong} in column {names['split']}: rename the file or drop the column"
+            f"{wrong} in column {dataset.column('split')}: rename the file or drop the column"
         )
-    if part.split:
-        keep[:] = dataset.split in ("all", part.split)
-    elif dataset.split != "all" and splits:
-        keep = np.array([split == dataset.split for split in splits], bool)
-        others = sum(split is None for split in splits)
-    elif dataset.split != "all":
-        keep = np.array([name is None or split_of(name) == dataset.split for name in ids.to_pylist()], bool)
-    kept, mask = int(keep.sum()), pa.array(keep)
-    listing = make_listing(
-        dataset,
-        ids.filter(mask),
-        [part.path] * kept,
-        np.flatnonzero(keep),
-        [part.size] * kept,
-        columns.get("label", pa.nulls(count, pa.string())).filter(mask),
-        [
-            attribute_column(part.uri, name, table[name]).filter(mask) if name in wanted else pa.nulls(kept)
-            for name in dataset.attributes
-        ],
-    )
-    return listing, others
+    if part.split or dataset.split == "all":
+        return np.full(len(ids), dataset.split in ("all", part.split)), 0
+    if column is not None:
+        return np.array([split == dataset.split for split in splits], bool), splits.count(None)
+    return np.array([name is None or split_of(name) == dataset.split for name in ids.to_pylist()], bool), 0
 
 
 def image_kind(dataset: Dataset, uri: str, parquet: pq.ParquetFile) -> str:
@@ -267,7 +279,7 @@ def path_uris(dataset: Dataset, uri: str, path: str) -> list[str]:
 def join_key(part: ParquetPart, name: str, column: pa.Array | None, count: int) -> pa.Array:
     """A column that the path of a file gives for all its rows, checked against the one inside."""
     value = part.keys[name]
-    if column is not None and not pc.all(pc.equal(column, pa.scalar(value, pa.string()))).as_py():
+    if column is not None and pc.all(pc.equal(column, pa.scalar(value, pa.string()))).as_py() is False:
         raise ValueError(
             f"expected {name}={value} in every row of {storage.display(part.uri)}, as its path says, found "
             f"{pc.unique(column).to_pylist()[:3]}: correct the path or drop the column"

@@ -311,3 +311,10 @@ def test_parquet_says_that_a_folder_holds_image_files(tmp_path: Path) -> None:
     write_images(tmp_path, "a/1.png")
     with pytest.raises(ValueError, match="found image files: read them with the source folder"):
         listed(tmp_path, source="parquet")
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.arrow", "x.npz"])
+def test_parquet_refuses_a_file_of_another_format_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"expected a Parquet file, found .*: (unpack|export|write)"):
+        listed(tmp_path / name, source="parquet")
