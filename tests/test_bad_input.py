@@ -408,7 +408,12 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("splits inside class folders", folder("c/train/1.png", "c/test/2.png"), "refused", "splits above class folders"),
     ("folders of the system", folder("c/1.png", "@eaDir/1.png", then="left_out"), "read", "(@eaDir)': 1"),
     ("classes that differ in case", folder("Cat/1.png", "cat/2.png", then="notes"), "read", "in case only: Cat, cat"),
-    ("folder around the classes", folder("d/a/1.png", "d/b/2.png", then="notes"), "read", "which are not read as classes"),
+    (
+        "folder around the classes",
+        folder("d/a/1.png", "d/b/2.png", then="notes"),
+        "read",
+        "which are not read as classes",
+    ),
     ("archives", folder("train.tar.gz"), "refused", "found tar archives (train.tar.gz): unpack them"),
     (
         "spaces, unicode, newlines in names",
