@@ -413,6 +413,13 @@ PAIR_FIGURES = {
     "reencoded_agreement": PairFigure(
         "Re-encoded agreement", "share of pairs", "pairs classified as their target after encoding again", True, True
     ),
+    "judge_agreement": PairFigure(
+        "Judge agreement",
+        "share of pairs",
+        "pairs whose picture a held-out network classifies as the target",
+        True,
+        True,
+    ),
     "median_steps": PairFigure("Steps", "updates, median of converged pairs", "length of the search"),
     "median_distance": PairFigure("Latent distance", "L1, median of converged pairs", "size of the change"),
     "epistemic_initial": PairFigure("Epistemic before", "nats, median", "disagreement of the members about images"),

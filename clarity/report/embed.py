@@ -24,7 +24,19 @@ from clarity.report.view import Decoder, View
 #: What a row of ``rows`` holds, in order.
 FIELDS = (
     *("target", "source", "status", "converged", "steps", "distance", "target_prob", "epistemic", "aleatoric"),
-    *("reencoded", "reencoded_prob", "cf", "path", "path_prob", "path_text", "path_step"),
+    *(
+        "reencoded",
+        "reencoded_prob",
+        "judge",
+        "judge_prob",
+        "confirmed",
+        "rungs",
+        "cf",
+        "path",
+        "path_prob",
+        "path_text",
+        "path_step",
+    ),
 )
 #: Mean changes by class pair are embedded up to this number of classes.
 MAX_CHANGE_CLASSES = 24
@@ -133,6 +145,10 @@ def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded
                 change_of(row, "aleatoric"),
                 row["reencoded_class"],
                 text_of(row["reencoded_target_prob"], probability),
+                row.get("judge_class"),
+                text_of(row.get("judge_target_prob"), probability),
+                row.get("confirmed"),
+                row.get("rungs"),
                 pictures[key],
                 *paths.get(key, ([], [], [], [])),
             ]

@@ -79,6 +79,7 @@ def totals(view: View) -> dict[str, Any]:
             SELECT count(*) AS pairs, count(*) FILTER (converged) AS converged,
                    count(*) FILTER (reencoded_class = target) AS survived,
                    median(reencoded_target_prob) AS reencoded,
+                   count(judge_class) AS judged, count(*) FILTER (judge_class = target) AS judged_as_target,
                    count(*) FILTER (status <> 'ok') AS nonfinite,
                    median(steps) FILTER (converged) AS steps, median(distance_z_l1) FILTER (converged) AS distance,
                    median(epistemic_initial) AS epistemic_initial, median(epistemic_final) AS epistemic_final
@@ -99,7 +100,12 @@ def key_figures(total: dict[str, Any], num_images: int) -> list[dict[str, str]]:
     others, after = total["labelled"] - total["agree"], total["epistemic_final"]
     distance = f"median latent distance {text_of(total['distance'])}" if total["converged"] else "nothing converged"
     before = f"median after; before {text_of(total['epistemic_initial'])}" if after else "a single classifier has none"
-    figures = [
+    figures = []
+    if total["judged"]:
+        agree, judged = total["judged_as_target"], total["judged"]
+        note = f"{interval(agree / each, judged / each)}; by a held-out network"
+        figures.append(("Judge sees the target", percent(agree, judged), note))
+    figures += [
         ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
         ("Counterfactuals", f"{total['pairs']:,}", f"{broken:,} not finite" if broken else "all finite"),
         (

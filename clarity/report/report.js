@@ -125,7 +125,7 @@ if (hasChange) choices.push({ key: "change", title: "Mean change", unit: "", doc
 metric = choices.find((map) => map.key === "median_distance") || choices[0];
 
 const mapOf = Object.fromEntries(data.maps.map((map) => [map.key, map]));
-const textAt = (key, s, t, a) => mapOf[key].audits[a].text[s][t];
+const textAt = (key, s, t, a) => mapOf[key] ? mapOf[key].audits[a].text[s][t] : "–";
 // A shade from 0 to 100.
 function mixed(v) {
   return v < 50 ? `color-mix(in oklab, var(--ramp-1) ${2 * v}%, var(--ramp-0))`
@@ -136,6 +136,7 @@ function describe(s, t, a) {
   if (data.audits[a].pairs[s][t] === null) return "no pairs";
   const text = (key) => textAt(key, s, t, a);
   return `${pairsAt(s, t, a)}, strict validity ${text("strict_validity")}, re-encoded agreement ${text("reencoded_agreement")}, ` +
+    (mapOf.judge_agreement ? `judge agreement ${text("judge_agreement")}, ` : "") +
     (text("median_steps") === "–" ? "nothing converged" : `median ${text("median_steps")} steps over a latent distance of ${text("median_distance")}`) +
     (text("epistemic_final") === "–" ? "" : `, epistemic ${text("epistemic_initial")} → ${text("epistemic_final")} nats`);
 }
@@ -247,7 +248,7 @@ function command(text) {
 const quoted = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : "'" + text.replaceAll("'", `'"'"'`) + "'";
 function rowFacts(row, t, extra) {
   const get = (name) => row[field[name]];
-  const again = get("reencoded");
+  const seen = (name, k, p) => k === null ? null : fact(name, `${names[k]}${k === t ? " ✓" : ""}, p(${names[t]}) ${p}`, k !== t);
   return el("dl", { class: "facts" }, extra,
     get("status") === "ok" ? null : fact("status", get("status"), true),
     fact("steps", get("steps") + (get("converged") ? "" : ", not converged"), !get("converged")),
@@ -255,7 +256,10 @@ function rowFacts(row, t, extra) {
     fact(`p(${names[t]})`, get("target_prob")),
     get("epistemic") === null ? null : fact("epistemic", get("epistemic")),
     fact("aleatoric", get("aleatoric")),
-    again === null ? null : fact("re-encoded", `${names[again]}${again === t ? " ✓" : ""}, p(${names[t]}) ${get("reencoded_prob")}`, again !== t));
+    seen("re-encoded", get("reencoded"), get("reencoded_prob")),
+    seen("judge", get("judge"), get("judge_prob")),
+    get("rungs") ? fact("rungs", String(get("rungs"))) : null,
+    get("confirmed") === null ? null : fact("confirmed", get("confirmed") ? "✓" : "no", !get("confirmed")));
 }
 function strip(row, s, t, size = small) {
   const tiles = row[field.path], probs = row[field.path_prob], texts = row[field.path_text], steps = row[field.path_step];

@@ -21,6 +21,7 @@ from clarity import schema
 from clarity.report import overview
 from clarity.report.page import Report, write_report
 from clarity.report.sample import Bounds
+from clarity.report.text import percent
 
 ROOT = Path(__file__).parents[2]
 EVERYTHING = Planted(hard=(1, 3), asymmetry=(0, 2), wrong_labels=4, edge=5, rising=2, lost=1, unreadable=2, nonfinite=1)
@@ -292,6 +293,26 @@ def test_report_writes_shares_with_their_intervals(tmp_path: Path) -> None:
     _, html = write(tmp_path, planted=Planted(wrong_labels=4))
     assert re.search(r"Classified as labelled</dt><dd>96.7 %\s*<div class=\"sub\">91.7 % to 99.08 %; 4 are not", html)
     assert re.search(r"Strict validity</dt><dd>100 %\s*<div class=\"sub\">97.0 % to 100 %; all converged", html)
+
+
+def test_report_shows_first_how_often_the_judge_sees_the_target(tmp_path: Path) -> None:
+    tables = make_tables()
+    pairs = tables.counterfactuals
+    for name, values in (
+        ("judge_class", np.where(np.arange(len(pairs)) < 36, 0, pairs["target"].to_numpy())),
+        ("judge_target_prob", np.full(len(pairs), 0.75)),
+    ):
+        column = pa.array(values).cast(pairs[name].type)
+        pairs = pairs.set_column(pairs.schema.get_field_index(name), name, column)
+    html = Path(write_report([write_audit(tmp_path / "a", replace(tables, counterfactuals=pairs))]).uri).read_text()
+    seen = (pairs["judge_class"].to_numpy() == pairs["target"].to_numpy()).mean()
+    first = re.search(r'class="keys">\s*<div><dt>([^<]*)</dt><dd>([^<]*)<', html)
+    assert first and first.groups() == ("Judge sees the target", percent(float(seen)))
+    data = data_of(html)
+    assert "judge_agreement" in [kind["key"] for kind in data["maps"]]
+    assert row_of(data, data["examples"]["0-2"][0][0], 2)["judge_prob"] == "0.75"
+    _, html = write(tmp_path / "none")
+    assert "Judge sees" not in html and "judge_agreement" not in [kind["key"] for kind in data_of(html)["maps"]]
 
 
 def test_report_warns_of_data_that_the_model_does_not_know(tmp_path: Path) -> None:
