@@ -1,7 +1,6 @@
-"""Explains a shard of images: encode, pair each image with its targets, search, decode to 8 bits, build the tables.
+"""Explains a shard of images: encode, pair each image with its targets, search, decode to 8 bits, check, build tables.
 
-Combines model, method and schema into output tables; each stage hands the next a frozen result. Does not know how
-shards are read and written, nor Ray.
+Each stage hands the next a frozen result. Does not know how shards are read and written, nor Ray.
 
 Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from clarity import data, schema
+from clarity.audit.plan import Plan
+from clarity.checks import MAX_RUNGS, Requirements, confirmed_by_predictor, next_threshold, reencoded
 from clarity.classifiers import LatentEnsemble
 from clarity.ids import fold_of
 from clarity.ids import noise as draw_noise
@@ -29,8 +31,27 @@ from clarity.images import encode_png_column
 from clarity.judges import judge_rows
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model, load_model
+from clarity.predictor import load_predictor
 from clarity.rows import Prediction, decode_rows, encode_rows, logits_rows, mean_probs, one_thread, predict
 from clarity.search import Counterfactuals, SearchConfig
+from clarity.tables import (
+    Asked,
+    Encoded,
+    Results,
+    Written,
+    code_rows,
+    column_dict,
+    error_rows,
+    l1,
+    pair_rows,
+    prediction_columns,
+    quantise,
+    select,
+    sort,
+    to_float,
+    to_numpy,
+    to_table,
+)
 from clarity.uncertainty import decompose
 
 #: Pairs decoded at a time. Bounds the memory of float images; does not change any row.
@@ -45,53 +66,6 @@ class Explained:
     counterfactuals: pa.Table
     stats: dict[str, Any]
     traces: pa.Table | None = None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """B images and what one ensemble predicts for them; ``model`` carries that ensemble."""
-
-    model: Model
-    image_id: pa.Array
-    label: pa.Array
-    label_name: pa.Array
-    extra: pa.Table
-    pixels: np.ndarray
-    x: Tensor
-    z: Tensor
-    log_var: Tensor
-    noise: Tensor
-    reconstruction: Tensor
-    prediction: Prediction
-    source: np.ndarray
-
-
-@dataclass(frozen=True)
-class Asked:
-    """P pairs to search: ``image`` (P,) indexes the encoded images, ``target`` (P,) are the wanted classes."""
-
-    image: np.ndarray
-    target: np.ndarray
-    pairs: Pairs
-
-
-@dataclass(frozen=True)
-class Written:
-    """P counterfactual images as they are written, and what the ensemble predicts for them.
-
-    Args:
-        pixels: (P, C, H, W) uint8.
-        distance_x_l1: (P,), between the decoded counterfactual and the reconstruction, before rounding to 8 bits.
-        z: (P, D), the codes of ``pixels``.
-        probs: (P, K), mean probabilities of the latent ensemble at those codes.
-        judge_probs: (P, K), of the held-out judge for ``pixels``; None where the model has no judge.
-    """
-
-    pixels: np.ndarray
-    distance_x_l1: np.ndarray
-    z: Tensor
-    probs: np.ndarray
-    judge_probs: np.ndarray | None
 
 
 class Clock:
@@ -124,6 +98,12 @@ class Explainer:
         device: auto (cuda where there is one), cpu or cuda.
         threads: of the search and of inference on a CPU; None for torch's number.
         engine: of the search; a key of ENGINES, or auto.
+        min_target_probs: a threshold for each of the K classes as a target; None for the config's min_target_prob.
+        min_reencoded_prob: the probability that the ensemble must give the target on the written image, encoded again;
+            0 for no such check. Pairs that fail continue on further rungs.
+        predictor: the user's own model, which is then the explained model: see ``load_predictor``. Its prediction is
+            the ``source``, and each written image must be its target class with ``min_predictor_prob``.
+        min_predictor_prob: the probability that the predictor must give the target on the written image.
     """
 
     def __init__(
@@ -139,6 +119,10 @@ class Explainer:
         device: str = "auto",
         threads: int | None = None,
         engine: str = "auto",
+        min_target_probs: Sequence[float] | None = None,
+        min_reencoded_prob: float = 0.0,
+        predictor: Any = None,
+        min_predictor_prob: float = 0.5,
     ) -> None:
         for name, value, choices in (
             ("method", method, METHODS),
@@ -160,7 +144,15 @@ class Explainer:
         if bad := [target for target in self.targets if not 0 <= target < model.num_classes]:
             raise ValueError(f"targets {bad}: expected class indices below {model.num_classes}")
         require_classifier(model, method)
+        if min_target_probs is not None and len(min_target_probs) != model.num_classes:
+            raise ValueError(f"min_target_probs: expected {model.num_classes} thresholds, got {len(min_target_probs)}")
         self.folds = model.folds if by_fold else ()
+        self.min_target_probs = min_target_probs
+        Requirements(min_reencoded_prob=min_reencoded_prob, min_predictor_prob=min_predictor_prob)
+        self.checks = [reencoded(min_reencoded_prob)] if min_reencoded_prob else []
+        self.predictor = None if predictor is None else load_predictor(predictor, device).ordered(model.class_names)
+        if self.predictor is not None:
+            self.checks.append(confirmed_by_predictor(min_predictor_prob))
 
     def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """Explain a shard (``schema.shard_schema``): its codes sorted by image_id, its pairs by (target, image_id).
@@ -179,38 +171,48 @@ class Explainer:
     def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """``explain_shard`` without PNG encoding: the columns ``x`` and ``x_cf`` hold raw pixels."""
         extra = pa.table({}) if extra is None else extra
+        unreadable_extra = extra
+        if self.predictor is not None:
+            nulls = prediction_columns(self.model, None, len(shard))
+            unreadable_extra = pa.table(column_dict(extra) | column_dict(nulls))
         clock, engine = Clock(), None
         valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
-        codes = [self.error_rows(shard, extra, np.flatnonzero(~valid))]
+        unreadable = np.flatnonzero(~valid)
+        codes = [error_rows(self.model, shard.take(unreadable), unreadable_extra.take(unreadable))]
         pairs = [schema.counterfactuals_schema(self.model.latent_dim).empty_table()]
         traces = [schema.traces_schema(self.model.latent_dim).empty_table()]
         with one_thread(self.threads):
             for ensemble, rows in self.by_ensemble(shard["image_id"].to_pylist(), valid):
                 encoded = self.encode(ensemble, shard.take(rows), extra.take(rows), clock)
-                codes.append(self.code_rows(encoded))
+                codes.append(code_rows(encoded, self.images))
                 asked = self.ask(encoded)
                 if not len(asked.target):
                     continue
-                with clock("search"):
-                    found = self.search(encoded.model, asked.pairs)
-                engine = found.engine
-                written = self.write(encoded, asked, found.point, clock)
+                results = self.climb(encoded, asked, clock)
+                engine = results.found.engine
                 with clock("predict"):
-                    pairs.append(self.pair_rows(encoded, asked, found, written))
+                    initial = self.predict_start(encoded)
+                    final = self.predict_points(encoded.model, results.found.point)
+                with clock("table"):
+                    pairs.append(pair_rows(self.method, encoded, asked, results, initial, final, self.images))
                 if traced := set(shard["image_id"][:trace].to_pylist()):
                     with clock("trace"):
                         traces.append(self.trace_rows(encoded, asked, traced))
         with clock("table"):
+            counterfactuals = sort(pairs, "target", "image_id")
+            final = counterfactuals["target_prob_final"].drop_null().to_numpy()
             explained = Explained(
                 codes=pa.concat_tables(codes).sort_by("image_id"),
-                counterfactuals=sort(pairs, "target", "image_id"),
+                counterfactuals=counterfactuals,
                 traces=sort(traces, "target", "image_id", "step") if trace else None,
                 stats={
                     "engine": engine,
                     "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
                     "threads": self.threads,
                     "images": len(shard),
-                    "pairs": sum(map(len, pairs)),
+                    "pairs": len(counterfactuals),
+                    "converged": pc.sum(counterfactuals["converged"]).as_py() or 0,
+                    "reach": float(np.quantile(final, 0.05)) if len(final) else None,
                     "seconds": clock.seconds,
                 },
             )
@@ -237,7 +239,7 @@ class Explainer:
             z, log_var = encode_rows(self.model.vae, x)
             prediction = predict(logits_rows(ensemble, z))
             ids = shard["image_id"].combine_chunks()
-            return Encoded(
+            encoded = Encoded(
                 model=replace(self.model, ensemble=ensemble),
                 image_id=ids,
                 label=data.label_indices(shard["label_name"], self.model.class_names),
@@ -252,6 +254,21 @@ class Explainer:
                 prediction=prediction,
                 source=prediction.probs.argmax(1).astype(np.int32),
             )
+        if self.predictor is None:
+            return encoded
+        with clock("predictor"):
+            originals = pixels
+            if schema.PREDICTOR_IMAGE in shard.column_names:
+                originals = schema.matrix(shard[schema.PREDICTOR_IMAGE])
+                originals = originals.reshape(-1, *self.predictor.preprocessing.image_shape)
+            probs = self.predictor.predict(originals, self.threads)
+            return replace(
+                encoded,
+                extra=pa.table(column_dict(extra) | column_dict(prediction_columns(self.model, probs, len(probs)))),
+                source=probs.argmax(1).astype(np.int32),
+                predictor_probs=probs,
+                reconstruction_probs=self.predictor.predict(quantise(encoded.reconstruction), self.threads),
+            )
 
     def ask(self, encoded: Encoded) -> Asked:
         """Pair each image with each wanted target that is not its predicted class."""
@@ -264,7 +281,62 @@ class Explainer:
         target = np.repeat(np.array(self.targets, np.int64), [len(rows) for rows in images])
         index = torch.from_numpy(image).to(self.device)
         x, z, log_var, noise = (tensor[index] for tensor in (encoded.x, encoded.z, encoded.log_var, encoded.noise))
-        return Asked(image, target, Pairs(x, z, log_var, noise, torch.from_numpy(target).to(self.device)))
+        pairs = Pairs(x, z, log_var, noise, torch.from_numpy(target).to(self.device))
+        if self.min_target_probs is not None:
+            thresholds = np.array(self.min_target_probs, np.float32)[target]
+            pairs = replace(pairs, min_target_prob=torch.from_numpy(thresholds).to(self.device))
+        return Asked(image, target, pairs)
+
+    def climb(self, encoded: Encoded, asked: Asked, clock: Clock) -> Results:
+        """Search pairs and write their images; those that fail a check continue on up to ``MAX_RUNGS`` rungs.
+
+        Where no rung passes all checks, the first result stays. A rung is not taken beyond ``max_steps`` in all.
+        """
+        with clock("search"):
+            found = self.search(encoded.model, asked.pairs)
+        written = self.write(encoded, asked, found.point, clock)
+        rungs = np.zeros(len(asked.target), np.int32)
+        if not self.checks:
+            return Results(found, written, None, rungs)
+        confirmed = self.passes(written, asked.target)
+        if self.predictor is not None:
+            # Where the ensemble predicts the target at the start, the first search proves nothing.
+            confirmed &= encoded.prediction.probs.argmax(1)[asked.image] != asked.target
+        results = Results(found, written, confirmed, rungs)
+        point, steps = found.point.clone(), to_numpy(found.steps).copy()
+        thresholds = np.full(len(steps), self.config.min_target_prob, np.float32)
+        if asked.pairs.min_target_prob is not None:
+            thresholds = to_numpy(asked.pairs.min_target_prob)
+        rows = np.flatnonzero(~confirmed & to_numpy(found.finite) & (steps < self.config.max_steps))
+        for rung in range(1, MAX_RUNGS + 1):
+            if not len(rows):
+                break
+            thresholds, index = next_threshold(thresholds), torch.from_numpy(rows).to(self.device)
+            rungs[rows] = rung
+            pairs = replace(
+                asked.pairs.select(index),
+                point=point[index],
+                min_target_prob=torch.from_numpy(thresholds[rows]).to(self.device),
+            )
+            # The largest budget left serves all: a row that needs more than its own is dropped below.
+            left = int(self.config.max_steps - steps[rows].min())
+            with clock("search"):
+                again = self.search(encoded.model, pairs, replace(self.config, max_steps=left, distance_weight=0.0))
+            point[index], steps[rows] = again.point, steps[rows] + to_numpy(again.steps)
+            reached = to_numpy(again.converged) & (steps[rows] <= self.config.max_steps)
+            rows, again = rows[reached], select(again, torch.from_numpy(np.flatnonzero(reached)).to(self.device))
+            if not len(rows):
+                break
+            part = asked.select(rows)
+            images = self.write(encoded, part, again.point, clock)
+            passed = self.passes(images, part.target)
+            results = results.updated(rows, passed, replace(again, steps=torch.from_numpy(steps[rows])), images)
+            rows = rows[~passed]
+        return results
+
+    def passes(self, written: Written, target: np.ndarray) -> np.ndarray:
+        """Whether each written image (P,) passes every check."""
+        return np.logical_and.reduce([check(written, target) for check in self.checks])
 
     def search(self, model: Model, pairs: Pairs, config: SearchConfig | None = None, **run: Any) -> Counterfactuals:
         """Search pairs by the explainer's method and engine."""
@@ -275,7 +347,7 @@ class Explainer:
         """Decode points to 8-bit images, and predict what those show; a few pairs at a time."""
         latent = METHODS[self.method].space == "latent"
         image = torch.from_numpy(asked.image).to(self.device)
-        pixels, distances, codes, probs, judge_probs = [], [], [], [], []
+        judge, pixels, distances, codes, probs, judge_probs = self.model.judge, [], [], [], [], []
         for start in range(0, len(points), CHUNK):
             rows = slice(start, start + CHUNK)
             with clock("decode"):
@@ -285,87 +357,20 @@ class Explainer:
             with clock("reencode"):
                 codes.append(encode_rows(self.model.vae, to_float(pixels[-1], self.device))[0])
                 probs.append(mean_probs(logits_rows(encoded.model.ensemble, codes[-1])))
-            if encoded.model.judge is not None:
+            if judge is not None:
                 with clock("judge"):
-                    judge_probs.append(judge_rows(encoded.model.judge, to_float(pixels[-1], self.device)))
-        return Written(
+                    judge_probs.append(judge_rows(judge, to_float(pixels[-1], self.device)))
+        written = Written(
             pixels=np.concatenate(pixels),
             distance_x_l1=np.concatenate(distances),
             z=torch.cat(codes),
             probs=np.concatenate(probs),
             judge_probs=np.concatenate(judge_probs) if judge_probs else None,
         )
-
-    # Tables.
-
-    def code_rows(self, encoded: Encoded) -> pa.Table:
-        """Rows of ``codes`` for images that could be read."""
-        count, prediction = len(encoded.source), encoded.prediction
-        columns = {
-            "image_id": encoded.image_id,
-            "label": encoded.label,
-            "label_name": encoded.label_name,
-            "source": encoded.source,
-            "source_name": self.class_name(encoded.source),
-            "probs": schema.fixed_size_list(prediction.probs),
-            "predictive": prediction.predictive,
-            "aleatoric": prediction.aleatoric,
-            "epistemic": prediction.epistemic,
-            "z": schema.fixed_size_list(to_numpy(encoded.z)),
-            "reconstruction_l1": l1(encoded.reconstruction, encoded.x),
-            "status": ["ok"] * count,
-            "error": pa.nulls(count, pa.string()),
-            "x": self.raw_column(encoded.pixels),
-        }
-        return to_table(self.codes_schema(encoded.extra), columns | column_dict(encoded.extra))
-
-    def error_rows(self, shard: pa.Table, extra: pa.Table, rows: np.ndarray) -> pa.Table:
-        """Rows of ``codes`` for images that could not be read."""
-        shard, extra = shard.take(rows), extra.take(rows)
-        expected = self.codes_schema(extra)
-        columns = dict.fromkeys(expected.names, [None] * len(rows)) | column_dict(extra)
-        columns |= {name: shard[name] for name in ("image_id", "label_name", "error")}
-        columns["label"] = data.label_indices(shard["label_name"], self.model.class_names)
-        columns["status"] = ["error"] * len(rows)
-        return to_table(expected, columns)
-
-    def pair_rows(self, encoded: Encoded, asked: Asked, found: Counterfactuals, written: Written) -> pa.Table:
-        """Rows of ``counterfactuals``."""
-        pair, target = np.arange(len(asked.target)), asked.target.astype(np.int32)
-        initial, final = self.predict_start(encoded), self.predict_points(encoded.model, found.point)
-        z_cf = found.point if METHODS[self.method].space == "latent" else written.z
-        judged = written.judge_probs
-        single, no_values = METHODS[self.method].classifier.endswith("member"), pa.nulls(len(pair), pa.float32())
-        columns = {
-            "image_id": encoded.image_id.take(pa.array(asked.image)),
-            "label": encoded.label.take(pa.array(asked.image)),
-            "source": encoded.source[asked.image],
-            "source_name": self.class_name(encoded.source[asked.image]),
-            "target": target,
-            "target_name": self.class_name(target),
-            "method": [self.method] * len(pair),
-            "status": np.where(to_numpy(found.finite), "ok", "nonfinite"),
-            "converged": to_numpy(found.converged),
-            "steps": to_numpy(found.steps),
-            "target_prob_initial": to_numpy(found.target_prob_initial),
-            "target_prob_final": to_numpy(found.target_prob_final),
-            "predictive_initial": initial.predictive[asked.image],
-            "aleatoric_initial": initial.aleatoric[asked.image],
-            "epistemic_initial": no_values if single else initial.epistemic[asked.image],
-            "predictive_final": final.predictive,
-            "aleatoric_final": final.aleatoric,
-            "epistemic_final": no_values if single else final.epistemic,
-            "distance_z_l1": l1(z_cf, asked.pairs.z),
-            "distance_z_l2": l2(z_cf, asked.pairs.z),
-            "distance_x_l1": written.distance_x_l1,
-            "reencoded_class": written.probs.argmax(1).astype(np.int32),
-            "reencoded_target_prob": written.probs[pair, target],
-            "judge_class": [None] * len(pair) if judged is None else judged.argmax(1).astype(np.int32),
-            "judge_target_prob": no_values if judged is None else judged[pair, target],
-            "z_cf": schema.fixed_size_list(to_numpy(z_cf)),
-            "x_cf": self.raw_column(written.pixels),
-        }
-        return to_table(schema.counterfactuals_schema(self.model.latent_dim), columns)
+        if self.predictor is None:
+            return written
+        with clock("predictor"):
+            return replace(written, predictor_probs=self.predictor.predict(written.pixels, self.threads))
 
     def trace_rows(self, encoded: Encoded, asked: Asked, image_ids: set[str]) -> pa.Table:
         """Rows of ``traces``: pairs of some images, searched again by the plain engine, which shows its steps."""
@@ -391,8 +396,7 @@ class Explainer:
             tables.append(to_table(expected, columns))
 
         if len(chosen):
-            pairs = asked.pairs.select(index)
-            self.search(encoded.model, pairs, on_step=on_step)
+            self.search(encoded.model, asked.pairs.select(index), on_step=on_step)
         return pa.concat_tables(tables)
 
     def predict_points(self, model: Model, points: Tensor) -> Prediction:
@@ -406,45 +410,28 @@ class Explainer:
         target = torch.zeros(len(encoded.source), dtype=torch.int64, device=self.device)
         pairs = Pairs(encoded.x, encoded.z, encoded.log_var, encoded.noise, target)
         # A search of no step ends where it starts.
-        start = self.search(encoded.model, pairs, replace(self.config, max_steps=0))
+        start = self.search(encoded.model, pairs, replace(self.config, max_steps=0, refine=False))
         return self.predict_points(encoded.model, start.point)
 
-    def raw_column(self, pixels: np.ndarray) -> pa.Array:
-        """Raw pixels as a binary column, until ``encode_png_column``; null where no images are wanted."""
-        if self.images == "none":
-            return pa.nulls(len(pixels), pa.binary())
-        flat = schema.fixed_size_list(pixels.reshape(len(pixels), -1))
-        size = flat.type.list_size
-        return pa.Array.from_buffers(pa.binary(size), len(flat), [None, flat.values.buffers()[1]]).cast(pa.binary())
 
-    def class_name(self, classes: np.ndarray) -> pa.Array:
-        """Names of class indices."""
-        return pa.array(self.model.class_names, pa.string()).take(pa.array(classes))
+def explainer_of(plan: Plan, model: Model, predictor: Any = None, **options: Any) -> Explainer:
+    """The explainer that a plan describes.
 
-    def codes_schema(self, extra: pa.Table) -> pa.Schema:
-        """Schema of this model's ``codes`` with further columns."""
-        return schema.codes_schema(self.model.num_classes, self.model.latent_dim, extra.schema)
-
-
-def to_table(expected: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
-    """A table of a schema filled by column name; NaN becomes null."""
-    arrays = []
-    for field in expected:
-        values = columns[field.name]
-        if not isinstance(values, pa.Array | pa.ChunkedArray):
-            values = pa.array(values, field.type, from_pandas=True)
-        arrays.append(values)
-    return pa.table(arrays, schema=expected)
-
-
-def column_dict(table: pa.Table) -> dict[str, Any]:
-    """The columns of a table by name."""
-    return dict(zip(table.column_names, table.columns))
-
-
-def sort(tables: Sequence[pa.Table], *keys: str) -> pa.Table:
-    """One table of all rows, sorted by some columns."""
-    return pa.concat_tables(tables).sort_by([(key, "ascending") for key in keys])
+    Args:
+        plan: of an audit.
+        model: of the plan.
+        predictor: that of the plan, see ``load_predictor``.
+        **options: further arguments of the Explainer, which replace those of the plan.
+    """
+    checks = dict(plan.checks)
+    if "predictor" in checks:
+        loaded = load_predictor(predictor, options.get("device", "cpu"))
+        if loaded.digest != checks["predictor"]:
+            raise ValueError(f"predictor: expected that of the plan, found another in {loaded.name}: restore it")
+        checks["predictor"] = loaded
+    planned = {"targets": plan.targets, "images": plan.images, "only": plan.only, **checks}
+    planned["by_fold"] = bool(plan.model.get("num_folds"))
+    return Explainer(model, plan.method, SearchConfig(**plan.config), **(planned | options))
 
 
 def require_classifier(model: Model, method: str) -> None:
@@ -453,28 +440,3 @@ def require_classifier(model: Model, method: str) -> None:
         raise ValueError(
             f"method {method!r} needs image classifiers, which this model lacks; train it with image_members above 0"
         )
-
-
-def quantise(x: Tensor) -> np.ndarray:
-    """Images in [0, 1] as uint8."""
-    return to_numpy((x * 255).round().clamp(0, 255).to(torch.uint8))
-
-
-def to_float(pixels: np.ndarray, device: str | torch.device) -> Tensor:
-    """Pixels (B, C, H, W) uint8 as float32 in [0, 1]."""
-    return torch.tensor(pixels, device=device).float() / 255
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor as an array on the CPU."""
-    return tensor.detach().cpu().numpy()
-
-
-def l1(a: Tensor, b: Tensor) -> np.ndarray:
-    """L1 distance of each row of a to its row of b."""
-    return np.abs(to_numpy(a) - to_numpy(b)).reshape(len(a), -1).sum(1)
-
-
-def l2(a: Tensor, b: Tensor) -> np.ndarray:
-    """Euclidean distance of each row of a to its row of b."""
-    return np.sqrt(np.square(to_numpy(a) - to_numpy(b)).reshape(len(a), -1).sum(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clarity import schema, storage
 from clarity.audit.plan import read_plan
 from clarity.audit.read import Audit
-from clarity.explainer import Explainer, quantise
-from clarity.images import UnreadableImage, decode_png
+from clarity.explainer import Explainer, explainer_of, quantise
+from clarity.images import Preprocessing, UnreadableImage, decode_png
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.planning import class_indices
@@ -58,16 +60,8 @@ def explain(
         image_ids = [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(images)]
     if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):
         raise ValueError(f"image_ids: expected {len(images)} distinct names, got {len(set(image_ids))}")
-    pixels = np.zeros((len(images), *model.image_shape), np.uint8)
-    for row, image in enumerate(images):
-        content = storage.read_bytes(image) if isinstance(image, str | Path) else image
-        if isinstance(content, Tensor):
-            content = content.detach().cpu().numpy()
-        try:
-            pixels[row] = model.preprocessing.apply(content)
-        except UnreadableImage as error:
-            raise ValueError(f"image {image_ids[row]}: {error}") from None
-    count = len(images)
+    explainer = Explainer(model, method, config, targets=class_indices(targets, model.class_names), **options)
+    count, pixels = len(images), prepare(images, image_ids, model.preprocessing)
     shard = pa.table(
         [
             pa.array(image_ids, pa.string()),
@@ -77,8 +71,27 @@ def explain(
         ],
         schema=schema.shard_schema(model.image_shape),
     )
-    chosen = class_indices(targets, model.class_names)
-    return Explainer(model, method, config, targets=chosen, **options).explain_shard(shard).counterfactuals
+    if explainer.predictor is not None and explainer.predictor.preprocessing != model.preprocessing:
+        originals = explainer.predictor.prepare(pixels)
+        for row, image in enumerate(images):
+            if isinstance(image, str | Path | Image.Image):  # of arrays there is nothing but the model's pixels
+                originals[row] = prepare([image], [image_ids[row]], explainer.predictor.preprocessing)[0]
+        shard = shard.append_column(schema.PREDICTOR_IMAGE, schema.fixed_size_list(originals.reshape(count, -1)))
+    return explainer.explain_shard(shard).counterfactuals
+
+
+def prepare(images: Any, image_ids: Sequence[str], preprocessing: Preprocessing) -> np.ndarray:
+    """Pixels (B, C, H, W) uint8 of images."""
+    pixels = np.zeros((len(images), *preprocessing.image_shape), np.uint8)
+    for row, image in enumerate(images):
+        content = storage.read_bytes(image) if isinstance(image, str | Path) else image
+        if isinstance(content, Tensor):
+            content = content.detach().cpu().numpy()
+        try:
+            pixels[row] = preprocessing.apply(content)
+        except UnreadableImage as error:
+            raise ValueError(f"image {image_ids[row]}: {error}") from None
+    return pixels
 
 
 def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu") -> np.ndarray:
@@ -114,14 +127,10 @@ def trace(audit: Audit, image_id: str, target: int) -> pa.Table:
     if png.null_count:
         raise ValueError("audit: it stores neither this search nor the image to repeat it from; explain with traces")
     plan = audit.plan
-    explainer = Explainer(
-        load_model(storage.join(audit.uri, "model")),
-        plan.method,
-        SearchConfig(**plan.config),
-        targets=[target],
-        by_fold=bool(plan.model.get("num_folds")),
-        engine="plain",
-    )
+    # The path of the first search: checks come after it.
+    searched = replace(plan, checks={key: plan.checks[key] for key in plan.checks if key == "min_target_probs"})
+    model = load_model(storage.join(audit.uri, "model"))
+    explainer = explainer_of(searched, model, targets=[target], only="all", engine="plain")
     pixels = schema.fixed_size_list(decode_png(png, plan.image_shape).reshape(1, -1))
     shard = pa.table([[image_id], [None], pixels, [None]], schema=schema.shard_schema(plan.image_shape))
     traces = explainer.explain_shard(shard, trace=1).traces

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -19,12 +19,14 @@ import pyarrow.compute as pc
 import torch
 
 import clarity
-from clarity import data, storage
+from clarity import data, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import Plan, shard_table
-from clarity.explainer import Explainer, require_classifier
+from clarity.checks import Requirements
+from clarity.explainer import explainer_of, require_classifier
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
+from clarity.predictor import BATCH_TOLERANCE, Predictor, batch_difference
 from clarity.search import SearchConfig
 
 
@@ -73,7 +75,7 @@ def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | N
     Raises:
         ValueError: an unknown class, with the choices; or none at all.
     """
-    if names is None or (isinstance(names, str) and names == "all"):
+    if names is None or names in ("all", ["all"]):
         return None
     found = []
     for name in [names] if isinstance(names, str | int) else names:
@@ -101,11 +103,12 @@ def make_plan(
     trace: int = 0,
     shard_rows: int | None = None,
     where: Sequence[str] = (),
+    checks: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of an audit over the images of a listing, in shards of ``shard_rows`` images; in one shard by default.
 
-    Where the model has folds, each image of the training split is explained by the ensemble of the fold that has not
-    seen it.
+    ``checks`` are those of ``make_checks``. Where the model has folds, each image of the training split is explained by
+    the ensemble of the fold that has not seen it.
     """
     require_classifier(model, method)
     indices = class_indices(targets, model.class_names)
@@ -153,10 +156,70 @@ def make_plan(
             "pyarrow": pa.__version__,
         },
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        checks=dict(checks or {}),
     )
 
 
-def probe(plan: Plan, model_uri: str, dataset: data.Dataset, listing: pa.Table, **options: Any) -> dict[str, Any]:
+def make_checks(
+    model: Model,
+    config: SearchConfig,
+    requirements: Requirements,
+    predictor: Predictor | None = None,
+    by_class: bool = False,
+) -> dict[str, Any]:
+    """What a plan's counterfactuals must satisfy beside its config, see ``Plan.checks``.
+
+    ``by_class`` gives each class as a target a threshold of its own, see ``class_thresholds``.
+    """
+    checks: dict[str, Any] = {}
+    if by_class:
+        checks["min_target_probs"] = class_thresholds(model, config.min_target_prob)
+    if requirements.min_reencoded_prob:
+        checks["min_reencoded_prob"] = requirements.min_reencoded_prob
+    if predictor is not None:
+        predictor.ordered(model.class_names)
+        checks |= {"predictor": predictor.digest, "min_predictor_prob": requirements.min_predictor_prob}
+    return checks
+
+
+def describe_predictor(predictor: Predictor, dataset: data.Dataset, listing: pa.Table) -> str:
+    """What a predictor sees in the first image that can be read, so that a wrong preprocessing is seen, as text."""
+    images = data.read_images(dataset, listing.slice(0, 8), predictor.preprocessing)
+    images = images.filter(images["image"].is_valid())
+    if not len(images):
+        return f"predictor  {predictor.name}, none of the first images can be read"
+    pixels = schema.matrix(images["image"]).reshape(-1, *predictor.preprocessing.image_shape)
+    probs = predictor.predict(pixels)[0]
+    best = [f"{predictor.class_names[k]} {probs[k]:.3f}" for k in np.argsort(-probs, kind="stable")[:3]]
+    label = images["label_name"][0].as_py()
+    lines = [f"predictor  {predictor.name}: image {images['image_id'][0]} (label {label}) is {', '.join(best)}"]
+    if (difference := batch_difference(predictor, pixels)) > BATCH_TOLERANCE:
+        lines.append(
+            f"WARNING    {predictor.name} answers differently by {difference:.2g} for an image alone and among others: "
+            "the same image may get another answer in another run"
+        )
+    return "\n".join(lines)
+
+
+def class_thresholds(model: Model, limit: float) -> list[float]:
+    """Thresholds for the target probability that real images of each class reach, from the model's card.
+
+    The 90th percentile of what held-out images of the class got in training, at most ``limit``, and at least 0.5, so
+    that the ensemble predicts the target.
+    """
+    known = model.card.get("target_probs", {}).get("p90")
+    if known is None:
+        raise ValueError(
+            "min_target_prob: auto needs the held-out images' probabilities, which this model's card lacks: "
+            "train it again, or give a number"
+        )
+    # Null where no held-out image had the class.
+    return [limit if value is None else max(0.5, min(limit, value)) for value in known]
+
+
+def probe(
+    plan: Plan, model_uri: str, dataset: data.Dataset, listing: pa.Table, predictor: str | None = None, **options: Any
+) -> dict[str, Any]:
     """Explain a few images to measure seconds and bytes per image, pairs per second, and the engine.
 
     A method that searches in pixels is measured by one update, extrapolated to a hundred per pair.
@@ -166,15 +229,14 @@ def probe(plan: Plan, model_uri: str, dataset: data.Dataset, listing: pa.Table, 
         model_uri: a model directory.
         dataset: the data set.
         listing: the images to measure.
+        predictor: that of the plan, an ONNX file or module:function.
         **options: engine and threads of the Explainer.
     """
-    model, config = load_model(model_uri), SearchConfig(**plan.config)
+    model = load_model(model_uri)
     steps = None if METHODS[plan.method].classifier in ("ensemble", "member") else 1
     if steps is not None:
-        config = replace(config, max_steps=steps)
-    explainer = Explainer(
-        model, plan.method, config, targets=plan.targets, images=plan.images, only=plan.only, **options
-    )
+        plan = replace(plan, config=plan.config | {"max_steps": steps})
+    explainer = explainer_of(plan, model, predictor, **options)
     images = data.read_images(dataset, listing, model.preprocessing)
     explainer.search_shard(images.slice(0, 2))  # warm up: the first call compiles and allocates
     start = time.perf_counter()

@@ -14,7 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+#: 2 added confirmed, rungs, what the held-out judge sees, and the predictor's probabilities.
+SCHEMA_VERSION = 2
+#: Column of a shard with the original images in the predictor's own mode and size, where those are not the model's.
+PREDICTOR_IMAGE = "predictor_image"
 
 
 class Column(NamedTuple):
@@ -24,11 +27,13 @@ class Column(NamedTuple):
         type: an Arrow type, or ``float[K]`` and ``float[D]`` for a list of that length.
         doc: what it holds, with shape and unit.
         required: whether a null is rejected.
+        since: the schema version that added it.
     """
 
     type: str
     doc: str
     required: bool = False
+    since: int = 1
 
 
 #: ``codes``: one row for each image.
@@ -36,7 +41,7 @@ CODES: dict[str, Column] = {
     "image_id": Column("string", "stable name: index in the split, relative path, or id column of the data", True),
     "label": Column("int32", "class given by the data set, an index into class_names; null when absent or unknown"),
     "label_name": Column("string", "class given by the data set, as written there"),
-    "source": Column("int32", "class predicted by the latent ensemble (argmax of probs)"),
+    "source": Column("int32", "class predicted by the explained model: the ensemble, or the predictor if one is given"),
     "source_name": Column("string", "name of that class"),
     "probs": Column("float[K]", "mean class probabilities of the latent ensemble, K values"),
     "predictive": Column("float", "predictive uncertainty: entropy of probs, in nats"),
@@ -49,25 +54,27 @@ CODES: dict[str, Column] = {
     "x": Column("binary", "the preprocessed image as PNG; null with --images none"),
 }
 
-#: Columns of ``codes`` that --predictions adds; all null for an image without a prediction.
+#: Columns of ``codes`` with --predictions or --predictor; all null for an image without a prediction.
 PREDICTIONS: dict[str, Column] = {
     "prediction": Column("int32", "class predicted by the user's own model, an index into class_names"),
     "prediction_name": Column("string", "name of that class"),
-    "prediction_probs": Column("float[K]", "its class probabilities, K values; only where the file has them"),
+    "prediction_probs": Column("float[K]", "its class probabilities, K values; where they are known"),
 }
 
 #: ``counterfactuals``: one row for each (image, target), the target never being the source.
 COUNTERFACTUALS: dict[str, Column] = {
     "image_id": Column("string", "the image, as in codes", True),
     "label": Column("int32", "class given by the data set; null when absent or unknown to the model"),
-    "source": Column("int32", "class predicted by the latent ensemble for the image", True),
+    "source": Column("int32", "class predicted by the explained model for the image", True),
     "source_name": Column("string", "name of that class"),
     "target": Column("int32", "wanted class", True),
     "target_name": Column("string", "name of that class"),
     "method": Column("string", "search method, a key of METHODS", True),
     "status": Column("string", "ok, or nonfinite when the search met a NaN or an infinity", True),
     "converged": Column("bool", "whether the target probability exceeded min_target_prob"),
-    "steps": Column("int32", "updates applied; 0 when the start already satisfies the target"),
+    "steps": Column("int32", "updates applied, over all rungs; 0 when the start already satisfies the target"),
+    "confirmed": Column("bool", "whether the written image passes every check; null where none was asked for", since=2),
+    "rungs": Column("int32", "further passes of the search after a failed check", since=2),
     "target_prob_initial": Column("float", "mean probability of the target at the start, by the method's classifier"),
     "target_prob_final": Column("float", "the same at the end"),
     "predictive_initial": Column("float", "predictive uncertainty at the start, by the method's classifier, in nats"),
@@ -81,8 +88,11 @@ COUNTERFACTUALS: dict[str, Column] = {
     "distance_x_l1": Column("float", "sum over pixels of |x_cf - decode(z)|, pixels in [0, 1]"),
     "reencoded_class": Column("int32", "class predicted by the latent ensemble after decoding, 8 bits, encoding again"),
     "reencoded_target_prob": Column("float", "probability of the target there"),
-    "judge_class": Column("int32", "class that a held-out network sees in the 8-bit image; null where there is none"),
-    "judge_target_prob": Column("float", "its probability of the target"),
+    "judge_class": Column("int32", "class that a held-out network sees in the 8-bit image, if any", since=2),
+    "judge_target_prob": Column("float", "its probability of the target", since=2),
+    "prediction_target_prob_initial": Column("float", "probability of the target by the predictor, image", since=2),
+    "prediction_target_prob_reconstruction": Column("float", "the same for the image's reconstruction", since=2),
+    "prediction_target_prob_final": Column("float", "the same for the written counterfactual image", since=2),
     "z_cf": Column("float[D]", "code of the counterfactual, D values; image-space methods: the code of their image"),
     "x_cf": Column("binary", "the counterfactual image as PNG; null with --images none"),
 }
@@ -90,7 +100,7 @@ COUNTERFACTUALS: dict[str, Column] = {
 #: ``traces``: one row for each (image, target, step) of the traced images.
 TRACES: dict[str, Column] = {
     "image_id": Column("string", "the image, as in codes", True),
-    "source": Column("int32", "class predicted by the latent ensemble for the image", True),
+    "source": Column("int32", "class predicted by the explained model for the image", True),
     "target": Column("int32", "wanted class", True),
     "step": Column("int32", "updates applied so far, from 0", True),
     "target_prob": Column("float", "mean probability of the target, by the method's classifier"),
@@ -120,9 +130,16 @@ def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = 
     return schema
 
 
-def counterfactuals_schema(latent_dim: int) -> pa.Schema:
-    """Schema of ``counterfactuals/*.parquet``; rows of a file are sorted by (target, image_id)."""
-    return arrow_schema(COUNTERFACTUALS, D=latent_dim)
+def counterfactuals_schema(latent_dim: int, version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Schema of ``counterfactuals/*.parquet``; rows of a file are sorted by (target, image_id).
+
+    Args:
+        latent_dim: D.
+        version: of the schema, for audits that were made before some columns were added.
+    """
+    return arrow_schema(
+        {name: column for name, column in COUNTERFACTUALS.items() if column.since <= version}, D=latent_dim
+    )
 
 
 def traces_schema(latent_dim: int) -> pa.Schema:

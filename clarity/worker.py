@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clarity import data, storage
 from clarity.audit.commits import GivenUp, begin_attempt, commit_shard, is_committed, scratch_directory
 from clarity.audit.plan import Plan
 from clarity.images import Preprocessing, encode_png_column
+from clarity.schema import PREDICTOR_IMAGE
 
 if TYPE_CHECKING:
     from clarity.explainer import Explainer
@@ -28,13 +30,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker of a run is given: the audit and its plan, the run's name, the data set."""
+    """What every worker of a run is given.
+
+    Args:
+        uri: of the audit.
+        run: name of the run.
+        plan: of the audit.
+        dataset: the images.
+        preprocessing: of the model.
+        predictor_preprocessing: of the predictor; None where the plan has none.
+        predictor: an ONNX file or module:function.
+    """
 
     uri: str
     run: str
     plan: Plan
     dataset: data.Dataset
     preprocessing: Preprocessing
+    predictor_preprocessing: Preprocessing | None = None
+    predictor: str | None = None
 
 
 def shard_item(shard: int, listing: pa.Table) -> dict[str, Any]:
@@ -48,12 +62,25 @@ def read_shard(batch: pa.Table, work: Work) -> pa.Table:
 
     def read() -> dict[str, Any]:
         start = time.perf_counter()
-        images = data.read_images(work.dataset, unpack(row["listing"]), work.preprocessing)
+        listing = unpack(row["listing"])
+        images = data.read_images(work.dataset, listing, work.preprocessing)
+        if work.predictor_preprocessing not in (None, work.preprocessing):
+            images = add_images(images, data.read_images(work.dataset, listing, work.predictor_preprocessing))
         seconds = {"read": time.perf_counter() - start}
         note = {"seconds": seconds, "clipped": data.clipped_of(images)}
         return {"note": note, "listing": row["listing"], "images": pack(images)}
 
     return attempted(work, row["shard"], "read", read, ("listing", "images"))
+
+
+def add_images(images: pa.Table, others: pa.Table) -> pa.Table:
+    """Images with those that the predictor sees as a further column; null, with the reason, where either is."""
+    readable = pc.and_(images["image"].is_valid(), others["image"].is_valid())
+    image = pc.if_else(readable, images["image"], pa.scalar(None, images["image"].type))
+    images = images.set_column(images.column_names.index("image"), images.schema.field("image"), image)
+    error = pc.coalesce(images["error"], others["error"])
+    images = images.set_column(images.column_names.index("error"), images.schema.field("error"), error)
+    return images.append_column(PREDICTOR_IMAGE, others["image"])
 
 
 def write_shard(batch: pa.Table, work: Work) -> pa.Table:
@@ -148,9 +175,8 @@ class ExplainShard:
     @cached_property
     def explainer(self) -> Explainer:
         """The explainer of the plan, made at the first shard."""
-        from clarity.explainer import Explainer
+        from clarity.explainer import explainer_of
         from clarity.model import load_model
-        from clarity.search import SearchConfig
 
         # Made within an attempt rather than with the worker, so that a model that cannot be loaded, or kills the
         # process, counts as a failure of the shard instead of being retried for ever.
@@ -161,16 +187,7 @@ class ExplainShard:
             raise ValueError(
                 f"expected the model of the plan in {storage.display(self.work.uri)}/model, found another: restore it"
             )
-        return Explainer(
-            model,
-            plan.method,
-            SearchConfig(**plan.config),
-            targets=plan.targets,
-            images=plan.images,
-            only=plan.only,
-            by_fold=bool(plan.model["num_folds"]),
-            **self.options,
-        )
+        return explainer_of(plan, model, self.work.predictor, **self.options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Explain one shard; a note of an earlier failure is passed on."""

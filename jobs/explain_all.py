@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,36 +26,47 @@ import torch
 from actors import Resources
 from driver import Notes
 
-from clarity import data, storage
+from clarity import data, planning, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim
 from clarity.audit.plan import Plan, read_plan, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
-from clarity.audit.summary import describe, describe_plan, require_readable
+from clarity.audit.summary import describe, describe_plan, require_readable, unreached
 from clarity.audit.verify import verify
+from clarity.checks import Requirements
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.notebook import redecoder
-from clarity.planning import choose, make_plan, probe, raw_bytes_per_image
 from clarity.predictions import add_predictions, describe_coverage, read_predictions
+from clarity.predictor import load_predictor
 from clarity.report.page import write_report
 from clarity.search import ENGINES, SearchConfig
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
+
+#: After so many shards a run says so where targets are out of reach.
+FIRST_SHARDS = 3
 
 
 def new_parser() -> ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
-    add = driver.add_data_flags(parser, "held-out", "Part of the data: train, test, all, held-out").add_argument
+    add = (
+        group := driver.add_data_flags(parser, "held-out", "Part of the data: train, test, all, held-out")
+    ).add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
     add("--limit", type=int, metavar="N", help="Explain only the first N of these images.")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to carry into codes, or all.")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--predictions", metavar="FILE", help="Parquet file of your model's classes or probabilities, by image_id.")
+    add("--predictor", metavar="MODEL", help="Your own model, which is then explained: FILE.onnx or module:function.")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="URI", help="Model directory (default: runs/DATASET/model, trained for digits if missing).")
     add = (search := parser.add_argument_group("search")).add_argument
     add("--method", default="clarity", choices=list(METHODS), help="Method that searches (default: clarity).")
     add("--targets", nargs="+", default=["all"], metavar="CLASS", help="Names of the wanted classes (default: all).")
-    driver.add_config_flags(search, SearchConfig())
+    about = "Probability of the target to exceed; auto: what real images of each class reach, 0.99 at most"
+    add("--min-target-prob", type=number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
+    driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
+    driver.add_config_flags(search, Requirements())
     add("--engine", default="auto", choices=["auto", *ENGINES], help="Engine (default: auto, the fastest that fits).")
     add("--trace", type=int, default=0, metavar="N", help="Trace the searches of the first N images (default: 0).")
     add = parser.add_argument_group("output").add_argument
@@ -67,6 +79,11 @@ def new_parser() -> ArgumentParser:
     return parser
 
 
+def number_or_auto(text: str) -> Any:
+    """The value of a flag that is a number or auto."""
+    return text if text == "auto" else float(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; the exit code."""
     return driver.run(new_parser(), explain_all, argv, ray.exceptions.RayError)
@@ -74,24 +91,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explain_all(args: Namespace) -> int:
     """Plan, run, verify; 0 when the audit is complete."""
-    config = driver.config_from(args, SearchConfig)
-    name = "audit" if args.method == "clarity" else f"audit-{args.method}"
-    out = driver.job_path(args.out, f"runs/{args.dataset}/{name}", "--out")
+    by_class = args.min_target_prob == "auto"
+    config = driver.config_from(args, SearchConfig, min_target_prob=0.99 if by_class else args.min_target_prob)
+    requirements = driver.config_from(args, Requirements)
+    method = "" if args.method == "clarity" else f"-{args.method}"
+    out = driver.job_path(args.out, f"runs/{args.dataset}/audit{method}", "--out")
     model_uri = driver.job_path(args.model, f"runs/{args.dataset}/model", "--model")
     dataset = driver.open_dataset(args, args.split, attributes=args.attributes)
     if args.dataset in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
         raise ValueError(f"--out {storage.display(out)} lies in --data, where it would be read; choose another --out")
     everything = data.list_images(dataset)
     predictions = read_predictions(args.predictions, everything) if args.predictions else None
-    listing, only = choose(everything, args.where, args.limit)
+    listing, only = planning.choose(everything, args.where, args.limit)
     driver.train_if_missing(model_uri, args.dataset, args.data, may_train=not (args.model or args.dry_run))
     model = load_model(model_uri)
     if predictions is not None:
         listing = add_predictions(listing, predictions, model.class_names)
         print(describe_coverage(listing, predictions))
-    targets = None if args.targets == ["all"] else args.targets
-    flags = {name: getattr(args, name) for name in ("method", "images", "trace", "where", "shard_rows")}
-    plan = make_plan(model, dataset, listing, config=config, targets=targets, only=only, **flags)
+    flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where", "shard_rows")}
+    predictor = load_predictor(args.predictor) if args.predictor else None
+    if predictor is not None:
+        print(planning.describe_predictor(predictor, dataset, listing))
+    checks = planning.make_checks(model, config, requirements, predictor, by_class)
+    plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
     if args.shard_rows is None:
         rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"].to_pylist(), rows))
@@ -106,7 +128,9 @@ def explain_all(args: Namespace) -> int:
         else:
             resources = plan_resources(args, len(held.pending))
             driver.check_visible(held.uri, held.run, dataset.data)
-            fill(args, held, resources, Work(out, held.run, held.plan, dataset, model.preprocessing), listing)
+            seen = predictor and predictor.preprocessing
+            work = Work(out, held.run, held.plan, dataset, model.preprocessing, seen, args.predictor)
+            fill(args, held, resources, work, listing)
         print(f"model      {model_uri}\naudit      {out}")
         if held.complete:
             if not args.no_report and not storage.exists(storage.join(out, "report.html")):
@@ -122,11 +146,11 @@ def plan_resources(args: Namespace, num_shards: int, count: int | None = None) -
     return actors.plan_resources(nodes, num_shards, count or args.actors, args.gpus_per_actor)
 
 
-def measure(args: Namespace, plan: Plan, model_uri: str, dataset: data.Dataset, images: pa.Table) -> dict[str, Any]:
+def measure(args: Namespace, plan: Plan, *images: Any) -> dict[str, Any]:
     """``probe`` where an actor would run, with its threads."""
     one = plan_resources(args, 1, 1)
-    remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(probe).remote
-    return ray.get(remote(plan, model_uri, dataset, images, threads=one.threads_per_actor, engine=args.engine))
+    remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(planning.probe).remote
+    return ray.get(remote(plan, *images, args.predictor, threads=one.threads_per_actor, engine=args.engine))
 
 
 def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list[Any]) -> int:
@@ -139,12 +163,12 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
         seconds = measure(args, plan, *source, listing.slice(0, max(1, 256 // targets)))["seconds_per_image"]
     gpu = args.gpus_per_actor != 0 and (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ)
     gpu = gpu and plan_resources(args, 1, 1).gpus_per_actor > 0
-    return rows_per_shard(len(listing), raw_bytes_per_image(model, targets), seconds, gpu)
+    return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, gpu)
 
 
 def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Explain what is pending, retry what failed, verify, and print how it went."""
-    plan, start, pairs = held.plan, time.time(), 0
+    plan, start, seen = held.plan, time.time(), Counter[str]()
     held.keep_one_engine()
     print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
     failures: dict[int, dict[str, Any]] = {}
@@ -156,7 +180,11 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
                 held.check()
                 held.require_same_engine(shard, note.get("engine"))
                 failures |= {shard: note} if "error" in note else {}
-                pairs += note.get("pairs", 0)
+                seen.update({name: note.get(name, 0) for name in ("pairs", "converged")}, shards=1)
+                if seen["shards"] == FIRST_SHARDS and (
+                    told := unreached({**seen, "target_prob_p5": note.get("reach")})
+                ):
+                    print(told, flush=True)
         except ray.exceptions.RayError as error:
             print(f"Ray gave up: {error}", file=sys.stderr)
         held.refresh()
@@ -168,7 +196,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
     checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
     summary = read_audit(held.uri).summary()
     summary |= {"problems": checked.problems[:20], "unsound": len(checked.shards), "redecoded": checked.redecoded}
-    summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(pairs / seconds, 1)}
+    summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(seen["pairs"] / seconds, 1)}
     held.finish(summary | {"resources": dataclasses.asdict(resources)}, checked.ok, checked.shards)
     print(describe(summary))
 

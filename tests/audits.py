@@ -181,6 +181,8 @@ def make_tables(
         "status": status.tolist(),
         "converged": converged.tolist(),
         "steps": steps.tolist(),
+        "confirmed": [None] * num_pairs,
+        "rungs": [0] * num_pairs,
         "target_prob_initial": probs[image, target],
         "target_prob_final": final,
         "predictive_initial": (aleatoric + epistemic)[image],
@@ -196,6 +198,9 @@ def make_tables(
         "reencoded_target_prob": np.where(reencoded == target, 0.98, 0.02),
         "judge_class": [None] * len(target),
         "judge_target_prob": [None] * len(target),
+        "prediction_target_prob_initial": [None] * num_pairs,
+        "prediction_target_prob_reconstruction": [None] * num_pairs,
+        "prediction_target_prob_final": [None] * num_pairs,
         "z_cf": (z[image] + rng.normal(0, 1, (num_pairs, latent_dim))).astype(np.float32).tolist(),
         "x_cf": png(after) if images == "png" else [None] * num_pairs,
     }

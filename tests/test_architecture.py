@@ -24,6 +24,8 @@ LEVELS = [
     {"judges"},
     {"model", "search", "predictions", "predictor"},
     {"methods"},
+    {"tables"},
+    {"checks"},
     {"training"},
     {"explainer"},
     {"planning", "worker"},

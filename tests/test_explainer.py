@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clarity import schema
+from clarity.checks import Check
 from clarity.classifiers import LatentEnsemble
 from clarity.explainer import Explainer, quantise
 from clarity.ids import fold_of, noise
@@ -315,3 +316,67 @@ def test_explainer_leaves_the_model_and_the_threads_of_its_caller(model: Model) 
     assert (model.device.type, explainer.model.device.type) == ("cpu", "meta")
     assert torch.get_num_threads() == before
     assert Explainer(model, device="cpu").model is model
+
+
+def test_thresholds_of_classes_decide_convergence(model: Model) -> None:
+    thresholds = [0.3, 0.4, 0.5, 0.999]
+    explained = Explainer(model, "clarity", CONFIG, min_target_probs=thresholds, threads=1).explain_shard(
+        shard_of(model, IDS)
+    )
+    rows = explained.counterfactuals.to_pylist()
+    for row in rows:
+        assert row["converged"] == (row["target_prob_final"] > np.float32(thresholds[row["target"]]))
+    assert {row["target"] for row in rows if row["converged"]} == {0, 1, 2}
+    with pytest.raises(ValueError, match="expected 4 thresholds, got 2"):
+        Explainer(model, min_target_probs=[0.9, 0.9])
+
+
+LADDER = SearchConfig(min_target_prob=0.32, max_steps=200, learning_rate=0.3)
+
+
+def far(distance: float) -> Check:
+    """A check that points nearer to 1 pass more often, even those of a model that learned nothing."""
+    return lambda written, target: written.distance_x_l1 > distance
+
+
+@pytest.mark.parametrize("method", ["clarity", "latent", "schut"])
+def test_rungs_change_only_pairs_that_fail_a_check(model: Model, method: str) -> None:
+    shard = shard_of(model, IDS)
+    explainer = Explainer(model, method, LADDER, threads=1)
+    plain = rows_of(explainer.explain_shard(shard).counterfactuals, keys_of(""))
+    assert all(row["confirmed"] is None and row["rungs"] == 0 for row in plain.values())
+    distance = float(np.quantile([row["distance_x_l1"] for row in plain.values() if row["converged"]], 0.6))
+    explainer.checks = [far(distance), far(0)]
+    rows = rows_of(explainer.explain_shard(shard).counterfactuals, keys_of(""))
+    for key, row in rows.items():
+        assert row["confirmed"] == (row["distance_x_l1"] > np.float32(distance))
+        if row["rungs"] == 0 or not row["confirmed"]:  # past the last rung, too, the first result stays
+            assert {**row, "rungs": 0, "confirmed": None} == plain[key]
+        else:
+            assert row["converged"] and plain[key]["steps"] < row["steps"] <= LADDER.max_steps
+            assert row["target_prob_final"] > 1 - (1 - LADDER.min_target_prob) / 3 ** row["rungs"]
+            assert row["target_prob_initial"] == plain[key]["target_prob_initial"]
+    assert method == "schut" or {row["rungs"] for row in rows.values() if row["confirmed"]} >= {0, 1}
+    assert method != "clarity" or {row["rungs"] for row in rows.values() if not row["confirmed"]} - {0}
+
+
+def test_rungs_do_not_depend_on_the_shard(model: Model) -> None:
+    explainer = Explainer(model, "clarity", LADDER, threads=1)
+    first = explainer.explain_shard(shard_of(model, IDS)).counterfactuals
+    explainer.checks = [far(float(np.quantile(first["distance_x_l1"].to_numpy()[first["converged"].to_numpy()], 0.6)))]
+    whole = rows_of(explainer.explain_shard(shard_of(model, IDS)).counterfactuals, keys_of(""))
+    assert len({row["rungs"] for row in whole.values() if row["confirmed"]}) > 1
+    for shards in ([[name] for name in IDS], [IDS[::-1]], [IDS[:4] + [f"other{i}" for i in range(40)] + IDS[4:]]):
+        parts = [explainer.explain_shard(shard_of(model, shard)).counterfactuals for shard in shards]
+        found = rows_of(pa.concat_tables(parts), keys_of(""))
+        assert {key: found[key] for key in whole} == whole
+
+
+def test_min_reencoded_prob_asks_the_ensemble_about_the_written_image(model: Model) -> None:
+    checked = Explainer(model, "clarity", LADDER, min_reencoded_prob=0.27, threads=1)
+    rows = checked.explain_shard(shard_of(model, IDS)).counterfactuals.to_pylist()
+    assert {row["confirmed"] for row in rows} == {True, False}
+    for row in rows:
+        assert row["confirmed"] == (row["reencoded_target_prob"] >= np.float32(0.27))
+    with pytest.raises(ValueError, match="min_reencoded_prob: expected at least 0 and less than 1, got 1"):
+        Explainer(model, min_reencoded_prob=1.0)

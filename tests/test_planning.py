@@ -7,13 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from predictors import as_predictor, constant
 
 from clarity import data
+from clarity.audit.plan import Plan
+from clarity.checks import Requirements
 from clarity.classifiers import ImageEnsemble
+from clarity.explainer import explainer_of
 from clarity.model import Model, load_model, save_model
-from clarity.planning import choose, class_indices, make_plan, probe
+from clarity.planning import choose, class_indices, class_thresholds, describe_predictor, make_checks, make_plan, probe
+from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
@@ -107,3 +113,58 @@ def test_probe_measures(tiny_digits_model: Path, tmp_path: Path) -> None:
         found = probe(plan, str(tmp_path / "model"), dataset, rows, threads=1)
         assert found["seconds_per_image"] > 0 and found["pairs_per_second"] > 0
         assert found["bytes_per_image"] > 9 * 150
+
+
+def test_class_thresholds_are_what_real_images_reach_at_most_the_limit_and_at_least_half(model: Model) -> None:
+    known = replace(model, card={"target_probs": {"median": [0.5] * 4, "p90": [0.999, 0.81, 0.3, None]}})
+    assert class_thresholds(known, 0.99) == [0.99, 0.81, 0.5, 0.99]
+    with pytest.raises(ValueError, match="min_target_prob: auto needs the held-out images' probabilities"):
+        class_thresholds(model, 0.99)
+
+
+def test_plan_knows_its_checks_and_older_plans_have_none(model: Model) -> None:
+    dataset = data.open_dataset("digits", split="test")
+    listing = data.list_images(dataset).slice(0, 3)
+    known = replace(model, card={"target_probs": {"p90": [0.9, 0.8, 0.7, 0.6]}})
+    requirements = Requirements(min_reencoded_prob=0.95)
+    options: dict[str, Any] = {"method": "clarity", "config": CONFIG, "shard_rows": 2}
+    plain = make_plan(model, dataset, listing, **options, checks=make_checks(known, CONFIG, Requirements()))
+    plan = make_plan(
+        model, dataset, listing, **options, checks=make_checks(known, SearchConfig(), requirements, by_class=True)
+    )
+    assert plain.checks == {} and plan.fingerprint != plain.fingerprint
+    assert plan.checks == {"min_target_probs": [0.9, 0.8, 0.7, 0.6], "min_reencoded_prob": 0.95}
+    targets = np.array([3, 0])
+    assert plan.min_target_prob(targets).tolist() == np.array([0.6, 0.9], np.float32).tolist()
+    assert plain.min_target_prob(targets).tolist() == [np.float32(CONFIG.min_target_prob)] * 2
+    written = plain.to_json()
+    del written["checks"]  # as it was written before there were checks
+    assert Plan.from_json(written) == plain
+    explainer = explainer_of(plan, model, engine="plain")
+    assert explainer.min_target_probs == plan.checks["min_target_probs"] and len(explainer.checks) == 1
+
+
+def test_explainer_of_a_plan_takes_the_planned_predictor_only(model: Model) -> None:
+    dataset = data.open_dataset("digits", split="test")
+    listing = data.list_images(dataset).slice(0, 3)
+    mine, other = (load_predictor(constant(model.class_names, favourite)) for favourite in (0, 1))
+    checks = make_checks(model, CONFIG, Requirements(), mine)
+    plan = make_plan(model, dataset, listing, method="clarity", config=CONFIG, shard_rows=2, checks=checks)
+    assert explainer_of(plan, model, mine).predictor is not None
+    with pytest.raises(ValueError, match="predictor: expected that of the plan, found another"):
+        explainer_of(plan, model, other)
+    assert plan.codes_schema().names[-3:] == ["prediction", "prediction_name", "prediction_probs"]
+
+
+def test_describe_predictor_shows_an_image_with_its_likeliest_classes_and_warns(model: Model) -> None:
+    dataset = data.open_dataset("digits", split="test")
+    listing = data.list_images(dataset).slice(0, 3)
+    told = describe_predictor(load_predictor(constant(model.class_names, 2)), dataset, listing)
+    assert told.endswith("is cow 0.700, ant 0.100, bee 0.100") and "label 7" in told and "WARNING" not in told
+
+    def relative(pixels: np.ndarray) -> np.ndarray:
+        return np.where(pixels.mean() > 20, [[0.4, 0.3, 0.2, 0.1]], [[0.1, 0.2, 0.3, 0.4]]).repeat(len(pixels), 0)
+
+    unstable = load_predictor(as_predictor(relative, model.class_names))
+    told = describe_predictor(replace(unstable, block=3), dataset, listing)
+    assert "WARNING" in told and "alone and among others" in told

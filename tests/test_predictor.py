@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from predictors import as_predictor
 
 from clarity import predictor
 from clarity.predictor import batch_difference, load_predictor
@@ -57,13 +58,8 @@ def expected(pixels: np.ndarray) -> np.ndarray:
     return odds / odds.sum(1, keepdims=True)
 
 
-def as_function(call: Callable[[np.ndarray], Any], **attributes: Any) -> Callable[[np.ndarray], Any]:
-    def function(pixels: np.ndarray) -> Any:
-        return call(pixels)
-
-    for name, value in {"classes": CLASSES, "mode": "L", "size": (H, W), **attributes}.items():
-        setattr(function, name, value)
-    return function
+def mine(call: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], Any]:
+    return as_predictor(call, CLASSES, size=(H, W))
 
 
 def test_onnx_answers_probabilities_of_preprocessed_pixels(tmp_path: Path) -> None:
@@ -173,9 +169,9 @@ def test_function_is_imported_from_the_working_directory(tmp_path: Path, monkeyp
 
 
 def test_functions_that_answer_alike_have_the_same_digest() -> None:
-    flat = as_function(lambda x: np.full((len(x), K), 1 / K))
-    assert load_predictor(flat).digest == load_predictor(as_function(lambda x: np.full((len(x), K), 1 / K))).digest
-    assert load_predictor(flat).digest != load_predictor(as_function(lambda x: np.eye(K)[[0] * len(x)])).digest
+    flat = mine(lambda x: np.full((len(x), K), 1 / K))
+    assert load_predictor(flat).digest == load_predictor(mine(lambda x: np.full((len(x), K), 1 / K))).digest
+    assert load_predictor(flat).digest != load_predictor(mine(lambda x: np.eye(K)[[0] * len(x)])).digest
 
 
 @pytest.mark.parametrize(
@@ -191,13 +187,13 @@ def test_functions_that_answer_alike_have_the_same_digest() -> None:
 )
 def test_answers_that_are_invalid_are_rejected(call: Callable[[np.ndarray], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_predictor(as_function(call))
+        load_predictor(mine(call))
 
 
 def test_answer_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictor, "TIMEOUT_S", 0.1)
     with pytest.raises(ValueError, match="gave no answer to 64 images for 0 s"):
-        load_predictor(as_function(lambda x: time.sleep(5)))
+        load_predictor(mine(lambda x: time.sleep(5)))
 
 
 def test_batch_difference_finds_answers_that_depend_on_the_others() -> None:
@@ -205,7 +201,7 @@ def test_batch_difference_finds_answers_that_depend_on_the_others() -> None:
         scores = pixels.reshape(len(pixels), -1)[:, :K] / max(1, pixels.mean()) + 1
         return scores / scores.sum(1, keepdims=True)
 
-    assert batch_difference(load_predictor(as_function(relative)), images(9)) > predictor.BATCH_TOLERANCE
+    assert batch_difference(load_predictor(mine(relative)), images(9)) > predictor.BATCH_TOLERANCE
 
 
 @pytest.mark.parametrize("source", ["model.pt", "module", "a-b:c", "a:b c"])

@@ -43,6 +43,9 @@ class Plan:
         versions: of what decides the bytes.
         created: date, informative.
         schema_version: of the tables.
+        checks: what a counterfactual must satisfy beside the config, by the names of the Explainer's arguments:
+            min_target_probs (a threshold for each class as a target), min_reencoded_prob, predictor (its digest) and
+            min_predictor_prob; empty where none was asked for.
     """
 
     dataset: dict[str, Any]
@@ -57,6 +60,7 @@ class Plan:
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     schema_version: int = schema.SCHEMA_VERSION
+    checks: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,15 +88,29 @@ class Plan:
         """Pairs of an image at most; one less where a listed target is its source."""
         return len(self.class_names) - 1 if self.targets is None else len(self.targets)
 
+    @property
+    def requires_checks(self) -> bool:
+        """Whether written images are checked, so that pairs are confirmed or not."""
+        return bool(self.checks.keys() & {"min_reencoded_prob", "predictor"})
+
+    def min_target_prob(self, targets: np.ndarray) -> np.ndarray:
+        """The threshold of each target (P,), float32."""
+        classes = np.full(len(self.class_names), self.config["min_target_prob"], np.float32)
+        return np.asarray(self.checks.get("min_target_probs", classes), np.float32)[targets]
+
     def codes_schema(self) -> pa.Schema:
         """Schema of ``codes``, with the file metadata by which a table explains itself."""
         extra = [pa.field(name, schema.type_of(kind)) for name, kind, *_ in self.dataset.get("extra", [])]
+        if "predictor" in self.checks:
+            extra += schema.arrow_schema(schema.PREDICTIONS, K=len(self.class_names))
         table = schema.codes_schema(len(self.class_names), self.model["latent_dim"], extra)
         return table.with_metadata(self.file_metadata())
 
     def counterfactuals_schema(self) -> pa.Schema:
         """Schema of ``counterfactuals``, with the file metadata."""
-        return schema.counterfactuals_schema(self.model["latent_dim"]).with_metadata(self.file_metadata())
+        return schema.counterfactuals_schema(self.model["latent_dim"], self.schema_version).with_metadata(
+            self.file_metadata()
+        )
 
     def differences(self, other: Plan) -> list[str]:
         """What another plan decides differently, one line each: empty when both fill the same files."""
@@ -118,9 +136,9 @@ class Plan:
     def from_json(cls, value: Any) -> Plan:
         """The inverse of ``to_json``; ValueError when it was altered."""
         names = {f.name for f in fields(cls)}
-        if not isinstance(value, dict) or not names <= set(value):
+        if not isinstance(value, dict) or not names - {"checks"} <= set(value):  # plans of before have no checks
             raise ValueError(f"expected a plan with {', '.join(sorted(names))}")
-        plan = cls(**{name: value[name] for name in names})
+        plan = cls(**{name: value[name] for name in names & set(value)})
         if plan.fingerprint != value.get("fingerprint"):
             raise ValueError("its fingerprint does not belong to its content")
         return plan
@@ -131,6 +149,8 @@ class Plan:
         content["data"] = {k: self.dataset.get(k) for k in ("listing", "num_images", "extra")}
         if "columns" in self.dataset:  # which column holds the images is not seen in the listing
             content["data"]["columns"] = self.dataset["columns"]
+        if not self.checks:
+            del content["checks"]
         content["shards"] = {"count": len(self.shards), "table": digest(self.shards)}
         return content
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+
+from clarity.schema import COUNTERFACTUALS
+
+SQL_TYPES = {"bool": "BOOLEAN", "int32": "INTEGER", "float": "FLOAT"}
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,29 @@ def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyC
     con.execute("SET enable_progress_bar = false")  # it would be drawn into notebooks
     for name, table in {"codes": codes, "counterfactuals": counterfactuals, **others}.items():
         table = local_paths(table)
+        source = f'"stored {name}"'
         if isinstance(table, list):
             paths = ", ".join("'" + str(path).replace("'", "''") + "'" for path in table)
-            con.execute(f'CREATE VIEW "{name}" AS FROM read_parquet([{paths}])')
+            source = f"read_parquet([{paths}])"
         else:
+            con.register(f"stored {name}", table)
+        stored = con.sql(f"FROM {source}").columns
+        added = missing_columns(stored) if name == "counterfactuals" else []
+        if added or isinstance(table, list):
+            con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(["*", *added])} FROM {source}')
+        else:
+            con.unregister(f"stored {name}")
             con.register(name, table)
     for name, view in load_views().items():
         if name != "agreement" or has_predictions(con):
             con.execute(view)
     return con
+
+
+def missing_columns(stored: Sequence[str]) -> list[str]:
+    """SQL of the columns of ``counterfactuals`` that audits of before do not have: null in every row."""
+    added = {name: column for name, column in COUNTERFACTUALS.items() if column.since > 1 and name not in stored}
+    return [f'CAST(NULL AS {SQL_TYPES[column.type]}) AS "{name}"' for name, column in added.items()]
 
 
 def local_paths(table: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from clarity import storage
+from clarity import schema, storage
 from clarity.audit.commits import commit_path, files_below, valid_commits
 from clarity.audit.plan import Plan, read_plan
 from clarity.audit.queries import connect, query
@@ -81,13 +81,15 @@ def read_audit(uri: str | Path) -> Audit:
     commits = known_commits(uri, plan)
     files, path = storage.filesystem(uri)
 
-    def table(name: str, schema: pa.Schema | None) -> pads.Dataset:
+    def table(name: str, expected: pa.Schema | None) -> pads.Dataset:
         named = [f"{path}/{f}" for _, c in sorted(commits.items()) for f in c["files"] if f.startswith(f"{name}/")]
-        if not named and schema is not None:
-            return pads.dataset(schema.empty_table())
-        return pads.dataset(named, schema=schema, format="parquet", filesystem=files) if named else None
+        if not named and expected is not None:
+            return pads.dataset(expected.empty_table())
+        return pads.dataset(named, schema=expected, format="parquet", filesystem=files) if named else None
 
-    codes, pairs = table("codes", plan.codes_schema()), table("counterfactuals", plan.counterfactuals_schema())
+    # Columns that an audit was made without are null in it, so that one query serves all.
+    today = schema.counterfactuals_schema(plan.model["latent_dim"]).with_metadata(plan.file_metadata())
+    codes, pairs = table("codes", plan.codes_schema()), table("counterfactuals", today)
     return Audit(uri, plan, commits, codes, pairs, table("traces", None))
 
 

@@ -22,6 +22,13 @@ WHERE error IS NOT NULL GROUP BY error ORDER BY images DESC, error LIMIT 20"""
 PREDICTIONS = """
 SELECT coalesce(sum(images) FILTER (prediction IS NOT NULL), 0), coalesce(sum(images) FILTER (prediction = source), 0)
 FROM agreement"""
+CHECKS = """
+SELECT count(*) FILTER (confirmed), count(confirmed), coalesce(max(rungs), 0), coalesce(avg(rungs), 0)
+FROM counterfactuals"""
+QUANTILES = """
+SELECT quantile_cont(reencoded_target_prob, 0.5), quantile_cont(reencoded_target_prob, 0.05),
+       quantile_cont(target_prob_final, 0.05)
+FROM counterfactuals"""
 PAIRS = """
 SELECT pairs, converged, nonfinite, reencoded_as_target, judged, judged_as_target, mean_steps,
        (SELECT quantile_disc(steps, 0.5) FROM counterfactuals)
@@ -42,6 +49,11 @@ def summarise(
 
     images, unread, unknown = rows(IMAGES)[0]
     pairs, converged, nonfinite, reencoded, judged, judged_as_target, mean_steps, median_steps = rows(PAIRS)[0]
+    median, low, reach = rows(QUANTILES)[0]
+    checks = None
+    if plan.schema_version > 1 and plan.requires_checks:
+        confirmed, checked, most, mean = rows(CHECKS)[0]
+        checks = {"confirmed": confirmed, "pairs": checked, "most_rungs": most, "mean_rungs": round(mean, 3)}
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
@@ -62,6 +74,9 @@ def summarise(
         "reencoded_as_target": reencoded,
         "judged": judged,
         "judged_as_target": judged_as_target,
+        "reencoded_target_prob": {"median": median, "p5": low} if pairs else None,
+        "target_prob_p5": reach,
+        "checks": checks,
         "median_steps": median_steps,
         "mean_steps": round(mean_steps, 2) if pairs else None,
         "slowest_class_pairs": [
@@ -97,6 +112,13 @@ def describe(summary: Mapping[str, Any]) -> str:
         agree = share(given["agree"], given["images"])
         predictions = [f"predicted  {given['images']}; the ensemble sees the same in {agree}"]
     model = summary.get("verdict", {"sentence": "not checked", "reasons": []})
+    confirmed = []
+    if given := summary.get("checks"):
+        rungs = f"{given['mean_rungs']:.2f} further passes a pair, {given['most_rungs']} at most"
+        confirmed = [f"confirmed  {share(given['confirmed'], given['pairs'])}; {rungs}"]
+    reencoded = ""
+    if given := summary.get("reencoded_target_prob"):
+        reencoded = f"; its probability {given['median']:.3f} in the median, {given['p5']:.3f} at the 5th percentile"
     lines = [
         *(f"WARNING    {warning}" for warning in summary.get("warnings", [])),
         f"model      {model['sentence']}",
@@ -108,8 +130,10 @@ def describe(summary: Mapping[str, Any]) -> str:
         *predictions,
         f"pairs      {summary['pairs']}, {summary['nonfinite']} not finite",
         f"converged  {share(summary['converged'], summary['pairs'])}",
-        f"re-encoded {share(summary['reencoded_as_target'], summary['pairs'])} as the target",
+        *(f"           {line}" for line in unreached(summary).splitlines()),
+        f"re-encoded {share(summary['reencoded_as_target'], summary['pairs'])} as the target{reencoded}",
         *judge_lines(summary),
+        *confirmed,
         f"steps      median {summary['median_steps']}, mean {summary['mean_steps']}; most: {', '.join(slow)}",
         f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s",
         f"stages     {', '.join(stages)} (seconds, summed over the processes)",
@@ -136,6 +160,15 @@ def require_readable(summary: Mapping[str, Any]) -> None:
     if summary["images"] and summary["unread"] == summary["images"]:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in list(summary["errors"].items())[:3])
         raise ValueError(f"data: expected images, got {summary['images']} of which none could be read: {reasons}")
+
+
+def unreached(summary: Mapping[str, Any]) -> str:
+    """Where more than a tenth of the targets is out of reach, a line with the threshold to try; else no text."""
+    reach, converged, pairs = (summary.get(name) for name in ("target_prob_p5", "converged", "pairs"))
+    if not pairs or reach is None or converged >= 0.9 * pairs:
+        return ""
+    told = f"{share(pairs - converged, pairs)} of the targets are out of reach; 95 % of the pairs get {reach:.3f}"
+    return f"{told}: try --min-target-prob auto, or {max(0.01, reach - 0.005):.2f}\n"
 
 
 def share(count: int, total: int) -> str:

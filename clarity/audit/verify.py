@@ -180,16 +180,29 @@ def check_pairs(shard: Shard) -> Iterator[str]:
 
 
 def check_search(shard: Shard) -> Iterator[str]:
-    """Convergence, the final probability and the number of steps agree."""
-    config, pairs = shard.plan.config, shard.pairs
+    """Convergence, the final probability, the number of steps and the checks agree."""
+    plan, config, pairs = shard.plan, shard.plan.config, shard.pairs
     converged, final, steps = (pairs[name].to_numpy() for name in ("converged", "target_prob_final", "steps"))
-    if (converged != (final > np.float32(config["min_target_prob"]))).any():
+    if (converged != (final > plan.min_target_prob(pairs["target"].to_numpy()))).any():
         yield "converged disagrees with target_prob_final"
     if ((steps < 0) | (steps > config["max_steps"])).any():
         yield "steps out of range"
     finite = pc.equal(pairs["status"], "ok").to_numpy()
     if (finite & ~converged & (steps != config["max_steps"])).any():
         yield "a search ended early without converging"
+    if plan.schema_version < 2:
+        return
+    rungs = pairs["rungs"].to_numpy()
+    if not plan.requires_checks:
+        if rungs.any() or pairs["confirmed"].null_count < len(pairs):
+            yield "pairs are confirmed, or on further rungs, though no check was asked for"
+        return
+    if pairs["confirmed"].null_count or ((rungs < 0) | (rungs > 3)).any():
+        yield "confirmed or rungs are missing or out of range"
+    confirmed = pairs["confirmed"].fill_null(False).to_numpy()
+    least = plan.checks.get("min_reencoded_prob")
+    if least is not None and (confirmed & ~(pairs["reencoded_target_prob"].to_numpy() >= np.float32(least))).any():
+        yield "confirmed disagrees with reencoded_target_prob"
 
 
 def redecode_sample(shard: Shard, redecode: Decoder, sample: int) -> tuple[int, int]:

@@ -89,6 +89,8 @@ def make_tables(plan: Plan, shard: int) -> dict[str, pa.Table]:
         "status": pa.array(["ok"] * count),
         "converged": pa.array(converged),
         "steps": pa.array(np.where(converged, 7, plan.config["max_steps"]), pa.int32()),
+        "confirmed": pa.nulls(count, pa.bool_()),
+        "rungs": pa.array(np.zeros(count), pa.int32()),
         "target_prob_final": pa.array(np.where(converged, 0.995, 0.5), pa.float32()),
         "reencoded_class": pa.array(target),
         "judge_class": pa.array(target),
@@ -396,7 +398,7 @@ def test_files_explain_themselves(plan: Plan, filled: str) -> None:
     assert json.loads(metadata[b"clarity.config"]) == plan.config
     assert metadata[b"clarity.method"] == b"clarity"
     assert metadata[b"clarity.image_shape"] == b"1,8,12"
-    assert metadata[b"clarity.schema_version"] == b"1"
+    assert metadata[b"clarity.schema_version"] == b"2"
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
 
 
@@ -791,3 +793,17 @@ def test_tables_are_read_by(reader: str, filled: str) -> None:
     assert run.returncode == 0, run.stderr
     steps = pc.sum(read_audit(filled).counterfactuals.to_table()["steps"]).as_py()
     assert run.stdout.split() == ["12", "5", str(steps)]
+
+
+def test_audits_of_before_are_read_verified_and_summed_up(plan: Plan, model_dir: str, tmp_path: Path) -> None:
+    """Of the first schema, without the columns that came later."""
+    uri, old = str(tmp_path / "old"), replace(plan, schema_version=1)
+    assert not {"rungs", "confirmed", "judge_class"} & set(old.counterfactuals_schema().names)
+    with claim(uri, old, model_dir) as held:
+        for shard in held.pending:
+            commit_shard(uri, old, shard, make_tables(old, shard), {"engine": "plain"})
+    assert verify(uri).ok
+    opened = read_audit(uri)
+    assert opened.counterfactuals.to_table()["rungs"].null_count == opened.counterfactuals.count_rows() > 0
+    summary = opened.summary()
+    assert summary["pairs"] > 0 and summary["judged"] == 0 and summary["checks"] is None

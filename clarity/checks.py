@@ -1,0 +1,65 @@
+"""Checks of written counterfactual images, and what a pair does that fails one.
+
+A check is one function over the images as they are written, in 8 bits. A pair that fails a check continues its search
+on the next rung: from where it stands, with fresh moments, against a threshold nearer to 1, without a distance
+penalty. Does not know how images are searched or written.
+
+Shapes: P pairs, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from clarity.tables import Written
+
+MAX_RUNGS = 3
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a counterfactual must satisfy beside the config of the search.
+
+    Args:
+        min_reencoded_prob: probability that the ensemble must give the target on the written image, encoded again; 0
+            for no such check.
+        min_predictor_prob: probability that your own model must give the target on the written image, where it is
+            explained.
+    """
+
+    min_reencoded_prob: float = 0.0
+    min_predictor_prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("min_reencoded_prob", "min_predictor_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 0 and less than 1, got {getattr(self, name)}")
+
+
+#: Whether each written image (P,) passes, given the wanted classes (P,).
+Check = Callable[[Written, np.ndarray], np.ndarray]
+
+
+def reencoded(min_prob: float) -> Check:
+    """The ensemble, on the written image encoded again, gives the target at least this probability."""
+    return lambda written, target: written.probs[np.arange(len(target)), target] >= np.float32(min_prob)
+
+
+def confirmed_by_predictor(min_prob: float) -> Check:
+    """The predictor, on the written image, gives the target at least this probability, and none a higher one."""
+
+    def check(written: Written, target: np.ndarray) -> np.ndarray:
+        assert written.predictor_probs is not None
+        probs = written.predictor_probs[np.arange(len(target)), target]
+        return (written.predictor_probs.argmax(1) == target) & (probs >= np.float32(min_prob))
+
+    return check
+
+
+def next_threshold(threshold: np.ndarray) -> np.ndarray:
+    """The threshold of the next rung: its distance to 1 divided by 3, and less than 1 in float32."""
+    below_one = np.nextafter(np.float32(1), np.float32(0))
+    return np.minimum(1 - (1 - threshold.astype(np.float64)) / 3, below_one).astype(np.float32)
