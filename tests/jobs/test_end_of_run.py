@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from jobfiles import JOBS, load_job
+
+from clarity.audit.read import read_audit
+from clarity.images import encode_png
 
 FLAGS = ["--limit", "9", "--shard-rows", "3", "--max-steps", "5", "--min-target-prob", "0.4"]
 
@@ -107,3 +111,35 @@ def test_verify_says_that_an_unfinished_audit_is_incomplete(
     printed = capsys.readouterr().out
     assert printed.endswith("incomplete, 1 of 3 shards: run jobs/explain_all.py again\n")
     assert "problem" not in printed and "NOT SOUND" not in printed
+
+
+def test_a_source_that_vanishes_costs_shards_and_no_image(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 1, 28, 28)).astype(np.uint8)
+    share = tmp_path / "share"
+    (share / "3").mkdir(parents=True)
+    for number, png in enumerate(encode_png(pixels)):
+        (share / "3" / f"{number}.png").write_bytes(png)
+    out = tmp_path / "audit"
+    command = ["--dataset", "folder", "--data", str(share), "--split", "all", "--no-report"]
+    command += ["--model", str(tiny_digits_model), "--out", str(out), *FLAGS]
+    real = job.fill
+
+    def fill(*args: Any) -> None:
+        """The share is unmounted after its images were listed, and mounted again after the run."""
+        share.rename(tmp_path / "elsewhere")
+        share.mkdir()
+        real(*args)
+
+    job.fill = fill
+    assert job.main(command) == 1
+    printed = capsys.readouterr()
+    assert "shard 0 failed at stage read: StorageError: cannot read" in printed.err
+    assert "INCOMPLETE 0 of 3 shards" in printed.out
+    assert read_audit(out).codes.count_rows() == 0
+    share.rmdir()
+    (tmp_path / "elsewhere").rename(share)
+    job.fill = real
+    assert job.main(command) == 0
+    assert read_audit(out).summary()["unread"] == 0
