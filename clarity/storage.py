@@ -56,15 +56,6 @@ ANSWER = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)")
 NO_ANSWER = re.compile(r"(?i)network_|curl|time_?out")
 TRANSIENT = re.compile(rf"{NO_ANSWER.pattern}|slow_?down|unavailable|internal_?(fail|err)|throttl|status 5\d\d")
 TRANSIENT_ERRNO = {errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE}
-#: The device or the server behind a path is gone.
-GONE_ERRNO = {
-    errno.EIO,
-    errno.ENXIO,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-}
 REMEDY = {
     errno.ENOSPC: "free space there, or choose another directory",
     errno.EDQUOT: "free space there, or choose another directory",
@@ -342,27 +333,6 @@ def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
         )  # fmt: skip
         time.sleep(pause)
     raise AssertionError("unreachable")
-
-
-def source_failed(uri: URI, error: StorageError) -> bool:
-    """Whether a file could not be read because its whole source is out of reach, which is no fault of the file.
-
-    So are a store that fails or refuses, a device that is gone, and a file that is missing with everything beside it,
-    as on a share that was unmounted.
-    """
-    if error.transient or error.errno in GONE_ERRNO:
-        return True
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-        return is_remote(uri)
-    base, query = split_options(uri)
-    directory = os.path.dirname(base) + query
-    try:
-        if is_remote(uri):
-            return not exists(directory)
-        with os.scandir(local_path(directory)) as entries:
-            return next(entries, None) is None
-    except OSError:
-        return True
 
 
 def server_of(uri: URI) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import urllib.parse
@@ -13,6 +14,9 @@ import pyarrow as pa
 from clarity import storage
 from clarity.data.listing import Content, Dataset
 from clarity.images import MAX_BYTES, UnreadableImage
+
+#: The device or the server behind a path is gone.
+GONE = {errno.EIO, errno.ENXIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 
 
 def read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
@@ -46,9 +50,26 @@ def read_file(uri: str, size: int | None, named_by: str = "") -> Content:
 
 def raise_if_source_failed(uri: str, error: Exception) -> None:
     """Raise the error again, as one that may pass, where not this file but its whole source is out of reach."""
-    if isinstance(error, storage.StorageError) and storage.source_failed(uri, error):
+    if isinstance(error, storage.StorageError) and source_failed(uri, error):
         error.transient = True
         raise error
+
+
+def source_failed(uri: str, error: storage.StorageError) -> bool:
+    """Whether a store fails or refuses, a device is gone, or a file is missing with everything beside it.
+
+    The last is what a share looks like that was unmounted.
+    """
+    if error.transient or error.errno in GONE:
+        return True
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+        return storage.is_remote(uri)
+    base, query = storage.split_options(uri)
+    directory = os.path.dirname(base) + query
+    try:
+        return not (storage.exists(directory) if storage.is_remote(uri) else os.listdir(storage.local_path(directory)))
+    except OSError:
+        return True
 
 
 def printable(path: str) -> str:
