@@ -124,17 +124,20 @@ def has_image(uri: str) -> bool:
 
 
 def require_no_inner_splits(root: str, paths: list[str]) -> None:
-    """Raises ValueError where class folders hold train/ and test/, instead of the other way round."""
+    """Raises ValueError where train/ and test/ lie inside another folder, which would become the class of both."""
     inner: dict[str, set[str]] = {}
-    for path in paths:
-        parts = path.split("/")
-        if len(parts) > 2 and (split := split_named(parts[1])):
-            inner.setdefault(parts[0], set()).add(split)
-    if top := next((name for name, splits in inner.items() if len(splits) > 1), None):
-        remedy = f"name {storage.display(storage.join(root, top))}" if len(inner) == 1 else "move them to the top"
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        parts = folder.split("/")
+        for depth in range(1, len(parts)):
+            if split := split_named(parts[depth]):
+                inner.setdefault("/".join(parts[:depth]), set()).add(split)
+    found = sorted(folder for folder, splits in inner.items() if len(splits) > 1)
+    if found:
+        inside = storage.display(storage.join(root, found[0]))
+        remedy = f"name {inside}" if len(found) == 1 else "move them to the top"
         raise ValueError(
-            f"expected splits above class folders in {storage.display(root)}, found them inside {top}/ "
-            f"({', '.join(sorted(inner[top]))}): {remedy}"
+            f"expected splits above class folders in {storage.display(root)}, found them inside {found[0]}/ "
+            f"({', '.join(sorted(inner[found[0]]))}): {remedy}"
         )
 
 

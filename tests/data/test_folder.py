@@ -87,6 +87,11 @@ def test_folder_refuses_splits_below_classes(tmp_path: Path) -> None:
     write_images(tmp_path / "w", "images/train/cat/1.png", "images/val/cat/2.png")
     with pytest.raises(ValueError, match=r"inside images/ .*: name .*/w/images"):
         listed(tmp_path / "w")
+    write_images(tmp_path / "v", "work/data/a/1.png", "work/split/train/a/1.png", "work/split/val/a/2.png")
+    with pytest.raises(ValueError, match=r"inside work/split/ .*: name .*/v/work/split"):
+        listed(tmp_path / "v")
+    write_images(tmp_path / "u", "cat/test/1.png", "dog/test/1.png")
+    assert len(listed(tmp_path / "u")) == 2
 
 
 def test_folder_leaves_out_what_systems_leave_behind_and_names_it(tmp_path: Path) -> None:
