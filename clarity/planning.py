@@ -160,6 +160,21 @@ def make_plan(
     )
 
 
+def shared_engine(engine: str, method: str, offered: Sequence[Sequence[str]], kept: str | None) -> str:
+    """The engine of a run on several machines: builds of one engine round differently, and an audit takes one.
+
+    Args:
+        engine: what was asked for; anything but auto is returned.
+        method: a key of ``METHODS``; those on image classifiers have one engine, which auto finds.
+        offered: ``search.cpu_engines`` of each machine, fastest first; none where the search runs on GPUs.
+        kept: the engine of the shards that are there, which goes on where all machines have it.
+    """
+    if engine != "auto" or not offered or METHODS[method].classifier not in ("ensemble", "member"):
+        return engine
+    common = [name for name in offered[0] if all(name in names for names in offered)]
+    return kept if kept in common else common[0]
+
+
 def make_checks(
     model: Model,
     config: SearchConfig,

@@ -626,6 +626,11 @@ def in_columns(objective: LatentObjective, slots: int) -> Gradient:
     return by_rows
 
 
+def cpu_engines() -> list[str]:
+    """The engines that can search over latent classifiers on this machine's CPU, fastest first."""
+    return [*(f"native-{build}" for build in kernels.native_builds()), "batched", "plain"]
+
+
 def choose_engine(engine: str, objective: Objective, fits: bool, device: str) -> str:
     """The engine to use; ``fits`` tells whether one for latent classifiers could."""
     if engine != "auto" and engine not in ENGINES:

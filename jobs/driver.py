@@ -339,20 +339,28 @@ def request_first_node(alive: Callable[[], list[dict[str, float]]], gpus: float 
     ray.autoscaler.sdk.request_resources(bundles=[])
 
 
-def check_visible(uri: str, run: str, data_uri: str | None) -> None:
-    """Raise ValueError unless every node sees the audit directory, in which a run has begun, and the data."""
+def on_each_node(function: Callable[..., Any], *args: Any) -> list[tuple[str, Any]]:
+    """What a function returns on each node that is alive, with the node's address."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    remote = ray.remote(num_cpus=0)(unreachable_paths)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return [("", function(*args))]
+    there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    remote = ray.remote(num_cpus=0)(function)
+    found = ray.get([remote.options(scheduling_strategy=node).remote(*args) for node in there])
+    return [(node["NodeManagerAddress"], result) for node, result in zip(nodes, found)]
+
+
+def check_visible(uri: str, run: str, data_uri: str | None) -> None:
+    """Raise ValueError unless every node sees the audit directory, in which a run has begun, and the data."""
     uris = {"out": uri, "data": data_uri or ""}
-    for node in alive if len(alive) > 1 else []:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        for name in ray.get(remote.options(scheduling_strategy=there).remote(uri, run, data_uri)):
+    for address, names in on_each_node(unreachable_paths, uri, run, data_uri):
+        for name in names:
             raise ValueError(
-                f"--{name} {storage.display(uris[name])}: node {node['NodeManagerAddress']} does not see what this one "
-                "sees there; use an s3:// URI, or a directory that every node mounts"
+                f"--{name} {storage.display(uris[name])}: node {address} does not see what this one sees there; "
+                "use an s3:// URI, or a directory that every node mounts"
             )
 
 

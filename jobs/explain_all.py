@@ -20,7 +20,6 @@ from typing import Any
 import actors
 import driver
 import pyarrow as pa
-import ray
 import ray.data
 import torch
 from actors import Resources
@@ -39,7 +38,7 @@ from clarity.notebook import redecoder
 from clarity.predictions import add_predictions, describe_coverage, read_predictions
 from clarity.predictor import load_predictor
 from clarity.report.page import write_report
-from clarity.search import ENGINES, SearchConfig
+from clarity.search import ENGINES, SearchConfig, cpu_engines
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
 #: After so many shards a run says so where targets are out of reach.
@@ -169,7 +168,8 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
 def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Explain what is pending, retry what failed, verify, and print how it went."""
     plan, start, seen = held.plan, time.time(), Counter[str]()
-    held.keep_one_engine()
+    offered = [] if resources.gpus_per_actor else [names for _, names in driver.on_each_node(cpu_engines)]
+    args.engine = planning.shared_engine(args.engine, plan.method, offered, held.keep_one_engine())
     print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
     failures: dict[int, dict[str, Any]] = {}
     for _ in range(MAX_ATTEMPTS):

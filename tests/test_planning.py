@@ -18,7 +18,16 @@ from clarity.checks import Requirements
 from clarity.classifiers import ImageEnsemble
 from clarity.explainer import explainer_of
 from clarity.model import Model, load_model, save_model
-from clarity.planning import choose, class_indices, class_thresholds, describe_predictor, make_checks, make_plan, probe
+from clarity.planning import (
+    choose,
+    class_indices,
+    class_thresholds,
+    describe_predictor,
+    make_checks,
+    make_plan,
+    probe,
+    shared_engine,
+)
 from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
 
@@ -168,3 +177,14 @@ def test_describe_predictor_shows_an_image_with_its_likeliest_classes_and_warns(
     unstable = load_predictor(as_predictor(relative, model.class_names))
     told = describe_predictor(replace(unstable, block=3), dataset, listing)
     assert "WARNING" in told and "alone and among others" in told
+
+
+def test_shared_engine_is_the_fastest_that_every_machine_has() -> None:
+    new, old = ["native-avx512", "native-avx2", "native-base", "batched", "plain"], ["native-avx2", "batched", "plain"]
+    assert shared_engine("auto", "clarity", [new, new], None) == "native-avx512"
+    assert shared_engine("auto", "latent", [new, old, new], None) == "native-avx2"
+    assert shared_engine("auto", "clarity", [new, new], "batched") == "batched", "an audit goes on with its engine"
+    assert shared_engine("auto", "clarity", [new, old], "native-avx512") == "native-avx2", "which the commit refuses"
+    assert shared_engine("plain", "clarity", [new, old], None) == "plain"
+    assert shared_engine("auto", "revise", [new, old], None) == "auto"
+    assert shared_engine("auto", "clarity", [], None) == "auto"

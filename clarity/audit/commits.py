@@ -70,13 +70,14 @@ class Claim:
         if self.lock.lost:
             raise AuditBusy(f"out: {storage.display(self.uri)} was taken over by another run; this one stops")
 
-    def keep_one_engine(self) -> None:
-        """Drop the commits of every engine but the one that searched most shards."""
+    def keep_one_engine(self) -> str | None:
+        """Drop the commits of every engine but the one that searched most shards, which is returned."""
         engines = Counter(commit["engine"] for commit in self.commits.values() if commit.get("engine"))
         self.engine = engines.most_common(1)[0][0] if engines else None
         other = [shard for shard, commit in self.commits.items() if commit.get("engine") not in (None, self.engine)]
         drop_commits(self.uri, other)
         self.commits = {shard: commit for shard, commit in self.commits.items() if shard not in other}
+        return self.engine
 
     def require_same_engine(self, shard: int, engine: str | None) -> None:
         """Drop a shard's commit and raise ValueError if another engine searched the shards before it."""
