@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # package may.
 LEVELS = [
     {"ids", "images", "storage", "vae", "uncertainty", "schema", "refine", "report.text", "findings.statistics"},
-    {"findings.verdict"},
+    {"findings.verdict", "figure"},
     {"data", "classifiers", "audit", "kernels"},
     {"rows"},
     {"judges"},

@@ -14,7 +14,7 @@ import pytest
 from audits import Planted, make_tables, write_audit
 from PIL import Image
 
-from clarity import plots
+from clarity import figure, plots
 from clarity.audit.read import read_audit
 from clarity.images import decode_png
 
@@ -53,7 +53,7 @@ def test_picture_renders_inline_and_to_files(name: str, tmp_path: Path) -> None:
     assert min(shown.size) > 50 and np.asarray(shown.convert("L")).std() > 1
     paths = picture.write(str(tmp_path / "figure"), ("png", "pdf", "svg"))
     assert [Path(path).read_bytes()[:5] for path in paths] == [b"\x89PNG\r", b"%PDF-", b"<?xml"]
-    assert max(picture.get_size_inches()[0], 0) <= 2 * plots.FULL_WIDTH
+    assert max(picture.get_size_inches()[0], 0) <= 2 * figure.FULL_WIDTH
 
 
 def test_picture_is_the_same_bytes_each_time() -> None:
@@ -191,15 +191,15 @@ def test_picture_takes_a_font_that_has_the_letters() -> None:
     picture = plots.counterfactual(image(0.2), image(0.7), source="cat", target="\u1d81")  # STIX comes with matplotlib
     picture.render("png")
     title = picture.axes[1].title
-    assert title.get_fontfamily()[0] == "DejaVu Sans" and plots.font_with("\u1d81") in title.get_fontfamily()
-    assert plots.font_with("\U0010fffe") is None
+    assert title.get_fontfamily()[0] == "DejaVu Sans" and figure.font_with("\u1d81") in title.get_fontfamily()
+    assert figure.font_with("\U0010fffe") is None
 
 
 def test_picture_draws_long_names_and_formulas_as_they_are() -> None:
     names = ["a" * 300, "$b$", "a" * 299 + "c"]
     picture = plots.class_pair_map(np.eye(3), names, title="t", label="share")
     assert len({label.get_text() for label in picture.axes[0].get_xticklabels()}) == 3
-    assert picture.render("png") and picture.get_tightbbox().width < 2 * plots.FULL_WIDTH
+    assert picture.render("png") and picture.get_tightbbox().width < 2 * figure.FULL_WIDTH
     titled = plots.counterfactual(image(0.2), image(0.7), source="a" * 300, target="$x_{$")
     titled.render("png")
     boxes = [ax.title.get_window_extent() for ax in titled.axes]

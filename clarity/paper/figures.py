@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clarity import plots
+from clarity.figure import Picture
 from clarity.methods import METHODS
 from clarity.model import Model
 from clarity.paper import panels
@@ -25,7 +26,7 @@ from clarity.uncertainty import decompose
 
 log = logging.getLogger(__name__)
 
-Write = Callable[[str, plots.Picture], None]
+Write = Callable[[str, Picture], None]
 
 #: Test images of each class in Figure 10.
 CLOUD_IMAGES = 300

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from clarity.plots import DARK, FULL_WIDTH, LIGHT, MIDDLE, Array, Picture, draw_image, new_picture, styled
+from clarity.figure import DARK, FULL_WIDTH, LIGHT, MIDDLE, Picture, new_picture, styled
+from clarity.plots import Array, draw_image
 
 IMAGE_CURVE: dict[str, Any] = {"color": DARK, "ls": (0, (4, 1.5))}
 

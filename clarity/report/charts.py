@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clarity.plots import Picture, new_picture, styled
+from clarity.figure import Picture, new_picture, styled
 from clarity.report.text import number, short_names
 from clarity.report.view import View
 

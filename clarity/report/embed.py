@@ -24,19 +24,8 @@ from clarity.report.view import Decoder, View
 #: What a row of ``rows`` holds, in order.
 FIELDS = (
     *("target", "source", "status", "converged", "steps", "distance", "target_prob", "epistemic", "aleatoric"),
-    *(
-        "reencoded",
-        "reencoded_prob",
-        "judge",
-        "judge_prob",
-        "confirmed",
-        "rungs",
-        "cf",
-        "path",
-        "path_prob",
-        "path_text",
-        "path_step",
-    ),
+    *("reencoded", "reencoded_prob", "judge", "judge_prob", "confirmed", "rungs"),
+    *("cf", "path", "path_prob", "path_text", "path_step"),
 )
 #: Mean changes by class pair are embedded up to this number of classes.
 MAX_CHANGE_CLASSES = 24

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from clarity import plots
+from clarity import figure
 from clarity.paper import panels
 
 
@@ -33,10 +33,10 @@ DRAWINGS = {
 
 @pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
-def test_drawing_renders_the_same_bytes_each_time(draw: Callable[[], plots.Picture], suffix: str) -> None:
+def test_drawing_renders_the_same_bytes_each_time(draw: Callable[[], figure.Picture], suffix: str) -> None:
     picture = draw()
     assert picture.render(suffix) == draw().render(suffix)
-    assert picture.get_size_inches()[0] <= 2 * plots.FULL_WIDTH
+    assert picture.get_size_inches()[0] <= 2 * figure.FULL_WIDTH
 
 
 def test_probability_curves_draws_a_line_for_each_classifier() -> None:
