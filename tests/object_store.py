@@ -33,11 +33,11 @@ SECRET_KEY = "planted/secret+key/of/the/tests"
 HOP_BY_HOP = ("content-length", "connection", "transfer-encoding", "expect", "date", "server")
 
 
-def leaks(*places: Path) -> list[str]:
+def leaks(*directories: Path) -> list[str]:
     """The files below, Parquet unpacked, in which a key of the store stands, plain or as in a URL."""
     keys = [form.encode() for key in (ACCESS_KEY, SECRET_KEY) for form in (key, urllib.parse.quote(key, safe=""))]
     found = []
-    for path in sorted(path for place in places for path in place.rglob("*") if path.is_file()):
+    for path in sorted(path for directory in directories for path in directory.rglob("*") if path.is_file()):
         content = path.read_bytes()
         if path.suffix == ".parquet":
             table = pq.read_table(path)

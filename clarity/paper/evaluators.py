@@ -151,7 +151,7 @@ def train_judges(
     held_out: tuple[np.ndarray, np.ndarray] | None = None,
     held_out_attributes: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Train every judge in place and yield metrics about ten times a net: {net, update, updates, loss, ...}.
+    """Train every judge in place and yield metrics about ten times for each network: {net, update, updates, loss, ...}.
 
     Args:
         judges: from ``build_judges``.
@@ -283,10 +283,10 @@ def load_judges(uri: str) -> Judges:
     Raises:
         ValueError: when the folder holds no judges, or when a file is not the one that was saved.
     """
-    place = storage.join(uri, JUDGES_JSON)
-    if not storage.exists(place):
+    path = storage.join(uri, JUDGES_JSON)
+    if not storage.exists(path):
         raise ValueError(f"no judges at {storage.display(uri)}: expected {JUDGES_JSON} there")
-    content = storage.read_json(place)
+    content = storage.read_json(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"judges at {storage.display(uri)} have format {content.get('format')}, expected {FORMAT}")
 

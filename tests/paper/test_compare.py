@@ -54,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def place(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with image classifiers, a sample, an audit of each method, and judges; nothing of it is any good."""
     root = tmp_path_factory.mktemp("compare")
     model = checkpoints.load_model(tiny_digits_model)
@@ -105,20 +105,20 @@ class Bench:
 
 
 @pytest.fixture()
-def bench(place: Path, tmp_path: Path) -> Bench:
-    model = checkpoints.load_model(place / "model")
-    judges = evaluators.load_judges(str(place / "judges"))
+def bench(root: Path, tmp_path: Path) -> Bench:
+    model = checkpoints.load_model(root / "model")
+    judges = evaluators.load_judges(str(root / "judges"))
     pixels = np.random.default_rng(0).integers(0, 256, (120, *model.image_shape)).astype(np.uint8)
     real = metrics.split_reality(judges, pixels, np.arange(120) % 10)
     return Bench(model, judges, real, Cache(str(tmp_path / "out")))
 
 
-def test_sample_takes_as_many_of_each_class(place: Path) -> None:
-    sample = pq.read_table(place / "sample.parquet")
+def test_sample_takes_as_many_of_each_class(root: Path) -> None:
+    sample = pq.read_table(root / "sample.parquet")
     assert sorted(sample["label"].to_pylist()) == [str(k) for k in range(10)]
-    dataset = data.open_dataset("parquet", place / "sample.parquet", "test")
+    dataset = data.open_dataset("parquet", root / "sample.parquet", "test")
     pixels, ids, labels, errors = data.read_all(
-        dataset, data.list_images(dataset), checkpoints.load_model(place / "model").preprocessing
+        dataset, data.list_images(dataset), checkpoints.load_model(root / "model").preprocessing
     )
     tested = data.open_dataset("digits", None, "test")
     listing = data.list_images(tested)
@@ -127,8 +127,8 @@ def test_sample_takes_as_many_of_each_class(place: Path) -> None:
     assert np.array_equal(pixels, truth[0]) and labels == truth[2] and not errors
 
 
-def test_sample_of_something_else_is_not_taken(place: Path) -> None:
-    uri, preprocessing = str(place / "sample.parquet"), Preprocessing("L", 28, 28)
+def test_sample_of_something_else_is_not_taken(root: Path) -> None:
+    uri, preprocessing = str(root / "sample.parquet"), Preprocessing("L", 28, 28)
     before = Path(uri).read_bytes()
     compare.sample_images(data.open_dataset("digits", None, "test"), preprocessing, COUNT, uri)
     assert Path(uri).read_bytes() == before
@@ -136,10 +136,10 @@ def test_sample_of_something_else_is_not_taken(place: Path) -> None:
         compare.sample_images(data.open_dataset("digits", None, "train"), preprocessing, COUNT, uri)
 
 
-def test_results_of_an_audit_are_what_it_holds(bench: Bench, place: Path) -> None:
+def test_results_of_an_audit_are_what_it_holds(bench: Bench, root: Path) -> None:
     for method in ("clarity", "fgsm", "revise"):
-        found = bench.results(place, method)
-        table = read_audit(place / "audits" / method).counterfactuals.to_table()
+        found = bench.results(root, method)
+        table = read_audit(root / "audits" / method).counterfactuals.to_table()
         assert len(found.of) == len(table) == COUNT * 9
         assert [found.images.ids[b] for b in found.of] == table["image_id"].to_pylist()
         assert np.array_equal(found.images.source[found.of], table["source"].to_numpy())
@@ -154,28 +154,28 @@ def test_results_of_an_audit_are_what_it_holds(bench: Bench, place: Path) -> Non
         assert np.abs(drawn - found.images.reconstruction).max() <= 0.5
 
 
-def test_audit_of_another_model_or_method_is_refused(bench: Bench, place: Path) -> None:
+def test_audit_of_another_model_or_method_is_refused(bench: Bench, root: Path) -> None:
     with pytest.raises(ValueError, match="audit of latent"):
-        compare.results_of_audit(bench.model, "latent", str(place / "audits" / "clarity"))
+        compare.results_of_audit(bench.model, "latent", str(root / "audits" / "clarity"))
     bench.model.fingerprint = "another"
     with pytest.raises(ValueError, match="another"):
-        bench.results(place, "clarity")
+        bench.results(root, "clarity")
 
 
-def test_attributes_of_an_audit_are_what_the_net_sees(bench: Bench, place: Path) -> None:
+def test_attributes_of_an_audit_are_what_the_net_sees(bench: Bench, root: Path) -> None:
     attributes = ("smiling", "hat_9", "young")  # the second speaks of a class
     bench.judges = evaluators.build_judges(bench.model.image_shape, bench.model.class_names, attributes)
     net = bench.judges.attribute_net
     assert net is not None
-    found = bench.results(place, "clarity")
+    found = bench.results(root, "clarity")
     table = compare.attribute_table(found, bench.judges)
     assert table.num_rows == 2 * len(found.of) and set(table["attribute"].to_pylist()) == {"smiling", "young"}
     row = {name: values[5] for name, values in table.to_pydict().items()}  # of the third pair
-    place_of = found.images.ids.index(row["image_id"])
-    assert row["attribute"] == "young" and found.of[2] == place_of and row["target"] == found.target[2]
+    index = found.images.ids.index(row["image_id"])
+    assert row["attribute"] == "young" and found.of[2] == index and row["target"] == found.target[2]
     for name, image in (
-        ("prob_image", found.images.x[place_of]),
-        ("prob_initial", found.images.reconstruction[place_of]),
+        ("prob_image", found.images.x[index]),
+        ("prob_initial", found.images.reconstruction[index]),
         ("prob_final", found.x_cf[2]),
     ):
         assert row[name] == pytest.approx(judges.predict_probs(net, image[None], sigmoid=True)[0, 2], abs=1e-5)
@@ -194,8 +194,8 @@ def test_report_says_which_attributes_of_an_audit_drift(tmp_path: Path) -> None:
     assert "“smiling”" in found.title
 
 
-def test_controls_answer_the_same_questions(bench: Bench, place: Path) -> None:
-    like = bench.results(place, "clarity")
+def test_controls_answer_the_same_questions(bench: Bench, root: Path) -> None:
+    like = bench.results(root, "clarity")
     original, drawn, real = (compare.control_results(name, like, bench.model, bench.real) for name in compare.CONTROLS)
     assert np.array_equal(original.x_cf, like.images.x[like.of])
     assert original.columns["reencoded_agreement"].sum() == 0 and np.allclose(original.columns["l1_z"], 0, atol=1e-4)
@@ -208,9 +208,9 @@ def test_controls_answer_the_same_questions(bench: Bench, place: Path) -> None:
     assert np.allclose(table["l1_reconstruction"].to_numpy(), 0) and (table["l1_x"].to_numpy() > 0).all()
 
 
-def test_common_images_are_chosen_first(bench: Bench, place: Path, monkeypatch: Any) -> None:
+def test_common_images_are_chosen_first(bench: Bench, root: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(compare, "CHOSEN_IMAGES", 4)
-    wide = bench.results(place, "clarity")
+    wide = bench.results(root, "clarity")
     ids = wide.images.ids
     narrow = compare.restrict(wide, {ids[2], ids[5]})
     assert set(narrow.of.tolist()) == {2, 5} and len(narrow.x_cf) == len(narrow.columns["steps"]) == 2 * 9
@@ -226,8 +226,8 @@ def test_common_images_are_chosen_first(bench: Bench, place: Path, monkeypatch: 
     assert np.allclose(bench.score(narrow)["cout"].to_numpy(), swap[np.isin(wide.of, [2, 5])], atol=1e-5)
 
 
-def test_judged_rows_are_kept_until_something_changes(bench: Bench, place: Path, monkeypatch: Any) -> None:
-    like = bench.results(place, "clarity")
+def test_judged_rows_are_kept_until_something_changes(bench: Bench, root: Path, monkeypatch: Any) -> None:
+    like = bench.results(root, "clarity")
     first = bench.score(like)
     monkeypatch.setattr(metrics, "judge_images", lambda *_: 1 / 0)
     assert bench.score(like).equals(first)
@@ -240,8 +240,8 @@ def test_judged_rows_are_kept_until_something_changes(bench: Bench, place: Path,
 
 
 @pytest.mark.parametrize("kind", ["npz", "parquet", "png"])
-def test_outside_images_are_judged_in_the_same_table(bench: Bench, place: Path, tmp_path: Path, kind: str) -> None:
-    like = bench.results(place, "clarity")
+def test_outside_images_are_judged_in_the_same_table(bench: Bench, root: Path, tmp_path: Path, kind: str) -> None:
+    like = bench.results(root, "clarity")
     chosen = np.arange(0, len(like.of), 5)
     ids = [like.images.ids[like.of[p]] for p in chosen] + ["nobody"]
     target = [*(int(k) for k in like.target[chosen]), 3]
@@ -262,8 +262,8 @@ def test_outside_images_are_judged_in_the_same_table(bench: Bench, place: Path, 
     assert "strict_validity" not in theirs.column_names
 
 
-def test_outside_images_that_cannot_be_judged_are_refused(bench: Bench, place: Path, tmp_path: Path) -> None:
-    like = bench.results(place, "clarity")
+def test_outside_images_that_cannot_be_judged_are_refused(bench: Bench, root: Path, tmp_path: Path) -> None:
+    like = bench.results(root, "clarity")
     uri = tmp_path / "theirs.npz"
     image = np.zeros((1, 28, 28), np.uint8)
     np.savez(uri, image_id=np.array(["a"]), target=np.array([1]))
@@ -277,9 +277,9 @@ def test_outside_images_that_cannot_be_judged_are_refused(bench: Bench, place: P
         compare.external_results("theirs", str(uri), like, bench.model)
 
 
-def test_summary_tells_common_images_from_all(bench: Bench, place: Path) -> None:
-    wide = bench.results(place, "clarity")
-    narrow = bench.results(place, "fgsm")
+def test_summary_tells_common_images_from_all(bench: Bench, root: Path) -> None:
+    wide = bench.results(root, "clarity")
+    narrow = bench.results(root, "fgsm")
     some = np.flatnonzero(np.isin(narrow.of, [0, 1, 2]))
     narrow = dataclasses.replace(
         narrow, of=narrow.of[some], target=narrow.target[some], x_cf=narrow.x_cf[some], key="narrow",
@@ -323,8 +323,8 @@ def test_one_member_of_either_ensemble_has_the_same_parameters(bench: Bench) -> 
     assert counts["latent"] == counts["image"] > 1000
 
 
-def test_trace_search_follows_the_search(bench: Bench, place: Path) -> None:
-    like = bench.results(place, "clarity")
+def test_trace_search_follows_the_search(bench: Bench, root: Path) -> None:
+    like = bench.results(root, "clarity")
     of, target = timings.first_pairs(like.images, 5, 10)
     pairs = compare.pairs_of(bench.model, like.images, of, target)
     for method in ("clarity", "schut"):
@@ -359,8 +359,8 @@ def test_segments_hold_their_ends(bench: Bench) -> None:
     assert curves.shape == (3, 5) and np.allclose(curves, probs.detach().numpy(), atol=1e-6)
 
 
-def test_timing_counts_whole_searches(bench: Bench, place: Path) -> None:
-    like = bench.results(place, "clarity")
+def test_timing_counts_whole_searches(bench: Bench, root: Path) -> None:
+    like = bench.results(root, "clarity")
     pairs = compare.pairs_of(bench.model, like.images, *timings.first_pairs(like.images, 7, 10))
     speed = timings.time_search(bench.model, "clarity", pairs, CONFIG, at_least=0.01, engine="plain")
     steps = int(METHODS["clarity"].search(bench.model, pairs, CONFIG, engine="plain").steps.sum())
@@ -400,23 +400,23 @@ def test_gradient_work_is_one_gradient_of_all_members(bench: Bench) -> None:
     assert work() == work() == 1 and calls == [64, 64]
 
 
-def test_job_judges_given_audits_and_draws(place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_job_judges_given_audits_and_draws(root: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     quick = functools.partial(timings.seconds_in_turns, repeats=2, at_least=0.01)
     monkeypatch.setattr(timings, "seconds_in_turns", quick)
-    audits = [f"{method}={place / 'audits' / method}" for method in METHODS_TRIED]
+    audits = [f"{method}={root / 'audits' / method}" for method in METHODS_TRIED]
     out = tmp_path / "out"
     theirs = tmp_path / "theirs.npz"
-    asked = read_audit(place / "audits" / "clarity").counterfactuals.to_table().slice(0, 12)
+    asked = read_audit(root / "audits" / "clarity").counterfactuals.to_table().slice(0, 12)
     np.savez(
         theirs, image_id=np.array(asked["image_id"].to_pylist()), target=asked["target"].to_numpy(),
         image=np.zeros((12, 28, 28), np.uint8),
     )  # fmt: skip
     command = [
-        "--model", str(place / "model"), "--judges", str(place / "judges"), "--flat-model", str(tmp_path / "flat"),
+        "--model", str(root / "model"), "--judges", str(root / "judges"), "--flat-model", str(tmp_path / "flat"),
         "--out", str(out), "--audit", *audits, "--external", f"theirs={theirs}", "--draws", "20", "--speed-pairs", "3",
         "--max-steps", "6", "--min-target-prob", "0.4", "--formats", "png",
     ]  # fmt: skip
-    flat = checkpoints.load_model(place / "model")
+    flat = checkpoints.load_model(root / "model")
     flat_vae = dataclasses.replace(flat.vae.config, latent_dim=2)
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -476,14 +476,14 @@ def test_job_refuses_bad_input(arguments: list[str], message: str, tmp_path: Pat
     assert message in capsys.readouterr().err
 
 
-def test_flat_model_must_be_flat_and_of_the_same_data(place: Path) -> None:
-    model, module = checkpoints.load_model(place / "model"), job()
-    args = module.new_parser().parse_args(["--flat-model", str(place / "model")])
+def test_flat_model_must_be_flat_and_of_the_same_data(root: Path) -> None:
+    model, module = checkpoints.load_model(root / "model"), job()
+    args = module.new_parser().parse_args(["--flat-model", str(root / "model")])
     with pytest.raises(ValueError, match="Figure 10 needs 2"):
         module.flat_model(args, model, "unused")
 
 
-def test_paths_end_inside_the_cloud_or_not(place: Path, bench: Bench) -> None:
+def test_paths_end_inside_the_cloud_or_not(root: Path, bench: Bench) -> None:
     """Starts are test images of the source; a search that makes no step ends where it started, outside."""
     config = dataclasses.replace(bench.model.vae.config, latent_dim=2)
     with torch.random.fork_rng():
@@ -495,7 +495,7 @@ def test_paths_end_inside_the_cloud_or_not(place: Path, bench: Bench) -> None:
     x = rng.integers(0, 3, (52, 1, 28, 28)).astype(np.uint8)
     x[label == 5, :, :14] += 200
     still = dataclasses.replace(CONFIG, max_steps=0)
-    ids, drawn = [f"image-{place}" for place in range(52)], []
+    ids, drawn = [f"image-{number}" for number in range(52)], []
     found = figures.draw_latent_map(
         lambda name, _: drawn.append(name), flat, still, (x, label, ids), ("5", "1"), paths=3
     )
@@ -515,18 +515,18 @@ def test_job_asks_for_image_classifiers_where_they_lack(tiny_digits_model: Path,
     assert "--methods clarity latent" in capsys.readouterr().err
 
 
-def test_job_passes_on_how_another_job_ended(place: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_job_passes_on_how_another_job_ended(root: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
-    command = ["--model", str(place / "model"), "--judges", str(place / "judges"), "--out", str(tmp_path / "out")]
+    command = ["--model", str(root / "model"), "--judges", str(root / "judges"), "--out", str(tmp_path / "out")]
     assert job().main([*command, "--methods", "clarity", "--images", "10"]) == 1
     assert "explain_all.py ended with exit code 1" in capsys.readouterr().err
     assert (tmp_path / "out" / "sample-10.parquet").exists()
 
 
 @pytest.mark.slow
-def test_job_explains_over_ray(place: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "compare.py"), "--model", str(place / "model")]
-    command += ["--judges", str(place / "judges"), "--out", str(tmp_path / "out"), "--methods", "clarity", "fgsm"]
+def test_job_explains_over_ray(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "compare.py"), "--model", str(root / "model")]
+    command += ["--judges", str(root / "judges"), "--out", str(tmp_path / "out"), "--methods", "clarity", "fgsm"]
     command += ["--images", "10", "--image-method-limit", "5", "--max-steps", "5", "--no-figures", "--speed-pairs", "3"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert ended.returncode == 0, ended.stderr[-2000:]

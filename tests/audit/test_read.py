@@ -1,0 +1,162 @@
+"""Reading an audit: committed shards, questions, summaries, other tools."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pytest
+from shards import make_tables
+
+from clarity import storage
+from clarity.audit.commits import (
+    claim,
+    commit_shard,
+    to_parquet,
+)
+from clarity.audit.plan import Plan
+from clarity.audit.read import read_audit
+from clarity.audit.summary import describe, summarise
+from clarity.audit.verify import verify
+
+
+def test_files_explain_themselves(plan: Plan, filled: str) -> None:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(Path(filled, "counterfactuals/shard-00000.parquet"))
+    metadata = file.schema_arrow.metadata
+    assert metadata[b"clarity.fingerprint"].decode() == plan.fingerprint
+    assert json.loads(metadata[b"clarity.class_names"]) == plan.class_names
+    assert json.loads(metadata[b"clarity.config"]) == plan.config
+    assert metadata[b"clarity.method"] == b"clarity"
+    assert metadata[b"clarity.image_shape"] == b"1,8,12"
+    assert metadata[b"clarity.schema_version"] == b"2"
+    assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_read_audit_sees_committed_shards_only(plan: Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = tmp_path / "audit"
+    with claim(str(uri), plan, model_dir):
+        assert read_audit(uri).codes.count_rows() == 0
+        for shard in (0, 2):
+            commit_shard(str(uri), plan, shard, make_tables(plan, shard), {})
+        storage.write_bytes(str(uri / "codes/shard-00001.parquet"), to_parquet(make_tables(plan, 1)["codes"]))
+        found = read_audit(uri)
+        assert sorted(found.codes.to_table()["image_id"].to_pylist()) == ["a", "b", "c"]
+        assert not found.complete
+        assert found.traces is None
+
+
+def test_audit_repr_says_what_is_there(filled: str) -> None:
+    said = repr(read_audit(filled)).splitlines()
+    assert said[0] == f"Audit of 5 images by 'clarity' in {filled}"
+    assert "3 of 3 committed" in said[1]
+    assert said[2].endswith("4: ant, bee, cow, dog")
+    assert "5 rows" in said[3] and "12 rows" in said[4]
+
+
+def test_audit_query_answers_a_documented_question(filled: str) -> None:
+    opened = read_audit(filled)
+    pairs = opened.counterfactuals.to_table()
+    source, target = pairs["source_name"][0].as_py(), pairs["target_name"][0].as_py()
+    found = opened.query("closest_to", source=source, target=target)
+    mine = pc.and_(pc.equal(pairs["source_name"], source), pc.equal(pairs["target_name"], target))
+    assert len(found) == len(pairs.filter(pc.and_(mine, pairs["converged"])))
+    with pytest.raises(ValueError, match="name: expected one of"):
+        opened.query("closest")
+
+
+def test_read_audit_of_a_finished_one_follows_its_commits(filled: str) -> None:
+    assert read_audit(filled).complete
+    Path(filled, "_commits/shard-00001.json").unlink()
+    assert sorted(read_audit(filled).commits) == [0, 2]
+
+
+def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no plan.json in .*: check the path"):
+        read_audit(tmp_path)
+
+
+def test_summarise_counts(plan: Plan, filled: str) -> None:
+    found = read_audit(filled).summary()
+    pairs = read_audit(filled).counterfactuals.to_table()
+    assert found["images"] == 5
+    assert found["errors"] == {"broken": 1}
+    assert found["pairs"] == len(pairs) == 12
+    assert found["converged"] == pc.sum(pairs["converged"]).as_py()
+    assert found["median_steps"] == 7
+    assert found["mean_steps"] == round(pc.mean(pairs["steps"]).as_py(), 2)
+    assert found["engines"] == {"plain": 3}
+    assert found["judged"] == found["judged_as_target"] == len(pairs)
+    assert found["seconds_by_stage"] == {"search": 1.5}
+    assert len(found["slowest_class_pairs"]) == 5
+    slowest = found["slowest_class_pairs"][0]
+    mine = pairs.filter(
+        pc.and_(pc.equal(pairs["source_name"], slowest["source"]), pc.equal(pairs["target_name"], slowest["target"]))
+    )
+    assert slowest["pairs"] == len(mine) and slowest["mean_steps"] == round(pc.mean(mine["steps"]).as_py(), 1)
+
+
+def test_summarise_warns_of_a_model_of_another_data_set(plan: Plan, filled: str) -> None:
+    audit = read_audit(filled)
+    codes = audit.codes.to_table()
+    assert audit.summary()["warnings"] == []
+    nothing = pa.nulls(len(codes), pa.int32())
+    strange = codes.set_column(codes.column_names.index("label"), codes.schema.field("label"), nothing)
+    commits = {0: {"clipped": 2}, 1: {}, 2: {"clipped": 1}}
+    found = summarise(audit.plan, commits, pads.dataset(strange), audit.counterfactuals)
+    labelled = len(codes) - codes["label_name"].null_count
+    assert found["warnings"][0].startswith(f"None of the {labelled} labels of the data is a class of the model (")
+    assert found["warnings"][1].startswith("3 images hold values above the range")
+    told = dict.fromkeys(("pairs_per_second", "seconds", "redecoded"), 0) | {"problems": []}
+    assert describe(found | told).splitlines()[0].startswith("WARNING    None of the")
+
+
+def test_summarise_of_nothing_is_empty(plan: Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "audit")
+    with claim(uri, plan, model_dir):
+        found = read_audit(uri).summary()
+    assert (found["images"], found["pairs"], found["converged"]) == (0, 0, 0)
+    assert found["mean_steps"] is None and found["median_steps"] is None and found["slowest_class_pairs"] == []
+
+
+READERS = {
+    "pyarrow": "import pyarrow.dataset as d; t = d.dataset(f'{p}/counterfactuals').to_table(); n = t.num_rows; "
+    "z = t['z_cf'][0].as_py(); s = sum(t['steps'].to_pylist())",
+    "duckdb": "import duckdb; q = duckdb.sql(f\"from '{p}/counterfactuals/*.parquet' order by target, image_id\"); "
+    "n = len(q); z = list(duckdb.sql('select z_cf from q limit 1').fetchall()[0][0]); "
+    "s = duckdb.sql('select sum(steps) from q').fetchall()[0][0]",
+    "polars": "import polars; t = polars.read_parquet(f'{p}/counterfactuals/*.parquet'); n = len(t); "
+    "z = t['z_cf'][0].to_list(); s = t['steps'].sum()",
+    "pandas": "import pandas; t = pandas.read_parquet(f'{p}/counterfactuals'); n = len(t); z = list(t['z_cf'][0]); "
+    "s = t['steps'].sum()",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_tables_are_read_by(reader: str, filled: str) -> None:
+    code = f"p = {filled!r}; {READERS[reader]}; import sys; assert 'ray' not in sys.modules; print(n, len(z), s)"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    steps = pc.sum(read_audit(filled).counterfactuals.to_table()["steps"]).as_py()
+    assert run.stdout.split() == ["12", "5", str(steps)]
+
+
+def test_audits_of_before_are_read_verified_and_summed_up(plan: Plan, model_dir: str, tmp_path: Path) -> None:
+    """Of the first schema, without the columns that came later."""
+    uri, old = str(tmp_path / "old"), replace(plan, schema_version=1)
+    assert not {"rungs", "confirmed", "judge_class"} & set(old.counterfactuals_schema().names)
+    with claim(uri, old, model_dir) as held:
+        for shard in held.pending:
+            commit_shard(uri, old, shard, make_tables(old, shard), {"engine": "plain"})
+    assert verify(uri).ok
+    opened = read_audit(uri)
+    assert opened.counterfactuals.to_table()["rungs"].null_count == opened.counterfactuals.count_rows() > 0
+    summary = opened.summary()
+    assert summary["pairs"] > 0 and summary["judged"] == 0 and summary["checks"] is None
