@@ -44,6 +44,9 @@ from clarity.vae import VAE
 
 #: Seconds of work that a killed run may lose.
 CHECKPOINT_SECONDS = 15.0
+#: Fall of the loss in the last third of the epochs above which a training was too short; MNIST's VAE falls by 3 %, the
+#: ensemble by 5 %. The last epochs alone tell nothing: their learning rate is nearly zero.
+STILL_FALLING = 0.1
 STAGES = ("vae", "encode", "latent", "images", "judge")
 ENCODE_ROWS = 4096
 
@@ -180,7 +183,9 @@ def follow(
     """
     started = saved = time.monotonic()
     epoch = None
+    losses: dict[int, float] = {}
     for epoch in epochs:
+        losses[epoch.number] = epoch.metrics["loss"]
         # A small data set takes hundreds of epochs, of which about twelve are reported.
         if epoch.number in (1, epoch.total) or epoch.number % math.ceil(epoch.total / 12) == 0:
             numbers = "  ".join(f"{name} {value:#.4g}" for name, value in epoch.metrics.items())
@@ -189,7 +194,15 @@ def follow(
         if save is not None and epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
             save(epoch.state())
             saved = time.monotonic()
+    if epoch and (fall := late_fall(losses, epoch.total)) > STILL_FALLING:
+        log(f"{what}: the loss still fell by {fall:.1%} in the last third of the epochs: more of them would help")
     return epoch.state() if epoch and save is not None else None
+
+
+def late_fall(losses: Mapping[int, float], total: int) -> float:
+    """By which share the loss fell in the last third of the epochs; 0 where that cannot be told."""
+    before = losses.get(total - total // 3)
+    return 0.0 if total < 6 or before is None else (before - losses[total]) / abs(before)
 
 
 def encode_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:

@@ -16,7 +16,7 @@ from clarity import storage
 from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
 from clarity.training.plan import FINISHED, TrainingPlan, begin, plan_training
-from clarity.training.stages import STAGES, Worker, finish, run_stages, stage_done
+from clarity.training.stages import STAGES, Worker, finish, late_fall, run_stages, stage_done
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -148,6 +148,22 @@ def test_training_cut_anywhere_ends_the_same(
     assert cuts
     finish(plan)
     assert files_of(tmp_path) == uncut
+
+
+def test_late_fall_of_a_loss() -> None:
+    assert late_fall({14: 100.0, 19: 90.0, 20: 80.0}, 20) == pytest.approx(0.2)
+    assert late_fall({4: 100.0, 6: 99.5}, 6) == pytest.approx(0.005)
+    assert late_fall({1: 9.0, 2: 1.0}, 2) == 0.0  # too few epochs to tell
+    assert late_fall({20: 80.0}, 20) == 0.0  # taken up again at the last one
+
+
+def test_training_says_when_its_loss_still_falls(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clarity.training.stages.STILL_FALLING", 0.005)
+    lines: list[str] = []
+    plan = plan_of(folder, tmp_path, vae_training=dataclasses.replace(SHORT_VAE, epochs=6))
+    begin(plan)
+    run_stages(plan, ("vae",), Worker(log=lines.append))
+    assert lines[-1].startswith("vae: the loss still fell by ") and lines[-1].endswith("more of them would help")
 
 
 def test_finished_training_is_not_done_again(folder: Path, tmp_path: Path) -> None:
