@@ -191,7 +191,7 @@ def model_case(args: argparse.Namespace) -> tuple[measures.Layers, Tensor, Tenso
 
 def images(args: argparse.Namespace) -> tuple[data.Dataset, pa.Table]:
     """The data set and the listing of the images that are explained."""
-    dataset = data.open_dataset(args.dataset, args.data, args.split)
+    dataset = driver.open_dataset(args, args.split)
     return dataset, choose(data.list_images(dataset), [], args.limit)[0]
 
 

@@ -29,63 +29,70 @@ SYSTEM_FOLDERS = {"@eadir", "$recycle.bin", "lost+found", "__macosx", "system vo
 def list_folder(dataset: Dataset) -> pa.Table:
     """The image files below a folder, labelled by a table beside them, else by the first folder of their path."""
     root = str(dataset.data)
-    if not storage.is_dir(root):
-        foreign = foreign_format([storage.name(root)])
-        raise ValueError(
-            f"expected a folder, {foreign}"
-            if foreign
-            else f"expected a folder, found a file at {storage.display(root)}: name the folder that holds it"
-        )
-    files = storage.list_files(root)
-    shown = [file for file in files if not any(part.startswith(".") for part in file.path.split("/"))]
-    own = [file for file in shown if not is_system(file.path)]
-    images = [file for file in own if file.path.lower().endswith(EXTENSIONS)]
-    if not images and (foreign := foreign_format(file.path for file in own)):
-        raise ValueError(f"expected images in {storage.display(root)}, {foreign}")
-    left_out = {
-        "hidden files": len(files) - len(shown),
-        f"files in folders of the system ({some(system_folders(file.path for file in shown))})": len(shown) - len(own),
-        "files without an image's extension": len(own) - len(images),
-    }
+    images, left_out = find_images(root)
     tops = split_folders(root)
-    depth = 1 if tops else 0  # of the class in a path
     if tops:
         inside = [file for file in images if file.path.split("/")[0] in tops]
         left_out[f"images beside {', '.join(f'{top}/' for top in tops)}"] = len(images) - len(inside)
         images = inside
     else:
         require_no_inner_splits(root, [file.path for file in images])
+    depth = 1 if tops else 0  # of the class in a path
     classes = {parts[depth] for file in images if len(parts := file.path.split("/")) > depth + 1}
-    labels = read_labels(dataset, list(tops), [file.path for file in images], len(classes) > 1)
+    table = read_labels(dataset, list(tops), [file.path for file in images], len(classes) > 1)
     if dataset.split != "all":
-        images = [file for file in images if split_in(file.path, tops, labels) == dataset.split]
+        splits = [split_in(file.path, tops, table) for file in images]
+        left_out["images for which the table of labels names no split"] = splits.count(None)
+        images = [file for file, split in zip(images, splits) if split == dataset.split]
     folders = [storage.join(root, top) for top in tops if dataset.split in ("all", tops[top])] or [root]
     links, empty = folders_without_images(folders, classes)
     left_out[f"class folders that are links to others ({some(links)})"] = len(links)
     left_out[f"class folders without an image ({some(empty)})"] = len(empty)
     paths = [file.path for file in images]
-    if labels and labels.labels:
-        label_names = [labels.labels.get(path) for path in paths]
+    told = list(table.notes) if table else []
+    if table and table.labels:
+        names = [table.labels.get(path) for path in paths]
+        left_out |= table.left_out
+        if strangers := sum(path not in table.labels for path in paths):
+            told.append(f"{strangers} images are in no table of labels and have no label")
     else:
-        label_names = [printable(parts[depth]) if len(parts := path.split("/")) > depth + 1 else None for path in paths]
-    told = (
-        notes_on_inner_folders(root, [path.split("/") for path in paths], depth) if label_names and not labels else []
-    )
+        steps = [path.split("/") for path in paths]
+        names = [printable(step[depth]) if len(step) > depth + 1 else None for step in steps]
+        told += notes_on_inner_folders(root, steps, depth)
     listing = make_listing(
         dataset,
         [printable(path) for path in paths],
         [quote(path) for path in paths],
         [0] * len(paths),
         [file.size for file in images],
-        label_names,
+        names,
     )
-    listing = add_notes(listing, told) if told else listing
-    if labels:
-        strangers = sum(path not in labels.labels for path in paths) if labels.labels else 0
-        unnamed = [f"{strangers} images are in no table of labels and have no label"] if strangers else []
-        listing = add_notes(drop_no_label(listing), [*labels.notes, *unnamed])
-        left_out |= labels.left_out
-    return note_left_out(listing, left_out)
+    if table and table.labels:
+        listing = drop_no_label(listing)
+    return note_left_out(add_notes(listing, told) if told else listing, left_out)
+
+
+def find_images(root: str) -> tuple[list[storage.FileInfo], dict[str, int]]:
+    """The image files below a folder, sorted by path, and the numbers of other files by the reason to leave them out.
+
+    Raises:
+        ValueError: it is a file, or holds no image but files of a format that is known by name.
+    """
+    if not storage.is_dir(root):
+        found = f"found a file at {storage.display(root)}: name the folder that holds it"
+        raise ValueError(f"expected a folder, {foreign_format([storage.name(root)]) or found}")
+    files = storage.list_files(root)
+    shown = [file for file in files if not any(part.startswith(".") for part in file.path.split("/"))]
+    own = [file for file in shown if not is_system(file.path)]
+    images = [file for file in own if file.path.lower().endswith(EXTENSIONS)]
+    if not images and (foreign := foreign_format(file.path for file in own)):
+        raise ValueError(f"expected images in {storage.display(root)}, {foreign}")
+    system = some(system_folders(file.path for file in shown))
+    return images, {
+        "hidden files": len(files) - len(shown),
+        f"files in folders of the system ({system})": len(shown) - len(own),
+        "files without an image's extension": len(own) - len(images),
+    }
 
 
 def folder_splits(dataset: Dataset) -> set[str]:

@@ -51,6 +51,12 @@ def test_labels_may_name_splits(tmp_path: Path) -> None:
     assert data.open_dataset("folder", tmp_path, "held-out").split == "validation"
     assert listed(tmp_path, "train") == {"1.png": "a", "3.png": "a"}
     assert listed(tmp_path, "val") == {"2.png": "b"}
+    write_images(tmp_path, "4.png")
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "train"))
+    assert data.left_out(listing) == {
+        "files without an image's extension": 1,
+        "images for which the table of labels names no split": 1,
+    }
 
 
 def test_labels_in_columns_of_other_names(tmp_path: Path) -> None:
