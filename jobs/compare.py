@@ -287,7 +287,10 @@ def read(
     labels = data.label_indices(pa.array(names, pa.string()), model.class_names).fill_null(-1).to_numpy()
     row = {name: index for index, name in enumerate(listing["image_id"].to_pylist())}
     taken = listing.take(pa.array([row[name] for name in ids], pa.int64()))
-    columns = [taken[name].fill_null(-1).to_numpy() for name in dataset.attributes]
+    columns = [taken[name].cast(pa.int64()).fill_null(-1).to_numpy() for name in dataset.attributes]
+    for name, column in zip(dataset.attributes, columns):
+        if column.max(initial=0) > 1:
+            raise ValueError(f"attributes: expected values of 0 and 1 in {name}, got {column.max()}: leave it out")
     return pixels, ids, labels, np.stack(columns, axis=1) if columns else np.empty((len(ids), 0))
 
 
