@@ -85,7 +85,7 @@ class Model:
         return "\n".join(lines)
 
     def to(self, device: str | torch.device) -> Model:
-        """Move the model's networks to a device, in place; returns the model."""
+        """Move the model's own networks to a device; returns the model."""
         for network in (self.vae, self.ensemble, self.image_ensemble, self.judge, *self.folds):
             if network is not None:
                 network.to(device)

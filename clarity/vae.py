@@ -165,7 +165,7 @@ def conv_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def beta_vae_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder and decoder of PyTorch-VAE's beta-VAE (Subramanian 2020), with pixel logits in place of its tanh."""
+    """Encoder and decoder of PyTorch-VAE's beta-VAE (Subramanian 2020), with pixel logits instead of its tanh."""
 
     def activation(_: int) -> nn.Module:
         return nn.LeakyReLU()

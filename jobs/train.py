@@ -273,9 +273,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_CLASSES]) + (f" and {more} more" if more > 0 else "")
 
 
-# ---- on Ray --------------------------------------------------------------------------------------------------------
-
-
 def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: int) -> None:
     """Run stages on all workers, in one trainer; nothing where nothing is left to do.
 
@@ -332,10 +329,10 @@ def work(config: dict[str, Any]) -> None:
 
 def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
     """Where Ray keeps its own notes on a run: beside ours, deleted with them."""
-    place = plan.file("ray")
-    if not storage.is_remote(place):
-        return {"storage_path": place}
-    filesystem, path = storage.filesystem(place)
+    uri = plan.file("ray")
+    if not storage.is_remote(uri):
+        return {"storage_path": uri}
+    filesystem, path = storage.filesystem(uri)
     return {"storage_path": path, "storage_filesystem": filesystem}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clarity"
-SHARED_BY_JOBS = {"driver", "actors", "measures"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from levels above its own line; modules of one line may not import each other, those of one
 # package may.
 LEVELS = [
-    {"ids", "images", "storage", "vae", "uncertainty", "schema", "refine", "report.text", "findings.statistics"},
+    {"ids", "images", "local_files"},
+    {"storage", "vae", "uncertainty", "schema", "refine", "report.text", "findings.statistics"},
     {"findings.verdict", "figure"},
     {"data", "classifiers", "audit", "kernels"},
     {"rows"},
@@ -34,6 +35,11 @@ LEVELS = [
     {"paper", "report"},
 ]
 ROOMS = sorted(set().union(*LEVELS))
+#: Of jobs/, what is no program: what all jobs share, the actor plan, and what the benchmark times.
+SHARED = {"driver", "actors", "measures"}
+#: The longest file; the search keeps Algorithm 1, its update rules and its engines together.
+MAX_LINES, LONGER = 500, {"search.py"}
+PROGRAMS = sorted((ROOT / "jobs").glob("*.py"))
 
 
 def room_of(module: str) -> str:
@@ -85,16 +91,51 @@ def test_library_never_imports_ray_nor_prints(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
 def test_job_imports_no_other_job_but_what_they_share(path: Path) -> None:
-    jobs = {other.stem for other in (ROOT / "jobs").glob("*.py")} - SHARED_BY_JOBS
+    jobs = {other.stem for other in (ROOT / "jobs").glob("*.py")} - SHARED
     assert not {module for module in imports_of(path) if module.split(".")[0] == "jobs" or module in jobs}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
 def test_job_can_be_run_by_its_name(path: Path) -> None:
-    if path.stem in SHARED_BY_JOBS:
+    if path.stem in SHARED:
         return
     assert path.read_text().startswith("#!/usr/bin/env python")
     assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
+
+
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_has_one_subject(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= MAX_LINES or path.name in LONGER
+    assert not [line for line in lines if re.match(r"\s*# ?[-=]{4}", line)], "a ruler marks a file that wants to exist"
+
+
+@pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_word_has_one_meaning(path: Path) -> None:
+    """It is a directory, a URI, an index or axes."""
+    assert not re.findall(r"(?i)\b\w*places?\b(?<!replace)(?<!replaces)(?<!inplace)", path.read_text())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_outside_paper_imports_it(path: Path) -> None:
+    if path.relative_to(PACKAGE).parts[0] != "paper":
+        assert not {module for module in imports_of(path) if module.startswith("clarity.paper")}
+
+
+def test_no_module_is_named_like_a_public_function() -> None:
+    modules = {path.stem for path in FILES} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    names = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert {"load", "explain", "decode", "train", "read_audit"} <= names
+    assert not modules & {"load", "explain", "decode", "train", "read_audit"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_tests_import_no_private_name(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    ours = [node for node in imports if node.module.split(".")[0] in ("clarity", "jobs", "driver", "measures")]
+    assert not [alias.name for node in ours for alias in node.names if alias.name.startswith("_")]
 
 
 def test_tables_are_read_without_torch_or_ray() -> None:

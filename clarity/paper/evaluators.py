@@ -151,7 +151,7 @@ def train_judges(
     held_out: tuple[np.ndarray, np.ndarray] | None = None,
     held_out_attributes: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Train every judge in place and yield metrics about ten times for each network: {net, update, updates, loss, ...}.
+    """Train every judge and yield metrics about ten times for each network: {net, update, updates, loss, ...}.
 
     Args:
         judges: from ``build_judges``.

@@ -62,7 +62,7 @@ class JudgeTraining:
 def train_judge(
     net: JudgeNet, images: np.ndarray, labels: np.ndarray, config: JudgeTraining | None = None, name: str = "judge"
 ) -> Iterator[dict[str, Any]]:
-    """Trains a judge in place by cross-entropy, see ``fit``.
+    """Trains a judge by cross-entropy, see ``fit``.
 
     Args:
         net: from ``build_judge``.

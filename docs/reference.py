@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Writes the tables of docs/reference.md from the code: columns from the schema, flags from each job's own parser.
+
+    python docs/reference.py [--check]
+
+Rewrites the sections of tables and jobs and leaves the rest; with --check it says which sections are stale (exit code
+1), and changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "jobs")]
+
+from clarity.schema import CODES, COUNTERFACTUALS, PREDICTIONS, TRACES, Column  # noqa: E402
+
+PAGE = ROOT / "docs" / "reference.md"
+JOBS = ("explain_all", "train", "verify", "report", "compare", "benchmark")
+TABLES = {"codes": CODES | PREDICTIONS, "counterfactuals": COUNTERFACTUALS, "traces": TRACES}
+
+
+def columns_table(columns: Mapping[str, Column]) -> str:
+    """The columns of a table, as Markdown."""
+    rows = [f"| `{name}` | {column.type} | {cell(column.doc)} |" for name, column in columns.items()]
+    return "\n".join(["| column | type | |", "|---|---|---|", *rows])
+
+
+def flags_tables(parser: argparse.ArgumentParser) -> str:
+    """The flags of a job, a table for each group."""
+    parts = [cell_free(parser.description or "")]
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
+        if actions:
+            title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title or "")
+            rows = [f"| {name_of(action)} | {cell((action.help or '').replace('%%', '%'))} |" for action in actions]
+            parts.append("\n".join([f"| {title} | |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def name_of(action: argparse.Action) -> str:
+    """A flag with its choices or what it takes."""
+    name = f"`{action.option_strings[0] if action.option_strings else action.metavar or action.dest}`"
+    if action.choices:
+        return f"{name} {', '.join(f'`{choice}`' for choice in action.choices)}"
+    metavar = action.metavar if action.option_strings and action.nargs != 0 else None
+    return f"{name} {metavar} {'...' if action.nargs in ('+', '*') else ''}".rstrip() if metavar else name
+
+
+def cell(text: str) -> str:
+    """Text of one line in a cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def cell_free(text: str) -> str:
+    """A docstring's paragraphs."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+
+
+def sections() -> dict[str, str]:
+    """What each generated section says, by its heading."""
+    found = {f"### `{table}/*.parquet`": columns_table(columns) for table, columns in TABLES.items()}
+    for name in JOBS:
+        spec = importlib.util.spec_from_file_location(f"reference_{name}", ROOT / "jobs" / f"{name}.py")
+        assert spec and spec.loader
+        job = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(job)
+        found[f"### `jobs/{name}.py`"] = flags_tables(job.new_parser())
+    return found
+
+
+def rewritten(page: str, contents: Mapping[str, str]) -> str:
+    """The page with these sections' contents, each up to the next heading."""
+    for heading, content in contents.items():
+        pattern = re.compile(rf"^{re.escape(heading)}\n.*?(?=^#|\Z)", re.MULTILINE | re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"{PAGE.name} has no section {heading!r}")
+        page = pattern.sub(lambda _, text=f"{heading}\n\n{content}\n\n": text, page)  # type: ignore[misc]
+    return page.rstrip() + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite, or check; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="Say what is stale, and change nothing.")
+    check = parser.parse_args(argv).check
+    page, contents = PAGE.read_text(), sections()
+    if not check:
+        PAGE.write_text(rewritten(page, contents))
+        return 0
+    stale = [heading for heading, content in contents.items() if rewritten(page, {heading: content}) != page]
+    for heading in stale:
+        print(f"stale: {heading}; run python docs/reference.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
