@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobfiles import JOBS, load_job
+from jobfiles import load_job
 
 from clarity.audit.read import read_audit
 from clarity.images import encode_png
 
+JOBS = Path(__file__).parents[2] / "jobs"
 FLAGS = ["--limit", "9", "--shard-rows", "3", "--max-steps", "5", "--min-target-prob", "0.4"]
 
 
