@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from predictors import as_predictor, constant
 
 from clarity import schema
 from clarity.checks import Check
@@ -380,3 +381,80 @@ def test_min_reencoded_prob_asks_the_ensemble_about_the_written_image(model: Mod
         assert row["confirmed"] == (row["reencoded_target_prob"] >= np.float32(0.27))
     with pytest.raises(ValueError, match="min_reencoded_prob: expected at least 0 and less than 1, got 1"):
         Explainer(model, min_reencoded_prob=1.0)
+
+
+def their_model(model: Model) -> Any:
+    """A model of the user's that decides by the brightness of a quarter of the image."""
+
+    def call(pixels: np.ndarray) -> np.ndarray:
+        halves = pixels.reshape(len(pixels), 2, 4, 2, 6).mean((2, 4)).reshape(len(pixels), 4) / 16
+        odds = np.exp(halves - halves.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
+
+    return as_predictor(call, model.class_names)
+
+
+def test_predictor_is_the_explained_model(model: Model) -> None:
+    predictor = their_model(model)
+    shard = shard_of(model, IDS, broken=("q",))
+    explained = Explainer(model, "clarity", LADDER, predictor=predictor, threads=1).explain_shard(shard)
+    codes = explained.codes.filter(pc.equal(explained.codes["status"], "ok"))
+    probs = predictor(decode_png(codes["x"], model.image_shape))
+    assert schema.matrix(codes["prediction_probs"]) == pytest.approx(probs, abs=1e-6)
+    assert codes["prediction"].to_pylist() == codes["source"].to_pylist() == probs.argmax(1).tolist()
+    assert codes["source_name"].to_pylist() == [model.class_names[k] for k in probs.argmax(1)]
+    assert explained.codes["prediction"].null_count == 1
+    ensemble = schema.matrix(codes["probs"]).argmax(1)
+    assert (ensemble != probs.argmax(1)).any()
+    pairs = explained.counterfactuals
+    assert len(pairs) == 3 * len(codes) and not pc.any(pc.equal(pairs["source"], pairs["target"])).as_py()
+    row = {image_id: i for i, image_id in enumerate(codes["image_id"].to_pylist())}
+    image = [row[image_id] for image_id in pairs["image_id"].to_pylist()]
+    target = pairs["target"].to_numpy()
+    reconstruction = decode_rows(model.vae, torch.tensor(schema.matrix(codes["z"])))
+    final = predictor(decode_png(pairs["x_cf"], model.image_shape))
+    for name, values in (
+        ("initial", probs[image]),
+        ("reconstruction", predictor(quantise(reconstruction))[image]),
+        ("final", final),
+    ):
+        column = pairs[f"prediction_target_prob_{name}"].to_numpy()
+        assert column == pytest.approx(values[np.arange(len(target)), target], abs=1e-6)
+    passed = (final.argmax(1) == target) & (final[np.arange(len(target)), target] >= 0.5)
+    started = ensemble[image] == target
+    confirmed, rungs = pairs["confirmed"].to_numpy(), pairs["rungs"].to_numpy()
+    assert (confirmed == passed)[~started].all() and not (confirmed & ~passed).any()
+    # A pair that starts in its target for the ensemble is confirmed on a rung only.
+    assert started.any() and not (confirmed & started & (rungs == 0)).any()
+
+
+def test_predictor_sees_the_original_in_its_own_size(model: Model) -> None:
+    shown: list[np.ndarray] = []
+
+    def call(pixels: np.ndarray) -> np.ndarray:
+        shown.append(pixels)
+        return np.tile([0.4, 0.3, 0.2, 0.1], (len(pixels), 1))
+
+    wide = as_predictor(call, model.class_names, mode="RGB", size=(10, 14))
+    shard = shard_of(model, IDS)
+    originals = np.random.default_rng(1).integers(0, 256, (ROWS, 3, 10, 14), np.uint8)
+    column = schema.fixed_size_list(originals.reshape(ROWS, -1))
+    Explainer(model, config=CONFIG, predictor=wide, threads=1).explain_shard(
+        shard.append_column(schema.PREDICTOR_IMAGE, column)
+    )
+    assert all(pixels.shape[1:] == (3, 10, 14) for pixels in shown)
+    assert (shown[1][:ROWS] == originals).all()  # the first call is about the fixed images of the digest
+
+
+def test_predictor_of_other_classes_is_rejected(model: Model) -> None:
+    with pytest.raises(ValueError, match="has no class 'dog'; it has ant, bee, cow, elk"):
+        Explainer(model, predictor=constant(["ant", "bee", "cow", "elk"], 0))
+    with pytest.raises(ValueError, match="min_predictor_prob: expected at least 0 and less than 1, got 2"):
+        Explainer(model, predictor=their_model(model), min_predictor_prob=2)
+
+
+def test_predictor_rows_do_not_depend_on_the_shard(model: Model) -> None:
+    explainer = Explainer(model, "clarity", LADDER, predictor=their_model(model), threads=1)
+    whole = rows_of(explainer.explain_shard(shard_of(model, IDS)).counterfactuals, keys_of(""))
+    parts = [explainer.explain_shard(shard_of(model, [name])).counterfactuals for name in IDS]
+    assert rows_of(pa.concat_tables(parts), keys_of("")) == whole

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 
 import clarity
-from clarity import data
+from clarity import data, schema
 from clarity.audit.commits import MAX_ATTEMPTS, begin_attempt, claim
 from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
 from clarity.audit.verify import verify
+from clarity.checks import Requirements
 from clarity.images import decode_png
-from clarity.model import Model, save_model
+from clarity.model import Model, load_model, save_model
 from clarity.notebook import redecoder
-from clarity.planning import make_plan
+from clarity.planning import make_checks, make_plan
 from clarity.predictions import add_predictions, read_predictions
+from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
@@ -32,8 +35,6 @@ from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_sha
 @pytest.fixture
 def work(tiny_digits_model: Path, tmp_path: Path) -> Any:
     """The work on 12 digits, claimed, in shards of 5."""
-    from clarity.model import load_model
-
     model = load_model(tiny_digits_model)
     dataset = data.open_dataset("digits", split="test")
     listing = data.list_images(dataset).slice(0, 12)
@@ -152,8 +153,6 @@ def test_decode_gives_the_pictures_back(work: Any, tiny_digits_model: Path) -> N
 
 
 def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tmp_path: Path) -> None:
-    from clarity.model import load_model
-
     model, dataset = load_model(tiny_digits_model), data.open_dataset("digits", split="test")
     everything = data.list_images(dataset)
     ids = everything["image_id"].to_pylist()
@@ -181,3 +180,75 @@ def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tm
         agree = sum(a == b for a, b in zip(codes["prediction"].to_pylist(), codes["source"].to_pylist()))
         assert summary["predictions"] == {"images": 2, "agree": agree}
         assert summary["left_out"] == {"predictions for images that are not in the data": 1}
+
+
+THEIRS = """
+import os
+import numpy as np
+
+def predict(pixels):
+    if os.path.exists("fail"):
+        raise RuntimeError("out of order")
+    scores = pixels.reshape(len(pixels), -1)[:, :100].reshape(len(pixels), 10, 10).mean(2) / 64
+    return np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+
+predict.classes = [str(digit) for digit in (3, 1, 2, 0, 4, 5, 6, 7, 8, 9)]
+predict.mode = "RGB"
+predict.size = (14, 20)
+"""
+
+
+@pytest.fixture
+def predicted(tiny_digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The work on 6 digits in shards of 3, explained for a function of the user's in the working directory."""
+    name = f"theirs_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(THEIRS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    model, dataset, source = load_model(tiny_digits_model), data.open_dataset("digits", split="test"), f"{name}:predict"
+    listing, predictor = data.list_images(dataset).slice(0, 6), load_predictor(source)
+    config = SearchConfig(min_target_prob=0.2, max_steps=30)
+    checks = make_checks(model, config, Requirements(min_reencoded_prob=0.01, min_predictor_prob=0.1), predictor)
+    plan = make_plan(model, dataset, listing, method="clarity", config=config, shard_rows=3, checks=checks)
+    uri = str(tmp_path / "audit")
+    with claim(uri, plan, str(tiny_digits_model)) as held:
+        yield Work(uri, held.run, plan, dataset, model.preprocessing, predictor.preprocessing, source), listing
+
+
+def test_workers_ask_the_predictor_about_originals_and_written_images(predicted: Any) -> None:
+    work, listing = predicted
+    explainer = ExplainShard(work, threads=1)
+    for shard in range(2):
+        images = read_shard(item(listing, work, shard), work)
+        note = note_of(write_shard(explainer(images), work))
+        assert "error" not in note and note["seconds"]["predictor"] > 0
+    found = verify(work.uri, redecode=redecoder(work.uri))
+    assert found.ok, found.problems
+    opened = read_audit(work.uri)
+    codes, theirs = opened.codes.to_table(), load_predictor(work.predictor)
+    originals = data.read_images(work.dataset, listing, work.predictor_preprocessing)
+    probs = theirs.predict(schema.matrix(originals["image"]).reshape(-1, 3, 14, 20))
+    prediction = [theirs.class_names[k] for k in probs.argmax(1)]
+    order = np.argsort(originals["image_id"].to_pylist())
+    assert codes["source_name"].to_pylist() == codes["prediction_name"].to_pylist() == [prediction[i] for i in order]
+    summary = opened.summary()
+    confirmed = sum(opened.counterfactuals.to_table()["confirmed"].to_pylist())
+    assert (summary["checks"]["confirmed"], summary["checks"]["pairs"]) == (confirmed, 6 * 9)
+    ensemble = schema.matrix(codes["probs"]).argmax(1)
+    agree = int((ensemble == codes["prediction"].to_numpy()).sum())
+    assert summary["predictions"] == {"images": 6, "agree": agree}
+
+
+def test_workers_note_a_predictor_that_fails_or_is_another(predicted: Any) -> None:
+    work, listing = predicted
+    images, explainer = read_shard(item(listing, work, 0), work), ExplainShard(work, threads=1)
+    Path("fail").touch()
+    note = note_of(explainer(images))
+    assert note["stage"] == "explain" and "failed: RuntimeError: out of order" in note["error"]
+    Path("fail").unlink()
+    assert "error" not in note_of(explainer(images))
+    source = Path(work.predictor.partition(":")[0] + ".py")
+    other = source.with_name("others.py")
+    other.write_text(source.read_text().replace("/ 64", "/ 32"))
+    another = replace(work, predictor="others:predict")
+    assert "expected that of the plan, found another" in note_of(ExplainShard(another)(images))["error"]
