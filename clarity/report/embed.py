@@ -24,7 +24,7 @@ from clarity.report.view import Decoder, View
 #: What a row of ``rows`` holds, in order.
 FIELDS = (
     *("target", "source", "status", "converged", "steps", "distance", "target_prob", "epistemic", "aleatoric"),
-    *("reencoded", "reencoded_prob", "judge", "judge_prob", "confirmed", "rungs"),
+    *("reencoded", "reencoded_prob", "judge", "judge_prob", "predicted_prob", "confirmed", "rungs"),
     *("cf", "path", "path_prob", "path_text", "path_step"),
 )
 #: Mean changes by class pair are embedded up to this number of classes.
@@ -120,6 +120,7 @@ def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded
         reconstructions = {image_id: tiles.add(picture) for image_id, picture in zip(codes, decoded)}
     paths = {} if view.decoder is None else embed_paths(view, view.decoder, rows, codes, sample, path, tiles)
     pictures = counterfactual_tiles(view, rows, tiles)
+    has_predictor = any(row["prediction_target_prob_final"] is not None for row in rows)
     by_image: dict[str, list[list[Any]]] = {}
     for row in rows:
         key = (row["image_id"], row["target"])
@@ -134,10 +135,11 @@ def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded
                 change_of(row, "aleatoric"),
                 row["reencoded_class"],
                 text_of(row["reencoded_target_prob"], probability),
-                row.get("judge_class"),
-                text_of(row.get("judge_target_prob"), probability),
-                row.get("confirmed"),
-                row.get("rungs"),
+                row["judge_class"],
+                text_of(row["judge_target_prob"], probability),
+                change_of(row, "prediction_target_prob", probability) if has_predictor else None,
+                row["confirmed"],
+                row["rungs"],
                 pictures[key],
                 *paths.get(key, ([], [], [], [])),
             ]

@@ -79,6 +79,8 @@ def totals(view: View) -> dict[str, Any]:
             SELECT count(*) AS pairs, count(*) FILTER (converged) AS converged,
                    count(*) FILTER (reencoded_class = target) AS survived,
                    median(reencoded_target_prob) AS reencoded,
+                   count(confirmed) AS checked, count(*) FILTER (confirmed) AS confirmed,
+                   count(*) FILTER (rungs > 0) AS went_on,
                    count(judge_class) AS judged, count(*) FILTER (judge_class = target) AS judged_as_target,
                    count(*) FILTER (status <> 'ok') AS nonfinite,
                    median(steps) FILTER (converged) AS steps, median(distance_z_l1) FILTER (converged) AS distance,
@@ -105,6 +107,12 @@ def key_figures(total: dict[str, Any], num_images: int) -> list[dict[str, str]]:
         agree, judged = total["judged_as_target"], total["judged"]
         note = f"{interval(agree / each, judged / each)}; by a held-out network"
         figures.append(("Judge sees the target", percent(agree, judged), note))
+    if total["checked"]:
+        note = (
+            f"{interval(total['confirmed'] / each, total['checked'] / each)}; passed every check, {total['went_on']:,} "
+        )
+        note += "after a further search"
+        figures.append(("Confirmed", percent(total["confirmed"], total["checked"]), note))
     figures += [
         ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
         ("Counterfactuals", f"{total['pairs']:,}", f"{broken:,} not finite" if broken else "all finite"),

@@ -258,6 +258,7 @@ function rowFacts(row, t, extra) {
     fact("aleatoric", get("aleatoric")),
     seen("re-encoded", get("reencoded"), get("reencoded_prob")),
     seen("judge", get("judge"), get("judge_prob")),
+    get("predicted_prob") === null ? null : fact(`your model, p(${names[t]})`, get("predicted_prob")),
     get("rungs") ? fact("rungs", String(get("rungs"))) : null,
     get("confirmed") === null ? null : fact("confirmed", get("confirmed") ? "✓" : "no", !get("confirmed")));
 }

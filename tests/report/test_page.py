@@ -295,12 +295,15 @@ def test_report_writes_shares_with_their_intervals(tmp_path: Path) -> None:
     assert re.search(r"Strict validity</dt><dd>100 %\s*<div class=\"sub\">97.0 % to 100 %; all converged", html)
 
 
-def test_report_shows_first_how_often_the_judge_sees_the_target(tmp_path: Path) -> None:
+def test_report_shows_what_judge_and_checks_say_of_the_counterfactuals(tmp_path: Path) -> None:
     tables = make_tables()
     pairs = tables.counterfactuals
     for name, values in (
         ("judge_class", np.where(np.arange(len(pairs)) < 36, 0, pairs["target"].to_numpy())),
         ("judge_target_prob", np.full(len(pairs), 0.75)),
+        ("confirmed", np.arange(len(pairs)) >= 18),
+        ("rungs", np.where(np.arange(len(pairs)) < 30, 1, 0)),
+        ("prediction_target_prob_final", np.full(len(pairs), 0.5)),
     ):
         column = pa.array(values).cast(pairs[name].type)
         pairs = pairs.set_column(pairs.schema.get_field_index(name), name, column)
@@ -311,6 +314,8 @@ def test_report_shows_first_how_often_the_judge_sees_the_target(tmp_path: Path) 
     data = data_of(html)
     assert "judge_agreement" in [kind["key"] for kind in data["maps"]]
     assert row_of(data, data["examples"]["0-2"][0][0], 2)["judge_prob"] == "0.75"
+    assert "Confirmed</dt><dd>95.0 %" in html and "passed every check, 30 after a further search" in html
+    assert row_of(data, data["examples"]["0-2"][0][0], 2)["predicted_prob"] == "– → 0.50"
     _, html = write(tmp_path / "none")
     assert "Judge sees" not in html and "judge_agreement" not in [kind["key"] for kind in data_of(html)["maps"]]
 
