@@ -127,13 +127,19 @@ def asymmetries(
             gap = float(converged[back].mean() - converged[there].mean())
             ratio = float(np.median(far[0]) / np.median(far[1])) if min(map(len, far)) >= MIN_COMPARED else 1.0
             candidates.append((a, b, gap, ratio))
-            p_values.append(fisher_p(int(converged[there].sum()), len(there), int(converged[back].sum()), len(back)))
-            p_values.append(rank_sum_p(*far) if min(map(len, far)) >= MIN_COMPARED else 1.0)
+            # What is too small to be told keeps a p-value of 1, which only makes the others' correction stricter.
+            fails = further = 1.0
+            if abs(gap) >= MIN_GAP:
+                counts = [(int(converged[some].sum()), len(some)) for some in (there, back)]
+                fails = fisher_p(*counts[0], *counts[1])
+            if max(ratio, 1 / ratio) >= MIN_RATIO:
+                further = rank_sum_p(*far)
+            p_values += [fails, further]
     strength = np.full((num_classes, num_classes), np.nan)
-    for (a, b, gap, ratio), (fails, further) in zip(candidates, holm(p_values).reshape(-1, 2)):
-        if fails and abs(gap) >= MIN_GAP:
+    for (a, b, gap, ratio), (often, far_off) in zip(candidates, holm(p_values).reshape(-1, 2)):
+        if often:
             strength[(a, b) if gap > 0 else (b, a)] = 10 + abs(gap)
-        elif further and max(ratio, 1 / ratio) >= MIN_RATIO:
+        elif far_off:
             strength[(a, b) if ratio > 1 else (b, a)] = max(ratio, 1 / ratio)
     return strength, len(candidates)
 

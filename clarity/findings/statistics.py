@@ -53,6 +53,8 @@ def normal_p(excess: float, variance: float) -> float:
 
 def fisher_p(a: int, n: int, b: int, m: int) -> float:
     """Two-sided p-value of Fisher's exact test that ``a`` of ``n`` and ``b`` of ``m`` have the same probability."""
+    if a + b in (0, n + m):
+        return 1.0
     successes = np.arange(max(0, a + b - m), min(n, a + b) + 1)
 
     def log_choose(total: int, chosen: np.ndarray) -> np.ndarray:
