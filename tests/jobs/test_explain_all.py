@@ -108,7 +108,7 @@ def test_job_redoes_exactly_what_is_missing(
         (["--method", "latent"], "method"),
         (["--images", "none"], "images"),
         (["--shard-rows", "8"], "shards.count"),
-        (["--limit", "39"], "data.num_images"),
+        (["--limit", "39"], "images in the audit, "),
         (["--targets", "3", "5"], "targets"),
     ],
 )
