@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jobfiles import actors
 
 FILE = Path(__file__).parent.parent.parent / "cluster.yaml"
 
@@ -48,6 +50,23 @@ def test_cluster_never_switches_authentication_off(cluster: dict[str, Any]) -> N
     starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
     assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
     assert any(target.endswith("auth_token") for target in cluster["file_mounts"])
+
+
+def test_page_says_what_the_plan_gives_to_gpu_nodes() -> None:
+    page = (FILE.parent / "docs" / "clusters.md").read_text()
+    rows = re.findall(
+        r"^\| (\d) \| (\d+) \| (\d+) \| ([\d.]+), (\d) \| (\d+) \| (\d+) actors, (\d+) left \|$", page, re.M
+    )
+    assert {int(row[0]) for row in rows} == {1, 4, 8}
+    for gpus, cpus, count, size, threads, left, halved, halved_left in rows:
+        nodes = [{"CPU": float(cpus), "GPU": float(gpus)}]
+        whole = actors.plan_resources(nodes, num_shards=1000)
+        assert (whole.num_actors, whole.threads_per_actor) == (int(count), int(threads))
+        assert whole.cpus_per_actor == float(size)
+        assert float(cpus) - whole.num_actors * whole.cpus_per_actor == float(left)
+        half = actors.plan_resources(nodes, num_shards=1000, gpus_per_actor=0.5)
+        assert half.num_actors == int(halved)
+        assert float(cpus) - half.num_actors * half.cpus_per_actor == float(halved_left)
 
 
 # Field names of the custom resource RayJob, ray.io/v1, as the KubeRay operator defines them.
