@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import json
 import os
 import struct
 import subprocess
@@ -549,6 +550,21 @@ def below_the_data(root: Path) -> list[str]:
     return ["--dataset", "folder", "--data", str(root / "photos"), "--out", str(root / "photos" / "audit")]
 
 
+DESCRIBED = {"classes": [str(digit) for digit in range(10)], "mode": "L", "size": [28, 28], "output": "logits"}
+
+
+def onnx_file(described: dict[str, Any] | None) -> Callable[[Path], list[str]]:
+    """A file that is no ONNX, with a description beside it or without one."""
+
+    def build(root: Path) -> list[str]:
+        (root / "model.onnx").write_bytes(b"no graph")
+        if described is not None:
+            (root / "model.onnx.json").write_text(json.dumps(described))
+        return ["--predictor", str(root / "model.onnx")]
+
+    return build
+
+
 #: name, flags beside a good command's (or what makes them), what the message must say.
 BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("unknown method", ["--method", "gradcam"], "invalid choice: 'gradcam' (choose from"),
@@ -566,6 +582,26 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("infinite learning rate", ["--learning-rate", "inf"], "--learning-rate: expected"),
     ("negative weight of the distance", ["--distance-weight", "-1"], "--distance-weight: expected"),
     ("step size of zero", ["--step-size", "0"], "--step-size: expected"),
+    (
+        "re-encoded probability of 1",
+        ["--min-reencoded-prob", "1"],
+        "--min-reencoded-prob: expected at least 0 and less",
+    ),
+    (
+        "thresholds that the model does not know",
+        ["--min-target-prob", "auto"],
+        "--min-target-prob: auto needs the held-out",
+    ),
+    ("predictor and predictions at once", ["--predictor", "a:b", "--predictions", "c"], "not allowed with argument"),
+    (
+        "predictor of an unknown kind",
+        ["--predictor", "model.pt"],
+        "expected a file ending in .onnx, or module:function",
+    ),
+    ("predictor that cannot be imported", ["--predictor", "no.such:model"], "cannot be imported: ModuleNotFoundError"),
+    ("predictor without its description", onnx_file(None), "model.onnx.json beside the model"),
+    ("predictor without the order of its classes", onnx_file({"mode": "L"}), "expected an entry 'classes'"),
+    ("predictor that is no ONNX file", onnx_file(DESCRIBED), "model.onnx cannot be loaded"),
     ("no images asked for", ["--limit", "0"], "--limit: expected at least 1, got 0"),
     ("shards of no images", ["--shard-rows", "-1"], "--shard-rows: expected at least 1, got -1"),
     ("condition that is none", ["--where", "size=8"], "expected label=NAME[,NAME...], ids=FILE or misclassified"),
@@ -588,6 +624,10 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("output on an unknown kind of store", ["--out", "https://host/audit"], "found the scheme 'https'"),
     ("password in the output's place", ["--out", "s3://me:secret@bucket/audit"], "found some in s3://***@bucket/audit"),
 ]
+
+
+#: What the rows above put where the job works.
+KEPT = ("taken", "photos", "file", "ids.txt", "cat.png", "model.json", "plan.json", "model.onnx", "model.onnx.json")
 
 
 def refusal(model: Path, argv: list[str] | Callable[[Path], list[str]], root: Path) -> tuple[int, str]:
@@ -622,7 +662,7 @@ def test_bad_requests_are_refused_before_anything_starts(
     assert "secret" not in message
     # What lay at --out lies there still.
     for path in tmp_path.rglob("*"):
-        assert path.name in ("taken", "photos", "file", "ids.txt", "cat.png", "model.json", "plan.json"), path
+        assert path.name in KEPT, path
 
 
 # Kinds without end
