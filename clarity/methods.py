@@ -19,8 +19,9 @@ from torch import Tensor
 
 from clarity.classifiers import ImageEnsemble
 from clarity.model import Model
+from clarity.objectives import LatentObjective, Rows, ensemble_terms, l1
 from clarity.rows import decode_rows, folded, logits_rows, require_eval
-from clarity.search import Counterfactuals, LatentObjective, Rows, SearchConfig, descend, ensemble_terms, l1
+from clarity.search import Counterfactuals, SearchConfig, descend
 
 PIXELS = (0.0, 1.0)
 

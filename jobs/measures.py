@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clarity import kernels
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
+from clarity.objectives import LatentObjective
 from clarity.rows import decode_rows, encode_rows
-from clarity.search import LatentObjective, SearchConfig, descend
+from clarity.search import SearchConfig, descend
 from clarity.training.loops import Codes, EnsembleTraining, VAETraining, train_latent_members, train_vae, weights_of
 from clarity.vae import VAE, vae_config
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from clarity import kernels
-from clarity.search import LatentObjective, SearchConfig, descend
+from clarity.objectives import LatentObjective
+from clarity.search import SearchConfig, descend
 
 BUILDS = kernels.native_builds()
 CONFIG = SearchConfig(min_target_prob=0.6, max_steps=120)

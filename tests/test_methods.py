@@ -326,6 +326,67 @@ def test_method_starts_where_the_paper_says(method: str) -> None:
     assert found.steps.tolist() == [0] * 4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_method_continues_from_a_point_and_measures_distances_as_before(method: str) -> None:
+    model = small_model()
+    pairs = questions(model, 6)
+    config = SearchConfig(max_steps=3, min_target_prob=0.9999, distance_weight=0.02)
+    search = METHODS[method].search
+    first = search(model, pairs, config)
+    onward = search(model, replace(pairs, point=first.point), config)
+    assert torch.equal(onward.target_prob_initial, first.target_prob_final)
+    # One step from there in the transcription, whose distances are to the image or its code.
+    single = replace(config, max_steps=1)
+    found = search(model, replace(pairs, point=first.point), single, engine="plain")
+    moved = search(model, replace(pairs, point=first.point), replace(single, distance_weight=0.0), engine="plain")
+    assert torch.equal(found.target_prob_initial, moved.target_prob_initial)
+    if method != "schut":  # which has no distance
+        assert not torch.equal(found.point, moved.point)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_takes_a_threshold_for_each_pair(method: str) -> None:
+    model = small_model()
+    pairs = questions(model, 12)
+    config = SearchConfig(max_steps=9, learning_rate=0.1)
+    thresholds = torch.linspace(0.1, 0.8, 12)
+    found = METHODS[method].search(model, replace(pairs, min_target_prob=thresholds), config)
+    assert torch.equal(found.converged, found.target_prob_final > thresholds)
+    for row in (0, 5, 11):
+        one = pairs.select(torch.tensor([row]))
+        alone = METHODS[method].search(model, one, replace(config, min_target_prob=float(thresholds[row])))
+        assert_same_bits(alone, found, torch.tensor([row]))
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.space == "latent"])
+@pytest.mark.parametrize("refine", [False, True])
+def test_method_on_codes_does_not_move_along_fixed_directions(method: str, refine: bool) -> None:
+    model = small_model()
+    pairs = questions(model, 7)
+    fixed = torch.linalg.qr(torch.randn(LATENT, 2, generator=torch.Generator().manual_seed(0)))[0].contiguous()
+    config = SearchConfig(max_steps=9, learning_rate=0.1, min_target_prob=0.4, refine=refine)
+    start = METHODS[method].search(model, pairs, replace(config, max_steps=0)).point
+    found = METHODS[method].search(model, pairs, config, fixed=fixed)
+    assert (found.steps > 0).any() and ((found.point - start) @ fixed).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_refined_method_is_closer_and_gives_a_row_the_same_bits_in_any_batch(method: str) -> None:
+    model = small_model()
+    pairs = questions(model, 37)
+    config = reachable(model, method, pairs, SearchConfig(max_steps=12, learning_rate=0.1))
+    start = METHODS[method].search(model, pairs, replace(config, max_steps=0)).point.flatten(1)
+    found = METHODS[method].search(model, pairs, config)
+    closer = METHODS[method].search(model, pairs, replace(config, refine=True))
+    assert found.converged.any() and torch.equal(found.converged, closer.converged)
+    before, after = ((run.point.flatten(1) - start).abs().sum(1) for run in (found, closer))
+    assert (after <= before * (1 + 1e-6)).all() and after.sum() < before.sum()
+    assert METHODS[method].space == "latent" or (closer.point.min() >= 0 and closer.point.max() <= 1)
+    for index in (torch.tensor([30]), torch.randperm(37, generator=torch.Generator().manual_seed(1))):
+        alone = METHODS[method].search(model, pairs.select(index), replace(config, refine=True), threads=2)
+        assert_same_bits(alone, closer, index)
+
+
 @pytest.mark.parametrize("method", ["fgsm", "schut"])
 def test_pixel_method_stays_in_the_picture_at_every_step(method: str) -> None:
     model = small_model()

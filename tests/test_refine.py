@@ -13,9 +13,10 @@ from test_kernels import assert_same_bits, make_layers, make_rows, problem_of
 from torch import Tensor
 
 from clarity import kernels
+from clarity.objectives import LatentObjective
 from clarity.refine import log_ratio, refine, sum_rows
 from clarity.rows import one_thread
-from clarity.search import Counterfactuals, LatentObjective, SearchConfig, descend
+from clarity.search import Counterfactuals, SearchConfig, descend
 
 NATIVE = [f"native-{build}" for build in kernels.native_builds()]
 ENGINES = [*NATIVE, "batched", "plain"]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clarity import kernels, search
+from clarity.objectives import LatentObjective, ensemble_terms
 from clarity.rows import one_thread
-from clarity.search import ENGINES, Counterfactuals, LatentObjective, SearchConfig, descend, ensemble_terms
+from clarity.search import ENGINES, Counterfactuals, SearchConfig, descend
 
 # All axis sizes differ: members, codes, two hidden layers, classes.
 MEMBERS, LATENT, HIDDEN, CLASSES = 3, 5, (6, 7), 4

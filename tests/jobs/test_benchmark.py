@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from clarity import kernels
-from clarity.search import LatentObjective, SearchConfig, descend
+from clarity.objectives import LatentObjective
+from clarity.search import SearchConfig, descend
 
 JOB = Path(__file__).parent.parent.parent / "jobs" / "benchmark.py"
 

@@ -1,0 +1,144 @@
+"""Objectives of the search, and their gradients.
+
+An objective maps points and the tensors of their rows to a loss, a target probability and logits, each row by itself.
+Knows Eq. 6 and how to differentiate it; the objectives of methods on images are in methods.py.
+
+Shapes: B rows, D latent, K classes, M members, S slots of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rows = Mapping[str, Tensor]
+Objective = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
+#: Of points and their rows: gradient, target probability, and the logits where an engine has them.
+Gradient = Callable[[Tensor, Rows], tuple[Tensor, Tensor, "Tensor | None"]]
+
+
+def ensemble_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the members of the cross-entropy to ``target`` and of the target's probability, each (B,).
+
+    The mean of the members' cross-entropies, as in the paper, not the cross-entropy of their mean. Logits (M, B, K).
+    """
+    chosen = F.log_softmax(logits, dim=2).gather(2, target.expand(len(logits), -1).unsqueeze(2)).squeeze(2)
+    return -chosen.mean(dim=0), chosen.exp().mean(dim=0)
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """L1 distance (B,) of each row of a to its row of b: a sum, not a mean."""
+    return (a - b).abs().flatten(1).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class LatentObjective:
+    """Eq. 6: mean cross-entropy of stacked latent classifiers plus ``distance_weight`` times the L1 distance of codes.
+
+    The plain engine calls it; the others read its fields. Rows: ``target`` (B,) int64, ``reference`` (B, D).
+
+    Args:
+        layers: (weight (M, in, out), bias (M, out)) of each layer, a ReLU between two of them.
+        distance_weight: lambda.
+        fixed: (D, k), orthonormal directions along which no update moves; None for none.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+    distance_weight: float
+    fixed: Tensor | None = None
+
+    def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (B,), target probability (B,) and logits (M, B, K) of codes (B, D)."""
+        logits = point.expand(len(self.layers[0][0]), -1, -1)
+        for index, (weight, bias) in enumerate(self.layers):
+            logits = torch.baddbmm(bias.unsqueeze(1), torch.relu(logits) if index else logits, weight)
+        cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
+        return cross_entropy + self.distance_weight * l1(point, rows["reference"]), target_prob, logits
+
+
+def autograd_gradient(objective: Objective, of: str = "loss") -> Gradient:
+    """Gradient of any objective's loss, or of its target probability, by autograd."""
+
+    def gradient(point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            variable = point.detach().requires_grad_()
+            loss, target_prob, logits = objective(variable, rows)
+            value = loss if of == "loss" else target_prob
+            (grad,) = torch.autograd.grad(value, variable, torch.ones_like(value))
+        return grad, target_prob.detach(), logits.detach()
+
+    return gradient
+
+
+def analytic_gradient(objective: LatentObjective, slots: int, of: str = "loss") -> Gradient:
+    """Gradient of Eq. 6, or of its target probability, in closed form, with rows along the second axis.
+
+    Points are (D, S), rows ``target_is`` (K, S) and ``reference`` (D, S), so that elementwise work runs along the slots
+    and each layer of all members is one product (M, out, in) x (M, in, S); the sum over the members' gradients is part
+    of the last product.
+    """
+    weights = [weight.contiguous() for weight, _ in objective.layers]
+    biases = [bias.unsqueeze(2).contiguous() for _, bias in objective.layers]
+    transposed = [weight.transpose(1, 2).contiguous() for weight in weights]
+    members, latent = weights[0].shape[:2]
+    first = transposed[0].view(-1, latent)  # (M * out, D)
+    first_back = first.t().contiguous()
+    hidden = [bias.new_empty(members, bias.shape[1], slots) for bias in biases]
+    slopes = [torch.empty_like(values) for values in hidden]
+    scale = first.new_empty(members, 1, slots)
+    mask_ = torch.ops.aten.threshold_backward.grad_input
+
+    def gradient(point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, None]:
+        torch.mm(first, point, out=hidden[0].view(-1, slots))
+        hidden[0].add_(biases[0])
+        for index in range(1, len(weights)):
+            torch.bmm(transposed[index], hidden[index - 1].relu_(), out=hidden[index])
+            hidden[index].add_(biases[index])
+        logits = hidden[-1]
+        torch.amax(logits, dim=1, keepdim=True, out=scale)
+        probs = logits.sub_(scale).exp_()
+        torch.sum(probs, dim=1, keepdim=True, out=scale)
+        probs.mul_(scale.reciprocal_())
+        target_prob = (probs.sum(dim=0) * rows["target_is"]).sum(dim=0).div_(members)
+        if of == "loss":
+            slope = probs.sub_(rows["target_is"])
+        else:
+            own = (probs * rows["target_is"]).sum(dim=1, keepdim=True)
+            slope = (rows["target_is"] - probs).mul_(own)
+        for index in range(len(weights) - 1, 0, -1):
+            slope = torch.bmm(weights[index], slope, out=slopes[index - 1])
+            mask_(slope, hidden[index - 1], 0, grad_input=slope)
+        if of == "loss":
+            pull = (point - rows["reference"]).sign_()
+            beta = objective.distance_weight
+        else:
+            pull, beta = torch.zeros_like(point), 0.0
+        grad = torch.addmm(pull, first_back, slope.view(-1, slots), beta=beta, alpha=1 / members)
+        return grad, target_prob, None
+
+    return gradient
+
+
+def as_columns(objective: LatentObjective, rows: Rows) -> dict[str, Tensor]:
+    """The rows of a LatentObjective in the layout of ``analytic_gradient``."""
+    classes = torch.arange(objective.layers[-1][0].shape[2], device=rows["target"].device)
+    return {
+        "target_is": (classes.unsqueeze(1) == rows["target"]).to(rows["reference"].dtype),
+        "reference": rows["reference"].t().contiguous(),
+        "min_target_prob": rows["min_target_prob"],
+    }
+
+
+def in_columns(objective: LatentObjective, slots: int) -> Gradient:
+    """``analytic_gradient`` of the target probability for points and rows that lie along the first axis."""
+    gradient = analytic_gradient(objective, slots, "target_prob")
+
+    def by_rows(point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, None]:
+        grad, target_prob, _ = gradient(point.t().contiguous(), as_columns(objective, rows))
+        return grad.t(), target_prob, None
+
+    return by_rows
