@@ -380,7 +380,8 @@ def test_refined_method_is_closer_and_gives_a_row_the_same_bits_in_any_batch(met
     closer = METHODS[method].search(model, pairs, replace(config, refine=True))
     assert found.converged.any() and torch.equal(found.converged, closer.converged)
     before, after = ((run.point.flatten(1) - start).abs().sum(1) for run in (found, closer))
-    assert (after <= before * (1 + 1e-6)).all() and after.sum() < before.sum()
+    # One pixel at a time is sparse already: a repair along the whole gradient would not be closer.
+    assert (after <= before * (1 + 1e-6)).all() and (method == "schut" or after.sum() < before.sum())
     assert METHODS[method].space == "latent" or (closer.point.min() >= 0 and closer.point.max() <= 1)
     for index in (torch.tensor([30]), torch.randperm(37, generator=torch.Generator().manual_seed(1))):
         alone = METHODS[method].search(model, pairs.select(index), replace(config, refine=True), threads=2)
