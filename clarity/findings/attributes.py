@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clarity.findings.finding import Facts, Finding, NotChecked
-from clarity.findings.statistics import holm, signed_rank_p
+from clarity.findings.statistics import can_be_told, holm, signed_rank_p
 from clarity.report.text import listed, percent, plural
 
 #: Pairs of a class pair at least, and mean change of the attribute's probability from which a drift is told.
@@ -33,6 +33,9 @@ def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
     if not rows:
         return NotChecked(f"no class pair has {MIN_PAIRS} pairs with attributes")
     changes = [np.array(row[3]) for row in rows]
+    most = max(map(len, changes))
+    if not can_be_told(2.0 ** (1 - most), len(rows)):
+        return NotChecked(f"{most} pairs of a class pair are too few for {len(rows):,} comparisons")
     drifting = [(float(change.mean()), row) for change, row, drifts in zip(changes, rows, drift(changes)) if drifts]
     if not drifting:
         return []
@@ -58,5 +61,5 @@ def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
 
 def drift(changes: Sequence[np.ndarray]) -> np.ndarray:
     """Which of many samples of changes have a mean of at least MIN_DRIFT, beyond chance over all of them."""
-    large = [abs(change.mean()) >= MIN_DRIFT for change in changes]
-    return np.array(large, bool) & holm([signed_rank_p(change) for change in changes])
+    # What is too small to be told keeps a p-value of 1, which only makes the others' correction stricter.
+    return holm([signed_rank_p(change) if abs(change.mean()) >= MIN_DRIFT else 1.0 for change in changes])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from clarity.findings.finding import Facts, Finding, NotChecked, ranked, share_text
-from clarity.findings.statistics import fisher_p, holm, rank_sum_p
+from clarity.findings.statistics import can_be_told, fisher_p, holm, rank_sum_p
 from clarity.report.text import listed, percent, plural
 
 #: Pairs of a class pair below which it is not described as the hardest or easiest.
@@ -60,6 +62,10 @@ def check_asymmetry(facts: Facts) -> list[Finding] | NotChecked:
     strength, num_compared = asymmetries(source, target, converged.astype(bool), distance, len(facts.class_names))
     if not num_compared:
         return NotChecked(f"no two classes have {MIN_COMPARED} pairs in each direction")
+    pairs = np.nan_to_num(facts.pairs["pairs"])
+    most = int(np.minimum(pairs, pairs.T).max())
+    if not can_be_told(2 / math.comb(2 * most, most), 2 * num_compared):
+        return NotChecked(f"{most} pairs in each direction are too few to compare {plural(num_compared, 'class pair')}")
     medians, validity = facts.pairs["median_distance"], facts.pairs["strict_validity"]
     asymmetric = ranked(strength)
     if not asymmetric:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import special
+
+#: Values up to which rank tests are exact.
+MAX_EXACT = 40
 
 
 def share_interval(successes: float, count: float, level: float = 0.95) -> tuple[float, float]:
@@ -18,26 +22,59 @@ def share_interval(successes: float, count: float, level: float = 0.95) -> tuple
 
 
 def rank_sum_p(x: np.ndarray, y: np.ndarray) -> float:
-    """Two-sided p-value of Mann-Whitney's test: normal approximation with ties and continuity correction.
+    """Two-sided p-value of Mann-Whitney's test.
 
-    In the far tail, where a correction for many comparisons looks, the approximation is larger than the exact value.
+    Exact for at most MAX_EXACT values without ties, else by the normal approximation with corrections for ties and
+    continuity, which is larger than the exact value in the far tail.
     """
     n, m = len(x), len(y)
     ranks, ties = midranks(np.concatenate([x, y]))
-    excess = abs(ranks[:n].sum() - n * (n + m + 1) / 2) - 0.5
+    statistic = float(ranks[:n].sum()) - n * (n + 1) / 2
+    if not ties and n + m <= MAX_EXACT:
+        return two_sided(rank_sum_counts(n, m), round(statistic))
     variance = n * m / 12 * (n + m + 1 - ties / ((n + m) * (n + m - 1)))
-    return normal_p(excess, variance)
+    return normal_p(abs(statistic - n * m / 2) - 0.5, variance)
 
 
 def signed_rank_p(differences: np.ndarray) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test that differences are symmetric around zero."""
+    """Two-sided p-value of Wilcoxon's signed-rank test that differences are symmetric around zero; exact as above."""
     differences = differences[differences != 0]
     n = len(differences)
     if not n:
         return 1.0
     ranks, ties = midranks(np.abs(differences))
-    excess = abs(ranks[differences > 0].sum() - n * (n + 1) / 4) - 0.5
-    return normal_p(excess, n * (n + 1) * (2 * n + 1) / 24 - ties / 48)
+    statistic = float(ranks[differences > 0].sum())
+    if not ties and n <= MAX_EXACT:
+        return two_sided(signed_rank_counts(n), round(statistic))
+    return normal_p(abs(statistic - n * (n + 1) / 4) - 0.5, n * (n + 1) * (2 * n + 1) / 24 - ties / 48)
+
+
+@functools.cache
+def rank_sum_counts(n: int, m: int) -> np.ndarray:
+    """Number of arrangements with each value of Mann-Whitney's statistic: coefficients of the Gaussian binomial."""
+    counts = np.zeros(n * m + 1)
+    counts[0] = 1
+    for i in range(1, n + 1):
+        counts[m + i :] -= counts[: -(m + i)].copy()
+        for start in range(i):
+            counts[start::i] = np.cumsum(counts[start::i])
+    return counts
+
+
+@functools.cache
+def signed_rank_counts(n: int) -> np.ndarray:
+    """Number of sign patterns with each sum of positive ranks."""
+    counts = np.zeros(n * (n + 1) // 2 + 1)
+    counts[0] = 1
+    for i in range(1, n + 1):
+        counts[i:] += counts[:-i].copy()
+    return counts
+
+
+def two_sided(counts: np.ndarray, statistic: int) -> float:
+    """Two-sided p-value of a statistic with a symmetric distribution."""
+    tail = min(statistic, len(counts) - 1 - statistic)
+    return float(min(1.0, 2 * counts[: tail + 1].sum() / counts.sum()))
 
 
 def midranks(values: np.ndarray) -> tuple[np.ndarray, float]:
@@ -63,6 +100,11 @@ def fisher_p(a: int, n: int, b: int, m: int) -> float:
     log_probs = log_choose(n, successes) + log_choose(m, a + b - successes)
     probs = np.exp(log_probs - special.logsumexp(log_probs))
     return float(min(1.0, probs[probs <= probs[successes == a] * (1 + 1e-7)].sum()))
+
+
+def can_be_told(smallest_p: float, comparisons: int, level: float = 0.05) -> bool:
+    """Whether the clearest outcome of one of many comparisons would pass Holm's procedure."""
+    return smallest_p * comparisons <= level
 
 
 def holm(p_values: Sequence[float] | np.ndarray, level: float = 0.05) -> np.ndarray:

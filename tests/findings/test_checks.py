@@ -237,6 +237,12 @@ def test_find_says_that_few_images_were_not_checked() -> None:
     assert "neither pictures" in sentences["shortcut"] and "predictions" in sentences and "attributes" in sentences
 
 
+def test_directions_of_many_classes_need_enough_pairs() -> None:
+    names = tuple(f"class-{i}" for i in range(30))
+    sentences = dict(results_of(make_tables(240, names), differences=False).not_checked)
+    assert "8 pairs in each direction are too few to compare 435 class pairs" in sentences["asymmetry"]
+
+
 def test_labels_are_not_cleared_by_the_ensemble_that_learned_them() -> None:
     results = results_of(make_tables(200), trained_on_labels=True)
     assert "trained on these labels" in dict(results.not_checked)["labels"]

@@ -37,10 +37,19 @@ def test_fisher_p_agrees_with_scipy(a: int, n: int, b: int, m: int) -> None:
     assert fisher_p(a, n, b, m) == pytest.approx(stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue, rel=1e-6)
 
 
-def test_far_tails_are_conservative() -> None:
-    for n in (8, 10, 12):
-        apart = rank_sum_p(np.arange(n), np.arange(n) + 100)
-        assert apart > stats.mannwhitneyu(np.arange(n), np.arange(n) + 100, method="exact").pvalue
+def test_rank_tests_are_exact_for_few_values() -> None:
+    rng = np.random.default_rng(1)
+    for n, m in ((8, 8), (3, 11), (20, 20), (1, 2)):
+        x, y = rng.normal(size=n), rng.normal(0.7, 1, m)
+        assert rank_sum_p(x, y) == pytest.approx(stats.mannwhitneyu(x, y, method="exact").pvalue, rel=1e-9)
+    for n in (1, 5, 12, 30):
+        x = rng.normal(0.3, 1, n)
+        assert signed_rank_p(x) == pytest.approx(stats.wilcoxon(x, method="exact").pvalue, rel=1e-9)
+
+
+def test_far_tails_of_the_approximation_are_conservative() -> None:
+    x = np.arange(25)
+    assert rank_sum_p(x, x + 100) > stats.mannwhitneyu(x, x + 100, method="exact").pvalue
 
 
 def test_holm_rejects_in_steps() -> None:
