@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clarity.findings.statistics import share_interval
 from clarity.judges import predict_features, predict_probs, probs_of_features
 from clarity.paper.evaluators import Judges, reconstruct
 
@@ -202,11 +203,11 @@ def bootstrap_interval(
     return mean, low, high
 
 
-def share_interval(values: Array, groups: Array, *, z: float = 1.96) -> tuple[float, float, float]:
-    """A share of 0 and 1 in ``values`` (N,), and Wilson's interval around it, which is not empty at 0 or 1 either.
+def clustered_share(values: Array, groups: Array) -> tuple[float, float, float]:
+    """A share of 0 and 1 in ``values`` (N,), and its exact interval on the effective number of observations.
 
-    Its sample size is the effective one: the N rows divided by the design effect of their groups (images), whose rows
-    are not independent; the number of groups where nothing varies. NaN where no value is.
+    That is N divided by the design effect of the groups (images), whose rows are not independent; the number of groups
+    where nothing varies. NaN where no value is.
     """
     known = ~np.isnan(values)
     values, index = values[known], np.unique(np.asarray(groups)[known], return_inverse=True)[1]
@@ -217,9 +218,7 @@ def share_interval(values: Array, groups: Array, *, z: float = 1.96) -> tuple[fl
     sums = np.bincount(index, weights=values - share)
     variance = (sums**2).sum() / count**2 * number / max(number - 1, 1)
     effective = min(share * (1 - share) / variance, count) if variance > 0 else number
-    middle = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
-    half = z / (1 + z**2 / effective) * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
-    return share, max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)
+    return share, *share_interval(share * effective, effective)
 
 
 def ratio(sums: Array, counts: Array) -> Array:

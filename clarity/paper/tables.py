@@ -87,7 +87,7 @@ def rows_by_pair(table: pa.Table, real: metrics.Reality, draws: int) -> list[dic
         for q, name in enumerate(names):
             mean, low, high = (bound[q] for bound in intervals)
             if is_share(name):
-                mean, low, high = metrics.share_interval(values[:, q], groups)
+                mean, low, high = metrics.clustered_share(values[:, q], groups)
             out[name] = none_if_nan(mean)
             out[f"{name}_low"], out[f"{name}_high"] = (none_if_nan(low), none_if_nan(high)) if draws else (None, None)
         return out | {"frechet_distance": distance}
@@ -121,7 +121,7 @@ def write_tables(
     storage.write_bytes(cache.path("comparison.csv"), frame.to_csv(index=False).encode())
     text = [head, *(overall_table(frame[frame["images"] == scope], scope, present) for scope in TITLES)]
     text.append(
-        "Intervals: 95 %; of shares by Wilson's formula on the effective number of pairs, of the rest by bootstrap "
+        "Intervals: 95 %; of shares exact on the effective number of pairs, of the rest by bootstrap "
         "over images. An empty cell is null: unknown, or of too small a sample."
     )
     text.append("\n".join(f"- **{name.replace('_', ' ')}**: {doc_of(name)}" for name in present))

@@ -187,28 +187,28 @@ def test_bootstrap_interval_holds_its_mean_between_the_extremes(rows: int, seed:
     assert mean == pytest.approx(values.mean(0))
 
 
-def test_share_interval_is_wide_where_rows_of_an_image_agree() -> None:
+def test_clustered_share_is_wide_where_rows_of_an_image_agree() -> None:
     values = np.repeat(np.array([1.0, 0.0, 1.0, 1.0]), 25)
-    share, low, high = metrics.share_interval(values, np.arange(100))
+    share, low, high = metrics.clustered_share(values, np.arange(100))
     assert share == 0.75 and 0 < low < share < high < 1
-    _, wide_low, wide_high = metrics.share_interval(values, np.repeat(np.arange(20), 5))
+    _, wide_low, wide_high = metrics.clustered_share(values, np.repeat(np.arange(20), 5))
     assert (wide_high - wide_low) > 1.8 * (high - low)
 
 
-def test_share_interval_of_all_or_none_is_not_empty() -> None:
+def test_clustered_share_of_all_or_none_is_not_empty() -> None:
     groups = np.repeat(np.arange(100), 9)
-    share, low, high = metrics.share_interval(np.ones(900), groups)
-    assert (share, high) == (1, 1) and low == pytest.approx(100 / (100 + 1.96**2))
-    share, low, high = metrics.share_interval(np.zeros(900), groups)
-    assert (share, low) == (0, 0) and high == pytest.approx(1.96**2 / (100 + 1.96**2))
-    assert np.isnan(metrics.share_interval(np.array([np.nan]), np.array(["a"]))).all()
+    share, low, high = metrics.clustered_share(np.ones(900), groups)
+    assert (share, high) == (1, 1) and low == pytest.approx(0.025**0.01)
+    share, low, high = metrics.clustered_share(np.zeros(900), groups)
+    assert (share, low) == (0, 0) and high == pytest.approx(1 - 0.025**0.01)
+    assert np.isnan(metrics.clustered_share(np.array([np.nan]), np.array(["a"]))).all()
 
 
 @given(st.integers(2, 40), st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
-def test_share_interval_holds_its_share(rows: int, seed: int) -> None:
+def test_clustered_share_holds_its_share(rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    share, low, high = metrics.share_interval(rng.integers(0, 2, rows).astype(float), rng.integers(0, 5, rows))
+    share, low, high = metrics.clustered_share(rng.integers(0, 2, rows).astype(float), rng.integers(0, 5, rows))
     assert 0 <= low <= share <= high <= 1
 
 
