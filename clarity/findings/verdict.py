@@ -161,9 +161,3 @@ def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: floa
         note = f"a held-out network; {percent(judge['accuracy_on_reconstructions'])} on reconstructions"
         rows.append(("Judge", percent(judge["accuracy"]), note))
     return rows
-
-
-def describe(found: Verdict) -> str:
-    """A verdict as lines for a terminal."""
-    figures = ", ".join(f"{name.lower()} {value}" for name, value, _ in found.figures)
-    return "\n".join([f"model      {found.sentence}", *([f"           {figures}"] if figures else [])])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clarity.findings.verdict import describe, verdict
+from clarity.findings.verdict import verdict
 
 NAMES = ("ant", "bee", "cow", "dog")
 
@@ -42,8 +42,9 @@ def test_verdict_is_sound_for_a_good_model() -> None:
     assert found.level == "sound" and not found.reasons
     assert [row[0] for row in found.classes] == list(NAMES)
     assert found.classes[0][1].startswith("95.0 % (89 % to") and found.classes[0][2:] == ("0.90", "0.99", "")
-    text = describe(found)
-    assert "baseline 90 %" in text and "calibration error 3.1 %" in text and "reconstruction error 20 %" in text
+    shown = {name: value for name, value, _ in found.figures}
+    assert shown["Baseline"] == "90 %" and shown["Calibration error"] == "3.1 %"
+    assert shown["Reconstruction error"] == "20 %"
 
 
 @pytest.mark.parametrize(
