@@ -124,6 +124,11 @@ def choose_split(dataset: Dataset) -> str:
     choices = [split for split in SPLIT_NAMES if split in named] or ["train", "test"]
     if dataset.split == "held-out":
         wanted = next((split for split in ("test", "validation") if split in choices), None)
+        if wanted is None:
+            raise ValueError(
+                f"expected a test or validation split to hold out in {where_of(dataset)}, found {', '.join(choices)} "
+                "alone: name one of them or all, or for a training none"
+            )
     if wanted not in choices:
         raise ValueError(
             f"split: expected one of {', '.join([*choices, 'all'])}, which {where_of(dataset)} has, got "

@@ -59,11 +59,13 @@ def test_folder_of_three_splits_holds_out_test(tmp_path: Path) -> None:
     assert listed(tmp_path, "validation") == {"val/a/2.png": "a"}
 
 
-@pytest.mark.parametrize("split", ["test", "held-out", "val"])
+@pytest.mark.parametrize("split", ["test", "val"])
 def test_folder_does_not_make_up_a_split(split: str, tmp_path: Path) -> None:
     write_images(tmp_path, "train/a/1.png", "train/b/2.png")
     with pytest.raises(ValueError, match=f"split: expected one of train, all, which .* has, got '{split}'"):
         data.open_dataset("folder", tmp_path, split)
+    with pytest.raises(ValueError, match=r"a test or validation split to hold out in .*, found train alone: name one"):
+        data.open_dataset("folder", tmp_path, "held-out")
 
 
 @pytest.mark.parametrize("names", [["train/1.png", "bus/1.png"], ["train/c/1.png", "test/c/1.png", "extra/x.png"]])
