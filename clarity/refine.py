@@ -21,6 +21,7 @@ Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MAX_ROUNDS = 80
 MAX_REPAIRS = 2  # by a new gradient in a round; the first repair uses the gradient of the round before
 HALVINGS = 3  # of the stride after failed rounds, before a row ends
+LEAST_GAIN = 0.0  # of a round in distance, as a share of the stride
 LEAST_REST = 1e-7  # of 1 - probability, which may be 0 in float32
 MARGIN = 0.02  # share of 1 - min_target_prob by which a repair aims beyond the threshold
 
@@ -78,7 +79,7 @@ def refine(
             step = newton(log_ratio(rest, aim[short]), rest, slope)
             candidate[short] = bounded(candidate[short] - step, bounds)
             found_prob[short], found_grad[short] = evaluate(candidate[short], active[short])
-        closer = sum_rows((candidate - origin).abs()) < sum_rows(away.abs())
+        closer = sum_rows((candidate - origin).abs()) < sum_rows(away.abs()) - LEAST_GAIN * strides[active]
         kept = (found_prob > min_target_prob[active]) & closer
         improved, failed = active[kept], active[~kept]
         best[improved], prob[improved], grad[improved] = candidate[kept], found_prob[kept], found_grad[kept]

@@ -1,4 +1,4 @@
-"""Ensembles: stacked members compute what each computes alone, and rows do not know each other."""
+"""Ensembles: stacked members compute what each computes alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_select_and_stack_are_inverse(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ENSEMBLES)
-def test_select_refuses_members_that_are_not_there(kind: str) -> None:
+def test_select_rejects_unknown_members(kind: str) -> None:
     with pytest.raises(ValueError, match=r"one or more of 0 ... 1, got \[2\]"):
         ENSEMBLES[kind]().select([2])
     with pytest.raises(ValueError, match="one or more"):
@@ -100,6 +100,6 @@ def test_config_says_what_is_wrong(fields: dict[str, Any], message: str) -> None
         EnsembleConfig(**fields)
 
 
-def test_image_ensemble_refuses_another_latent_dim() -> None:
+def test_image_ensemble_rejects_another_latent_dim() -> None:
     with pytest.raises(ValueError, match="latent_dim of the ensemble is 16, of the encoder 5"):
         ImageEnsemble(EnsembleConfig(4), VAEConfig(latent_dim=5))

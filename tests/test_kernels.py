@@ -1,4 +1,4 @@
-"""The fast searches: against the plain one, against closed forms, and each row against itself in other company."""
+"""The fast engines against the plain one, against closed forms, and the same row in other batches."""
 
 from __future__ import annotations
 
@@ -148,11 +148,11 @@ def test_native_search_agrees_with_the_plain_one(build: str, members: int, sizes
 
 @native
 @pytest.mark.parametrize("build", BUILDS)
-def test_native_row_keeps_its_bits_in_any_company(build: str) -> None:
+def test_native_row_keeps_its_bits_in_any_batch(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 131)
     found = run_native(layers, z, target, build=build)
-    assert len(found["steps"].unique()) > 5, "rows that end at different steps make the test worth something"
+    assert len(found["steps"].unique()) > 5, "the case needs rows that end at different steps"
 
     for threads in (2, 3, 7):
         assert_same_bits(run_native(layers, z, target, threads=threads, build=build), found)
@@ -218,7 +218,7 @@ def test_native_search_pulls_towards_the_reference(build: str) -> None:
 @native
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
-def test_native_row_that_is_not_finite_ends_alone(build: str, bad: float) -> None:
+def test_native_row_that_is_not_finite_changes_no_other(build: str, bad: float) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 60)
     expected = run_native(layers, z, target, build=build)
@@ -244,7 +244,7 @@ def test_native_search_ends_every_row_of_a_model_with_nan(build: str) -> None:
 
 
 @native
-def test_native_search_takes_no_rows() -> None:
+def test_native_search_accepts_no_rows() -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     found = run_native(layers, torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
     assert found["point"].shape == (0, 5)
@@ -253,7 +253,7 @@ def test_native_search_takes_no_rows() -> None:
 
 @native
 @pytest.mark.parametrize("build", BUILDS)
-def test_native_search_refuses_what_does_not_fit(build: str) -> None:
+def test_native_search_rejects_arguments_that_do_not_fit(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 9)
     refused = [
@@ -277,7 +277,7 @@ def test_native_search_refuses_what_does_not_fit(build: str) -> None:
 
 @native
 @pytest.mark.parametrize("build", BUILDS)
-def test_native_module_refuses_arrays_that_it_must_not_touch(build: str) -> None:
+def test_native_module_rejects_arrays_of_other_types_or_shapes(build: str) -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 9)
     good: dict[str, Any] = {
@@ -324,7 +324,7 @@ def test_native_module_refuses_arrays_that_it_must_not_touch(build: str) -> None
 
 
 @native
-def test_native_search_lets_other_threads_run_and_signals_in() -> None:
+def test_native_search_releases_the_gil_and_handles_signals() -> None:
     layers = make_layers(7, (16, 16, 16, 10), scale=0.01)
     z, target = make_rows(layers, 2000)
     endless = SearchConfig(min_target_prob=0.9999, max_steps=2_000_000_000)
@@ -455,7 +455,7 @@ def test_interpreted_search_knows_thresholds_and_fixed_directions(
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's maximum of a row of NaN
-def test_interpreted_row_keeps_its_result_in_any_company() -> None:
+def test_interpreted_row_keeps_its_result_in_any_batch() -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 70)
     config = replace(CONFIG, max_steps=6)
@@ -472,7 +472,7 @@ def test_interpreted_row_keeps_its_result_in_any_company() -> None:
 
 
 @interpreted
-def test_interpreted_search_pulls_towards_the_reference_and_takes_no_rows() -> None:
+def test_interpreted_search_pulls_towards_the_reference_and_accepts_no_rows() -> None:
     layers = [(torch.zeros(2, 3, 4), torch.zeros(2, 4))]
     z = torch.zeros(2, 3)
     reference = torch.tensor([[1.0, -1.0, 0.0], [-2.0, 0.0, 3.0]])

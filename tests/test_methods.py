@@ -28,7 +28,7 @@ ON_IMAGES = [name for name, method in METHODS.items() if method.classifier.start
 
 @pytest.fixture(autouse=True)
 def few_threads() -> Iterator[None]:
-    """Networks this small only wait for a second thread."""
+    """With networks this small a second thread costs more than it computes."""
     with one_thread():
         yield
 
@@ -152,7 +152,7 @@ def test_method_is_its_equation(method: str) -> None:
     torch.testing.assert_close(found.point, torch.stack([point for point, *_ in slow]), atol=5e-4, rtol=0)
     expected = torch.tensor([prob for *_, prob in slow])
     torch.testing.assert_close(found.target_prob_final, expected, atol=5e-4, rtol=0)
-    # The same question answered by whatever engine runs by default.
+    # The same search by the default engine.
     default = METHODS[method].search(model, pairs, config)
     assert default.steps.tolist() == found.steps.tolist()
     torch.testing.assert_close(default.point, found.point, atol=5e-4, rtol=0)
@@ -234,7 +234,7 @@ def test_method_ends_one_step_past_a_known_boundary(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("image", [IMAGE, (3, 13, 9)])
-def test_method_gives_a_row_the_same_bits_in_any_company(method: str, image: tuple[int, int, int]) -> None:
+def test_method_gives_a_row_the_same_bits_in_any_batch(method: str, image: tuple[int, int, int]) -> None:
     model = small_model(image=image)
     total = 79  # more than one block, so that rows enter late
     pairs = questions(model, total)
@@ -295,7 +295,7 @@ def test_large_image_classifiers_are_computed_one_after_another(monkeypatch: pyt
 @pytest.mark.parametrize("method", ["revise_e", "revise_e_latent", "schut"])
 def test_members_one_after_another_give_a_row_the_same_bits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "APART_BYTES", 100)
-    test_method_gives_a_row_the_same_bits_in_any_company(method, (3, 13, 9))
+    test_method_gives_a_row_the_same_bits_in_any_batch(method, (3, 13, 9))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -441,7 +441,7 @@ def test_classifier_logits_names_the_methods() -> None:
         classifier_logits(model, "clarty", torch.zeros(1, LATENT))
 
 
-def test_method_refuses_a_network_in_training() -> None:
+def test_method_rejects_a_network_in_training() -> None:
     model = small_model()
     model.vae.train()
     with pytest.raises(ValueError, match="training mode"):

@@ -13,9 +13,7 @@ from clarity.vae import VAES
 @pytest.mark.parametrize("architecture", VAES)
 @pytest.mark.parametrize("shape", [(1, 8, 12), (3, 33, 18)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_rows_have_the_same_bits_wherever_they_stand(
-    architecture: str, shape: tuple[int, int, int], threads: int
-) -> None:
+def test_rows_have_the_same_bits_in_any_batch(architecture: str, shape: tuple[int, int, int], threads: int) -> None:
     vae = small_vae(architecture, shape)
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(200, *shape, generator=generator)
@@ -37,7 +35,7 @@ def test_rows_have_the_same_bits_wherever_they_stand(
 
 @pytest.mark.parametrize("kind", ENSEMBLES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_logits_have_the_same_bits_wherever_rows_stand(kind: str, threads: int) -> None:
+def test_logits_have_the_same_bits_in_any_batch(kind: str, threads: int) -> None:
     ensemble, rows = ENSEMBLES[kind](3), points(kind, 200)
     with one_thread():
         expected = logits_rows(ensemble, rows)
@@ -51,7 +49,7 @@ def test_logits_have_the_same_bits_wherever_rows_stand(kind: str, threads: int) 
         torch.set_num_threads(before)
 
 
-def test_judge_does_not_know_neighbours() -> None:
+def test_predictions_have_the_same_bits_in_any_batch() -> None:
     logits = torch.randn(3, 300, 7, generator=torch.Generator().manual_seed(0)) * 20
     whole = predict(logits)
     for rows in (slice(0, 1), slice(5, 6), slice(3, 270), slice(299, 300)):
@@ -68,7 +66,7 @@ def test_rows_agree_with_the_network(architecture: str) -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_rows_leave_the_network_and_the_threads_alone() -> None:
+def test_rows_change_neither_the_network_nor_the_number_of_threads() -> None:
     vae = small_vae("conv", (1, 8, 12))
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     threads = torch.get_num_threads()
@@ -77,13 +75,13 @@ def test_rows_leave_the_network_and_the_threads_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
 
 
-def test_rows_of_none_are_none() -> None:
+def test_rows_may_be_none() -> None:
     vae = small_vae("conv", (1, 8, 12))
     assert encode_rows(vae, torch.rand(0, 1, 8, 12))[0].shape == (0, 5)
     assert decode_rows(vae, torch.rand(0, 5)).shape == (0, 1, 8, 12)
 
 
-def test_rows_refuse_training_mode_and_wrong_shapes() -> None:
+def test_rows_reject_training_mode_and_wrong_shapes() -> None:
     vae = small_vae("conv", (1, 8, 12))
     with pytest.raises(ValueError, match=r"expected float rows of shape \('B', 1, 8, 12\), got \(2, 1, 12, 8\)"):
         encode_rows(vae, torch.rand(2, 1, 12, 8))
@@ -99,7 +97,7 @@ def test_in_blocks_keeps_rows_on_any_axis() -> None:
     assert torch.equal(stacked, torch.stack([rows, 2 * rows]))
 
 
-def test_one_thread_tells_the_number_outside_of_all_blocks() -> None:
+def test_one_thread_yields_the_number_outside_of_all_blocks() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -1,4 +1,4 @@
-"""The search against a slow transcription of Algorithm 1, closed forms, and rows that must not know each other."""
+"""The search against a slow transcription of Algorithm 1, against closed forms, and the same row in other batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEMBERS, LATENT, HIDDEN, CLASSES = 3, 5, (6, 7), 4
 
 @pytest.fixture(autouse=True)
 def few_threads() -> Iterator[None]:
-    """Networks this small only wait for a second thread."""
+    """With networks this small a second thread costs more than it computes."""
     with one_thread():
         yield
 
@@ -117,7 +117,7 @@ def test_descend_is_algorithm_1(engine: str, hidden: tuple[int, ...]) -> None:
     slow = [algorithm_1(nets, z[row], int(rows["target"][row]), config) for row in range(len(z))]
     assert found.steps.tolist() == [steps for _, steps, _, _, _ in slow]
     assert found.converged.tolist() == [converged for _, _, converged, _, _ in slow]
-    # The case is worth something: some start satisfied, some get there, some do not.
+    # The case covers rows that start satisfied, that converge, and that do not.
     assert {0, 25} < set(found.steps.tolist())
     assert 0 < found.converged.sum() < len(z)
     torch.testing.assert_close(found.point, torch.stack([point for point, *_ in slow]), atol=2e-4, rtol=0)
@@ -149,7 +149,7 @@ def test_descend_of_a_linear_classifier_goes_straight_to_its_boundary(engine: st
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)
-def test_descend_keeps_its_meaning_where_softmax_saturates(engine: str) -> None:
+def test_descend_is_algorithm_1_where_softmax_saturates(engine: str) -> None:
     nets = networks(2, (LATENT, 6, CLASSES), scale=1.0)
     for net in nets:
         net[-1].weight.data *= 2000
@@ -209,7 +209,7 @@ def test_descend_tests_once_more_after_the_last_update(max_steps: int) -> None:
     assert sorted(seen) == [(row, step) for row in range(2) for step in range(max_steps + 1)]
 
 
-def test_descend_demands_more_than_the_threshold_in_float32() -> None:
+def test_descend_requires_more_than_the_threshold_in_float32() -> None:
     def objective(point: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
         return point.sum(1), rows["prob"], rows["prob"].expand(2, 1, -1).permute(1, 2, 0)
 
@@ -220,7 +220,7 @@ def test_descend_demands_more_than_the_threshold_in_float32() -> None:
     assert found.steps.tolist() == [4, 0, 4]
 
 
-def test_descend_of_no_rows_gives_no_rows() -> None:
+def test_descend_accepts_no_rows() -> None:
     z, rows = questions(0)
     for engine in ("plain", "batched"):
         found = descend(stacked(networks(2, (LATENT, CLASSES))), z, rows, SearchConfig(), engine=engine)
@@ -231,7 +231,7 @@ def test_descend_of_no_rows_gives_no_rows() -> None:
 @pytest.mark.parametrize(
     ("latent", "hidden", "classes"), [(LATENT, HIDDEN, CLASSES), (16, (16, 16), 10), (33, (17,), 3)]
 )
-def test_descend_gives_a_row_the_same_bits_in_any_company(
+def test_descend_gives_a_row_the_same_bits_in_any_batch(
     engine: str, latent: int, hidden: tuple[int, ...], classes: int
 ) -> None:
     objective = stacked(networks(MEMBERS, (latent, *hidden, classes)))
@@ -252,7 +252,7 @@ def test_descend_gives_a_row_the_same_bits_in_any_company(
     for index in (torch.tensor([total - 3]), shuffled, shuffled[:31], shuffled[: search.SLOTS + 1]):
         assert_same_bits(again(index, 1), part(index))
     assert_same_bits(again(shuffled, 2), part(shuffled))
-    # Among strangers, some of them ill.
+    # Among other rows, some of them not finite.
     strangers, others = questions(77, latent, classes, seed=9)
     strangers[::5] = math.nan
     mixed = torch.cat([strangers, z[:9]])
@@ -296,7 +296,7 @@ def test_descend_lets_waiting_rows_enter_and_reports_each_in_order() -> None:
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)
-def test_descend_ends_an_unfinite_row_and_spares_its_neighbours(engine: str) -> None:
+def test_descend_ends_a_row_that_is_not_finite_without_changing_others(engine: str) -> None:
     objective = stacked(networks(MEMBERS, (LATENT, *HIDDEN, CLASSES)))
     z, rows = questions(9)
     config = SearchConfig(min_target_prob=0.8, max_steps=25)
@@ -313,7 +313,7 @@ def test_descend_ends_an_unfinite_row_and_spares_its_neighbours(engine: str) -> 
 
 
 @pytest.mark.parametrize("ill", [math.nan, math.inf, -math.inf])
-def test_descend_leaves_an_unfinite_row_at_its_last_finite_point(ill: float) -> None:
+def test_descend_leaves_a_row_that_is_not_finite_at_its_last_finite_point(ill: float) -> None:
     # A slope that is not finite beyond 0.25, while the probability stays fine.
     class Break(torch.autograd.Function):
         @staticmethod
@@ -464,7 +464,7 @@ def test_descend_clamps_each_update_to_its_bounds() -> None:
         ("step_size", 1.5),
     ],
 )
-def test_config_refuses_what_cannot_work(name: str, value: Any) -> None:
+def test_config_rejects_invalid_values(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"SearchConfig.{name}: expected"):
         SearchConfig(**{name: value})
 
@@ -473,7 +473,7 @@ def test_config_defaults_are_the_papers() -> None:
     assert SearchConfig() == SearchConfig(0.99, 500, 0.001, 0.05, 0.2, False)
 
 
-def test_descend_says_what_does_not_fit() -> None:
+def test_descend_rejects_arguments_that_do_not_fit() -> None:
     objective = stacked(networks(2, (LATENT, CLASSES)))
     z, rows = questions(3)
     config = SearchConfig()

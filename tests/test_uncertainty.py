@@ -68,6 +68,6 @@ def test_decompose_keeps_the_digits_of_a_tiny_epistemic_part() -> None:
     assert found.epistemic.item() == pytest.approx(entropy(sum(p) / 2) - (entropy(p[0]) + entropy(p[1])) / 2, rel=1e-3)
 
 
-def test_decompose_refuses_probabilities_without_members() -> None:
+def test_decompose_rejects_probabilities_without_members() -> None:
     with pytest.raises(ValueError, match=r"logits of shape \(M, B, K\), got \(3, 4\)"):
         decompose(torch.zeros(3, 4))
