@@ -29,7 +29,7 @@ SYSTEM_FOLDERS = {"@eadir", "$recycle.bin", "lost+found", "__macosx", "system vo
 def list_folder(dataset: Dataset) -> pa.Table:
     """The image files below a folder, labelled by a table beside them, else by the first folder of their path."""
     root = str(dataset.data)
-    images, left_out = find_images(root)
+    images, others, left_out = find_images(root)
     tops = split_folders(root)
     if tops:
         inside = [file for file in images if file.path.split("/")[0] in tops]
@@ -59,6 +59,9 @@ def list_folder(dataset: Dataset) -> pa.Table:
         steps = [path.split("/") for path in paths]
         names = [printable(step[depth]) if len(step) > depth + 1 else None for step in steps]
         told += notes_on_inner_folders(root, steps, depth)
+        unread = [path for path in others if "/" not in path and path.lower().endswith((".csv", ".tsv", ".jsonl"))]
+        if unread and not table and len(classes) < 2:
+            told.append(f"{some(unread)} is not read: a table of labels is called labels.csv (file_name,label)")
     listing = make_listing(
         dataset,
         [printable(path) for path in paths],
@@ -72,8 +75,11 @@ def list_folder(dataset: Dataset) -> pa.Table:
     return note_left_out(add_notes(listing, told) if told else listing, left_out)
 
 
-def find_images(root: str) -> tuple[list[storage.FileInfo], dict[str, int]]:
-    """The image files below a folder, sorted by path, and the numbers of other files by the reason to leave them out.
+def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str, int]]:
+    """The files below a folder, sorted by path.
+
+    Returns:
+        The image files; the paths of others; and the numbers of files by the reason to leave them out.
 
     Raises:
         ValueError: it is a file, or holds no image but files of a format that is known by name.
@@ -88,11 +94,16 @@ def find_images(root: str) -> tuple[list[storage.FileInfo], dict[str, int]]:
     if not images and (foreign := foreign_format(file.path for file in own)):
         raise ValueError(f"expected images in {storage.display(root)}, {foreign}")
     system = some(system_folders(file.path for file in shown))
-    return images, {
-        "hidden files": len(files) - len(shown),
-        f"files in folders of the system ({system})": len(shown) - len(own),
-        "files without an image's extension": len(own) - len(images),
-    }
+    others = [file.path for file in own if not file.path.lower().endswith(EXTENSIONS)]
+    return (
+        images,
+        others,
+        {
+            "hidden files": len(files) - len(shown),
+            f"files in folders of the system ({system})": len(shown) - len(own),
+            "files without an image's extension": len(others),
+        },
+    )
 
 
 def folder_splits(dataset: Dataset) -> set[str]:

@@ -104,6 +104,13 @@ def test_labels_are_those_of_folders_where_a_table_holds_something_else(tmp_path
     assert listed(tmp_path) == {"a/1.png": "a", "b/2.png": "b"}
 
 
+def test_labels_in_a_table_of_another_name_are_noted(tmp_path: Path) -> None:
+    write_images(tmp_path, "train_images/1.png", "train_images/2.png")
+    write_table(tmp_path, "image_id,label\n1.png,cat\n", "train.csv")
+    (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all")))
+    assert note == "train.csv is not read: a table of labels is called labels.csv (file_name,label)"
+
+
 def test_labels_in_no_text_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png")
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
