@@ -89,16 +89,22 @@ class Trial:
 
 
 def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
-    """The plan with the values that an earlier search chose, the plan itself where nothing is searched; None before."""
+    """The plan with the values that an earlier search chose, the plan itself where nothing is searched; None before.
+
+    Nothing is searched for a directory that holds a finished model: the plan gets that model's values.
+    """
     if not plan.searched:
         return plan
-    card = read_card(plan.out) or {}
-    found = card.get("recipe") or {}
-    if found.get("key") != recipe_key(plan) and storage.exists(plan.file("recipe.json")):
+    card = read_card(plan.out)
+    if card is not None:
+        found = card.get("recipe") or {}
+    elif storage.exists(plan.file("recipe.json")):
         found = storage.read_json(plan.file("recipe.json"))
-    if found.get("key") != recipe_key(plan):
+        if found["key"] != recipe_key(plan):
+            return None
+    else:
         return None
-    chosen = found["chosen"]
+    chosen = found.get("chosen") or own_values(plan)
     vae = replace(plan.vae, latent_dim=chosen["latent_dim"], beta=chosen["beta"])
     return replace(
         plan,
@@ -108,6 +114,15 @@ def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
         searched=(),
         recipe=found,
     )
+
+
+def own_values(plan: TrainingPlan) -> dict[str, Any]:
+    """The plan's own values of what can be searched."""
+    return {
+        "latent_dim": plan.vae.latent_dim,
+        "beta": plan.vae.beta,
+        "adversarial_eps": plan.ensemble_training.adversarial_eps,
+    }
 
 
 def recipe_key(plan: TrainingPlan) -> str:
@@ -133,11 +148,7 @@ def search_recipe(
         (accuracy and number of validation images), seconds.
     """
     started = time.monotonic()
-    chosen = {
-        "latent_dim": plan.vae.latent_dim,
-        "beta": plan.vae.beta,
-        "adversarial_eps": plan.ensemble_training.adversarial_eps,
-    }
+    chosen = own_values(plan)
     found: dict[str, Any] = {"key": recipe_key(plan), "searched": sorted(plan.searched), "chosen": chosen, "trials": []}
     validation = np.array([fold_of(image_id, VALIDATION_FOLDS) == 0 for image_id in images.ids])
     half = in_judges_half(images.ids) & ~validation

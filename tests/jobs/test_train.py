@@ -140,6 +140,18 @@ def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(
     assert (audit / "report.html").exists()
 
 
+def test_job_searches_the_recipe_once(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    """The folder is too small for trials, so the paper's values are taken, by the same path."""
+    found = run(folder, tmp_path / "model", "--recipe", "auto", env=environment)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("recipe: searching beta, adversarial_eps on the training split\n")
+    assert "recipe: too few labelled images for a search" in found.stdout
+    card = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert card["recipe"]["chosen"] == {"latent_dim": 5, "beta": 1.0, "adversarial_eps": 0.2}
+    again = run(folder, tmp_path / "model", "--recipe", "auto", env=environment)
+    assert again.returncode == 0 and again.stdout.startswith("finished already")
+
+
 def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     found = run(folder, tmp_path / "model", "--workers", "2", env=environment)
     assert found.returncode == 0, found.stderr

@@ -115,6 +115,14 @@ def test_training_takes_what_was_chosen_and_searches_once(
     assert again.fingerprint == model.fingerprint
 
 
+def test_finished_model_is_never_searched_again(folder: Path, tmp_path: Path) -> None:
+    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
+    model = clarity.train("folder", tmp_path / "out", data=folder, recipe="paper", **short)
+    assert clarity.train("folder", tmp_path / "out", data=folder, **short).fingerprint == model.fingerprint
+    with pytest.raises(ValueError, match="holds another model: ensemble is"):
+        clarity.train("folder", tmp_path / "out", data=folder, **short | {"num_members": 3})
+
+
 def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:
     write_images(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(8)))
     plan = plan_of(tmp_path, tmp_path.parent / "out")
