@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import runpy
@@ -11,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from jobfiles import load_job
+
+import clarity
+from clarity.audit.queries import connect
+from clarity.findings.finding import gather
+from clarity.findings.registry import Results, find
 
 DIGITS = tuple("0123456789")
 labels, shortcuts = load_job("labels", "docs"), load_job("shortcuts", "docs")
@@ -52,6 +59,27 @@ def test_report_names_what_was_planted_and_nothing_else(kind: str, tmp_path: Pat
         assert found == []
     else:
         assert [(finding["target"], finding["shape"]) for finding in found] == [(3, kind)]
+
+
+def results_of_two_classes(codes: pa.Table, pairs: pa.Table, names: list[str], two: tuple[int, int]) -> Results:
+    """What the checks say of the part of an audit that is about two classes."""
+    source, target = (pairs[name].to_numpy() for name in ("source", "target"))
+    mine = codes.filter(pa.array(np.isin(codes["source"].to_numpy(), two)))
+    some = pairs.filter(pa.array(np.isin(source, two) & np.isin(target, two)))
+    return find(gather(connect(mine, some), names, config={"min_target_prob": 0.99, "max_steps": 500}))
+
+
+@pytest.mark.slow
+def test_clean_digits_and_two_classes_of_them_raise_no_alarm(tmp_path: Path) -> None:
+    shortcuts.make_data(tmp_path / "images.parquet", "digits", None, "grey", "3", None)
+    made = shortcuts.run(tmp_path, tmp_path / "images.parquet", **shortcuts.settings(10, 1000))
+    judged = {"shortcut", "region", "labels", "epistemic", "asymmetry", "attributes"}
+    assert not [finding.title for finding in made.findings if finding.level == "alert"]
+    audit = clarity.read_audit(str(tmp_path / "audit"))
+    codes, pairs = audit.codes.to_table(), audit.counterfactuals.to_table()
+    for two in itertools.combinations(range(10), 2):
+        found = results_of_two_classes(codes, pairs, audit.class_names, two).findings
+        assert not [f.title for f in found if f.level == "alert" or (f.level == "look" and f.kind in judged)]
 
 
 def test_documented_answers_are_of_one_audit() -> None:
