@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clarity.findings.attributes import check_attributes
 from clarity.findings.distances import EDGE, check_asymmetry, check_edge, check_extremes
@@ -65,6 +65,11 @@ CHECKS: dict[str, Check] = {
 }
 
 
+#: Checks that need a good model: not run under the verdict no-go, and no alerts under "with care".
+NEED_A_GOOD_MODEL = ("shortcut", "labels")
+MAX_WITH_CARE = 0.65
+
+
 @dataclass(frozen=True)
 class Results:
     """What the checks of an audit say: findings, most severe first; what was checked in vain; what was not checked."""
@@ -74,12 +79,29 @@ class Results:
     not_checked: list[tuple[str, str]]
 
 
+def run_check(kind: str, facts: Facts) -> list[Finding] | NotChecked:
+    """Runs one check under the verdict on the model."""
+    level = facts.verdict.level if kind in NEED_A_GOOD_MODEL else "sound"
+    if level == "no-go":
+        return NotChecked("the model does not deserve an audit")
+    outcome = CHECKS[kind].run(facts)
+    if level != "with care" or isinstance(outcome, NotChecked):
+        return outcome
+    lowered = " Lowered, because the model is to be taken with care."
+    return [
+        replace(finding, severity=MAX_WITH_CARE, evidence=finding.evidence + lowered)
+        if finding.severity > MAX_WITH_CARE
+        else finding
+        for finding in outcome
+    ]
+
+
 def find(facts: Facts) -> Results:
     """Runs every check."""
     found: list[Finding] = []
     clear, not_checked = [], []
     for kind, check in CHECKS.items():
-        outcome = check.run(facts)
+        outcome = run_check(kind, facts)
         if isinstance(outcome, NotChecked):
             not_checked.append((kind, f"{check.doc[0].upper()}{check.doc[1:]}: not checked, because {outcome.reason}."))
         elif outcome:

@@ -25,8 +25,6 @@ EVIDENCE = (
 
 def check_shortcuts(facts: Facts) -> list[Finding] | NotChecked:
     """Targets towards which every counterfactual writes the same small region or the same tint."""
-    if facts.verdict.level == "no-go":
-        return NotChecked(f"the model does not deserve an audit: {facts.verdict.sentence}")
     if facts.differences is None:
         return NotChecked("the audit has neither pictures nor converged pairs to compare")
     targets = described_targets(facts.differences)
