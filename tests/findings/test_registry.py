@@ -263,6 +263,14 @@ def test_findings_that_need_a_good_model_are_withheld_from_a_no_go() -> None:
     assert all("does not deserve an audit" in withheld[kind] for kind in ("labels", "shortcut"))
 
 
+def test_findings_that_need_a_good_model_are_lowered_under_reservations() -> None:
+    per_class = {name: {"images": 50, "correct": 45} for name in ("ant", "bee", "cow", "dog")}
+    baseline = {"components": 9, "balanced_accuracy": 0.99}
+    card = {"evaluation": {"images": 200, "correct": 180, "per_class": per_class, "baseline": baseline}}
+    found = told(make_tables(240, planted=Planted(patch=3, wrong_labels=5)), card=card)
+    assert all(found[kind].level == "look" and "Lowered" in found[kind].evidence for kind in ("shortcut", "labels"))
+
+
 def test_shortcut_of_one_source_is_not_checked() -> None:
     tables = make_tables(100, ("ant", "bee"), planted=Planted(patch=1))
     assert "from 2 other classes" in dict(results_of(tables).not_checked)["shortcut"]
