@@ -22,6 +22,7 @@ from clarity.data.listing import (
 from clarity.ids import split_of
 from clarity.images import EXTENSIONS
 
+NO_IMAGES = "files without an image's extension"
 #: Folders that systems leave behind, which hold no images of the data set.
 SYSTEM_FOLDERS = {"@eadir", "$recycle.bin", "lost+found", "__macosx", "system volume information", "#recycle"}
 
@@ -53,6 +54,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
     if table and table.labels:
         names = [table.labels.get(path) for path in paths]
         left_out |= table.left_out
+        left_out[NO_IMAGES] -= len(table.tables)
         if strangers := sum(path not in table.labels for path in paths):
             told.append(f"{strangers} images are in no table of labels and have no label")
     else:
@@ -101,7 +103,7 @@ def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str,
         {
             "hidden files": len(files) - len(shown),
             f"files in folders of the system ({system})": len(shown) - len(own),
-            "files without an image's extension": len(others),
+            NO_IMAGES: len(others),
         },
     )
 

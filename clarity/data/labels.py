@@ -32,12 +32,14 @@ class Labels:
     Args:
         labels: of the images that are in a table, by their paths.
         splits: the same, where a table has a column of splits.
+        tables: that were read.
         left_out: rows of the tables without an image.
         notes: what a user should know.
     """
 
     labels: dict[str, str | None]
     splits: dict[str, str | None]
+    tables: tuple[str, ...]
     left_out: dict[str, int]
     notes: tuple[str, ...] = ()
 
@@ -74,6 +76,7 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
     index = PathIndex(paths)
     labels: dict[str, str | None] = {}
     splits: dict[str, str | None] = {}
+    read: list[str] = []
     left_out: dict[str, int] = {}
     notes: list[str] = []
     for table in find_tables(root, folders):
@@ -101,12 +104,13 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
                 )
             if split:
                 splits[path] = split_named(row.get(split))
+        read.append(table)
         left_out[f"rows of {table} without an image"] = unknown
         if in_classes:
             notes.append(f"labels come from {table}, not from the names of folders")
     if not labels and not notes:
         return None
-    return Labels(labels, splits, left_out, tuple(notes))
+    return Labels(labels, splits, tuple(read), left_out, tuple(notes))
 
 
 def read_table(uri: str) -> list[dict[str, Any]]:
