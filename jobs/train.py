@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train what is not there yet and say how good the model is."""
+    """Train what is not there yet and print how good the model is."""
     start = time.time()
     plan = choose(make_plan(args))
     out = storage.display(plan.out)
@@ -197,7 +197,7 @@ def train(args: argparse.Namespace) -> int:
     start_ray()
     fit(plan, ("vae", "encode"), args.workers, 0)
     fit(plan, ("latent", "images", "judge"), args.workers, max(plan.ensemble.num_members, plan.image_members))
-    finish(plan, log=say)
+    finish(plan, log=print_line)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0
 
@@ -222,8 +222,8 @@ def start_ray() -> None:
     driver.start_ray(200_000_000)
 
 
-def say(line: str) -> None:
-    """Progress, at once."""
+def print_line(line: str) -> None:
+    """Print progress at once."""
     print(line, flush=True)
 
 
@@ -260,15 +260,22 @@ def describe(plan: TrainingPlan) -> str:
             worst = sorted(found["per_class"], key=found["per_class"].__getitem__)[:SHOWN_CLASSES]
             shown = [text for text, label in zip(classes, found["per_class"]) if label in worst]
             lines.append(f"{'':<10} {'worst: ' if len(classes) > len(shown) else ''}{', '.join(shown)}")
+    evaluation = card.get("evaluation") or {}
+    if baseline := evaluation.get("baseline"):
+        lines.append(f"baseline   accuracy {baseline['accuracy']:.2%}, logistic regression on principal components")
+    if judge := evaluation.get("judge"):
+        again = judge["accuracy_on_reconstructions"]
+        lines.append(f"judge      accuracy {judge['accuracy']:.2%} held out, {again:.2%} on reconstructions")
     unseen = [
         name for name in card.get("class_names", []) if name not in metrics.get("ensemble", {}).get("per_class", {})
     ]
     if lines and unseen:
-        lines.append(f"{'':<10} not measured, no held-out image: {_some(unseen)}")
+        lines.append(f"{'':<10} not measured, no held-out image: {some_names(unseen)}")
     return "\n".join(lines) or "nothing was held out to measure on"
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
     more = len(names) - SHOWN_CLASSES
     return ", ".join(names[:SHOWN_CLASSES]) + (f" and {more} more" if more > 0 else "")
 
@@ -337,7 +344,7 @@ def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
 
 
 class Lines:
-    """Lines that workers say and the driver prints."""
+    """Lines that workers report and the driver prints."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -354,7 +361,7 @@ class Lines:
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """An actor for the workers to speak to; what they say is printed while the block runs."""
+    """An actor for the workers to speak to; what they report is printed while the block runs."""
     driver.interruptible()
     actor = ray.remote(num_cpus=0)(Lines).remote()
     done = threading.Event()
@@ -368,7 +375,7 @@ def progress() -> Iterator[Any]:
             except ray.exceptions.RayError:  # its end is told by whoever ended it; the training goes on without
                 return
             for line in lines:
-                say(line)
+                print_line(line)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
