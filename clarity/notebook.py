@@ -46,7 +46,7 @@ def explain(
         method: a key of METHODS.
         config: of the search.
         image_ids: names for the rows; by default the paths of the files, else 0, 1, 2 ...
-        **options: of the Explainer.
+        **options: of the Explainer, such as ``predictor``, a function of your own that is then explained.
 
     Raises:
         ValueError: an image that cannot be used, by name; an unknown target or method.

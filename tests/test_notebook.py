@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from predictors import as_predictor
 
 import clarity
+from clarity.images import Preprocessing
 from clarity.model import Model
 from clarity.search import SearchConfig
 
@@ -65,3 +68,20 @@ def test_explain_is_a_function_after_its_module_is_imported(model: Model) -> Non
     import clarity.explainer
 
     assert len(clarity.explain(model, np.zeros((1, 8, 12), np.uint8), targets="bee", config=CONFIG)) <= 1
+
+
+def test_explain_confirms_by_a_function_of_the_users(model: Model, tmp_path: Path) -> None:
+    shown: list[np.ndarray] = []
+
+    def call(pixels: np.ndarray) -> np.ndarray:
+        shown.append(pixels)
+        return np.tile([0.1, 0.7, 0.1, 0.1], (len(pixels), 1))
+
+    predictor = as_predictor(call, model.class_names, mode="RGB", size=(16, 24))
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8))
+    picture.save(tmp_path / "photo.png")
+    pairs = clarity.explain(model, [tmp_path / "photo.png"], config=CONFIG, predictor=predictor)
+    assert set(pairs["source_name"].to_pylist()) == {"bee"} and len(pairs) == 3
+    assert pairs["confirmed"].to_pylist() == [False] * 3
+    # The file itself is shown to it, in its own mode and size, not what is left of it for the model.
+    assert (shown[1][0] == Preprocessing("RGB", 16, 24).apply(picture)).all()

@@ -201,8 +201,11 @@ def check_search(shard: Shard) -> Iterator[str]:
         yield "confirmed or rungs are missing or out of range"
     confirmed = pairs["confirmed"].fill_null(False).to_numpy()
     least = plan.checks.get("min_reencoded_prob")
-    if least is not None and (confirmed & ~(pairs["reencoded_target_prob"].to_numpy() >= np.float32(least))).any():
-        yield "confirmed disagrees with reencoded_target_prob"
+    if least is not None:
+        passed = pairs["reencoded_target_prob"].to_numpy() >= np.float32(least)
+        # With a predictor, too, a pair must pass, but passing is not enough.
+        if (confirmed & ~passed).any() or ("predictor" not in plan.checks and (confirmed != passed).any()):
+            yield "confirmed disagrees with reencoded_target_prob"
 
 
 def redecode_sample(shard: Shard, redecode: Decoder, sample: int) -> tuple[int, int]:
