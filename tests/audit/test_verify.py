@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from clarity.audit.commits import (
 )
 from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
-from clarity.audit.verify import verify
+from clarity.audit.verify import Shard, check_search, verify
 from clarity.images import decode_png
 
 
@@ -104,3 +105,30 @@ def test_verify_decodes_a_sample_again(plan: Plan, filled: str) -> None:
     assert found.redecoded == 12
     assert verify(filled, redecode=lambda z: redecode(z, 1)).ok
     assert "differ by 2 grey levels" in verify(filled, redecode=lambda z: redecode(z, 2)).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("checks", "confirmed", "rungs", "problem"),
+    [
+        ({}, None, 0, None),
+        ({}, True, 0, "though no check was asked for"),
+        ({}, None, 1, "though no check was asked for"),
+        ({"min_reencoded_prob": 0.0}, True, 3, None),
+        ({"min_reencoded_prob": 0.0}, None, 0, "confirmed or rungs are missing"),
+        ({"min_reencoded_prob": 0.0}, True, 4, "out of range"),
+        ({"min_reencoded_prob": 0.0}, False, 0, "confirmed disagrees with reencoded_target_prob"),
+        ({"min_reencoded_prob": 0.0, "predictor": "digest"}, False, 0, None),
+        ({"min_reencoded_prob": 0.9999999}, True, 0, "confirmed disagrees with reencoded_target_prob"),
+        ({"min_target_probs": [0.999] * 4}, None, 0, "converged disagrees with target_prob_final"),
+    ],
+)
+def test_verify_checks_what_was_confirmed(
+    plan: Plan, checks: dict[str, Any], confirmed: bool | None, rungs: int, problem: str | None
+) -> None:
+    asked = replace(plan, checks=checks)
+    pairs = make_tables(plan, 0)["counterfactuals"]
+    for name, value in (("confirmed", confirmed), ("rungs", rungs)):
+        index, kind = pairs.column_names.index(name), pairs.schema.field(name)
+        pairs = pairs.set_column(index, kind, pa.array([value] * len(pairs), kind.type))
+    found = list(check_search(Shard(asked, 0, pairs, pairs)))
+    assert found == [] if problem is None else problem in " ".join(found)
