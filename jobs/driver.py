@@ -271,14 +271,14 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     if ray.is_initialized():
         return
     require_answer(os.environ.get("RAY_ADDRESS", ""))
-    # Its core writes what helps nobody outside of Ray to the console, as that an actor has large constructor arguments.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     interruptible()
     try:
-        ray.init(object_store_memory=object_store_bytes, **quiet)
-    except ValueError:  # one that runs already brings its own store
-        ray.init(**quiet)
+        with silent_core():
+            try:
+                ray.init(object_store_memory=object_store_bytes, **quiet)
+            except ValueError:  # one that runs already brings its own store
+                ray.init(**quiet)
     except OSError as error:
         if "AF_UNIX" not in str(error):
             raise
@@ -289,6 +289,23 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     except Exception as error:  # a plain Exception when the machine is too busy for Ray's own limit of 30 seconds
         raise ray.exceptions.RaySystemError(f"Ray did not start: {error}") from None
     interruptible()  # Ray took SIGTERM for itself
+
+
+@contextlib.contextmanager
+def silent_core() -> Iterator[None]:
+    """Let Ray's core start with a log level at which it writes to the console only what ends it.
+
+    It warns of the constructor arguments of actors, which helps nobody who runs a job; at its start it says its level.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def require_answer(address: str) -> None:

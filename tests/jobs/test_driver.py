@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -179,3 +180,10 @@ def test_ray_that_does_not_answer_is_given_up_soon(
     with pytest.raises(ValueError, match=f"RAY_ADDRESS: expected a Ray at 127.0.0.1:{port}, got no answer in 1 s"):
         driver.require_answer(f"127.0.0.1:{port}")
     assert "trying again" in capsys.readouterr().err
+
+
+def test_silent_core_hears_nothing_and_gives_stderr_back(capfd: pytest.CaptureFixture[str]) -> None:
+    with driver.silent_core():
+        os.write(2, b"logging.cc: a level was set\n")
+    os.write(2, b"error: ours\n")
+    assert capfd.readouterr().err == "error: ours\n"
