@@ -11,9 +11,9 @@ def percent(part: float, whole: float = 1.0) -> str:
     share = 100.0 * part / whole if whole else math.nan
     if math.isnan(share):
         return "–"
-    if share in (0.0, 100.0) or 10 <= share <= 90:
+    if share in (0.0, 100.0) or 10 <= share <= 90 or share > 101:  # a part may exceed what it is compared with
         return f"{share:.0f} %"
-    rest = min(share, 100.0 - share)
+    rest = min(share, abs(100.0 - share))
     digits = min(6, max(1, 1 - math.floor(math.log10(rest))))
     return f"{share:.{min(digits, 2) if rest > 0.01 else digits}f} %"
 
