@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import actors
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -86,6 +87,11 @@ def add_config_flags(group: Any, defaults: Any, prefix: str = "", skip: Sequence
         elif name not in skip:
             about = f"{about} (default: {value})."
             group.add_argument(flag, type=type(value), default=value, metavar=metavar, help=about)
+
+
+def number_or_auto(text: str) -> Any:
+    """The value of a flag that is a number or auto."""
+    return text if text == "auto" else float(text)
 
 
 def add_resource_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -324,6 +330,22 @@ def require_answer(address: str) -> None:
                 ) from None
             print(f"no Ray answers at {address} yet ({error}); trying again", file=sys.stderr)
             time.sleep(2)
+
+
+def plan_actors(args: argparse.Namespace, num_shards: int, count: int | None = None) -> actors.Resources:
+    """Start Ray, and plan the actors of ``add_resource_flags``, or ``count`` of them, on its nodes."""
+    start_ray()
+    nodes = offered_nodes(args.max_nodes, args.gpus_per_actor)
+    return actors.plan_resources(nodes, num_shards, count or args.actors, args.gpus_per_actor)
+
+
+def call_as_actor(args: argparse.Namespace, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """Call a function of ``clarity`` where an actor would run, with the number of its threads as ``threads``."""
+    import ray
+
+    one = plan_actors(args, 1, 1)
+    remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(function)
+    return ray.get(remote.remote(*given, threads=one.threads_per_actor, **options))
 
 
 def offered_nodes(max_nodes: int | None = None, gpus: float | None = None) -> list[dict[str, float]]:

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import actors
 import driver
 import pyarrow as pa
 import ray.data
@@ -48,9 +47,8 @@ FIRST_SHARDS = 3
 def new_parser() -> ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
-    add = (
-        group := driver.add_data_flags(parser, "held-out", "Part of the data: train, test, all, held-out")
-    ).add_argument
+    group = driver.add_data_flags(parser, "held-out", "Part of the data: train, test, all, held-out")
+    add = group.add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
     add("--limit", type=int, metavar="N", help="Explain only the first N of these images.")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to carry into codes, or all.")
@@ -63,7 +61,7 @@ def new_parser() -> ArgumentParser:
     add("--method", default="clarity", choices=list(METHODS), help="Method that searches (default: clarity).")
     add("--targets", nargs="+", default=["all"], metavar="CLASS", help="Names of the wanted classes (default: all).")
     about = "Probability of the target to exceed; auto: what real images of each class reach, 0.99 at most"
-    add("--min-target-prob", type=number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
+    add("--min-target-prob", type=driver.number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
     driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
     driver.add_config_flags(search, Requirements())
     add("--engine", default="auto", choices=["auto", *ENGINES], help="Engine (default: auto, the fastest that fits).")
@@ -76,11 +74,6 @@ def new_parser() -> ArgumentParser:
     add("--no-report", action="store_true", help="Write no HTML report at the end.")
     driver.add_resource_flags(parser)
     return parser
-
-
-def number_or_auto(text: str) -> Any:
-    """The value of a flag that is a number or auto."""
-    return text if text == "auto" else float(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,14 +111,14 @@ def explain_all(args: Namespace) -> int:
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"].to_pylist(), rows))
     if args.dry_run:
         measured = measure(args, plan, model_uri, dataset, listing.slice(0, 32))
-        resources = plan_resources(args, len(plan.shards))
+        resources = driver.plan_actors(args, len(plan.shards))
         print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
         return 0
     with claim(out, plan, model_uri) as held:
         if held.complete:
             print(f"complete already\n{describe(held.summary())}")
         else:
-            resources = plan_resources(args, len(held.pending))
+            resources = driver.plan_actors(args, len(held.pending))
             driver.check_visible(held.uri, held.run, dataset.data)
             seen = predictor and predictor.preprocessing
             work = Work(out, held.run, held.plan, dataset, model.preprocessing, seen, args.predictor)
@@ -138,18 +131,9 @@ def explain_all(args: Namespace) -> int:
         return 0 if held.complete else 1
 
 
-def plan_resources(args: Namespace, num_shards: int, count: int | None = None) -> Resources:
-    """Start Ray, and plan the actors on its nodes."""
-    driver.start_ray()
-    nodes = driver.offered_nodes(args.max_nodes, args.gpus_per_actor)
-    return actors.plan_resources(nodes, num_shards, count or args.actors, args.gpus_per_actor)
-
-
 def measure(args: Namespace, plan: Plan, *images: Any) -> dict[str, Any]:
     """``probe`` where an actor would run, with its threads."""
-    one = plan_resources(args, 1, 1)
-    remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(planning.probe).remote
-    return ray.get(remote(plan, *images, args.predictor, threads=one.threads_per_actor, engine=args.engine))
+    return driver.call_as_actor(args, planning.probe, plan, *images, args.predictor, engine=args.engine)
 
 
 def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list[Any]) -> int:
@@ -161,7 +145,7 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
     if METHODS[plan.method].classifier not in ("ensemble", "member"):
         seconds = measure(args, plan, *source, listing.slice(0, max(1, 256 // targets)))["seconds_per_image"]
     gpu = args.gpus_per_actor != 0 and (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ)
-    gpu = gpu and plan_resources(args, 1, 1).gpus_per_actor > 0
+    gpu = gpu and driver.plan_actors(args, 1, 1).gpus_per_actor > 0
     return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, gpu)
 
 
