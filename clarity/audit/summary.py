@@ -168,7 +168,7 @@ def unreached(summary: Mapping[str, Any]) -> str:
     if not pairs or reach is None or converged >= 0.9 * pairs:
         return ""
     told = f"{share(pairs - converged, pairs)} of the targets are out of reach; 95 % of the pairs get {reach:.3f}"
-    return f"{told}: try --min-target-prob auto, or {max(0.01, reach - 0.005):.2f}\n"
+    return f"{told}: try --min-target-prob auto, or {max(0.01, reach - 0.005):.2f}"
 
 
 def share(count: int, total: int) -> str:

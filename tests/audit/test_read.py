@@ -22,7 +22,7 @@ from clarity.audit.commits import (
 )
 from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
-from clarity.audit.summary import describe, summarise
+from clarity.audit.summary import describe, summarise, unreached
 from clarity.audit.verify import verify
 
 
@@ -160,3 +160,11 @@ def test_audits_of_before_are_read_verified_and_summed_up(plan: Plan, model_dir:
     assert opened.counterfactuals.to_table()["rungs"].null_count == opened.counterfactuals.count_rows() > 0
     summary = opened.summary()
     assert summary["pairs"] > 0 and summary["judged"] == 0 and summary["checks"] is None
+
+
+def test_unreached_targets_are_told_with_the_threshold_to_try() -> None:
+    assert unreached({"pairs": 10, "converged": 9, "target_prob_p5": 0.5}) == ""
+    assert unreached({"pairs": 0, "converged": 0, "target_prob_p5": None}) == ""
+    told = unreached({"pairs": 10, "converged": 6, "target_prob_p5": 0.714})
+    assert told.startswith("4 (40.00 %) of the targets are out of reach; 95 % of the pairs get 0.714")
+    assert told.endswith("try --min-target-prob auto, or 0.71")
