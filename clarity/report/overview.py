@@ -76,15 +76,14 @@ def totals(view: View) -> dict[str, Any]:
                    count(*) FILTER (status = 'ok' AND label = source) AS agree
             FROM codes
         ), (
-            SELECT count(*) AS pairs, count(*) FILTER (converged) AS converged,
-                   count(*) FILTER (reencoded_class = target) AS survived,
-                   median(reencoded_target_prob) AS reencoded,
+            SELECT pairs, converged, nonfinite, reencoded_as_target AS survived, median_steps AS steps,
+                   median_distance AS distance, epistemic_initial, epistemic_final
+            FROM class_pair_figures WHERE source IS NULL
+        ), (
+            SELECT median(reencoded_target_prob) AS reencoded,
                    count(confirmed) AS checked, count(*) FILTER (confirmed) AS confirmed,
                    count(*) FILTER (rungs > 0) AS went_on,
-                   count(judge_class) AS judged, count(*) FILTER (judge_class = target) AS judged_as_target,
-                   count(*) FILTER (status <> 'ok') AS nonfinite,
-                   median(steps) FILTER (converged) AS steps, median(distance_z_l1) FILTER (converged) AS distance,
-                   median(epistemic_initial) AS epistemic_initial, median(epistemic_final) AS epistemic_final
+                   count(judge_class) AS judged, count(*) FILTER (judge_class = target) AS judged_as_target
             FROM counterfactuals
         )
         """

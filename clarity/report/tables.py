@@ -104,14 +104,15 @@ def predictions(
         return None
     names = view.class_names
     shares = view.rows(
-        "SELECT prediction, count(*), count(*) FILTER (prediction = source) AS agree FROM codes "
-        "WHERE status = 'ok' AND prediction IS NOT NULL GROUP BY 1 ORDER BY agree / count(*), 1"
+        "SELECT prediction, sum(images), coalesce(sum(images) FILTER (prediction = source), 0) AS agree "
+        "FROM agreement WHERE prediction IS NOT NULL GROUP BY 1 ORDER BY agree / sum(images), 1"
     )
-    missing, labelled, theirs, ours = view.rows(
-        "SELECT count(*) FILTER (prediction IS NULL), "
-        "count(*) FILTER (prediction IS NOT NULL AND label IS NOT NULL), count(*) FILTER (prediction = label), "
-        "count(*) FILTER (prediction IS NOT NULL AND source = label) FROM codes WHERE status = 'ok'"
+    counts = view.rows(
+        "SELECT sum(images) FILTER (prediction IS NULL), sum(images) FILTER (prediction + label IS NOT NULL), "
+        "sum(images) FILTER (prediction = label), sum(images) FILTER (prediction IS NOT NULL AND source = label) "
+        "FROM agreement"
     )[0]
+    missing, labelled, theirs, ours = (count or 0 for count in counts)
     total, same = sum(row[1] for row in shares), sum(row[2] for row in shares)
     note = (
         f"Your model's predictions for {plural(total, 'image')}: the ensemble predicts the same class for {same:,} "
@@ -125,7 +126,7 @@ def predictions(
         )
     note += "The explained model is the ensemble: where the two differ, an explanation does not speak for your model."
     crossed = view.rows(
-        "SELECT prediction, source, count(*) FROM codes WHERE status = 'ok' AND prediction <> source "
+        "SELECT prediction, source, sum(images) FROM agreement WHERE prediction <> source "
         "GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 8"
     )
     return {
