@@ -467,7 +467,7 @@ def untrained_vae(config: Any) -> Any:
     [
         (["--methods", "magic"], "unknown method 'magic'"),
         (["--model", "/nowhere"], "no model in"),
-        (["--max-steps", "-1"], "max_steps"),
+        (["--max-steps", "-1"], "--max-steps"),
         (["--dataset", "mnist"], "data: expected"),
     ],
 )
