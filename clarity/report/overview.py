@@ -11,6 +11,7 @@ from clarity.findings.finding import Finding
 from clarity.findings.statistics import share_interval
 from clarity.report.embed import Embedded, text_of
 from clarity.report.sample import Sample
+from clarity.report.text import interval as bounds
 from clarity.report.text import listed, percent, plural, probability
 from clarity.report.tiles import Tiles
 from clarity.report.view import View
@@ -62,8 +63,7 @@ def problem(view: View, named: bool) -> dict[str, Any] | None:
 
 def interval(part: float, whole: float) -> str:
     """The 95 % interval of a share."""
-    low, high = share_interval(part, whole)
-    return f"{percent(low)} to {percent(high)}"
+    return bounds(*share_interval(part, whole))
 
 
 def totals(view: View) -> dict[str, Any]:

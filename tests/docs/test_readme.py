@@ -13,13 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+PAPER = (ROOT / "docs" / "paper.md").read_text()
 
 
 def section(title: str) -> str:
-    """The text under a heading of either file, up to the next heading of the same or a higher rank."""
-    text = README + "\n# \n" + REFERENCE
+    """The text under a heading of one of the pages, up to the next heading of the same or a higher rank."""
+    text = "\n# \n".join((README, REFERENCE, PAPER))
     match = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
-    assert match, f"neither README.md nor docs/reference.md has a section {title!r}"
+    assert match, f"neither README.md, docs/reference.md nor docs/paper.md has a section {title!r}"
     rest = text[match.end() :]
     end = re.search(rf"^#{{1,{len(match[1])}}} ", rest, re.MULTILINE)
     return rest[: end.start()] if end else rest
@@ -68,8 +69,12 @@ def test_readme_links_lead_somewhere() -> None:
         assert not [f"{path.name}: {link}" for link in links if not (path.parent / link).exists()]
 
 
-def test_first_screen_has_the_two_commands() -> None:
-    first = README[: README.index("\n## ")]
+def test_readme_is_read_in_five_minutes() -> None:
+    assert len(README.splitlines()) <= 140 and len(README.split()) <= 1100
+
+
+def test_readme_has_the_two_commands() -> None:
+    first = README[: README.index("\n## Ask the tables")]
     assert "pip install . && python jobs/explain_all.py" in first
     assert "pip install '.[test]' && pytest" in first
 
