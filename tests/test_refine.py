@@ -187,6 +187,14 @@ def test_refine_finds_the_closest_point_of_a_linear_classifier() -> None:
     assert (prob > threshold).all()
     closest = math.log(9) / 2
     assert (point.abs().sum(1) < 1.45 * closest).all() and (point.abs().sum(1) > closest).all()
+    ends, _ = refine(
+        lambda p, _: (torch.sigmoid(p[:, 0]), torch.ones_like(p)),
+        torch.tensor([[3.0]]),
+        torch.zeros(1, 1),
+        threshold[:1],
+        0.05,
+    )
+    assert math.log(9) < ends.item() < math.log(9) + 0.1, "a single coordinate shrinks to the threshold"
     unmoved, _ = refine(evaluate, -start, torch.zeros(2, 2), threshold, 0.05)
     assert torch.equal(unmoved, -start), "a point below its threshold stays"
 
