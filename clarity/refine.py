@@ -40,8 +40,8 @@ def refine(
     A round shrinks each coordinate's distance by the stride; where that costs too much probability, up to three Newton
     steps on its logarithm follow. The result is kept if it satisfies and retains LEAST_GAIN of the distance that
     shrinking alone gains; otherwise the stride is halved. Smaller gains, bought by a few coordinates with steep
-    gradients, cost realism: on 3,600 pairs of MNIST an independent network misses the target in 1.1 % after
-    Algorithm 1, in 0.9 % here, in 2.3 % where any gain counts.
+    gradients, cost realism: of 90,000 pairs of MNIST an independent network misses the target in 0.19 % after
+    Algorithm 1, in 0.49 % here, in 0.85 % where any gain counts.
 
     Args:
         evaluate: target probability and its gradient.
