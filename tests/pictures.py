@@ -36,6 +36,17 @@ def write_images(root: Path, *names: str) -> None:
         (root / name).write_bytes(encoded(random_pixels(number)))
 
 
+def write_shapes(root: Path, count: int, size: tuple[int, int]) -> None:
+    """Colour images of discs, crosses and squares in random colours, a folder for each class."""
+    height, width = size
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    shapes = {"disc": np.hypot(x, y) < 0.6, "cross": np.minimum(abs(x), abs(y)) < 0.2, "square": np.maximum(x, y) < 0.3}
+    for number, colours in enumerate(np.random.default_rng(0).integers(0, 256, (count, 2, 3), dtype=np.uint8)):
+        name, inside = list(shapes.items())[number % 3]
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / f"{number}.png").write_bytes(encoded(np.where(inside[..., None], *colours)))
+
+
 def listed(root: Any, split: str = "all", source: str = "folder") -> dict[str, str | None]:
     listing = data.list_images(data.open_dataset(source, root, split))
     return dict(zip(listing["image_id"].to_pylist(), listing["label_name"].to_pylist(), strict=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pictures import write_shapes
 
 import clarity
 
@@ -118,10 +119,8 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert again.returncode == 0 and again.stdout.startswith("finished already")
 
 
-def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(
-    load_job: Any, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    load_job("shapes", "docs").make_folder(tmp_path / "shapes", 120, ("cross", "disc", "ring"), (20, 28))
+def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_shapes(tmp_path / "shapes", 120, (20, 28))
     data = ["--dataset", "folder", "--data", str(tmp_path / "shapes")]
     out, audit = tmp_path / "model", tmp_path / "audit"
     more = ["--vae", "beta_vae", "--latent-dim", "9", "--channels", "8", "10", "12"]
@@ -129,7 +128,7 @@ def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(
     assert trained.returncode == 0, trained.stderr
     model = clarity.load(out)
     assert model.image_shape == (3, 20, 28) and model.vae.config.latent_dim == 9
-    assert model.class_names == ("cross", "disc", "ring")
+    assert model.class_names == ("cross", "disc", "square")
     explain = ["explain_all.py", *data, "--model", str(out), "--out", str(audit), "--max-steps", "5"]
     for job in (explain, ["verify.py", str(audit)]):
         done = subprocess.run(
