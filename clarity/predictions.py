@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from clarity import data, schema, storage
-from clarity.data.listing import as_text, is_text, note_left_out
+from clarity.data.listing import as_text, is_text, names_of, note_left_out, require_unique
 from clarity.data.parquet import class_label_names
 
 
@@ -37,68 +37,51 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
         ValueError: columns are missing or of another type, ids are null or duplicate, or none belongs to an image.
     """
     file = f"predictions: {storage.display(uri)}"
-    table = read_csv(uri) if re.search(r"(?i)\.(csv|tsv)$", storage.name(uri)) else read_parquet(uri)
+    table = read_table(uri)
     found = table.column_names
     if "image_id" not in found or len(found) < 2:
-        raise ValueError(
-            f"{file}: expected columns image_id and class or probabilities, found {', '.join(found) or 'none'}: "
-            "rename them"
-        )
-    names = [name for name in ("image_id", "class", "probabilities") if name in found]
-    if names[1:]:
-        table = table.select(names)
-    classes = read_classes(uri, table)
-    for number, column in enumerate(table.itercolumns()):
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        kind = pa.string() if is_text(kind) else kind
-        table = table.set_column(number, table.column_names[number], column.cast(kind))
+        expected = "expected columns image_id and class or probabilities"
+        raise ValueError(f"{file}: {expected}, found {names_of(found)}: rename them")
     try:
         ids = as_text(table["image_id"])
     except ValueError as error:
         raise ValueError(f"{file}: expected image_id as text or integers, found {error}: convert it") from None
-    if ids.null_count:
-        raise ValueError(f"{file}: expected an image_id in every row, found null in {ids.null_count}: fill them")
-    if double := len(ids) - len(pc.unique(ids)):
-        counts = pc.value_counts(ids)
-        first = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0]
-        raise ValueError(
-            f"{file}: expected each image_id once, found {double} duplicates, the first {first}: drop them"
-        )
+    require_unique(ids, file)
     known = pc.is_in(ids, value_set=listing["image_id"].combine_chunks())
     strangers = len(ids) - (pc.sum(known).as_py() or 0)
     if strangers == len(ids):
         example = f", such as {ids[0]}; its own are like {listing['image_id'][0]}" if len(ids) else ""
         raise ValueError(f"{file}: none of its {len(ids)} ids is an image of the data{example}: check both")
-    table = table.set_column(table.column_names.index("image_id"), "image_id", ids).filter(known)
-    table = table.replace_schema_metadata(
-        {"clarity.classes": json.dumps(classes), "clarity.file": storage.display(uri)}
-    )
+    classes = {"clarity.classes": json.dumps(read_classes(uri, table))}
+    for number, column in enumerate(table.itercolumns()):
+        if is_text(column.type) or pa.types.is_dictionary(column.type):
+            table = table.set_column(number, found[number], column.cast(pa.string()))
+    table = table.set_column(found.index("image_id"), "image_id", ids).filter(known).replace_schema_metadata(classes)
     return note_left_out(table, {"predictions for images that are not in the data": strangers})
 
 
-def read_parquet(uri: str) -> pa.Table:
-    """The columns of a Parquet file that may be predictions."""
-    with storage.open_parquet(uri) as parquet:
-        found = parquet.schema_arrow.names
-        names = [name for name in ("image_id", "class", "probabilities") if name in found]
-        return storage.attempt("read", uri, lambda: parquet.read(names if len(names) > 1 else found))
+def read_table(uri: str) -> pa.Table:
+    """The columns of a Parquet or CSV file that may be predictions; ids of a CSV file stay as they are written."""
 
+    def wanted(found: list[str]) -> list[str]:
+        names = [name for name in found if name in ("image_id", "class", "probabilities")]
+        return names if len(names) > 1 else found
 
-def read_csv(uri: str) -> pa.Table:
-    """A table of text with a header; ids stay as they are written."""
+    if not re.search(r"(?i)\.(csv|tsv)$", storage.name(uri)):
+        with storage.open_parquet(uri) as parquet:
+            return storage.attempt("read", uri, lambda: parquet.read(wanted(parquet.schema_arrow.names)))
     content = storage.read_bytes(uri)
-    header = content.partition(b"\n")[0]
-    delimiter = max(",;\t", key=lambda sign: header.count(sign.encode()))
+    delimiter = max(",;\t", key=lambda sign: content.partition(b"\n")[0].count(sign.encode()))
+    options = {"column_types": {"image_id": pa.string()}, "strings_can_be_null": True, "null_values": [""]}
     try:
-        return csv.read_csv(
+        table = csv.read_csv(
             pa.BufferReader(content),
             parse_options=csv.ParseOptions(delimiter=delimiter),
-            convert_options=csv.ConvertOptions(
-                column_types={"image_id": pa.string()}, strings_can_be_null=True, null_values=[""]
-            ),
+            convert_options=csv.ConvertOptions(**options),
         )
     except pa.ArrowInvalid as error:
         raise ValueError(f"predictions: expected a CSV file, found {storage.display(uri)} ({error})") from None
+    return table.select(wanted(table.column_names))
 
 
 def read_classes(uri: str, table: pa.Table) -> list[str] | None:
@@ -130,8 +113,8 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
     """
     predictions = gather_probabilities(predictions, class_names)
     rows = len(predictions)
-    classes, probs = np.zeros(rows, np.int32), np.zeros((rows, len(class_names)), np.float32)
-    has_class, has_probs = np.zeros(rows, bool), np.zeros(rows, bool)
+    classes, has_class = np.zeros(rows, np.int32), np.zeros(rows, bool)
+    probs, has_probs = np.zeros((rows, len(class_names)), np.float32), np.zeros(rows, bool)
     if "probabilities" in predictions.column_names:
         probs, has_probs = probability_column(predictions, class_names)
         classes, has_class = probs.argmax(1).astype(np.int32), has_probs.copy()
@@ -141,14 +124,14 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
         classes[known] = named.drop_null().to_numpy()
         has_class |= known
     index = pc.index_in(listing["image_id"], value_set=predictions["image_id"].combine_chunks())
-    at = index.fill_null(0).to_numpy()
-    found = index.is_valid().to_numpy() & has_class[at]
+    at, there = index.fill_null(0).to_numpy(), index.is_valid().to_numpy()
+    found = there & has_class[at]
     if not found.any():
         raise ValueError(f"predictions: none of the {len(listing)} images asked for has one; check its ids")
     prediction = pa.array(np.where(found, classes[at], 0).astype(np.int32), mask=~found)
     columns = {"prediction": prediction, "prediction_name": pa.array(class_names, pa.string()).take(prediction)}
     if has_probs.any():
-        valid = index.is_valid().to_numpy() & has_probs[at]
+        valid = there & has_probs[at]
         columns["prediction_probs"] = schema.fixed_size_list(np.where(valid[:, None], probs[at], 0), valid)
     for name, column in columns.items():
         listing = listing.append_column(name, column)
@@ -161,30 +144,28 @@ def class_order(predictions: pa.Table, class_names: Sequence[str], what: str) ->
     Raises:
         ValueError: the order is not told, and the usual two, by number and by text, differ.
     """
-    metadata = predictions.schema.metadata or {}
-    classes = json.loads(metadata.get(b"clarity.classes", b"null"))
+    classes = json.loads((predictions.schema.metadata or {}).get(b"clarity.classes", b"null"))
+    by_text, by_number = sorted(class_names), [str(index) for index in range(len(class_names))]
     if classes is None:
         numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in class_names)
-        if list(class_names) == sorted(class_names) and (
-            what != "indices" or not numbers or [str(index) for index in range(len(class_names))] == list(class_names)
-        ):
+        if list(class_names) == by_text and (what != "indices" or not numbers or by_text == by_number):
             return list(range(len(class_names)))
-        by_text = ", ".join(sorted(class_names)[:4])
         raise ValueError(
             f"predictions: expected the order of the classes to which {what} refer, as names that are numbers have "
-            f"more than one ({', '.join(class_names[:4])} ... or {by_text} ...), found none in the file: write names, "
-            "or list the classes in that order, one a line, in a file of the same name that ends in .classes.txt"
+            f"more than one ({', '.join(class_names[:4])} ... or {', '.join(by_text[:4])} ...), found none in the "
+            "file: write names, or list the classes in that order, one a line, in a file of the same name that ends in "
+            ".classes.txt"
         )
     names = [unicodedata.normalize("NFC", name) for name in class_names]
+    problem = ""
     if unknown := [name for name in classes if name not in names]:
-        raise ValueError(
-            f"predictions: expected the order of classes that the model knows ({', '.join(class_names)}), found "
-            f"{', '.join(map(repr, unknown))} in it: correct it"
+        problem = (
+            f"classes that the model knows ({', '.join(class_names)}), found {', '.join(map(repr, unknown))} in it"
         )
-    if what != "indices" and len(classes) < len(names):
-        raise ValueError(
-            f"predictions: expected the order of all {len(names)} classes, found {', '.join(classes)}: complete it"
-        )
+    elif what != "indices" and len(classes) < len(names):
+        problem = f"all {len(names)} classes, found {', '.join(classes)}"
+    if problem:
+        raise ValueError(f"predictions: expected the order of {problem}: correct it")
     return [names.index(name) for name in classes]
 
 
@@ -215,15 +196,14 @@ def class_column(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
 
 def gather_probabilities(predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
     """The table with a column ``probabilities`` made of those that are named like the classes, where they all are."""
-    known = {unicodedata.normalize("NFC", name): name for name in predictions.column_names}
-    names = [known.get(unicodedata.normalize("NFC", name)) for name in class_names]
-    if "class" in predictions.column_names or "probabilities" in predictions.column_names:
+    found = predictions.column_names
+    if "class" in found or "probabilities" in found:
         return predictions
+    known = {unicodedata.normalize("NFC", name): name for name in found}
+    names = [known.get(unicodedata.normalize("NFC", name)) for name in class_names]
     if None in names:
-        raise ValueError(
-            "predictions: expected a column class or probabilities, or one for each class, found "
-            f"{', '.join(predictions.column_names)}: rename them"
-        )
+        expected = "expected a column class or probabilities, or one for each class"
+        raise ValueError(f"predictions: {expected}, found {names_of(found)}: rename them")
     values = np.column_stack([predictions[name].cast(pa.float64()).to_numpy() for name in names])
     classes = {**(predictions.schema.metadata or {}), b"clarity.classes": json.dumps(list(class_names))}
     table = predictions.append_column("probabilities", schema.fixed_size_list(values))

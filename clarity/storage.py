@@ -57,15 +57,12 @@ ANSWER = re.compile(r"AWS Error (\w+(?: \(HTTP status \d+\))?)")
 NO_ANSWER = re.compile(r"(?i)network_|curl|time_?out")
 TRANSIENT = re.compile(rf"{NO_ANSWER.pattern}|slow_?down|unavailable|internal_?(fail|err)|throttl|status 5\d\d")
 TRANSIENT_ERRNO = {errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE}
-REMEDY = {
-    errno.ENOSPC: "free space there, or choose another directory",
-    errno.EDQUOT: "free space there, or choose another directory",
-    errno.EROFS: "that file system is read-only: choose another directory",
-    errno.EACCES: "give this user the right to it, or choose another directory",
-    errno.EPERM: "give this user the right to it, or choose another directory",
-    errno.ENOTDIR: "a file stands where a directory is expected: choose another path",
-    errno.EEXIST: "a file stands where a directory is expected: choose another path",
-    errno.EISDIR: "a directory stands where a file is expected: choose another path",
+REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): "free space there, or choose another directory",
+    (errno.EROFS,): "that file system is read-only: choose another directory",
+    (errno.EACCES, errno.EPERM): "give this user the right to it, or choose another directory",
+    (errno.ENOTDIR, errno.EEXIST): "a file stands where a directory is expected: choose another path",
+    (errno.EISDIR,): "a directory stands where a file is expected: choose another path",
 }
 
 
@@ -144,20 +141,16 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
     options = dict(parse_qsl(query[1:], keep_blank_values=True))
     endpoint = urlsplit(options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or "")
     bucket, _, key = base.removeprefix("s3://").partition("/")
+    problem = ""
     if unknown := sorted(set(options) - set(OPTIONS)):
-        raise ValueError(
-            f"expected only {' and '.join(OPTIONS)} behind the question mark, found {', '.join(unknown)} in "
-            f"{display(uri)}: take it out; credentials come from the environment, ~/.aws or the machine's role"
-        )
-    if "@" in bucket or ":" in bucket or "@" in endpoint.netloc:
-        raise ValueError(
-            f"expected no credentials in a URI, found some in {display(uri)}: take them out; they come from the "
-            "environment, ~/.aws or the machine's role"
-        )
+        problem = f"only {' and '.join(OPTIONS)} behind the question mark, found {', '.join(unknown)}"
+    elif "@" in bucket or ":" in bucket or "@" in endpoint.netloc:
+        problem = "no credentials in a URI, found some"
+    if problem:
+        remedy = "take them out; credentials come from the environment, ~/.aws or the machine's role"
+        raise ValueError(f"expected {problem} in {display(uri)}: {remedy}")
     if not bucket or (endpoint.geturl() and not (endpoint.scheme in ("http", "https") and endpoint.netloc)):
-        raise ValueError(
-            f"expected s3://bucket/key, or that and ?endpoint_url=http://host:port, found {display(uri)}: write it so"
-        )
+        raise ValueError(f"expected s3://bucket/key[?endpoint_url=http://host:port], found {display(uri)}: write it so")
     return s3_filesystem(bucket, endpoint.scheme, endpoint.netloc, options.get("region")), f"{bucket}/{key}".rstrip("/")
 
 
@@ -180,41 +173,41 @@ def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
     Raises:
         StorageError: the directory, or one below it, cannot be listed: nothing is left out silently.
     """
+    fs, path = filesystem(uri)
     if is_remote(uri):
-        fs, path = filesystem(uri)
         info = attempt("look at", uri, lambda: fs.get_file_info(path))
         if info.type == pafs.FileType.File:
             return [FileInfo("", info.size)]
         found = attempt("list", uri, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True)))
         files = [FileInfo(info.path[len(path) + 1 :], info.size) for info in found if info.type == pafs.FileType.File]
+    elif os.path.isfile(path):
+        return [FileInfo("", os.path.getsize(path))]
     else:
-        root = local_path(uri)
-        if os.path.isfile(root):
-            return [FileInfo("", os.path.getsize(root))]
-        files = attempt("list", uri, lambda: list(walk(root)))
+        files = attempt("list", uri, lambda: list(walk(path)))
     return sorted((file for file in files if file.path.endswith(suffix)), key=lambda file: file.path)
 
 
 def list_dirs(uri: URI) -> list[str]:
     """The names of the directories directly in a directory, sorted."""
-    if is_remote(uri):
-        fs, path = filesystem(uri)
-        found = attempt("list", uri, lambda: fs.get_file_info(pafs.FileSelector(path)))
-        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
-    return attempt("list", uri, lambda: sorted(entry.name for entry in os.scandir(local_path(uri)) if entry.is_dir()))
+    fs, path = filesystem(uri)
+
+    def names() -> list[str]:
+        if not is_remote(uri):
+            return [entry.name for entry in os.scandir(path) if entry.is_dir()]
+        return [i.base_name for i in fs.get_file_info(pafs.FileSelector(path)) if i.type == pafs.FileType.Directory]
+
+    return sorted(attempt("list", uri, names))
 
 
 def read_bytes(uri: URI) -> bytes:
     """The content of a file."""
-    if not is_remote(uri):
-        return attempt("read", uri, lambda: read_local(local_path(uri)))
     fs, path = filesystem(uri)
 
     def get() -> bytes:
         with fs.open_input_file(path) as file:
-            return bytes(file.read())
+            return file.read()
 
-    return attempt("read", uri, get)
+    return attempt("read", uri, get if is_remote(uri) else lambda: read_local(path))
 
 
 def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
@@ -229,12 +222,12 @@ def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
         scratch: a directory of the same file system for the temporary file: then both directories must be there. By
             default the temporary file lies hidden in the file's own directory, which is made when missing.
     """
-    if not is_remote(uri):
-        attempt("write", uri, lambda: write_local(local_path(uri), data, local_path(scratch) if scratch else None))
-        return
     fs, path = filesystem(uri)
 
     def put() -> None:
+        if not is_remote(uri):
+            write_local(path, data, local_path(scratch) if scratch else None)
+            return
         with fs.open_output_stream(path) as file:
             file.write(data)  # one call: a stream that failed half-way is never completed by its closing
 
@@ -286,15 +279,15 @@ def open_parquet(uri: URI) -> pq.ParquetFile:
         ValueError: it is not a whole Parquet file.
     """
     fs, path = filesystem(uri)
+
+    def opened() -> pq.ParquetFile:
+        return pq.ParquetFile(fs.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
+
     try:
-        return attempt(
-            "read", uri, lambda: pq.ParquetFile(fs.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
-        )
+        return attempt("read", uri, opened)
     except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"expected a whole Parquet file, found {display(uri)}, which is none ({str(error).splitlines()[0]}): "
-            "copy it again or leave it out"
-        ) from None
+        found = f"{display(uri)}, which is none ({str(error).splitlines()[0]})"
+        raise ValueError(f"expected a whole Parquet file, found {found}: copy it again or leave it out") from None
 
 
 def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
@@ -308,10 +301,13 @@ def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
     Raises:
         StorageError: it failed for good, at each of ATTEMPTS attempts, or a server that never answered is not there.
     """
-    server, begin = server_of(uri), time.monotonic()
-    for tried in range(1, ATTEMPTS + 1):
+    server, begin, tried = server_of(uri), time.monotonic(), 0
+    while True:
+        tried += 1
         try:
             result = action()
+            ANSWERED.add(server)
+            return result
         except StorageError:
             raise
         except OSError as error:
@@ -323,17 +319,11 @@ def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
             if not transient or last:
                 # The chain is cut on purpose: a store's own message may carry what a log must not.
                 raise storage_error(what, uri, error, transient, "" if server in ANSWERED else server) from None
-        else:
-            ANSWERED.add(server)
-            return result
         pause = FIRST_PAUSE_S * 2 ** (tried - 1) * (1 + secrets.randbelow(1000) / 1000)
         reason = ANSWER.search(text)
-        log.warning(
-            "cannot %s %s: %s: trying again in %.1f s (attempt %d of %d)",
-            what, display(uri), display(reason[1] if reason else text), pause, tried + 1, ATTEMPTS,
-        )  # fmt: skip
+        again = f"trying again in {pause:.1f} s (attempt {tried + 1} of {ATTEMPTS})"
+        log.warning("cannot %s %s: %s: %s", what, display(uri), display(reason[1] if reason else text), again)
         time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def server_of(uri: URI) -> str:
@@ -356,7 +346,8 @@ def storage_error(what: str, uri: URI, error: OSError, transient: bool, absent: 
     elif transient:
         remedy = f"it failed {ATTEMPTS} times: try again later"
     elif not is_remote(uri):
-        remedy = REMEDY.get(code or 0, "check the path and its disk on this machine")
+        found = (text for codes, text in REMEDIES.items() if code in codes)
+        remedy = next(found, "check the path and its disk on this machine")
     path = error.filename if isinstance(error.filename, str) and not is_remote(uri) else uri
     said = reason if code or absent else str(error)
     return StorageError(display(f"cannot {what} {path}: {said}: {remedy}"), display(reason), code, transient)
@@ -364,13 +355,13 @@ def storage_error(what: str, uri: URI, error: OSError, transient: bool, absent: 
 
 def type_of(uri: URI) -> pafs.FileType:
     """File, Directory, or NotFound."""
-    if is_remote(uri):
-        fs, path = filesystem(uri)
-        return attempt("look at", uri, lambda: fs.get_file_info(path).type)
+    fs, path = filesystem(uri)
 
     def look() -> pafs.FileType:
+        if is_remote(uri):
+            return fs.get_file_info(path).type
         try:
-            mode = os.stat(local_path(uri)).st_mode
+            mode = os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
             return pafs.FileType.NotFound
         return pafs.FileType.Directory if stat.S_ISDIR(mode) else pafs.FileType.File

@@ -442,7 +442,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("null label", parquet(table(label=["a", None])), "read", "['00000000', '00000001']"),
     ("label unknown to the model", labels("dog", "cow", "99", None), "read", "[1, None, None, None]"),
     ("null image_id", parquet(table(image_id=["a", None])), "refused", "found null in 1: fill them"),
-    ("duplicate image_id", parquet(table(image_id=["a", "a"])), "refused", "found 1 more than once ('a')"),
+    ("duplicate image_id", parquet(table(image_id=["a", "a"])), "refused", "found 1 duplicates ('a')"),
     (
         "split that is neither train nor test",
         parquet(SPLIT, split="train", then="left_out"),

@@ -76,7 +76,7 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
         ),
         ({"image_id": [0.5], "class": ["ant"]}, "image_id as text or integers"),
         ({"image_id": ["a", None], "class": ["ant", "ant"]}, "found null in 1"),
-        ({"image_id": ["a", "b", "a"], "class": ["ant"] * 3}, "1 duplicates, the first a"),
+        ({"image_id": ["a", "b", "a"], "class": ["ant"] * 3}, r"1 duplicates \('a'\)"),
         ({"image_id": ["x"], "class": ["ant"]}, "none of its 1 ids is an image of the data, such as x; .* like a"),
         ({"image_id": ["a"], "class": pa.nulls(1, pa.string())}, "none of the 4 images asked for has one"),
         ({"image_id": ["a", "b"], "class": ["ant", "cat"]}, "found cat for image b and 0 others; choose from ant, bee"),

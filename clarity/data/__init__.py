@@ -35,6 +35,7 @@ from clarity.data.listing import (
     add_notes,
     left_out,
     notes,
+    require_unique,
     split_named,
     where_of,
 )
@@ -174,15 +175,7 @@ def list_images(dataset: Dataset) -> pa.Table:
             f"expected images in split {dataset.split!r} of {where}, found none{reasons}: check the path and its "
             f"layout ({SOURCES[dataset.source].doc}), or choose another split"
         )
-    if ids.null_count:
-        raise ValueError(f"expected an image_id in every row of {where}, found null in {ids.null_count}: fill them")
-    if len(pc.unique(ids)) < len(ids):
-        counts = pc.value_counts(ids)
-        double = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-        raise ValueError(
-            f"expected each image_id of {where} once, found {len(double)} more than once "
-            f"({', '.join(map(repr, double[:3].to_pylist()))}): rename or drop them"
-        )
+    require_unique(ids, where)
     return unify_names(listing)
 
 
@@ -381,16 +374,14 @@ SOURCES: dict[str, Source] = {
         "5,000 digits of MNIST that ship with the package",
         list_digits,
         read_digits,
-        lambda dataset: {"train", "test"},
-        Preprocessing("L", 28, 28),
+        default_preprocessing=Preprocessing("L", 28, 28),
         needs_data=False,
     ),
     "mnist": Source(
         "torchvision's layout, MNIST/raw/*-ubyte[.gz]",
         list_mnist,
         read_mnist,
-        lambda dataset: {"train", "test"},
-        Preprocessing("L", 28, 28),
+        default_preprocessing=Preprocessing("L", 28, 28),
         remote=False,
     ),
     "folder": Source(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -17,14 +18,18 @@ from clarity.data.listing import (
     foreign_format,
     make_listing,
     note_left_out,
+    some,
     split_named,
 )
 from clarity.ids import split_of
 from clarity.images import EXTENSIONS
 
 NO_IMAGES = "files without an image's extension"
-#: Folders that systems leave behind, which hold no images of the data set.
-SYSTEM_FOLDERS = {"@eadir", "$recycle.bin", "lost+found", "__macosx", "system volume information", "#recycle"}
+#: A path through a folder that a system left behind, which holds no images of the data set.
+SYSTEM_FOLDER = re.compile(
+    r"(?i)(?:^|/)(@eadir|\$recycle\.bin|lost\+found|__macosx|system volume information|#recycle)(?:/|$)"
+)
+HIDDEN = re.compile(r"(^|/)\.")
 
 
 def list_folder(dataset: Dataset) -> pa.Table:
@@ -90,22 +95,19 @@ def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str,
         found = f"found a file at {storage.display(root)}: name the folder that holds it"
         raise ValueError(f"expected a folder, {foreign_format([storage.name(root)]) or found}")
     files = storage.list_files(root)
-    shown = [file for file in files if not any(part.startswith(".") for part in file.path.split("/"))]
-    own = [file for file in shown if not is_system(file.path)]
-    images = [file for file in own if file.path.lower().endswith(EXTENSIONS)]
+    shown = [file for file in files if not HIDDEN.search(file.path)]
+    system = [match[1] for file in shown if (match := SYSTEM_FOLDER.search(file.path))]
+    own = [file for file in shown if not SYSTEM_FOLDER.search(file.path)]
+    images = [file for file in own if is_image(file.path)]
     if not images and (foreign := foreign_format(file.path for file in own)):
         raise ValueError(f"expected images in {storage.display(root)}, {foreign}")
-    system = some(system_folders(file.path for file in shown))
-    others = [file.path for file in own if not file.path.lower().endswith(EXTENSIONS)]
-    return (
-        images,
-        others,
-        {
-            "hidden files": len(files) - len(shown),
-            f"files in folders of the system ({system})": len(shown) - len(own),
-            NO_IMAGES: len(others),
-        },
-    )
+    others = [file.path for file in own if not is_image(file.path)]
+    left_out = {
+        "hidden files": len(files) - len(shown),
+        f"files in folders of the system ({some(system)})": len(system),
+        NO_IMAGES: len(others),
+    }
+    return images, others, left_out
 
 
 def folder_splits(dataset: Dataset) -> set[str]:
@@ -113,9 +115,7 @@ def folder_splits(dataset: Dataset) -> set[str]:
     root = str(dataset.data)
     if not storage.is_dir(root):
         return set()
-    if tops := split_folders(root):
-        return set(tops.values())
-    return table_splits(dataset)
+    return set(split_folders(root).values()) or table_splits(dataset)
 
 
 def split_folders(root: str) -> dict[str, str]:
@@ -124,10 +124,10 @@ def split_folders(root: str) -> dict[str, str]:
     Raises:
         ValueError: there are other folders with images beside them, so that they may be classes.
     """
-    tops = [name for name in storage.list_dirs(root) if not name.startswith(".") and not is_system(name)]
+    tops = folders_in(root)
     splits = {name: split for name in tops if (split := split_named(name))}
     others = [name for name in tops if name not in splits] if splits else []
-    others = [name for name in others if has_image(storage.join(root, name))]
+    others = [name for name in others if any(is_image(f.path) for f in storage.list_files(storage.join(root, name)))]
     if others:
         named, rest = ", ".join(f"{name}/" for name in splits), ", ".join(f"{name}/" for name in others[:3])
         raise ValueError(
@@ -138,9 +138,14 @@ def split_folders(root: str) -> dict[str, str]:
     return splits
 
 
-def has_image(uri: str) -> bool:
-    """Whether there is an image file below a folder."""
-    return any(file.path.lower().endswith(EXTENSIONS) for file in storage.list_files(uri))
+def folders_in(uri: str) -> list[str]:
+    """The names of the folders directly in a folder that may hold images of the data set, sorted."""
+    return [name for name in storage.list_dirs(uri) if not (HIDDEN.search(name) or SYSTEM_FOLDER.search(name))]
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is named like an image."""
+    return path.lower().endswith(EXTENSIONS)
 
 
 def require_no_inner_splits(root: str, paths: list[str]) -> None:
@@ -151,8 +156,7 @@ def require_no_inner_splits(root: str, paths: list[str]) -> None:
         for depth in range(1, len(parts)):
             if split := split_named(parts[depth]):
                 inner.setdefault("/".join(parts[:depth]), set()).add(split)
-    found = sorted(folder for folder, splits in inner.items() if len(splits) > 1)
-    if found:
+    if found := sorted(folder for folder, splits in inner.items() if len(splits) > 1):
         inside = storage.display(storage.join(root, found[0]))
         remedy = f"name {inside}" if len(found) == 1 else "move them to the top"
         raise ValueError(
@@ -194,24 +198,8 @@ def folders_without_images(roots: Iterable[str], classes: set[str]) -> tuple[lis
     links: set[str] = set()
     empty: set[str] = set()
     for root in roots:
-        for name in storage.list_dirs(root):
-            if name not in classes and not name.startswith(".") and not is_system(name):
+        for name in folders_in(root):
+            if name not in classes:
                 link = not storage.is_remote(root) and os.path.islink(os.path.join(root, name))
                 (links if link else empty).add(printable(name))
     return sorted(links), sorted(empty)
-
-
-def system_folders(paths: Iterable[str]) -> set[str]:
-    """The folders of the system through which some paths lead."""
-    return {part for path in paths for part in path.split("/") if part.casefold() in SYSTEM_FOLDERS}
-
-
-def is_system(path: str) -> bool:
-    """Whether a path leads through a folder that a system left behind."""
-    return any(part.casefold() in SYSTEM_FOLDERS for part in path.split("/"))
-
-
-def some(names: Iterable[str]) -> str:
-    """The first of some names, for a message."""
-    found = sorted(set(names))
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -66,7 +66,7 @@ class Source:
     doc: str
     list_images: Callable[[Dataset], pa.Table]
     read_images: Callable[[Dataset, pa.Table], Iterable[tuple[int, Content]]]
-    find_splits: Callable[[Dataset], set[str]]
+    find_splits: Callable[[Dataset], set[str]] = lambda dataset: set()
     default_preprocessing: Preprocessing | None = None
     needs_data: bool = True
     remote: bool = True
@@ -134,6 +134,23 @@ def names_of(columns: Iterable[str]) -> str:
     return ", ".join(columns) or "none"
 
 
+def some(names: Iterable[str]) -> str:
+    """The first of some names, for a message."""
+    found = sorted(set(names))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def require_unique(ids: pa.Array | pa.ChunkedArray, where: str) -> None:
+    """Raise ValueError if image ids are missing or double."""
+    if ids.null_count:
+        raise ValueError(f"{where}: expected an image_id in every row, found null in {ids.null_count}: fill them")
+    counts = pc.value_counts(ids)
+    double = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(double):
+        first = ", ".join(map(repr, double[:3].to_pylist()))
+        raise ValueError(f"{where}: expected each image_id once, found {len(double)} duplicates ({first}): drop them")
+
+
 def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A column of text or whole numbers, of any Arrow type, as strings; NaN becomes null.
 
@@ -151,13 +168,8 @@ def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
         except pa.ArrowInvalid:
             part = array.filter(pc.not_equal(pc.floor(array), array))
             raise ValueError(f"{kind} that are not whole, such as {part[0] if len(part) else array[0]}") from None
-    elif (pa.types.is_decimal(kind) and kind.scale) or not (
-        is_text(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_null(kind)
-        or pa.types.is_decimal(kind)
-    ):
+    whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or (pa.types.is_decimal(kind) and not kind.scale)
+    if not (whole or is_text(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise ValueError(str(kind))
     return array.cast(pa.string())
 

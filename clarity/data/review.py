@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clarity.data.listing import left_out, notes
+from clarity.data.listing import left_out, notes, some
 
 #: Below this many held-out images an accuracy is little more than a guess.
 FEW_IMAGES = 50
-SHOWN = 5
 
 
 def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
@@ -48,9 +45,3 @@ def count_labels(listing: pa.Table) -> dict[str, int]:
     """How many images each class has, in the order of the names."""
     counts = pc.value_counts(listing["label_name"].drop_null())
     return dict(sorted((entry["values"], entry["counts"]) for entry in counts.to_pylist()))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of some class names."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
