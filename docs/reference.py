@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Writes the tables of docs/reference.md from the code: columns from the schema, flags from each job's own parser.
+"""Writes docs/reference.md from the code: columns from the schema, flags from each job's own parser.
 
     python docs/reference.py [--check]
 
-Rewrites the sections of tables and jobs and leaves the rest; with --check it says which sections are stale (exit code
-1), and changes nothing.
+Rewrites the sections of tables and jobs and leaves the rest. With --check it names stale sections (exit code 1) and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -32,15 +32,30 @@ def columns_table(columns: Mapping[str, Column]) -> str:
     return "\n".join(["| column | type | |", "|---|---|---|", *rows])
 
 
-def flags_tables(parser: argparse.ArgumentParser) -> str:
-    """The flags of a job, a table for each group."""
-    parts = [cell_free(parser.description or "")]
+def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str], name: str) -> str:
+    """The flags of a job by group; those that an earlier job explains in the same words are only named.
+
+    Args:
+        parser: of the job.
+        known: job by flag and text; the job's own flags are added.
+        name: of the job.
+    """
+    parts, repeated = [cell_free(parser.description or "")], dict[str, list[str]]()
     for group in parser._action_groups:
-        actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
-        if actions:
-            title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title or "")
-            rows = [f"| {name_of(action)} | {cell((action.help or '').replace('%%', '%'))} |" for action in actions]
-            parts.append("\n".join([f"| {title} | |", "|---|---|", *rows]))
+        lines = []
+        for action in group._group_actions:
+            text = " ".join((action.help or "").replace("%%", "%").split())
+            flag = f"{name_of(action)}: {text}"
+            if isinstance(action, argparse._HelpAction):
+                continue
+            if known.setdefault((flag, text), name) != name:
+                repeated.setdefault(known[flag, text], []).append(f"`{action.option_strings[0]}`")
+            else:
+                lines.append(f"- {flag}")
+        title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title or "")
+        if lines:
+            parts.append("\n".join([f"*{title[:1].upper()}{title[1:]}*\n"] * bool(title) + lines))
+    parts += [f"As in `jobs/{job}.py`: {', '.join(flags)}." for job, flags in repeated.items()]
     return "\n\n".join(parts)
 
 
@@ -66,12 +81,13 @@ def cell_free(text: str) -> str:
 def sections() -> dict[str, str]:
     """What each generated section says, by its heading."""
     found = {f"### `{table}/*.parquet`": columns_table(columns) for table, columns in TABLES.items()}
+    known: dict[tuple[str, str], str] = {}
     for name in JOBS:
         spec = importlib.util.spec_from_file_location(f"reference_{name}", ROOT / "jobs" / f"{name}.py")
         assert spec and spec.loader
         job = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(job)
-        found[f"### `jobs/{name}.py`"] = flags_tables(job.new_parser())
+        found[f"### `jobs/{name}.py`"] = flags_list(job.new_parser(), known, name)
     return found
 
 
