@@ -24,10 +24,8 @@ class Requirements:
     """What a counterfactual must satisfy beside the config of the search.
 
     Args:
-        min_reencoded_prob: probability that the ensemble must give the target on the written image, encoded again; 0
-            for no such check.
-        min_predictor_prob: probability that your own model must give the target on the written image, where it is
-            explained.
+        min_reencoded_prob: probability of the target that the written image must have when encoded again; 0: no check.
+        min_predictor_prob: with a predictor, its least probability of the target for the written image.
     """
 
     min_reencoded_prob: float = 0.0

@@ -48,12 +48,12 @@ class SearchConfig:
     """Parameters of a search; the defaults are the paper's (Sections 2 and 5) where it states them.
 
     Args:
-        min_target_prob: gamma, the mean target probability to exceed.
-        max_steps: N, the most updates of a row.
-        distance_weight: lambda, the weight of the L1 distance.
-        learning_rate: of Adam; the paper gives none. With 0.05 searches on digits take about 70 steps.
-        step_size: delta, the change of a pixel in one step of jsma.
-        refine: after the search, move each result towards its start as far as its probability allows.
+        min_target_prob: mean probability of the target to exceed, gamma of the paper.
+        max_steps: maximum number of updates, N of the paper.
+        distance_weight: weight of the L1 distance, lambda of the paper.
+        learning_rate: Adam's learning rate; the paper gives none.
+        step_size: change of a pixel in one step of the method schut, delta of the paper.
+        refine: after the search, shrink each change as far as the target's probability allows.
     """
 
     min_target_prob: float = 0.99

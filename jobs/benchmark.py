@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Measure everything that the pages say about speed, on whatever machine this runs: figures, ratios, goals.
+"""Measure speed on this machine: search engines, networks, training, the stages of a shard, the whole job.
 
-Each figure is the median of several repeats; what is compared is measured in turns within one run, since a machine's
-speed drifts. With --device all runs on that device in this process, without Ray, and the engines are checked against
-the plain one first. Prints a Markdown table; keeps benchmark.json and benchmark.md under --out. Exit codes: 0 measured,
-1 a check failed, 2 bad input.
+Figures are medians of several repeats; what is compared takes turns within one run. With --device all runs on that
+device without Ray, and the engines are checked against the plain one first. Prints Markdown and writes benchmark.json
+and benchmark.md under --out. Exit codes: 0 measured, 1 a check failed, 2 bad input.
 """
 
 from __future__ import annotations
@@ -47,21 +46,21 @@ def new_parser() -> argparse.ArgumentParser:
     parser = driver.new_parser(__doc__)
     add = driver.add_data_flags(parser, "test", "Part of the data that is explained").add_argument
     add("--limit", type=int, default=10_000, metavar="N", help="Images of the stages and the job (default: 10000).")
-    about = "Images of the two runs whose peak memory is compared, to one class each (default: 6000 60000)."
+    about = "Images of the two runs whose peak memory is compared (default: 6000 60000)."
     add("--memory-images", type=int, nargs=2, default=(6_000, 60_000), metavar="N", help=about)
     add = parser.add_argument_group("model").add_argument
-    about = "Model directory; without one, classifiers of random clusters are searched and networks are untrained."
+    about = "Model directory (default: random clusters and untrained networks)."
     add("--model", metavar="URI", help=about)
     add = parser.add_argument_group("measurement").add_argument
-    about = f"Parts to measure: {', '.join(PARTS)} (default: all that --device and --model allow)."
+    about = "Parts to measure (default: all that --device and --model allow)."
     add("--parts", nargs="+", choices=PARTS, metavar="PART", help=about)
-    about = "Measure this device alone, without Ray (default: the CPU, the GPU where there is one, and the job on Ray)."
+    about = "Measure this device only, without Ray (default: CPU, GPU if present, and the job on Ray)."
     add("--device", choices=["cpu", "cuda"], help=about)
     add("--repeats", type=int, default=5, metavar="N", help="Repeats of each timing (default: 5).")
-    about = "Factor on the numbers of searches, images and updates that are timed (default: 1)."
+    about = "Factor on the number of timed searches, images and updates (default: 1)."
     add("--scale", type=float, default=1.0, metavar="X", help=about)
     add = parser.add_argument_group("output").add_argument
-    add("--out", metavar="DIR", help="Directory for figures and audits that are thrown away (default: runs/benchmark).")
+    add("--out", metavar="DIR", help="Output directory (default: runs/benchmark).")
     add = parser.add_argument_group("resources").add_argument
     threads = os.cpu_count() or 1
     add(

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""Every method of the paper on the same images, judged by the same nets: one table, the paper's figures, its claims.
+"""Compare the paper's methods on the same images by the same held-out networks; draw the paper's figures.
 
-Runs explain_all.py once for each method, then judges what the audits hold together with control rows and with
-counterfactuals made elsewhere. The same command resumes: audits, judges, models and judged rows are kept under --out.
-Exit codes: 0 complete, 1 incomplete (run it again), 2 bad input.
+Runs explain_all.py for each method, then scores the audits together with control rows and counterfactuals made
+elsewhere. The same command resumes. Exit codes: 0 complete, 1 incomplete (run it again), 2 bad input.
 """
 
 from __future__ import annotations
@@ -43,36 +42,36 @@ def new_parser() -> argparse.ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
     add = driver.add_data_flags(parser, "test", "Part of the data that is explained").add_argument
-    about = "Train a network that judges these attributes too; all for every one."
+    about = "Attributes that a held-out network is trained to judge, or all."
     add("--attributes", nargs="+", default=[], metavar="NAME", help=about)
     add(
         "--images",
         type=int,
         default=50,
         metavar="N",
-        help="Images to explain, of each class alike; 0: all (default: 50).",
+        help="Images to explain, balanced over the classes; 0: all (default: 50).",
     )
     add("--image-method-limit", type=int, metavar="N", help="Fewer images for the methods with image classifiers.")
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="URI", help="Model directory (default: OUT/model, trained when missing).")
-    about = "Image classifiers of a model that is trained here (default: 10)."
+    add("--model", metavar="URI", help="Model directory (default: OUT/model, trained if missing).")
+    about = "Image classifiers of a model trained here (default: 10)."
     add("--image-members", type=int, default=10, metavar="N", help=about)
-    add("--judges", metavar="URI", help="Held-out networks (default: OUT/judges, trained when missing).")
-    about = "Model with a 2-D latent space for Figure 10, trained when missing (default for digits: OUT/flat-model)."
+    add("--judges", metavar="URI", help="Held-out networks (default: OUT/judges, trained if missing).")
+    about = "Model with a 2-D latent space for Figure 10, trained if missing (default for digits: OUT/flat-model)."
     add("--flat-model", metavar="URI", help=about)
     add = (search := parser.add_argument_group("search")).add_argument
-    about = f"Methods to compare: all, or some of {', '.join(METHODS)} (default: all)."
+    about = "Methods to compare, as in explain_all.py, or all (default: all)."
     add("--methods", nargs="+", default=["all"], metavar="METHOD", help=about)
     driver.add_config_flags(search, SearchConfig())
-    add("--audit", nargs="+", type=named, default=[], metavar="METHOD=URI", help="Take an audit that exists.")
-    about = "Judge images made elsewhere too: npz or Parquet with image_id, target, image."
+    add("--audit", nargs="+", type=named, default=[], metavar="METHOD=URI", help="Use an existing audit for a method.")
+    about = "Images made elsewhere: npz or Parquet with image_id, target, image."
     add("--external", nargs="+", type=named, default=[], metavar="NAME=URI", help=about)
     add("--speed-pairs", type=int, default=36, metavar="N", help="Pairs of a timed batch (default: 36).")
     add("--draws", type=int, default=1000, metavar="N", help="Resamples of the bootstrap (default: 1000).")
     add = parser.add_argument_group("output").add_argument
-    add("--out", metavar="URI", help="Directory for everything that is kept (default: runs/DATASET/compare).")
-    add("--no-figures", action="store_true", help="Write tables alone.")
-    add("--differences", action="store_true", help="Show difference maps in the grids of Tables 1 and 2.")
+    add("--out", metavar="URI", help="Output directory (default: runs/DATASET/compare).")
+    add("--no-figures", action="store_true", help="Write tables only.")
+    add("--differences", action="store_true", help="Add difference maps to the grids of Tables 1 and 2.")
     formats = ["png", "pdf", "svg"]
     add("--formats", nargs="+", default=formats[:2], choices=formats, help="Formats of figures (default: png pdf).")
     return parser

@@ -58,9 +58,9 @@ def add_data_flags(parser: argparse.ArgumentParser, split: str, split_help: str)
     """Add ``--dataset``, ``--data``, ``--split`` and ``--columns`` in a group of their own, which is returned."""
     add = (group := parser.add_argument_group("data")).add_argument
     add("--dataset", default="digits", choices=list(data.SOURCES), help="Source of the images (default: digits).")
-    add("--data", metavar="URI", help="Path or s3:// URI of the images; required for every source but digits.")
+    add("--data", metavar="URI", help="Path or s3:// URI of the images; required but for digits.")
     add("--split", default=split, help=f"{split_help} (default: {split}).")
-    about = "Names in the data of image, label, image_id or split, as in image=img label=fine_label."
+    about = "The data's names of image, label, image_id or split, as in image=img label=fine_label."
     add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=about)
     return group
 
@@ -97,10 +97,10 @@ def number_or_auto(text: str) -> Any:
 def add_resource_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags of the actor plan in a group of their own, which is returned."""
     add = (group := parser.add_argument_group("resources")).add_argument
-    add("--actors", type=int, metavar="N", help="Number of processes that search (default: as many as are useful).")
-    about = "GPUs of each actor; a fraction lets several share one (default: 1 where there are GPUs, else 0)."
+    add("--actors", type=int, metavar="N", help="Number of searching processes (default: as many as are useful).")
+    about = "GPUs of each actor; a fraction shares one (default: 1 if there are GPUs, else 0)."
     add("--gpus-per-actor", type=float, metavar="X", help=about)
-    about = "Plan for N nodes where the job cannot see how many an autoscaler may bring, as on Kubernetes."
+    about = "Plan for N nodes if the autoscaler's limit is not visible to the job, as on Kubernetes."
     add("--max-nodes", type=int, metavar="N", help=about)
     return group
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Explain a whole data set: for every image and every other class, the closest picture that is seen as that class.
+"""Explain a data set: for every image and every other class, a similar picture that is classified as that class.
 
-Plans shards; reads, searches, writes and commits them over Ray; verifies the result. The same command resumes a run
-that was cut, and reports one that is complete. Exit codes: 0 complete, 1 incomplete (run it again), 2 bad input.
+Reads, searches and writes the images by shards over Ray, then verifies the result. The same command resumes an
+interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete (run it again), 2 bad input.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ def new_parser() -> ArgumentParser:
     add = group.add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
     add("--limit", type=int, metavar="N", help="Explain only the first N of these images.")
-    add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to carry into codes, or all.")
+    add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to copy into codes, or all.")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--predictions", metavar="FILE", help="Parquet file of your model's classes or probabilities, by image_id.")
-    add("--predictor", metavar="MODEL", help="Your own model, which is then explained: FILE.onnx or module:function.")
+    add("--predictions", metavar="FILE", help="Your model's classes or probabilities by image_id, Parquet or CSV.")
+    add("--predictor", metavar="MODEL", help="Your own model, to be explained: FILE.onnx or module:function.")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="URI", help="Model directory (default: runs/DATASET/model, trained for digits if missing).")
     add = (search := parser.add_argument_group("search")).add_argument
-    add("--method", default="clarity", choices=list(METHODS), help="Method that searches (default: clarity).")
-    add("--targets", nargs="+", default=["all"], metavar="CLASS", help="Names of the wanted classes (default: all).")
-    about = "Probability of the target to exceed; auto: what real images of each class reach, 0.99 at most"
+    add("--method", default="clarity", choices=list(METHODS), help="Search method (default: clarity).")
+    add("--targets", nargs="+", default=["all"], metavar="CLASS", help="Target classes, by name (default: all).")
+    about = "Probability of the target to exceed; auto: what real images of each class reach, at most 0.99"
     add("--min-target-prob", type=driver.number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
     driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
     driver.add_config_flags(search, Requirements())
-    add("--engine", default="auto", choices=["auto", *ENGINES], help="Engine (default: auto, the fastest that fits).")
+    add("--engine", default="auto", choices=["auto", *ENGINES], help="Search engine (default: auto, the fastest).")
     add("--trace", type=int, default=0, metavar="N", help="Trace the searches of the first N images (default: 0).")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="URI", help="Audit directory (default: runs/DATASET/audit, or audit-METHOD).")
-    add("--images", default="png", choices=["png", "none"], help="Write images as PNG, or codes alone (default: png).")
-    add("--shard-rows", type=int, metavar="N", help="Images of a shard (default: by their size and the method's pace).")
-    add("--dry-run", action="store_true", help="Measure a few images, print what would be done, and write nothing.")
-    add("--no-report", action="store_true", help="Write no HTML report at the end.")
+    add("--images", default="png", choices=["png", "none"], help="Write pictures as PNG, or only codes (default: png).")
+    add("--shard-rows", type=int, metavar="N", help="Images of a shard (default: by image size and method).")
+    add("--dry-run", action="store_true", help="Measure a few images, print the plan, write nothing.")
+    add("--no-report", action="store_true", help="Write no HTML report.")
     driver.add_resource_flags(parser)
     return parser
 

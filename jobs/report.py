@@ -22,8 +22,8 @@ def new_parser() -> argparse.ArgumentParser:
     parser.add_argument("audits", nargs="+", metavar="AUDIT", help="Audit directories, local or s3://.")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="URI", help="File to write (default: report.html in the first audit).")
-    add("--image", action="append", default=[], metavar="ID", help="Embed an image besides the sample; repeatable.")
-    about = "Class names whose examples are embedded first; repeatable."
+    add("--image", action="append", default=[], metavar="ID", help="Embed this image too; repeatable.")
+    about = "Embed more examples of this class pair; repeatable."
     add("--pair", action="append", default=[], type=pair, metavar="SOURCE:TARGET", help=about)
     return parser
 

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""Train a model on Ray Train: the VAE on all workers together, then the ensemble's members, each worker its own.
+"""Train a model on Ray Train: the VAE on all workers together, then the ensemble's members divided among them.
 
-Plans, checks, and trains in two trainers; the same command resumes a run that was cut, with any number of workers, adds
-what is missing to a finished model (``--image-members``, ``--folds``), and reports one that lacks nothing. Exit codes:
-0 the model is finished, 1 interrupted (run it again), 2 bad input.
+The same command resumes an interrupted run, with any number of workers, and adds what a finished model lacks
+(--image-members, --folds). Exit codes: 0 finished, 1 interrupted (run it again), 2 bad input.
 """
 
 from __future__ import annotations
@@ -40,35 +39,34 @@ def new_parser() -> argparse.ArgumentParser:
     parser = driver.new_parser(__doc__)
     group = driver.add_data_flags(parser, "train", "Part of the data to train on: train, validation, test or all")
     add = group.add_argument
-    add("--download", action="store_true", help="Fetch what is missing of mnist into --data first.")
+    add("--download", action="store_true", help="Download mnist into --data if it is missing.")
     add(
         "--held-out",
         default="held-out",
         metavar="SPLIT",
-        help="Part of the data to measure on: held-out (the default, "
-        "which is test, else validation), a split, or none.",
+        help="Part of the data to measure on: a split, none, or held-out: test, else validation (default: held-out).",
     )
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
     add(
         "--recipe",
         choices=RECIPES,
-        help="Where values come from that are not given: the paper's, or (auto) a search on the training split for the "
-        "code, the KL weight and the adversary's step (default: paper for digits, mnist and beta_vae, else auto).",
+        help="Values that are not given: the paper's, or (auto) searched on the training split: latent dimensions, KL "
+        "weight, adversary's step (default: paper for digits, mnist and beta_vae, else auto).",
     )
-    add("--latent-dim", type=int, metavar="N", help=f"Length D of a code ({of_vaes('latent_dim')}).")
+    add("--latent-dim", type=int, metavar="N", help=f"Latent dimensions ({of_vaes('latent_dim')}).")
     add("--channels", type=int, nargs="+", metavar="N", help=f"Channels of the encoder ({of_vaes('channels')}).")
     add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
-    add("--loss", help=f"Loss of the reconstruction ({of_vaes('loss')}).")
+    add("--loss", help=f"Reconstruction loss ({of_vaes('loss')}).")
     add(
         "--image-size",
         type=int,
         nargs="+",
         metavar="N",
-        help="Side, or height and width, of the model's images (default: from the data).",
+        help="Side, or height and width, of the images (default: from the data).",
     )
     add("--mode", choices=["L", "RGB"], help="Grey or colour (default: from the data).")
-    add("--center-crop", type=int, metavar="N", help="Side of the centred square taken of larger images first.")
+    add("--center-crop", type=int, metavar="N", help="Side of the centred square to crop to first.")
     members, hidden = EnsembleConfig.num_members, EnsembleConfig.hidden
     add("--num-members", type=int, default=members, metavar="N", help=f"Members of the ensemble (default: {members}).")
     add(
@@ -84,22 +82,20 @@ def new_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="Members of an image ensemble, which methods in image space need (default: 0).",
+        help="Members of an image ensemble, for the methods that need one (default: 0).",
     )
     add(
         "--folds",
         type=int,
         default=0,
         metavar="N",
-        help="Ensembles that each leave a part of the training split out, "
-        "with which its images are explained (default: 0).",
+        help="Ensembles that each leave out a part of the training split, to explain it with (default: 0).",
     )
     add(
         "--judge-updates",
         type=int,
         metavar="N",
-        help="Updates of the held-out judge, an image network that only judges pictures; 0 trains none "
-        "(default: by the number of images).",
+        help="Updates of the held-out judge; 0: no judge (default: by the number of images).",
     )
     for prefix, training in TRAININGS.items():
         driver.add_config_flags(
@@ -114,19 +110,19 @@ def new_parser() -> argparse.ArgumentParser:
         type=int,
         default=VAETraining.seed,
         metavar="N",
-        help=f"Seed of everything random (default: {VAETraining.seed}).",
+        help=f"Random seed of the training (default: {VAETraining.seed}).",
     )
     add(
         "--precision",
         default="auto",
         choices=PRECISIONS,
-        help="Precision of convolutions; auto is bf16 on GPUs, else fp32 (default: auto).",
+        help="Precision of convolutions; auto: bf16 on GPUs, else fp32 (default: auto).",
     )
     add(
         "--workers",
         type=int,
         metavar="N",
-        help="Training processes (default: one for each GPU; else one for each CPU, or node for the VAE).",
+        help="Training processes (default: one a GPU, else one a CPU; for the VAE one a node).",
     )
     return parser
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check an audit against its plan: files and sums, images, pairs, order, contents; decode a sample of it again.
+"""Verify an audit against its plan: files, sums, images, pairs, order and contents; decode a sample again.
 
 Exit codes: 0 complete and sound, 1 not, 2 no audit there.
 """
@@ -23,7 +23,7 @@ def new_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = driver.new_parser(__doc__)
     parser.add_argument("audit", help="Audit directory, local or s3://.")
-    about = "Drop the commits of unsound shards, so that the next run of explain_all.py redoes exactly these."
+    about = "Drop the commits of unsound shards; the next run of explain_all.py redoes them."
     parser.add_argument("--repair", action="store_true", help=about)
     return parser
 

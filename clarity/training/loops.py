@@ -41,10 +41,10 @@ class VAETraining:
     """How the VAE is trained.
 
     Args:
-        epochs: passes over the images.
-        min_updates: a small data set is passed over more often, up to this many updates.
-        batch_size: images in an update, of all workers together.
-        learning_rate: peak of a one-cycle schedule (Smith and Topin 2018).
+        epochs: passes over the data.
+        min_updates: minimum number of updates; a small data set gets more epochs.
+        batch_size: images of an update, over all workers.
+        learning_rate: peak of the one-cycle schedule (Smith and Topin 2018).
         seed: of the weights, the order and the noise.
     """
 
@@ -64,11 +64,11 @@ class EnsembleTraining:
 
     Args:
         epochs: passes over the data.
-        min_updates: a small data set is passed over more often, up to this many updates.
-        batch_size: rows that each member sees in an update.
-        learning_rate: at the start of a cosine decay.
-        adversarial_eps: FGSM step (Goodfellow et al. 2015): in standard deviations of the codes, or in pixel values.
-        balance: weight of a class, as a power of one over its share of the images: 0 is none, 1 makes all count alike.
+        min_updates: minimum number of updates; a small data set gets more epochs.
+        batch_size: rows of an update, for each member.
+        learning_rate: at the start of the cosine decay.
+        adversarial_eps: FGSM step (Goodfellow et al. 2015), in standard deviations of the codes, or in pixel values.
+        balance: class weights, as a power of the inverse class frequency; 0: none, 1: all classes count equally.
         seed: with a member's number, of its weights, order and noise.
     """
 
