@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import string
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any, Literal, TypeVar
 
@@ -51,13 +51,8 @@ class Picture(Figure):
     def _repr_png_(self) -> bytes:
         return self.render("png")
 
-    def render(self, suffix: str, settings: Mapping[str, Any] | None = None) -> bytes:
-        """The bytes of the figure as a png, pdf or svg file, identical at every call.
-
-        Args:
-            suffix: png, pdf or svg.
-            settings: of matplotlib's rcParams, over ``STYLE``.
-        """
+    def render(self, suffix: str) -> bytes:
+        """The bytes of the figure as a png, pdf or svg file, identical at every call."""
         if suffix not in ("png", "pdf", "svg"):
             raise ValueError(f"suffix: expected png, pdf or svg, got {suffix!r}")
         metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
@@ -65,7 +60,7 @@ class Picture(Figure):
         for text in self.findobj(Text):
             if lacking := set(text.get_text()) - characters(font_manager.findfont(FONT)):
                 text.set_fontfamily([FONT, *sorted(filter(None, map(font_with, lacking)))])
-        with style.context(["default", STYLE, dict(settings or {})]), warnings.catch_warnings():
+        with style.context(["default", STYLE]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font has the letter
             self.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.04, metadata=metadata)
         return buffer.getvalue()

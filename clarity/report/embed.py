@@ -25,7 +25,7 @@ from clarity.report.view import Decoder, View
 FIELDS = (
     *("target", "source", "status", "converged", "steps", "distance", "target_prob", "epistemic", "aleatoric"),
     *("reencoded", "reencoded_prob", "judge", "judge_prob", "predicted_prob", "confirmed", "rungs"),
-    *("cf", "path", "path_prob", "path_text", "path_step"),
+    *("cf", "path", "path_prob", "path_text"),
 )
 #: Mean changes by class pair are embedded up to this number of classes.
 MAX_CHANGE_CLASSES = 24
@@ -43,15 +43,6 @@ class Embedded:
     tiles: dict[tuple[str, int], int]
     reconstructions: dict[str, int]
     change: list[list[int]] | None
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Codes (T, D) along the way of a pair; target probabilities and steps where the search was recorded."""
-
-    z: np.ndarray
-    target_prob: np.ndarray | None = None
-    steps: tuple[int, ...] = ()
 
 
 def text_of(value: float | None, write: Callable[[float], str] = number) -> str:
@@ -97,15 +88,8 @@ def codes_of(view: View, image_ids: Sequence[str]) -> list[dict[str, Any]]:
     return view.table("SELECT * FROM codes SEMI JOIN wanted_images USING (image_id) ORDER BY image_id").to_pylist()
 
 
-def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded:
-    """Decodes what the audit does not store, and adds its pictures to the tiles.
-
-    Args:
-        view: the audit.
-        sample: what is embedded.
-        path: pictures of the path of a recorded search.
-        tiles: of the page.
-    """
+def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
+    """Decodes what the audit does not store, and adds its pictures to the tiles."""
     keys = list(sample.frames)
     ids, targets = pa.array([key[0] for key in keys], pa.string()), pa.array([key[1] for key in keys], pa.int32())
     view.con.register("wanted", pa.table({"image_id": ids, "target": targets}))
@@ -118,7 +102,7 @@ def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded
     if view.decoder is not None and codes:
         decoded = view.decoder.pictures(np.array(list(codes.values()), np.float32).reshape(len(codes), -1))
         reconstructions = {image_id: tiles.add(picture) for image_id, picture in zip(codes, decoded)}
-    paths = {} if view.decoder is None else embed_paths(view, view.decoder, rows, codes, sample, path, tiles)
+    paths = {} if view.decoder is None else embed_paths(view.decoder, rows, codes, sample, tiles)
     pictures = counterfactual_tiles(view, rows, tiles)
     has_predictor = any(row["prediction_target_prob_final"] is not None for row in rows)
     by_image: dict[str, list[list[Any]]] = {}
@@ -141,7 +125,7 @@ def embed_audit(view: View, sample: Sample, path: int, tiles: Tiles) -> Embedded
                 row["confirmed"],
                 row["rungs"],
                 pictures[key],
-                *paths.get(key, ([], [], [], [])),
+                *paths.get(key, ([], [], [])),
             ]
         )
     return Embedded(by_image, pictures, reconstructions, embed_change(view, tiles))
@@ -172,60 +156,29 @@ def embed_change(view: View, tiles: Tiles) -> list[list[int]] | None:
 
 
 def embed_paths(
-    view: View,
-    decoder: Decoder,
-    rows: list[dict[str, Any]],
-    codes: dict[str, list[float]],
-    sample: Sample,
-    path: int,
-    tiles: Tiles,
-) -> dict[tuple[str, int], tuple[list[int], list[float | None], list[str], list[int]]]:
-    """Tiles, target probabilities, their texts, and steps along the way of each pair whose path is embedded.
-
-    The recorded steps of the search where the audit traced the image; else equal parts of the segment from z to z_cf,
-    and no steps.
-    """
-    traces = traces_of(view)
-    walks: dict[tuple[str, int], Walk] = {}
+    decoder: Decoder, rows: list[dict[str, Any]], codes: dict[str, list[float]], sample: Sample, tiles: Tiles
+) -> dict[tuple[str, int], tuple[list[int], list[float | None], list[str]]]:
+    """Tiles, target probabilities and their texts at equal steps of the segment from z to z_cf of each pair."""
+    walks: dict[tuple[str, int], np.ndarray] = {}
     for row in rows:
-        key = (row["image_id"], row["target"])
-        frames = sample.frames[key] or (path if key in traces else 0)
-        if not frames or row["z_cf"] is None or row["image_id"] not in codes:
-            continue
-        along = np.arange(1, frames + 1) / (frames + 1)
-        if key in traces:
-            trace = traces[key]
-            chosen = np.unique(np.round(along * (len(trace["steps"]) - 1)).astype(int))
-            z, probs = np.array(trace["codes"], np.float32)[chosen], np.array(trace["probs"])[chosen]
-            walks[key] = Walk(z, probs, tuple(trace["steps"][i] for i in chosen))
-        else:
-            z, z_cf = np.array(codes[row["image_id"]], np.float32), np.array(row["z_cf"], np.float32)
-            walks[key] = Walk(z + along[:, None].astype(np.float32) * (z_cf - z))
+        image_id, target = row["image_id"], row["target"]
+        frames = sample.frames[image_id, target]
+        if frames and row["z_cf"] is not None and image_id in codes:
+            z, z_cf = np.array(codes[image_id]), np.array(row["z_cf"])
+            along = np.arange(1, frames + 1)[:, None] / (frames + 1)
+            walks[image_id, target] = (z + along * (z_cf - z)).astype(np.float32)
     if not walks:
         return {}
-    points = np.concatenate([walk.z for walk in walks.values()])
+    points = np.concatenate(list(walks.values()))
     pictures = decoder.pictures(points)
-    probs = decoder.probabilities(points, [key[0] for key, walk in walks.items() for _ in walk.z])
+    probs = decoder.probabilities(points, [image_id for (image_id, _), walk in walks.items() for _ in walk])
     paths, end = {}, 0
     for (image_id, target), walk in walks.items():
-        start, end = end, end + len(walk.z)
-        along = probs[start:end, target] if walk.target_prob is None else walk.target_prob
+        start, end = end, end + len(walk)
+        along = probs[start:end, target].tolist()
         paths[image_id, target] = (
             [tiles.add(picture) for picture in pictures[start:end]],
-            [round(float(p), 3) if math.isfinite(p) else None for p in along],
-            [text_of(float(p), probability) for p in along],
-            list(walk.steps),
+            [round(p, 3) if math.isfinite(p) else None for p in along],
+            [text_of(p, probability) for p in along],
         )
     return paths
-
-
-def traces_of(view: View) -> dict[tuple[str, int], dict[str, Any]]:
-    """Steps, target probabilities and codes of the wanted pairs whose search the audit recorded."""
-    if view.audit.traces is None:
-        return {}
-    view.con.register("traces", view.audit.traces)
-    table = view.table(
-        "SELECT image_id, target, list(step ORDER BY step) AS steps, list(target_prob ORDER BY step) AS probs, "
-        "list(z ORDER BY step) AS codes FROM traces SEMI JOIN wanted USING (image_id, target) GROUP BY ALL"
-    )
-    return {(row["image_id"], row["target"]): row for row in table.to_pylist()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -18,10 +18,10 @@ from clarity.audit.queries import load_queries, load_views
 from clarity.audit.summary import warnings
 from clarity.findings.finding import Finding
 from clarity.findings.verdict import Verdict
-from clarity.report import charts, overview, tables
+from clarity.report import overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
-from clarity.report.sample import Bounds, Sample, choose
+from clarity.report.sample import MAX_EXAMPLES, Sample, choose
 from clarity.report.text import percent, plural, short_names
 from clarity.report.tiles import Tiles
 from clarity.report.view import View, open_views
@@ -46,7 +46,7 @@ def write_report(
     *,
     images: Sequence[str] = (),
     pairs: Sequence[tuple[str, str]] = (),
-    bounds: Bounds | None = None,
+    max_tiles: int = 10_000,
 ) -> Report:
     """Writes the page of one audit, or of several side by side.
 
@@ -55,22 +55,21 @@ def write_report(
         out: URI of the page; report.html in the first audit by default.
         images: ids of images to embed besides the sample, each with its counterfactuals to every class.
         pairs: (source, target) class names whose examples are embedded first, where not all fit.
-        bounds: how much is embedded.
+        max_tiles: pictures embedded at most; where 8,000,000 pixels are fewer, so many, but 2,000 at least.
 
     Raises:
         ValueError: for audits that cannot stand side by side, and unknown images or classes.
     """
     start = time.perf_counter()
-    bounds = bounds or Bounds()
     if not audits:
         raise ValueError("audits: expected at least one directory or s3:// URI, got none")
-    views = open_views(audits, bounds.sample)
+    views = open_views(audits)
     first = views[0]
-    tiles = Tiles(first.audit.plan.image_shape, bounds.side)
-    budget = bounds.budget(tiles.height * tiles.width)
-    sample = choose(views, bounds, budget, images, [class_pair(pair, first.audit.class_names) for pair in pairs])
-    embedded = [embed_audit(view, sample, bounds.path, tiles) for view in views]
-    html = render(views, sample, embedded, embed_images(views, sample.image_ids, tiles), tiles, bounds)
+    tiles = Tiles(first.audit.plan.image_shape)
+    budget = min(max_tiles, max(2_000, 8_000_000 // (tiles.height * tiles.width)))
+    sample = choose(views, budget, images, [class_pair(pair, first.audit.class_names) for pair in pairs])
+    embedded = [embed_audit(view, sample, tiles) for view in views]
+    html = render(views, sample, embedded, embed_images(views, sample.image_ids, tiles), tiles, budget)
     uri, data = out or storage.join(first.audit.uri, "report.html"), html.encode()
     storage.write_bytes(uri, data)
     return Report(
@@ -98,7 +97,7 @@ def render(
     embedded: Sequence[Embedded],
     images: dict[str, Any],
     tiles: Tiles,
-    bounds: Bounds,
+    budget: int,
 ) -> str:
     """Fills the template."""
     first, several = views[0], len(views) > 1
@@ -106,14 +105,17 @@ def render(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"plural": plural, "percent": percent, "display": storage.display}
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
+
+    def named(texts: Callable[[View], Iterable[str]]) -> list[str]:
+        return [f"{view.name}: {text}" if several else text for view in views for text in texts(view)]
+
     sections = {
         "findings": overview.told_findings(views, embedded, images, sample, tiles),
-        "clear": [f"{view.name}: {text}" if several else text for view in views for _, text in view.results.clear],
-        "not_checked": [
-            f"{view.name}: {text}" if several else text for view in views for _, text in view.results.not_checked
-        ],
-        "labels": tables.labels(first, images, bounds.listed, tiles),
-        "predictions": tables.predictions(first, sample, images, embedded[0], bounds.listed),
+        "clear": named(lambda view: [text for _, text in view.results.clear]),
+        "not_checked": named(lambda view: [text for _, text in view.results.not_checked]),
+        "warnings": named(lambda view: warnings(view.audit.plan, view.audit.commits, view.con)),
+        "labels": tables.labels(first, images, tiles),
+        "predictions": tables.predictions(first, sample, images, embedded[0]),
     }
     script = script_data(views, sample, embedded, images, tiles)
     totals = [overview.totals(view) for view in views]
@@ -125,14 +127,9 @@ def render(
         first=first,
         total=totals[0],
         sample=sample,
-        bounds=bounds,
+        max_examples=MAX_EXAMPLES,
         num_tiles=len(tiles),
-        max_tiles=bounds.budget(tiles.height * tiles.width) + len(first.class_names) ** 2,
-        warnings=[
-            f"{view.name}: {text}" if several else text
-            for view in views
-            for text in warnings(view.audit.plan, view.audit.commits, view.con)
-        ],
+        max_tiles=budget + len(first.class_names) ** 2,
         problems=[problem for view in views if (problem := overview.problem(view, several))],
         audits=[
             {
@@ -140,11 +137,6 @@ def render(
                 "uri": view.audit.uri,
                 "verdict": view.facts.verdict,
                 "figures": overview.key_figures(total, view.facts.num_images),
-                "histograms": [
-                    charts.histogram(view, "steps", "Steps to the counterfactual"),
-                    charts.histogram(view, "distance_z_l1", "Latent distance (L1 between the codes)"),
-                ],
-                "ranges": charts.ranges(view),
                 "plan": overview.plan_text(view),
             }
             for view, total in zip(views, totals)

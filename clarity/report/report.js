@@ -263,17 +263,16 @@ function rowFacts(row, t, extra) {
     get("confirmed") === null ? null : fact("confirmed", get("confirmed") ? "✓" : "no", !get("confirmed")));
 }
 function strip(row, s, t, size = small) {
-  const tiles = row[field.path], probs = row[field.path_prob], texts = row[field.path_text], steps = row[field.path_step];
+  const tiles = row[field.path], probs = row[field.path_prob], texts = row[field.path_text];
   if (!tiles || !tiles.length) return null;
-  const traced = steps.length > 0;
   const frames = tiles.map((index, i) => {
-    const where = traced ? `step ${steps[i]} of ${row[field.steps]}` : `${Math.round(100 * (i + 1) / (tiles.length + 1))} % of the way`;
+    const where = `${Math.round(100 * (i + 1) / (tiles.length + 1))} % of the way`;
     const bar = el("i");
     bar.style.width = 100 * probs[i] + "%";
     return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${texts[i]}`),
       el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, texts[i]));
   });
-  return figure(el("div", { class: "strip" }, frames), `${traced ? "recorded trace" : "straight path"}, p(${names[t]})`);
+  return figure(el("div", { class: "strip" }, frames), `straight path, p(${names[t]})`);
 }
 const rowOf = (audit, id, t) => audit.rows[id]?.find((row) => row[field.target] === t);
 function example(id, s, t) {

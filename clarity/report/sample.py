@@ -6,7 +6,6 @@ The choice depends on the tables alone, so that a page is the same at each call.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,35 +19,9 @@ from clarity.report.view import View
 KINDS = ("closest", "median", "hardest", "failed")
 #: Examples of each kind for each class pair, and pictures of the path to each: the most generous choice first.
 GENEROSITY = ((3, 5), (3, 3), (2, 3), (1, 3), (1, 0))
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How much of an audit a page embeds: the same for a thousand pairs and for a million.
-
-    Args:
-        pixels: all embedded pictures together, in pixels; what fits of them is chosen in a fixed order.
-        min_tiles: pictures embedded even where they have more pixels than that.
-        max_tiles: pictures embedded even where they have fewer.
-        side: larger pictures are reduced to this side.
-        examples: of each kind (closest, median, hardest, failed) for each class pair.
-        path: decoded steps between the two codes of an example.
-        sample: pairs behind the mean changes.
-        listed: rows of the tables of suspicious labels, and of disagreements with the predictions handed in.
-    """
-
-    pixels: int = 8_000_000
-    min_tiles: int = 2_000
-    max_tiles: int = 10_000
-    side: int = 96
-    examples: int = 3
-    path: int = 5
-    sample: int = 4_500
-    listed: int = 40
-
-    def budget(self, pixels: int) -> int:
-        """How many pictures of that many pixels are embedded."""
-        return max(self.min_tiles, min(self.max_tiles, self.pixels // pixels))
+MAX_EXAMPLES = GENEROSITY[0][0]
+#: Images to look up at most, and rows of the tables of suspicious labels and of disagreements.
+MAX_IMAGES, LISTED = 240, 40
 
 
 @dataclass(frozen=True)
@@ -72,23 +45,20 @@ class Sample:
         return sorted({image_id for image_id, _ in self.frames} | set(self.lookup))
 
 
-def choose(
-    views: Sequence[View], bounds: Bounds, budget: int, images: Sequence[str], pairs: Sequence[tuple[int, int]]
-) -> Sample:
+def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Sample:
     """Chooses from the first audit, of at most ``budget`` pictures.
 
     Args:
         views: the page's audits.
-        bounds: of the page.
         budget: pictures to embed.
         images: ids to look up besides those chosen.
         pairs: class pairs whose examples come first.
     """
     first = views[0]
-    ranked = ranked_examples(first, bounds.examples)
-    chosen, used = fitting_examples(views, ranked, bounds, budget, pairs)
-    lookup = choose_images(views, images, max(budget - used, budget // 6))
-    disagreements = choose_disagreements(first, bounds.listed)
+    ranked = ranked_examples(first)
+    chosen, used = fitting_examples(views, ranked, int(budget * 0.8), pairs)
+    lookup = choose_images(views, images, budget - used)
+    disagreements = choose_disagreements(first)
     frames = {(row["image_id"], row["target"]): row["frames"] for row in chosen}
     others = [example for view in views for finding in view.findings for example in finding.examples[:6]]
     others += [(row["image_id"], row["prediction"]) for row in disagreements]
@@ -102,8 +72,8 @@ def choose(
     return Sample(examples, lookup, disagreements, frames, len(ranked))
 
 
-def ranked_examples(view: View, count: int) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """Up to ``count`` examples of each kind for each class pair, by latent distance; failed ones by probability."""
+def ranked_examples(view: View) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """Up to MAX_EXAMPLES examples of each kind for each class pair, by latent distance; failed ones by probability."""
     table = view.table(
         """
         WITH ranked AS (
@@ -116,13 +86,15 @@ def ranked_examples(view: View, count: int) -> dict[tuple[int, int], list[dict[s
         SELECT image_id, source, target,
                CASE WHEN NOT converged THEN 'failed' WHEN near <= $each THEN 'closest'
                     WHEN near > n - $each THEN 'hardest' ELSE 'median' END AS kind,
-               CASE WHEN NOT converged OR near <= $each THEN near WHEN near > n - $each THEN n + 1 - near
-                    ELSE abs(2 * near - n - 1) END AS rank
-        FROM ranked
-        WHERE near <= $each OR (converged AND (near > n - $each OR abs(2 * near - n - 1) < $each + n % 2))
-        ORDER BY source, target, list_position($kinds, kind), rank, near
+               row_number() OVER (
+                   PARTITION BY source, target, kind
+                   ORDER BY CASE kind WHEN 'hardest' THEN -near WHEN 'median' THEN abs(2 * near - n - 1) ELSE near END,
+                            near
+               ) AS rank
+        FROM ranked QUALIFY rank <= $each
+        ORDER BY source, target, list_position($kinds, kind), rank
         """,
-        {"each": count, "kinds": list(KINDS)},
+        {"each": MAX_EXAMPLES, "kinds": list(KINDS)},
     )
     by_pair: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in table.to_pylist():
@@ -133,47 +105,37 @@ def ranked_examples(view: View, count: int) -> dict[tuple[int, int], list[dict[s
 def fitting_examples(
     views: Sequence[View],
     ranked: dict[tuple[int, int], list[dict[str, Any]]],
-    bounds: Bounds,
-    budget: int,
+    room: int,
     pairs: Sequence[tuple[int, int]],
 ) -> tuple[list[dict[str, Any]], int]:
     """The examples that fit, with the frames of their paths, and how many pictures they are.
 
-    Class pairs asked for come first, then those of findings, then the nearest. All are treated with the most generous
-    choice that fits them all; where none does, the first get the smallest. The first dozen always get everything.
+    Class pairs asked for come first, then those of findings, then the nearest. All get the most generous choice that
+    fits them all; where none does, as many as fit get the smallest.
     """
     told = [pair for view in views for finding in view.findings for pair in finding.pairs]
-    distance = views[0].facts.pairs["median_distance"]
-    near = sorted(ranked, key=lambda pair: (np.nan_to_num(distance[pair], nan=np.inf), pair))
+    distance = np.nan_to_num(views[0].facts.pairs["median_distance"], nan=np.inf)
+    near = sorted(ranked, key=lambda pair: (distance[pair], pair))
     order = [pair for pair in dict.fromkeys([*pairs, *told[:24], *near]) if pair in ranked]
-    kinds = {pair: Counter(row["kind"] for row in ranked[pair]) for pair in order}
-    room = int(budget * 0.8) // len(views)
-
-    def cost(pair: tuple[int, int], count: int, frames: int) -> int:
-        return sum(min(n, count) for n in kinds[pair].values()) * (3 + frames)
-
-    choices = [(min(count, bounds.examples), min(frames, bounds.path)) for count, frames in GENEROSITY]
-    usual = next((c for c in choices if sum(cost(pair, *c) for pair in order) <= room), choices[-1])
-    chosen, used = [], 0
-    for i, pair in enumerate(order):
-        special = i < len(pairs) + 12
-        count, frames = (bounds.examples, bounds.path) if special else usual
-        if used + cost(pair, count, frames) > (budget if special else room):
-            continue
-        used += cost(pair, count, frames)
-        taken: Counter[str] = Counter()
-        for row in ranked[pair]:
-            taken[row["kind"]] += 1
-            if taken[row["kind"]] <= count:
-                chosen.append({**row, "frames": frames})
+    chosen: list[dict[str, Any]] = []
+    used = 0
+    for count, frames in GENEROSITY:
+        each = (3 + frames) * len(views)
+        kept = {pair: [row for row in ranked[pair] if row["rank"] <= count] for pair in order}
+        if sum(map(len, kept.values())) * each <= room:
+            break
+    for pair in order:
+        if used + len(kept[pair]) * each <= room:
+            used += len(kept[pair]) * each
+            chosen += [{**row, "frames": frames} for row in kept[pair]]
     return chosen, used
 
 
 def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> list[str]:
-    """Images embedded with all their counterfactuals: those asked for, of findings, traced, then some of each class."""
+    """Images embedded with all their counterfactuals: those asked for, of findings, then some of each class."""
     first = views[0]
     asked = known_images(first, images)
-    number = max(len(asked), min(240, room // (2 + (len(first.class_names) - 1) * len(views))))
+    number = max(len(asked), min(MAX_IMAGES, room // (2 + (len(first.class_names) - 1) * len(views))))
     told = [example[0] for view in views for finding in view.findings for example in finding.examples[:6]]
     spread = first.rows(
         """
@@ -185,11 +147,7 @@ def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> li
         """,
         {"each": max(1, math.ceil(number / len(first.class_names)))},
     )
-    traced = []
-    if first.audit.traces is not None:
-        first.con.register("traces", first.audit.traces)
-        traced = first.rows("SELECT DISTINCT image_id FROM traces ORDER BY 1 LIMIT 8")
-    chosen = dict.fromkeys([*asked, *told, *(row[0] for row in traced), *(row[0] for row in spread)])
+    chosen = dict.fromkeys([*asked, *told, *(row[0] for row in spread)])
     return list(chosen)[:number]
 
 
@@ -205,7 +163,7 @@ def known_images(view: View, images: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(images))
 
 
-def choose_disagreements(view: View, count: int) -> list[dict[str, Any]]:
+def choose_disagreements(view: View) -> list[dict[str, Any]]:
     """Images whose prediction is not the class that the ensemble sees, in order of the ensemble's certainty."""
     if not view.has_predictions:
         return []
@@ -219,5 +177,5 @@ def choose_disagreements(view: View, count: int) -> list[dict[str, Any]]:
         WHERE c.status = 'ok' AND prediction <> c.source
         ORDER BY probs[c.source + 1] DESC, c.image_id LIMIT $count
         """,
-        {"count": count},
+        {"count": LISTED},
     ).to_pylist()

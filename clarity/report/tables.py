@@ -9,7 +9,7 @@ import numpy as np
 from clarity.findings.suspicion import NEIGHBOURS
 from clarity.report.embed import Embedded, read_picture
 from clarity.report.overview import interval
-from clarity.report.sample import Sample
+from clarity.report.sample import LISTED, Sample
 from clarity.report.text import percent, plural, probability
 from clarity.report.tiles import Tiles
 from clarity.report.view import View
@@ -18,9 +18,9 @@ from clarity.report.view import View
 MIN_SUSPICION = 0.01
 
 
-def labels(view: View, images: dict[str, Any], count: int, tiles: Tiles) -> dict[str, Any]:
+def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
     """Suspicious labels, and how the ensemble agrees with the labels."""
-    rows = suspicious_labels(view, images, count, tiles)
+    rows = suspicious_labels(view, images, tiles)
     note = (
         "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "
         f"{NEIGHBOURS} nearest codes; from 0.5 on it is among the findings."
@@ -34,11 +34,11 @@ def labels(view: View, images: dict[str, Any], count: int, tiles: Tiles) -> dict
     return {"rows": rows, "confusion": confusion(view), "note": note}
 
 
-def suspicious_labels(view: View, images: dict[str, Any], count: int, tiles: Tiles) -> list[dict[str, Any]]:
+def suspicious_labels(view: View, images: dict[str, Any], tiles: Tiles) -> list[dict[str, Any]]:
     """The most suspicious labels with their pictures."""
     names, rows = view.class_names, []
     table = view.facts.suspicion
-    for row in table.slice(0, count).to_pylist():
+    for row in table.slice(0, LISTED).to_pylist():
         if row["suspicion"] < MIN_SUSPICION:
             break
         image_id = row["image_id"]
@@ -96,9 +96,7 @@ def share_row(name: str, count: int, agree: int) -> dict[str, Any]:
     return {"name": name, "count": f"{count:,}", "share": share, "meter": meter}
 
 
-def predictions(
-    view: View, sample: Sample, images: dict[str, Any], embedded: Embedded, num_listed: int
-) -> dict[str, Any] | None:
+def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Embedded) -> dict[str, Any] | None:
     """How the ensemble and the user's own model agree, by class, and where they do not."""
     if not view.has_predictions:
         return None
@@ -151,5 +149,5 @@ def predictions(
             }
             for row in sample.disagreements
         ],
-        "more": f"{total - same - len(sample.disagreements):,}" if total - same > num_listed else None,
+        "more": f"{total - same - LISTED:,}" if total - same > LISTED else None,
     }

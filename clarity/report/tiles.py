@@ -10,20 +10,21 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image
+
+MAX_SIDE = 96
 
 
 class Tiles:
     """Pictures of one size in sheets; a picture is known by its index, -1 stands for a missing one.
 
     Args:
-        image_shape: (C, H, W) of the pictures as they come.
-        side: larger pictures are reduced to it.
+        image_shape: (C, H, W) of the pictures as they come; larger ones are reduced to MAX_SIDE.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], side: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
         self.channels, height, width = image_shape
-        scale = min(1.0, side / max(height, width))
+        scale = min(1.0, MAX_SIDE / max(height, width))
         self.height, self.width = max(1, round(height * scale)), max(1, round(width * scale))
         self.columns, self.rows = max(1, 1024 // self.width), max(1, 1024 // self.height)
         self.indices: dict[bytes, int] = {}
@@ -68,12 +69,8 @@ class Tiles:
             tiles[: len(part)] = np.frombuffer(b"".join(part), np.uint8).reshape(len(part), *tiles.shape[1:])
             sheet = tiles.reshape(lines, self.columns, *tiles.shape[1:]).transpose(0, 3, 1, 4, 2)
             sheet = sheet.reshape(lines * self.height, self.columns * self.width, self.channels)
-            image = Image.fromarray(sheet[:, :, 0] if self.channels == 1 else sheet)
+            image = Image.fromarray(sheet[:, :, 0] if self.channels == 1 else sheet).convert("RGB")
             buffer = io.BytesIO()
-            kind = "webp" if features.check("webp") else "png"
-            if kind == "webp":
-                image.convert("RGB").save(buffer, "WEBP", lossless=self.channels == 1, quality=85, method=3)
-            else:
-                image.save(buffer, "PNG", optimize=True)
-            sheets.append(f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode())
+            image.save(buffer, "WEBP", lossless=self.channels == 1, quality=85, method=3)
+            sheets.append("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
         return sheets

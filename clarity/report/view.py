@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Letters of a class name on the page.
 MAX_NAME = 40
+#: Pairs behind the mean changes.
+CHANGE_PAIRS = 4_500
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,8 @@ class View:
         return self.con.sql(sql, params=parameters or {}).to_arrow_table()
 
 
-def open_views(uris: Sequence[str], sample: int) -> list[View]:
-    """Opens audits that share class names and image shape.
-
-    Args:
-        uris: of the audits.
-        sample: pairs behind the mean changes.
-    """
+def open_views(uris: Sequence[str]) -> list[View]:
+    """Opens audits that share class names and image shape."""
     audits = [read_audit(uri) for uri in uris]
     for other in audits[1:]:
         for what in ("class_names", "image_shape"):
@@ -120,7 +117,7 @@ def open_views(uris: Sequence[str], sample: int) -> list[View]:
                     f"{storage.display(audits[0].uri)} has {expected} and {storage.display(other.uri)} has {got}; "
                     "make two reports"
                 )
-    return [open_view(audit, name, sample) for audit, name in zip(audits, names_of(audits))]
+    return [open_view(audit, name) for audit, name in zip(audits, names_of(audits))]
 
 
 def names_of(audits: Sequence[Audit]) -> list[str]:
@@ -132,7 +129,7 @@ def names_of(audits: Sequence[Audit]) -> list[str]:
     return [f"{name} {i + 1}" for i, name in enumerate(directories)]
 
 
-def open_view(audit: Audit, name: str, sample: int) -> View:
+def open_view(audit: Audit, name: str) -> View:
     """Opens one audit; without a model in its directory the page has tables only."""
     attributes, model = (storage.join(audit.uri, part) for part in (ATTRIBUTES_FILE, "model"))
     others = (
@@ -149,7 +146,7 @@ def open_view(audit: Audit, name: str, sample: int) -> View:
         short_names(audit.class_names, MAX_NAME),
         config=audit.plan.config,
         card=decoder.model.card if decoder is not None else None,
-        differences=mean_changes(con, audit, decoder, sample),
+        differences=mean_changes(con, audit, decoder),
         trained_on_labels=trained_on_labels(audit),
     )
     return View(name, audit, con, decoder, facts, find(facts))
@@ -160,9 +157,7 @@ def trained_on_labels(audit: Audit) -> bool:
     return audit.plan.dataset.get("split") in ("train", "all") and not audit.plan.model.get("num_folds")
 
 
-def mean_changes(
-    con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder | None, sample: int
-) -> Differences | None:
+def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder | None) -> Differences | None:
     """Mean changes over a sample: as many pairs of each target, evenly over sources, chosen by a hash of the id."""
     num_classes = len(audit.class_names)
     table = con.sql(
@@ -179,7 +174,7 @@ def mean_changes(
         FROM counterfactuals AS p SEMI JOIN chosen USING (image_id, target) JOIN codes AS c USING (image_id)
         ORDER BY source, target, image_id
         """,
-        params={"each": max(20, sample // num_classes)},
+        params={"each": max(20, CHANGE_PAIRS // num_classes)},
     ).to_arrow_table()
     if not table.num_rows:
         return None

@@ -17,10 +17,8 @@ import pytest
 import torch
 from audits import Planted, make_tables, write_audit
 
-from clarity import schema
 from clarity.report import overview
 from clarity.report.page import Report, write_report
-from clarity.report.sample import Bounds
 from clarity.report.text import percent
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +68,7 @@ def test_report_shows_original_path_and_counterfactual(tmp_path: Path, tiny_mode
     audit = data["audits"][0]
     row = row_of(data, image_id, 3)
     assert row["cf"] >= 0 and audit["reconstructions"][image_id] >= 0
-    assert len(row["path"]) == len(row["path_prob"]) == Bounds().path and row["path_step"] == []
+    assert len(row["path"]) == len(row["path_prob"]) == 5
     assert [entry[1] for entry in data["examples"]["1-3"]].count("failed") == 3
 
 
@@ -89,29 +87,6 @@ def test_report_path_is_the_straight_line_between_the_codes(tmp_path: Path, tiny
     points = np.array(codes[image_id]) + along * (np.array(z_cf) - np.array(codes[image_id]))
     probs = torch.softmax(logits_rows(tiny_model.ensemble, torch.tensor(points, dtype=torch.float32)), -1).mean(0)
     np.testing.assert_allclose(row["path_prob"], probs[:, 2].numpy(), atol=6e-4)
-
-
-def test_report_path_is_the_recorded_one_where_the_search_was_traced(tmp_path: Path, tiny_model: Any) -> None:
-    tables = make_tables()
-    rng = np.random.default_rng(0)
-    steps = np.arange(31)
-    traces = pa.table(
-        {
-            "image_id": ["img-00000"] * 31,
-            "source": [0] * 31,
-            "target": [2] * 31,
-            "step": steps,
-            "target_prob": np.linspace(0.01, 0.99, 31),
-            **{name: np.zeros(31) for name in ("predictive", "aleatoric", "epistemic")},
-            "z": rng.normal(0, 1, (31, 5)).tolist(),
-        }
-    ).cast(schema.traces_schema(5))
-    uri = write_audit(tmp_path / "audit", tables, tiny_model, traces=traces, trace=1)
-    data = data_of(Path(write_report([uri]).uri).read_text())
-    assert "img-00000" in data["lookup"]
-    traced, straight = (row_of(data, "img-00000", target) for target in (2, 1))
-    assert traced["path_step"] == [5, 10, 15, 20, 25] and straight["path_step"] == []
-    np.testing.assert_allclose(traced["path_prob"], np.linspace(0.01, 0.99, 31)[[5, 10, 15, 20, 25]], atol=6e-4)
 
 
 def test_report_decodes_the_pictures_that_the_audit_lacks(tmp_path: Path, tiny_model: Any) -> None:
@@ -135,8 +110,7 @@ def test_report_of_codes_alone_has_numbers_and_no_pictures(tmp_path: Path) -> No
 def test_report_stays_within_its_bounds(tmp_path: Path, num_classes: int, channels: int) -> None:
     tables = make_tables(300, tuple(f"class {i}" for i in range(num_classes)), (channels, 8, 12))
     uri = write_audit(tmp_path / "a", tables)
-    bounds = Bounds(min_tiles=400, max_tiles=400)
-    made = write_report([uri], bounds=bounds)
+    made = write_report([uri], max_tiles=400)
     # The sample, and what is not a sample: the pictures beside findings, and mean changes where they are kept.
     assert made.tiles <= 400 + 120 + (num_classes**2 if num_classes <= 24 else 0)
     assert made.size < 4e6
@@ -145,13 +119,12 @@ def test_report_stays_within_its_bounds(tmp_path: Path, num_classes: int, channe
 def test_report_embeds_the_images_and_pairs_asked_for(tmp_path: Path) -> None:
     tables = make_tables(400, tuple("abcdefghijklmn"))
     uri = write_audit(tmp_path / "a", tables)
-    bounds = Bounds(min_tiles=120, max_tiles=120)
     ids = tables.codes["image_id"].to_pylist()
-    before = data_of(Path(write_report([uri], bounds=bounds).uri).read_text())
+    before = data_of(Path(write_report([uri], max_tiles=120).uri).read_text())
     image = next(i for i in ids if i not in before["lookup"])
     pair = next((s, t) for s in range(14) for t in range(14) if s != t and f"{s}-{t}" not in before["examples"])
     names = (tables.class_names[pair[0]], tables.class_names[pair[1]])
-    after = data_of(Path(write_report([uri], images=[image], pairs=[names], bounds=bounds).uri).read_text())
+    after = data_of(Path(write_report([uri], images=[image], pairs=[names], max_tiles=120).uri).read_text())
     assert image in after["lookup"] and len(after["audits"][0]["rows"][image]) == 13
     assert f"{pair[0]}-{pair[1]}" in after["examples"]
 
@@ -318,16 +291,6 @@ def test_report_shows_what_judge_and_checks_say_of_the_counterfactuals(tmp_path:
     assert row_of(data, data["examples"]["0-2"][0][0], 2)["predicted_prob"] == "– → 0.50"
     _, html = write(tmp_path / "none")
     assert "Judge sees" not in html and "judge_agreement" not in [kind["key"] for kind in data_of(html)["maps"]]
-
-
-def test_report_warns_of_data_that_the_model_does_not_know(tmp_path: Path) -> None:
-    tables = make_tables()
-    strange = pa.array([None] * len(tables.codes), tables.codes["label"].type)
-    names = pa.array(["zebra"] * len(tables.codes))
-    codes = tables.codes.set_column(tables.codes.schema.get_field_index("label"), "label", strange)
-    codes = codes.set_column(codes.schema.get_field_index("label_name"), "label_name", names)
-    html = Path(write_report([write_audit(tmp_path / "a", replace(tables, codes=codes))]).uri).read_text()
-    assert "it was trained on another data set" in html[: html.index('class="keys"')]
 
 
 def test_report_asks_for_nothing_from_outside(tmp_path: Path) -> None:
