@@ -450,7 +450,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
         "is none of",
     ),
     ("no row of the split asked for", parquet(SPLIT, split="test"), "refused", "expected one of train, all"),
-    ("directory without Parquet files", lambda root: dataset("parquet", root), "refused", "expected files *.parquet"),
+    ("directory without Parquet files", lambda root: dataset("parquet", root), "refused", "*.parquet or *.pq, in"),
     ("row group with changed bytes", broken_row_group, "error row", "found it broken: restore it"),
     ("Parquet file replaced after its listing", replaced_parquet, "error row", "found it broken: restore it"),
     # MNIST

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ from clarity.data.listing import (
     Source,
     add_notes,
     left_out,
+    names_of,
     notes,
     require_unique,
     split_named,
@@ -92,28 +94,28 @@ def open_dataset(
     if data is not None and not kind.needs_data:
         raise ValueError(f"data: expected none for {source}, which ships its own, got {storage.display(data)}")
     if kind.needs_data:
-        if not str(data or "").strip():
-            raise ValueError(f"data: expected where the images of {source} lie ({kind.doc}), got nothing: name it")
-        data = check_data(source, str(data), download)
+        data = check_data(source, str(data or "").strip(), download)
     columns = dict(columns or {})
     if unknown := sorted(set(columns) - set(kind.columns)):
-        raise ValueError(
-            f"columns: expected names of {', '.join(kind.columns) or 'none, as ' + source + ' has its own'}, got "
-            f"{', '.join(unknown)}: leave them out"
-        )
-    named = tuple(sorted(columns.items()))
-    dataset = Dataset(source, None if data is None else str(data), split, unlabelled=unlabelled, columns=named)
+        choices = names_of(kind.columns)
+        raise ValueError(f"columns: expected names of {choices} for {source}, got {names_of(unknown)}: leave them out")
+    dataset = Dataset(
+        source,
+        data if data is None else str(data),
+        split,
+        unlabelled=unlabelled,
+        columns=tuple(sorted(columns.items())),
+    )
     dataset = replace(dataset, split=choose_split(dataset))
-    if attributes:
-        choices = [name for name in kind.attributes(dataset) if name not in TAKEN] if kind.attributes else []
-        if tuple(attributes) == ("all",):
-            attributes = choices
-        if unknown := [name for name in attributes if name not in choices]:
-            raise ValueError(
-                f"attributes: expected some of {', '.join(choices) or 'none, as there are none'}, got "
-                f"{', '.join(map(repr, unknown))}: choose from these"
-            )
-    return replace(dataset, attributes=tuple(dict.fromkeys(attributes)))
+    if not attributes:
+        return dataset
+    known = [name for name in kind.attributes(dataset) if name not in TAKEN] if kind.attributes else []
+    wanted = known if tuple(attributes) == ("all",) else list(dict.fromkeys(attributes))
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(
+            f"attributes: expected some of {names_of(known)}, got {', '.join(map(repr, unknown))}: choose from these"
+        )
+    return replace(dataset, attributes=tuple(wanted))
 
 
 def choose_split(dataset: Dataset) -> str:
@@ -124,12 +126,12 @@ def choose_split(dataset: Dataset) -> str:
     named = SOURCES[dataset.source].find_splits(replace(dataset, split=wanted or "test"))
     choices = [split for split in SPLIT_NAMES if split in named] or ["train", "test"]
     if dataset.split == "held-out":
-        wanted = next((split for split in ("test", "validation") if split in choices), None)
-        if wanted is None:
+        if "train" in choices and len(choices) == 1:
             raise ValueError(
-                f"expected a test or validation split to hold out in {where_of(dataset)}, found {', '.join(choices)} "
-                "alone: name one of them or all, or for a training none"
+                f"expected a test or validation split to hold out in {where_of(dataset)}, found train alone: name it "
+                "or all, or for a training none"
             )
+        wanted = choices[-1]  # test, else validation
     if wanted not in choices:
         raise ValueError(
             f"split: expected one of {', '.join([*choices, 'all'])}, which {where_of(dataset)} has, got "
@@ -145,6 +147,9 @@ def held_out_of(dataset: Dataset) -> Dataset:
 
 def check_data(source: str, data: str, download: bool) -> str:
     """Where the data lies, absolute, once it has been downloaded if asked for and found."""
+    doc = SOURCES[source].doc
+    if not data:
+        raise ValueError(f"data: expected where the images of {source} lie ({doc}), got nothing: name it")
     if not storage.is_remote(data):
         storage.filesystem(data)
         data = os.path.abspath(os.path.expanduser(data))
@@ -153,10 +158,8 @@ def check_data(source: str, data: str, download: bool) -> str:
     if download:
         download_mnist(data)
     if not storage.exists(data):
-        raise ValueError(
-            f"{source} expects data ({SOURCES[source].doc}), found nothing at "
-            f"{storage.display(data)}: check the path, and that this machine can reach it"
-        )
+        where = f"{storage.display(data)}: check the path, and that this machine can reach it"
+        raise ValueError(f"{source} expects data ({doc}), found nothing at {where}")
     return data
 
 
@@ -181,24 +184,24 @@ def list_images(dataset: Dataset) -> pa.Table:
 
 def unify_names(listing: pa.Table) -> pa.Table:
     """The listing with each class name in one form of Unicode (NFC), and notes of names that look alike."""
-    index = listing.column_names.index("label_name")
     names = pc.unique(listing["label_name"]).drop_null()
-    composed = pc.utf8_normalize(names, form="NFC").to_pylist()
+    composed = Counter(pc.utf8_normalize(names, form="NFC").to_pylist())
     told = [
         f"the class {name!r} is written in two ways that look alike (Unicode NFC and NFD), read as one"
-        for name in sorted({name for name in composed if composed.count(name) > 1})
+        for name in sorted(composed)
+        if composed[name] > 1
     ]
-    folded: dict[str, set[str]] = {}
-    for name in composed:
-        folded.setdefault(name.casefold(), set()).add(name)
+    folded: dict[str, list[str]] = {}
+    for name in sorted(composed):
+        folded.setdefault(name.casefold(), []).append(name)
     told += [
-        f"classes whose names differ in case only: {', '.join(sorted(alike))}; rename one if they are the same"
+        f"classes whose names differ in case only: {', '.join(alike)}; rename one if they are the same"
         for alike in folded.values()
         if len(alike) > 1
     ]
-    if composed != names.to_pylist():
-        listing = listing.set_column(index, "label_name", pc.utf8_normalize(listing["label_name"], form="NFC"))
-    return add_notes(listing, told) if told else listing
+    index = listing.column_names.index("label_name")
+    listing = listing.set_column(index, "label_name", pc.utf8_normalize(listing["label_name"], form="NFC"))
+    return add_notes(listing, told)
 
 
 def class_names_of(listing: pa.Table) -> tuple[str, ...]:
@@ -283,8 +286,7 @@ def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[
         8 bits, else None.
     """
     indices = np.unique(np.linspace(0, len(listing) - 1, count).astype(int))
-    sizes, grey, largest, reasons = set(), True, None, []
-    deep: list[int] = []
+    sizes, grey, largest, deep, reasons = set(), True, None, list[int](), list[str]()
     for _, content in SOURCES[dataset.source].read_images(dataset, listing.take(indices)):
         try:
             if isinstance(content, UnreadableImage):
@@ -353,17 +355,13 @@ def read_all(
         Pixels uint8 (N, C, H, W), ids and label names of the N readable images; id -> reason of the others.
     """
     images = np.empty((len(listing), *preprocessing.image_shape), np.uint8)
-    ids: list[str] = []
-    label_names: list[str | None] = []
-    errors: dict[str, str] = {}
+    ids, label_names, errors = list[str](), list[str | None](), dict[str, str]()
     for start in range(0, len(listing), 1024):
         shard = read_images(dataset, listing.slice(start, 1024), preprocessing)
         good = shard["error"].is_null()
-        bad = shard.filter(pc.invert(good))
+        bad, shard = shard.filter(pc.invert(good)), shard.filter(good)
         errors.update(zip(bad["image_id"].to_pylist(), bad["error"].to_pylist()))
-        shard = shard.filter(good)
-        pixels = schema.matrix(shard["image"]).reshape(-1, *preprocessing.image_shape)
-        images[len(ids) : len(ids) + len(pixels)] = pixels
+        images[len(ids) : len(ids) + len(shard)] = schema.matrix(shard["image"]).reshape(-1, *images.shape[1:])
         ids += shard["image_id"].to_pylist()
         label_names += shard["label_name"].to_pylist()
     return images[: len(ids)], ids, label_names, errors

@@ -79,7 +79,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
     )
     if table and table.labels:
         listing = drop_no_label(listing)
-    return note_left_out(add_notes(listing, told) if told else listing, left_out)
+    return note_left_out(add_notes(listing, told), left_out)
 
 
 def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -84,27 +85,21 @@ def list_parts(dataset: Dataset) -> list[ParquetPart]:
     root = str(dataset.data)
     files = storage.list_files(root)
     others = [kind for kind in FOREIGN if kind[1] != "Parquet files"]
-    if files and not files[0].path and (foreign := foreign_format([storage.name(root)], others)):
-        raise ValueError(f"expected a Parquet file, {foreign}")
-    if foreign := foreign_format((file.path for file in files), TABLE_FORMATS):
-        raise ValueError(f"expected plain Parquet files in {storage.display(root)}, {foreign}")
+    foreign = foreign_format([storage.name(root)], others) if files and not files[0].path else None
+    foreign = foreign or foreign_format((file.path for file in files), TABLE_FORMATS)
     shown = [file for file in files if not re.search(r"(^|/)[._]", file.path)]
     parts = []
-    for file in shown:
+    for file in shown if not foreign else ():
         if not file.path or re.search(r"(?i)\.(parquet|pq)$", file.path):
             split, keys = read_path(dataset, file.path or storage.name(root))
             parts.append(ParquetPart(file.path, storage.join(root, file.path), file.size, split, keys))
-    if not parts and any(file.path.lower().endswith(EXTENSIONS) for file in shown):
-        raise ValueError(
-            f"expected Parquet files in {storage.display(root)}, found image files: read them with the source folder"
-        )
     if not parts:
-        raise ValueError(
-            f"expected files *.parquet or *.pq in {storage.display(root)}, "
-            f"{foreign_format(file.path for file in shown) or 'found none: check the path'}"
-        )
+        found = foreign or foreign_format(file.path for file in shown) or "found none: check the path"
+        if any(file.path.lower().endswith(EXTENSIONS) for file in shown):
+            found = "found image files: read them with the source folder"
+        raise ValueError(f"expected plain Parquet files, *.parquet or *.pq, in {storage.display(root)}, {found}")
     named = [part for part in parts if part.split]
-    if len(parts) > 1 and named and len(named) < len(parts):
+    if named and len(named) < len(parts):
         other = next(part for part in parts if not part.split)
         raise ValueError(
             f"expected the name of a split in the paths of all files of {storage.display(root)} or of none, found "
@@ -136,24 +131,18 @@ def read_path(dataset: Dataset, path: str) -> tuple[str | None, dict[str, str | 
 def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int]:
     """The listing of one file, and how many of its rows belong to no split."""
     table, columns = read_columns(dataset, part)
-    count = len(table)
-    numbered = pa.array([f"{part.path}#{row:08d}" if part.path else f"{row:08d}" for row in range(count)], pa.string())
-    ids = columns.get("image_id", numbered)
+    rows = np.arange(len(table))
+    prefix = f"{part.path}#" if part.path else ""
+    ids = columns.get("image_id", pa.array([f"{prefix}{row:08d}" for row in rows], pa.string()))
+    labels = columns.get("label", pa.nulls(len(rows), pa.string()))
+    attributes = [
+        attribute_column(part.uri, name, table[name]) if name in table.column_names else pa.nulls(len(rows))
+        for name in dataset.attributes
+    ]
     keep, others = rows_of_split(dataset, part, columns.get("split"), ids)
-    kept, mask = int(keep.sum()), pa.array(keep)
-    listing = make_listing(
-        dataset,
-        ids.filter(mask),
-        [part.path] * kept,
-        np.flatnonzero(keep),
-        [part.size] * kept,
-        columns.get("label", pa.nulls(count, pa.string())).filter(mask),
-        [
-            attribute_column(part.uri, name, table[name]).filter(mask) if name in table.column_names else pa.nulls(kept)
-            for name in dataset.attributes
-        ],
-    )
-    return listing, others
+    same = [[value] * len(rows) for value in (part.path, part.size)]
+    listing = make_listing(dataset, ids, same[0], rows, same[1], labels, attributes)
+    return listing.filter(pa.array(keep)), others
 
 
 def read_columns(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, dict[str, pa.Array]]:
@@ -169,10 +158,7 @@ def read_columns(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, dict[st
                 f"columns: expected {names_of(missing)} in {storage.display(part.uri)}, found columns "
                 f"{names_of(fields.names)}: choose from these"
             )
-        try:
-            table = storage.attempt("read", part.uri, lambda: parquet.read(wanted))
-        except pa.ArrowException as error:
-            raise broken_file(part.uri, error) from None
+        table = read_whole(part.uri, parquet, wanted)
     columns = {name: text_column(part.uri, column, table[column]) for name, column in names.items() if column in wanted}
     for name in ("label", "split"):
         if names[name] in part.keys:
@@ -214,18 +200,16 @@ def image_kind(dataset: Dataset, uri: str, parquet: pq.ParquetFile) -> str:
             f"expected a column {name} in {storage.display(uri)}, found columns {names_of(fields.names)}: say which "
             f"one holds the images, as in columns image={likely}"
         )
-    kind = kind_of(fields.field(name).type)
-    if kind is None and is_text(fields.field(name).type):
-        return "path"
+    found = fields.field(name).type
+    kind = "path" if is_text(found) else kind_of(found)
     if kind is None:
         raise ValueError(
-            f"expected a column {name} of bytes or struct<bytes, path> in {storage.display(uri)}, found "
-            f"{fields.field(name).type}: store the files of the images in it"
+            f"expected a column {name} of bytes or struct<bytes, path> in {storage.display(uri)}, found {found}: store "
+            "the files of the images in it"
         )
-    if kind == "struct" and fields.field(name).type.get_field_index("path") >= 0:
+    if kind == "struct" and found.get_field_index("path") >= 0:
         nulls = null_count(parquet, f"{name}.bytes")
-        if nulls and nulls == parquet.metadata.num_rows:
-            return "path"
+        return "path" if nulls and nulls == parquet.metadata.num_rows else kind
     return kind
 
 
@@ -253,13 +237,12 @@ def null_count(parquet: pq.ParquetFile, leaf: str) -> int | None:
 def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile) -> None:
     """Raises ValueError where a file holds paths instead of images, and none of the first is there."""
     name = dataset.column("image")
-    struct = pa.types.is_struct(parquet.schema_arrow.field(name).type)
-    leaf = f"{name}.path" if struct else name
+    leaf = f"{name}.path" if pa.types.is_struct(parquet.schema_arrow.field(name).type) else name
     batch = next(parquet.iter_batches(16, columns=[leaf], use_threads=False), None)
     if batch is None:
         return
-    column = batch.column(0).field("path") if struct else batch.column(0)
-    paths = [path for path in column.to_pylist() if path]
+    values = batch.column(0).to_pylist()
+    paths = [path for value in values if (path := value["path"] if isinstance(value, dict) else value)]
     if not any(storage.exists(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
         what = f"paths such as {paths[0]!r}, with no file there" if paths else "only null"
         raise ValueError(
@@ -349,11 +332,10 @@ def read_part(dataset: Dataset, uri: str, numbers: np.ndarray) -> Iterator[tuple
         if not len(ends) or numbers[-1] >= ends[-1]:
             raise ValueError("fewer rows than were listed")
         name, kind = dataset.column("image"), image_kind(dataset, uri, parquet)
-        leaves = [name]
-        if pa.types.is_struct(parquet.schema_arrow.field(name).type):
-            has_paths = parquet.schema_arrow.field(name).type.get_field_index("path") >= 0
-            paths = [f"{name}.path"] if has_paths and null_count(parquet, f"{name}.bytes") != 0 else []
-            leaves = paths if kind == "path" else [f"{name}.bytes", *paths]
+        leaves, column = [name], parquet.schema_arrow.field(name).type
+        if pa.types.is_struct(column):
+            has_paths = column.get_field_index("path") >= 0 and null_count(parquet, f"{name}.bytes") != 0
+            leaves = [f"{name}.bytes"] * (kind != "path") + [f"{name}.path"] * has_paths
         groups = np.searchsorted(ends, numbers, side="right")
         for group in np.unique(groups):
             pending = np.flatnonzero(groups == group).tolist()
@@ -387,18 +369,15 @@ def read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaves: list[s
     """One row group in batches of about 4 MiB; after a transient error it is read again up to where it was."""
     info = parquet.metadata.row_group(group)
     rows = int(np.clip((4 << 20) * info.num_rows // max(1, info.total_byte_size), 1, 1024))
-    stream: Iterator[pa.RecordBatch] | None = None
-    done = 0
+    fresh = functools.partial(parquet.iter_batches, rows, row_groups=[group], columns=leaves, use_threads=False)
+    stream, done = fresh(), 0
 
     def step() -> pa.RecordBatch | None:
         nonlocal stream
-        if stream is None:
-            fresh = parquet.iter_batches(rows, row_groups=[group], columns=leaves, use_threads=False)
-            stream = itertools.islice(fresh, done, None)
         try:
             return next(stream, None)
         except OSError:
-            stream = None
+            stream = itertools.islice(fresh(), done, None)
             raise
 
     while (batch := storage.attempt("read", uri, step)) is not None:
@@ -422,17 +401,17 @@ def column_splits(dataset: Dataset, uri: str) -> set[str]:
     with storage.open_parquet(uri) as parquet:
         if name not in parquet.schema_arrow.names:
             return set()
-        try:
-            column = storage.attempt("read", uri, lambda: parquet.read([name]))[name]
-        except pa.ArrowException as error:
-            raise broken_file(uri, error) from None
+        column = read_whole(uri, parquet, [name])[name]
     values = pc.unique(text_column(uri, name, column)).to_pylist()
     return {split for value in values if (split := split_named(value))}
 
 
-def broken_file(uri: str, error: Exception) -> ValueError:
-    """What is said of a file that turns out broken as it is read."""
-    return ValueError(f"expected a whole Parquet file, found {storage.display(uri)}, broken ({error})")
+def read_whole(uri: str, parquet: pq.ParquetFile, names: list[str]) -> pa.Table:
+    """Some columns of a file; ValueError where it turns out broken as it is read."""
+    try:
+        return storage.attempt("read", uri, lambda: parquet.read(names))
+    except pa.ArrowException as error:
+        raise ValueError(f"expected a whole Parquet file, found {storage.display(uri)}, broken ({error})") from None
 
 
 def parquet_attributes(dataset: Dataset) -> list[str]:

@@ -64,7 +64,7 @@ def test_folder_does_not_make_up_a_split(split: str, tmp_path: Path) -> None:
     write_images(tmp_path, "train/a/1.png", "train/b/2.png")
     with pytest.raises(ValueError, match=f"split: expected one of train, all, which .* has, got '{split}'"):
         data.open_dataset("folder", tmp_path, split)
-    with pytest.raises(ValueError, match=r"a test or validation split to hold out in .*, found train alone: name one"):
+    with pytest.raises(ValueError, match=r"a test or validation split to hold out in .*, found train alone: name it"):
         data.open_dataset("folder", tmp_path, "held-out")
 
 
