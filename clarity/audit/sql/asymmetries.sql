@@ -1,4 +1,4 @@
--- Pairs of classes where one direction asks for a larger change than the other.
+-- Class pairs of which one direction takes a larger change than the other.
 -- Parameters: {"count": 10}
 SELECT hard.source_name, hard.target_name,
        round(hard.median_distance, 2) AS distance,

@@ -1,4 +1,4 @@
--- A join with one's own table: a view or table named metadata with the columns image_id and segment.
+-- A join with your own table or view metadata, with the columns image_id and segment.
 SELECT segment,
        count(DISTINCT image_id) AS images,
        count(*) AS pairs,

@@ -1,4 +1,4 @@
--- Class-pair matrix: how every class becomes every other. Medians are over the pairs that converged.
+-- Figures of every class pair; medians are over the pairs that converged.
 SELECT source, source_name, target, target_name, pairs,
        round(strict_validity, 4) AS strict_validity,
        round(reencoded_agreement, 4) AS reencoded_agreement,

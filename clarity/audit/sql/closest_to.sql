@@ -1,4 +1,4 @@
--- The images of one class that are closest to being another: which images of class 4 are closest to being a 9?
+-- The images of one class that are closest to another.
 -- Parameters: {"source": "4", "target": "9", "count": 10}
 SELECT image_id, steps, round(distance_z_l1, 2) AS distance,
        round(target_prob_initial, 4) AS target_prob_initial,

@@ -1,4 +1,4 @@
--- Images whose label the ensemble does not see, the least probable label first (SQL counts from 1).
+-- Images that are not classified as their label, the least probable label first.
 -- Parameters: {"count": 10}
 SELECT image_id, label_name, source_name,
        round(probs[label + 1], 4) AS label_prob,

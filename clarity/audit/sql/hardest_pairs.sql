@@ -1,4 +1,4 @@
--- The class pairs that ask for the largest change: pairs that mostly fail first, then by median latent distance.
+-- The class pairs that take the largest change: those that mostly fail first, then by median latent distance.
 -- Parameters: {"count": 10}
 SELECT source_name, target_name, pairs,
        round(strict_validity, 4) AS strict_validity,

@@ -1,4 +1,4 @@
--- The nearest counterfactual of each image: which class it is closest to becoming, and how far that is.
+-- The nearest counterfactual of each image: its class and distance.
 -- Parameters: {"count": 10}
 SELECT image_id, source_name, target_name, steps, round(distance_z_l1, 2) AS distance
 FROM counterfactuals

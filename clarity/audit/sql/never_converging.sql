@@ -1,4 +1,4 @@
--- Images with pairs that did not reach the wanted probability, the most stubborn first.
+-- Images with pairs that did not converge, those with most failures first.
 -- Parameters: {"count": 10}
 SELECT image_id, source_name,
        count(*) FILTER (NOT converged) AS failed,

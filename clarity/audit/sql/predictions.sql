@@ -1,5 +1,5 @@
--- With --predictions: where your own model and the ensemble differ, what the ensemble is surest of first, and how far
--- the image is from your model's class.
+-- Images on which your own model and the ensemble differ, the ensemble's most certain first, and the distance to your
+-- model's class.
 -- Parameters: {"count": 10}
 SELECT codes.image_id, label_name, prediction_name, codes.source_name,
        round(probs[codes.source + 1], 4) AS source_prob,
