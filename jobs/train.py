@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,10 @@ import ray.train.torch
 
 from clarity import storage
 from clarity.classifiers import EnsembleConfig
+from clarity.data import list_images
 from clarity.model import read_card
+from clarity.planning import describe_predictor
+from clarity.predictor import load_predictor
 from clarity.training.loops import PRECISIONS, VAETraining
 from clarity.training.plan import RECIPES, TRAININGS, TrainingPlan, begin, plan_training
 from clarity.training.recipe import with_recipe
@@ -45,6 +48,17 @@ def new_parser() -> argparse.ArgumentParser:
         default="held-out",
         metavar="SPLIT",
         help="Part of the data to measure on: a split, none, or held-out: test, else validation (default: held-out).",
+    )
+    add = parser.add_argument_group("learning from your own model").add_argument
+    add(
+        "--predictor",
+        metavar="MODEL",
+        help="Your own model, FILE.onnx or module:function, whose probabilities the ensemble learns instead of labels.",
+    )
+    add(
+        "--refit",
+        metavar="URI",
+        help="Audit of images to train on by the model in --out: the predictor is asked about its pictures, too.",
     )
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
@@ -167,6 +181,8 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         mode=args.mode,
         center_crop=args.center_crop,
         recipe=args.recipe,
+        predictor=args.predictor,
+        refit=None if args.refit is None else driver.job_path(args.refit, "", "--refit"),
         image_members=args.image_members,
         num_folds=args.folds,
         judge_updates=args.judge_updates,
@@ -189,6 +205,8 @@ def train(args: argparse.Namespace) -> int:
     if begin(plan):
         print(f"finished already\n{describe(plan)}\nmodel      {out}")
         return 0
+    if plan.predictor is not None:
+        print(describe_predictor(load_predictor(plan.predictor), plan.dataset, list_images(plan.dataset)))
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
     start_ray()
     fit(plan, ("vae", "encode"), args.workers, 0)
@@ -226,6 +244,8 @@ def print_line(line: str) -> None:
 def about_images(plan: TrainingPlan) -> str:
     """How many images there are, with and without a label, and of the rarest and the commonest class."""
     images, labelled, counts = plan.data["images"], plan.data["labelled"], plan.data["per_class"]
+    if not labelled:
+        return f"{images} images of {plan.data['source']} without labels"
     shown = sorted(counts, key=counts.__getitem__)
     if len(counts) > SHOWN_CLASSES:
         shown = [shown[0], shown[-1]]
@@ -259,6 +279,8 @@ def describe(plan: TrainingPlan) -> str:
     evaluation = card.get("evaluation") or {}
     if baseline := evaluation.get("baseline"):
         lines.append(f"baseline   accuracy {baseline['accuracy']:.2%}, logistic regression on principal components")
+    if told := card.get("predictor"):
+        lines += describe_fidelity(told)
     if judge := evaluation.get("judge"):
         again = judge["accuracy_on_reconstructions"]
         lines.append(f"judge      accuracy {judge['accuracy']:.2%} held out, {again:.2%} on reconstructions")
@@ -268,6 +290,21 @@ def describe(plan: TrainingPlan) -> str:
     if lines and unseen:
         lines.append(f"{'':<10} not measured, no held-out image: {some_names(unseen)}")
     return "\n".join(lines) or "nothing was held out to measure on"
+
+
+def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
+    """How far the ensemble may speak for the predictor, by the card."""
+    if "codes" not in told:
+        return [f"predictor  {told['name']}, no held-out image to compare the ensemble with it"]
+    shares = [f"{told[name]['agreement']:.2%} on {name}" for name in ("codes", "reconstructions", "perturbed")]
+    lines = [
+        f"predictor  the ensemble agrees in {', '.join(shares)} codes; {told['images']} held-out images",
+        f"{'':<10} reconstructing changes what it sees in {1 - told['reconstructing']['agreement']:.2%}",
+    ]
+    if confused := told["confused"]:
+        pairs = [f"{name} seen as {other} in {share:.0%}" for name, other, share in confused[:SHOWN_CLASSES]]
+        lines.append(f"{'':<10} not told apart once reconstructed: {', '.join(pairs)}")
+    return lines
 
 
 def some_names(names: Sequence[str]) -> str:

@@ -55,7 +55,8 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
     evaluation = card.get("evaluation") or {}
     per_class = {name: part for name, part in (evaluation.get("per_class") or {}).items() if part["images"]}
     if not per_class:
-        return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
+        why = "its images have no labels" if card.get("predictor") else "its card has no held-out figures"
+        return Verdict("not checked", f"The model was not checked, because {why}.")
     chance = 1 / len(evaluation["per_class"])
     balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
     low, high = balanced_interval(per_class)

@@ -46,6 +46,11 @@ class LabelledImages:
     labels: Tensor
     errors: dict[str, str] = field(default_factory=dict)
 
+    def take(self, rows: slice | np.ndarray) -> LabelledImages:
+        """Some of the images."""
+        ids = self.ids[rows] if isinstance(rows, slice) else [self.ids[row] for row in rows]
+        return LabelledImages(self.pixels[rows], ids, self.labels[rows])
+
 
 def evaluate(model: Model, images: LabelledImages, noise_seed: int = 0) -> dict[str, Any]:
     """What model.json says of a model on images that it was not trained on.

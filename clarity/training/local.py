@@ -22,7 +22,7 @@ from clarity.training.plan import begin, plan_training
 from clarity.training.recipe import with_recipe
 from clarity.training.stages import STAGES, Worker, finish, run_stages
 
-Arrays = tuple[Any, Sequence[Any]]
+Arrays = tuple[Any, Sequence[Any] | None]
 
 
 def train(
@@ -39,13 +39,13 @@ def train(
 
     Args:
         dataset: the name of a source, a Dataset, or (images, labels): uint8 or floats in [0, 1], (N, C, H, W) or
-            (N, H, W), with one label each.
+            (N, H, W), with one label each, or None where a predictor teaches.
         out: the model directory; None keeps the model in memory only.
         data: path or URI of a named source's data.
         held_out: for the metrics; by default test, or validation where there is no test; one in ten of the arrays.
         device: "auto" takes a GPU when there is one.
         log: receives lines about the progress; ``print`` shows them.
-        fields: as in ``plan_training``.
+        fields: as in ``plan_training``, such as ``predictor``, a function of your own that the ensemble learns from.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,10 +79,11 @@ def write_arrays(training: Arrays, held_out: Arrays | None, scratch: str) -> str
     tables, digest = [], hashlib.sha256()
     for pixels, labels, split, prefix in parts:
         digest.update(f"{split} {pixels.shape}".encode() + pixels.tobytes())
+        names = [None] * len(pixels) if labels is None else [str(label) for label in labels]
         columns = {
             "image": pa.array(encode_png(pixels), pa.binary()),
             "image_id": [f"{prefix}{i}" for i in range(len(pixels))],
-            "label": [str(label) for label in labels],
+            "label": pa.array(names, pa.string()),
         }
         tables.append(pa.table(columns | ({} if held_out is None else {"split": [split] * len(pixels)})))
     directory = os.path.join(scratch, "arrays")
@@ -92,15 +93,15 @@ def write_arrays(training: Arrays, held_out: Arrays | None, scratch: str) -> str
     return directory
 
 
-def checked_pixels(images: Any, labels: Sequence[Any]) -> np.ndarray:
+def checked_pixels(images: Any, labels: Sequence[Any] | None) -> np.ndarray:
     """Images as uint8 (N, C, H, W)."""
     pixels = np.asarray(images)
     if pixels.ndim == 3:
         pixels = pixels[:, None]
-    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or len(pixels) != len(labels):
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or (labels is not None and len(pixels) != len(labels)):
         raise ValueError(
             f"expected images (N, C, H, W) or (N, H, W) with C = 1 or 3 and N labels, got {pixels.shape} "
-            f"and {len(labels)} labels"
+            f"and {'no' if labels is None else len(labels)} labels"
         )
     if pixels.dtype != np.uint8:
         if not (np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1):

@@ -232,18 +232,29 @@ def train_vae(
 
 @dataclass(frozen=True)
 class Codes:
-    """Training set of the latent ensemble: posteriors (N, D) and labels (N,) of the labelled images."""
+    """Training set of the latent ensemble: posteriors (N, D), and labels (N,) or a predictor's probabilities (N, K).
+
+    Where there are probabilities they are learned, and the labels are the likeliest classes. A log-variance of minus
+    infinity is that of a perturbed code, which stands for itself alone.
+    """
 
     mean: Tensor
     log_var: Tensor
     labels: Tensor
+    probs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Codes:
         """Some of the rows."""
-        return Codes(self.mean[rows], self.log_var[rows], self.labels[rows])
+        probs = None if self.probs is None else self.probs[rows]
+        return Codes(self.mean[rows], self.log_var[rows], self.labels[rows], probs)
+
+    def std(self) -> float:
+        """Standard deviation of the codes of images, over all dimensions."""
+        some = self if self.probs is None else self.take(self.log_var.isfinite().all(1))
+        return float((some.mean.var(0, unbiased=False) + some.log_var.exp().mean(0)).mean().sqrt())
 
 
 @dataclass(frozen=True)
@@ -252,7 +263,7 @@ class MemberTask:
 
     Args:
         build: an untrained ensemble of one member, by the member's number.
-        draw: inputs and targets of the given rows (M, B), one generator for each member.
+        draw: inputs and targets (labels or probabilities) of the given rows (M, B), one generator for each member.
         labels: int64 (N,).
         num_classes: K.
         eps: FGSM step in units of the inputs; 0 is none.
@@ -278,8 +289,9 @@ def train_latent_members(
 ) -> Iterator[Epoch]:
     """Trains members of the latent ensemble as one stack.
 
-    The loss is the cross-entropy of codes drawn from the posterior, plus that of the same codes after an FGSM step. On
-    CPU the bits of a member depend on its number, the codes and the training, not on the other members of the stack.
+    The loss is the cross-entropy of codes drawn from the posterior, with labels or with a predictor's probabilities,
+    plus that of the same codes after an FGSM step. On CPU the bits of a member depend on its number, the codes and the
+    training, not on the other members of the stack.
 
     Args:
         codes: the training set.
@@ -293,20 +305,20 @@ def train_latent_members(
         An Epoch each, with loss and accuracy (on clean codes); its state is a stack, see ``member_states``.
     """
     device = torch.device(device)
-    std = (codes.mean.var(0, unbiased=False) + codes.log_var.exp().mean(0)).mean().sqrt()
     labels = codes.labels.to(device)
+    known = labels if codes.probs is None else codes.probs.to(device)
     posteriors = torch.cat([codes.mean, torch.exp(0.5 * codes.log_var)], 1).to(device)
 
     def draw(rows: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         noise = torch.stack([torch.randn((rows.shape[1], config.latent_dim), generator=g) for g in generators])
         rows = rows.to(device)
         mean, deviation = posteriors.index_select(0, rows.flatten()).view(*rows.shape, -1).chunk(2, -1)
-        return mean + deviation * noise.to(device), labels[rows]
+        return mean + deviation * noise.to(device), known[rows]
 
     def build(m: int) -> LatentEnsemble:
         return seeded(lambda: LatentEnsemble(replace(config, num_members=1)), training.seed, "latent", m)
 
-    task = MemberTask(build, draw, labels, config.num_classes, training.adversarial_eps * float(std))
+    task = MemberTask(build, draw, labels, config.num_classes, training.adversarial_eps * codes.std())
     yield from train_members(task, training, members, states, device, "fp32")
 
 
@@ -409,7 +421,8 @@ def train_members(
                     parameter.grad = gradient
                 adam.step()
                 schedule.step()
-                hits = (logits.detach().argmax(-1) == targets).double().mean()
+                wanted = targets.argmax(-1) if targets.is_floating_point() else targets
+                hits = (logits.detach().argmax(-1) == wanted).double().mean()
                 sums += torch.stack([clean.detach().double() / len(members), hits])
         loss, accuracy = (sums / updates).tolist()
         if not math.isfinite(loss):
@@ -419,9 +432,14 @@ def train_members(
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over the members of the mean over their rows, so that no member's gradient depends on another member."""
+    """Sum over the members of the mean over their rows, so that no member's gradient depends on another member.
+
+    Targets are labels (M, B), or probabilities (M, B, K).
+    """
     # With the rows innermost the softmax fills the vector lanes, which a handful of classes does not.
     log_probs = logits.transpose(1, 2).contiguous().log_softmax(1)
+    if targets.is_floating_point():
+        return -(log_probs * (targets * weights).transpose(1, 2)).sum() / targets.shape[1]
     found = log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
     return -(found * weights[targets]).sum() / targets.shape[1]
 

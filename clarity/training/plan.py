@@ -23,6 +23,8 @@ from clarity.data import Dataset, class_names_of, infer_preprocessing, list_imag
 from clarity.data.review import review
 from clarity.images import Preprocessing
 from clarity.model import load_model, load_tensors, read_card, save_tensors
+from clarity.predictor import load_predictor
+from clarity.training.distil import COPIES, open_audit
 from clarity.training.judge import JudgeTraining
 from clarity.training.loops import (
     IMAGE_TRAINING,
@@ -47,6 +49,9 @@ FINISHED = 1 << 40
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
 EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates"}
 
+#: Fields of a plan's description that say whom the ensembles learn from; absent where they learn from labels.
+TEACHERS = ("predictor", "refit")
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -56,7 +61,8 @@ class TrainingPlan:
     ``num_folds`` and ``judge_updates`` may be 0, and None updates of the judge follow from the number of images.
     ``data`` describes the images for model.json; its fingerprint identifies the data set. ``searched`` names the values
     that ``training.recipe`` has still to choose, ``recipe`` is what it chose and why. ``precision``, like the device,
-    may be another when a training is resumed.
+    may be another when a training is resumed. ``predictor`` is asked for the ensemble's targets, see ``distil``;
+    ``refit`` is an audit to learn from as well; ``asked`` holds the digests of both.
     """
 
     out: str
@@ -76,6 +82,9 @@ class TrainingPlan:
     searched: tuple[str, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     precision: str = "auto"
+    predictor: Any = None
+    refit: str | None = None
+    asked: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mixed_precision(self.precision, torch.device("cpu"))
@@ -113,11 +122,12 @@ class TrainingPlan:
             "vae": asdict(self.vae),
             "vae_training": resolved(self.vae_training, "images"),
             "ensemble": asdict(self.ensemble),
-            "ensemble_training": resolved(self.ensemble_training, "labelled"),
+            "ensemble_training": resolved(self.ensemble_training, "labelled" if self.predictor is None else "codes"),
             "image_members": self.image_members,
             "image_training": resolved(self.image_training, "labelled") if self.image_members else None,
             "num_folds": self.num_folds,
             "judge_updates": self.judge_training.updates if self.judge_training else 0,
+            **self.asked,
         }
         return json.loads(json.dumps(description))
 
@@ -151,6 +161,8 @@ def plan_training(
     mode: str | None = None,
     center_crop: int | None = None,
     recipe: str | None = None,
+    predictor: Any = None,
+    refit: str | None = None,
     **fields: Any,
 ) -> TrainingPlan:
     """Inspects the data and derives classes, preprocessing and shapes.
@@ -169,6 +181,10 @@ def plan_training(
         recipe: where values come from that are not given: "paper", or "auto" for a search on the training split (see
             ``training.recipe``) and as many convolutions as the image needs. By default the paper's for its own data
             sets and networks (digits, mnist, beta_vae), else auto.
+        predictor: the user's own model, whose probabilities the ensemble learns: a .onnx file, module:function or a
+            function, see ``load_predictor``. Its classes are the model's, and labels are not needed.
+        refit: a complete audit of images to train on by the model in ``out`` with this predictor, which is asked about
+            the audit's images, too.
         fields: of TrainingPlan; ``vae_epochs=6`` stands for that field of ``vae_training``, and so on.
     """
     if dataset.source in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
@@ -176,7 +192,10 @@ def plan_training(
     eps_given = bool({"ensemble_training", "ensemble_adversarial_eps"} & set(fields))
     fields = training_fields(fields)
     listing = list_images(dataset)
-    class_names = class_names_of(listing)
+    if predictor is None and refit is not None:
+        raise ValueError("refit: expected the predictor to ask about the audit's images, got none: name it")
+    loaded = None if predictor is None else load_predictor(predictor)
+    class_names = class_names_of(listing) if loaded is None else loaded.class_names
     preprocessing = infer_preprocessing(dataset, listing, image_size=image_size, mode=mode, center_crop=center_crop)
     if recipe is None:
         recipe = "paper" if dataset.source in ("digits", "mnist") or architecture != "conv" else "auto"
@@ -202,6 +221,17 @@ def plan_training(
         "held_out": None if held_out is None else held_out.split,
         "remarks": review(listing, None if held_out is None else list_images(held_out)),
     }
+    asked = {}
+    if loaded is not None:
+        asked["predictor"] = loaded.digest
+        data["codes"] = len(listing) * (1 + COPIES)
+        if unknown := sorted(set(listing["label_name"].unique().drop_null().to_pylist()) - set(class_names)):
+            data["remarks"].append(f"note: the predictor has no class {unknown[0]!r}: such a label counts as none")
+            data["labelled"] = sum(data["per_class"].values())
+        if fields.get("image_members") and not data["labelled"]:
+            raise ValueError("image_members: expected images with labels, which an image ensemble needs; found none")
+    if refit is not None:
+        asked["refit"] = open_audit(refit, out, dataset, listing, class_names).plan.fingerprint
     ensemble = EnsembleConfig(len(class_names), vae.latent_dim, tuple(hidden), num_members)
     return TrainingPlan(
         out,
@@ -213,6 +243,9 @@ def plan_training(
         held_out=held_out,
         data=data,
         searched=tuple(searched),
+        predictor=predictor,
+        refit=refit,
+        asked=asked,
         **fields,
     )
 
@@ -250,6 +283,9 @@ def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "data",
         "searched",
         "recipe",
+        "predictor",
+        "refit",
+        "asked",
     }
     if unknown := sorted(set(found) - (set(known) - derived)):
         short = ", ".join(f"{prefix}_{field.name}" for prefix, c in TRAININGS.items() for field in dataclass_fields(c))
@@ -269,7 +305,8 @@ def set_fields(training: Any, **given: Any) -> Any:
 def begin(plan: TrainingPlan) -> bool:
     """Prepares the model directory; True when it already holds exactly this model.
 
-    A finished model that lacks only EXTRAS is split into checkpoints again, so that the stages find the rest done.
+    A finished model that lacks only EXTRAS is split into checkpoints again, so that the stages find the rest done. Of
+    one that a predictor or a refit is to teach, all but the ensembles is kept.
 
     Raises:
         ValueError: another model is there, finished or not; names what differs.
@@ -280,7 +317,10 @@ def begin(plan: TrainingPlan) -> bool:
         found = card.get("plan") or {}
         if found == description:
             return True
-        refuse_another_model(plan, found, description, EXTRAS)
+        may_differ = EXTRAS if taught_alike(plan, found) else EXTRAS | plan.asked.keys() | {"ensemble_training"}
+        refuse_another_model(plan, found, description, may_differ)
+        if storage.exists(plan.file("plan.json")) and storage.read_json(plan.file("plan.json")) != description:
+            storage.delete_tree(plan.file())
         storage.write_json(plan.file("plan.json"), description)
         restore_checkpoints(plan, found)
         return False
@@ -296,24 +336,31 @@ def refuse_another_model(
     plan: TrainingPlan, found: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: set[str]
 ) -> None:
     """Raises ValueError when fields other than those that may differ do."""
-    different = [name for name in wanted if name not in may_differ and found.get(name) != wanted[name]]
+    names = dict.fromkeys([*wanted, *TEACHERS])
+    different = [name for name in names if name not in may_differ and found.get(name) != wanted.get(name)]
     if different:
-        details = "; ".join(f"{name} is {found.get(name)!r} there, {wanted[name]!r} here" for name in different)
+        details = "; ".join(f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
         raise ValueError(
             f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
             "that one"
         )
 
 
+def taught_alike(plan: TrainingPlan, found: Mapping[str, Any]) -> bool:
+    """Whether the ensembles of a described model learned from the same labels, predictor and audit as the plan's."""
+    return all(found.get(name) == plan.asked.get(name) for name in TEACHERS)
+
+
 def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
     """Writes the parts of the finished model that the plan keeps as finished checkpoints."""
     model = load_model(plan.out)
-    parts: list[tuple[str, Any]] = [("latent", model.ensemble)]
+    same = taught_alike(plan, found)
+    parts: list[tuple[str, Any]] = [("latent", model.ensemble)] if same else []
     if model.image_ensemble is not None and found.get("image_training") == plan.describe()["image_training"]:
         parts.append(("image", model.image_ensemble))
     if model.judge is not None and found.get("judge_updates") == plan.describe()["judge_updates"]:
         save_finished(plan.file("judge.safetensors"), model.judge.state_dict())
-    if len(model.folds) == plan.num_folds:
+    if same and len(model.folds) == plan.num_folds:
         parts += [(plan.fold_kind(number), fold) for number, fold in enumerate(model.folds)]
     save_finished(plan.file("vae.safetensors"), model.vae.state_dict())
     for kind, ensemble in parts:

@@ -19,12 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from clarity import storage
+from clarity.audit.read import read_audit
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.data import Dataset, label_indices, list_images, read_all
 from clarity.ids import fold_of, in_judges_half
 from clarity.judges import JudgeNet, build_judge
 from clarity.model import Model, load_tensors, save_model, save_tensors
+from clarity.predictor import Predictor
 from clarity.rows import encode_rows, logits_rows
+from clarity.training.distil import (
+    COPIES,
+    MEASURED_IMAGES,
+    audit_codes,
+    fidelity,
+    load_same,
+    original_probs,
+    perturb,
+    relabel,
+    single_codes,
+)
 from clarity.training.evaluate import BASELINE_IMAGES, LabelledImages, evaluate, evaluation
 from clarity.training.judge import train_judge
 from clarity.training.loops import (
@@ -38,6 +51,7 @@ from clarity.training.loops import (
     train_vae,
     weights_of,
 )
+from clarity.training.optimiser import generator_for
 from clarity.training.plan import FINISHED, TrainingPlan, is_finished, save_finished
 from clarity.training.recipe import IMAGES, search_recipe, with_recipe
 from clarity.vae import VAE
@@ -75,15 +89,23 @@ class Worker:
             torch.distributed.barrier()
 
 
-def load_images(plan: TrainingPlan, dataset: Dataset, limit: int | None = None) -> LabelledImages:
-    """Reads a split into memory, or at most ``limit`` of its labelled images spread evenly, with labels as indices."""
+def load_images(
+    plan: TrainingPlan, dataset: Dataset, limit: int | None = None, labelled: bool = True
+) -> LabelledImages:
+    """Reads a split into memory, or at most ``limit`` of its (labelled) images, with labels as indices."""
     listing = list_images(dataset)
     if limit is not None:
-        listing = listing.filter(pc.is_valid(listing["label_name"]))
-        listing = listing.take(np.unique(np.linspace(0, len(listing) - 1, min(limit, len(listing))).astype(int)))
+        if labelled:
+            listing = listing.filter(pc.is_valid(listing["label_name"]))
+        listing = listing.take(evenly(len(listing), limit))
     pixels, ids, names, errors = read_all(dataset, listing, plan.preprocessing)
     labels = label_indices(pa.array(names, pa.string()), plan.class_names).fill_null(-1).to_numpy(zero_copy_only=False)
     return LabelledImages(torch.from_numpy(pixels), ids, torch.from_numpy(labels.astype(np.int64)), errors)
+
+
+def evenly(count: int, limit: int) -> np.ndarray:
+    """Indices of at most ``limit`` of ``count`` rows, spread evenly."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
 
 
 def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> None:
@@ -102,7 +124,11 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
     todo = [stage for stage in stages if not stage_done(plan, stage)]
     if "recipe" in todo:
         if worker.rank == 0:
-            some = load_images(plan, plan.dataset, IMAGES)
+            some = load_images(plan, plan.dataset, IMAGES, labelled=plan.predictor is None)
+            if (predictor := plan_predictor(plan, worker.device)) is not None:
+                some = relabel(
+                    some, original_probs(predictor, plan.dataset, list_images(plan.dataset), some, plan.preprocessing)
+                )
             storage.write_json(plan.file("recipe.json"), search_recipe(plan, some, worker.device, worker.log))
         worker.wait_for_all()
         return
@@ -205,33 +231,62 @@ def late_fall(losses: Mapping[int, float], total: int) -> float:
     return 0.0 if total < 6 or before is None else (before - losses[total]) / abs(before)
 
 
+def plan_predictor(plan: TrainingPlan, device: str | torch.device = "cpu") -> Predictor | None:
+    """The predictor of the plan, if it has one."""
+    if plan.predictor is None:
+        return None
+    return load_same(plan.predictor, plan.asked["predictor"], plan.class_names, device)
+
+
 def encode_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:
-    """Encodes the training split, each worker some blocks of it."""
+    """Encodes the training split, each worker some blocks of it, and asks the predictor where there is one."""
     vae = VAE(plan.vae)
     vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
     vae.to(worker.device).eval()
+    predictor = plan_predictor(plan, worker.device)
+    listing = None if predictor is None else list_images(plan.dataset)
     starts = range(0, len(images.pixels), ENCODE_ROWS)
-    for part in range(worker.rank, len(starts), worker.world):
-        rows = slice(starts[part], starts[part] + ENCODE_ROWS)
-        mean, log_var = encode_rows(vae, images.pixels[rows].to(worker.device).float() / 255)
-        folds = torch.tensor([fold_of(image_id, max(plan.num_folds, 1)) for image_id in images.ids[rows]])
-        tensors = {"mean": mean, "log_var": log_var, "labels": images.labels[rows], "folds": folds}
-        save_tensors(plan.file(f"codes-{plan.num_folds}", f"part-{part:05d}.safetensors"), tensors)
+    audit = [] if plan.refit is None else list(audit_codes(read_audit(plan.refit), ENCODE_ROWS))
+    for part in range(worker.rank, len(starts) + len(audit), worker.world):
+        file = plan.file(f"codes-{plan.num_folds}", f"part-{part:05d}.safetensors")
+        if storage.exists(file):
+            continue
+        if part >= len(starts):
+            assert predictor is not None
+            ids, z = audit[part - len(starts)]
+            tensors = single_codes(predictor, vae, z)
+        else:
+            some = images.take(slice(starts[part], starts[part] + ENCODE_ROWS))
+            mean, log_var = encode_rows(vae, some.pixels.to(worker.device).float() / 255)
+            ids, tensors = some.ids, {"mean": mean, "log_var": log_var, "labels": some.labels}
+            if predictor is not None:
+                generator = generator_for(plan.ensemble_training.seed, "perturb", part)
+                around = single_codes(predictor, vae, perturb(mean.cpu(), generator))
+                probs = original_probs(predictor, plan.dataset, listing, some, plan.preprocessing)
+                tensors = join_states([{"mean": mean.cpu(), "log_var": log_var.cpu(), "probs": probs}, around])
+                ids = ids * (1 + COPIES)
+        folds = torch.tensor([fold_of(image_id, max(plan.num_folds, 1)) for image_id in ids])
+        save_tensors(file, {**tensors, "folds": folds})
     worker.wait_for_all()
     if worker.rank == 0:
-        storage.write_json(plan.file(f"codes-{plan.num_folds}", "count.json"), len(starts))
+        storage.write_json(plan.file(f"codes-{plan.num_folds}", "count.json"), len(starts) + len(audit))
         worker.log(f"encoded {len(images.pixels)} images")
     worker.wait_for_all()
 
 
 def load_codes(plan: TrainingPlan) -> tuple[Codes, Tensor]:
-    """Codes of the labelled images, and the fold of each."""
+    """Codes of the labelled images, or those with a predictor's probabilities, and the fold of each."""
     directory = plan.file(f"codes-{plan.num_folds}")
     count = storage.read_json(storage.join(directory, "count.json"))
     parts = [load_tensors(storage.join(directory, f"part-{part:05d}.safetensors")) for part in range(count)]
     codes = join_states(parts)
-    labelled = codes["labels"] >= 0
-    return Codes(codes["mean"], codes["log_var"], codes["labels"]).take(labelled), codes["folds"][labelled]
+    if plan.predictor is not None:
+        known = ~codes["probs"].isnan().any(1)
+        found = Codes(codes["mean"], codes["log_var"], codes["probs"].argmax(1), codes["probs"])
+    else:
+        known = codes["labels"] >= 0
+        found = Codes(codes["mean"], codes["log_var"], codes["labels"])
+    return found.take(known), codes["folds"][known]
 
 
 def train_latent_stage(plan: TrainingPlan, worker: Worker) -> None:
@@ -351,10 +406,17 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
     log(f"measuring on {len(held_out.ids) if held_out else 0} held-out images")
     metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
     verdict: dict[str, Any] = {}
-    if held_out and bool((held_out.labels >= 0).any()):
+    if held_out and plan.data["labelled"] and bool((held_out.labels >= 0).any()):
         verdict = evaluation(model, load_images(plan, plan.dataset, BASELINE_IMAGES), held_out)
     if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
         metrics["out_of_fold"] = {"accuracy": out_of_fold_accuracy(plan, folds)}
+    if (predictor := plan_predictor(plan)) is not None:
+        refit = None if plan.refit is None else storage.display(plan.refit)
+        verdict["predictor"] = {"name": predictor.name, "digest": predictor.digest, "refit": refit}
+        if held_out is not None and plan.held_out is not None:
+            some = held_out.take(evenly(len(held_out.ids), MEASURED_IMAGES))
+            probs = original_probs(predictor, plan.held_out, list_images(plan.held_out), some, plan.preprocessing)
+            verdict["predictor"] |= fidelity(model, predictor, some, probs)
     card = {
         "data": plan.data,
         "plan": plan.describe(),

@@ -1,0 +1,204 @@
+"""Learning from a predictor: codes with the probabilities that the user's own model gives to their images.
+
+The ensemble then needs no labels. The predictor is asked about the training images, about decoded codes around them,
+as a search leaves the data, and, in a refit, about the images that an audit wrote. Does not know losses.
+
+Shapes: N images, B rows, C, H, W image, D latent, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from clarity import schema, storage
+from clarity.audit.read import Audit, read_audit
+from clarity.data import Dataset, read_all
+from clarity.images import Preprocessing
+from clarity.model import VAE_FILE, Model, read_card
+from clarity.predictor import Predictor, load_predictor
+from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
+from clarity.tables import quantise
+from clarity.training.evaluate import LabelledImages
+from clarity.vae import VAE
+
+#: Perturbed codes of each training image.
+COPIES = 2
+#: Largest standard deviation of the perturbation, in those of the codes.
+NOISE = 0.5
+#: Held-out images on which agreement is measured at most, spread evenly.
+MEASURED_IMAGES = 5_000
+#: Two classes are not told apart if more than this share of the images of one is seen as the other once reconstructed.
+MAX_CONFUSED = 0.1
+
+
+def load_same(source: Any, digest: str, class_names: Sequence[str], device: Any = "cpu") -> Predictor:
+    """The predictor of a plan, answering in the order of its classes; ValueError if it is another one by now."""
+    predictor = load_predictor(source, str(device))
+    if predictor.digest != digest:
+        raise ValueError(f"predictor: expected that of the plan, found another in {predictor.name}: restore it")
+    return predictor.ordered(class_names)
+
+
+def original_probs(
+    predictor: Predictor, dataset: Dataset, listing: pa.Table, images: LabelledImages, preprocessing: Preprocessing
+) -> Tensor:
+    """Probabilities (N, K) of images as the predictor sees the original files, NaN where it cannot read one.
+
+    Args:
+        predictor: to ask.
+        dataset: of the images.
+        listing: with a row for each of them, and maybe others.
+        images: as the model sees them.
+        preprocessing: of the model.
+    """
+    if predictor.preprocessing == preprocessing:
+        return ask(predictor, images.pixels.numpy())
+    row_of = {image_id: row for row, image_id in enumerate(listing["image_id"].to_pylist())}
+    rows = listing.take([row_of[image_id] for image_id in images.ids])
+    pixels, ids, _, _ = read_all(dataset, rows, predictor.preprocessing)
+    found = dict(zip(ids, ask(predictor, pixels)))
+    missing = torch.full((len(predictor.class_names),), torch.nan)
+    return torch.stack([found.get(image_id, missing) for image_id in images.ids])
+
+
+def code_probs(predictor: Predictor, vae: VAE, z: Tensor) -> Tensor:
+    """Probabilities (B, K) of the images of codes (B, D), decoded to 8 bits."""
+    parts = [ask(predictor, quantise(decode_rows(vae, part))) for part in z.split(1024)]
+    return torch.cat(parts)
+
+
+def ask(predictor: Predictor, pixels: np.ndarray) -> Tensor:
+    """Probabilities of images uint8, with as many threads as torch has."""
+    return torch.from_numpy(predictor.predict(pixels, torch.get_num_threads()))
+
+
+def perturb(z: Tensor, generator: torch.Generator, copies: int = COPIES) -> Tensor:
+    """Codes (copies * B, D) around codes (B, D): a part of the way to another one, and noise of a random size.
+
+    A search leads from one class towards another, so that it passes between the data and beside them.
+    """
+    repeated = z.repeat(copies, 1)
+    other = z[torch.randint(len(z), (len(repeated),), generator=generator)]
+    step, size = torch.rand((2, len(repeated), 1), generator=generator)
+    noise = torch.randn(repeated.shape, generator=generator) * z.std(0, unbiased=False)
+    return repeated + step * (other - repeated) + NOISE * size * noise
+
+
+def single_codes(predictor: Predictor, vae: VAE, z: Tensor) -> dict[str, Tensor]:
+    """Codes (B, D) with the probabilities of their decoded images, as fields of ``Codes``."""
+    probs = code_probs(predictor, vae, z.to(vae.mean.weight.device))
+    return {"mean": z, "log_var": torch.full_like(z, -torch.inf), "probs": probs}
+
+
+def open_audit(uri: str, out: str, dataset: Dataset, listing: pa.Table, class_names: Sequence[str]) -> Audit:
+    """The audit that a refit learns from.
+
+    Raises:
+        ValueError: it is not complete, not one of the training images, or of another VAE than the model in ``out``.
+    """
+    audit, name = read_audit(uri), storage.display(uri)
+    if not audit.complete:
+        raise ValueError(f"refit: expected a complete audit, found {name} cut: finish it first")
+    if tuple(audit.class_names) != tuple(class_names):
+        raise ValueError(f"refit: {name} is of the classes {', '.join(audit.class_names)}, not those of the predictor")
+    known = set(listing["image_id"].to_pylist())
+    found = audit.codes.to_table(columns=["image_id"])["image_id"].to_pylist()
+    source = audit.plan.dataset["source"], audit.plan.dataset["split"]
+    if source != (dataset.source, dataset.split) or not known.issuperset(found):
+        raise ValueError(
+            f"refit: expected an audit of the images to train on ({dataset.source}, split {dataset.split}), so that "
+            f"the others stay unseen; {name} is of {source[0]}, split {source[1]}"
+        )
+    cards = read_card(out), read_card(storage.join(uri, "model"))
+    sums = [None if card is None else card["files"][VAE_FILE]["sha256"] for card in cards]
+    if sums[0] is None or sums[0] != sums[1]:
+        raise ValueError(
+            f"refit: expected the model of {name} in {storage.display(out)}, found "
+            f"{'none' if sums[0] is None else 'one with another VAE'}: name its directory as out"
+        )
+    return audit
+
+
+def audit_codes(audit: Audit, rows: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Image ids and codes (B, D) of an audit's counterfactuals, ``rows`` at a time."""
+    table = audit.counterfactuals.to_table(columns=["image_id", "z_cf"])
+    for start in range(0, len(table), rows):
+        part = table.slice(start, rows)
+        yield part["image_id"].to_pylist(), torch.from_numpy(schema.matrix(part["z_cf"]).copy())
+
+
+def relabel(images: LabelledImages, probs: Tensor) -> LabelledImages:
+    """Images with the predictor's class as their label; -1 where it could not be asked."""
+    labels = torch.where(probs.isnan().any(1), -1, probs.argmax(1))
+    return replace(images, labels=labels)
+
+
+def fidelity(
+    model: Model, predictor: Predictor, images: LabelledImages, probs: Tensor, seed: int = 0
+) -> dict[str, Any]:
+    """How far the ensemble may speak for the predictor, on held-out images.
+
+    Args:
+        model: the trained model.
+        predictor: answers in the order of its classes.
+        images: held out.
+        probs: what the predictor says of their original files (N, K); images with NaN are left out.
+        seed: of the perturbed codes.
+
+    Returns:
+        images: how many were asked about.
+        codes, reconstructions, perturbed: {"agreement", "kl"}: how often predictor and ensemble name the same class,
+            and the mean divergence KL(predictor, ensemble) in nats, of the predictor on the original, on the
+            reconstruction and on a decoded, perturbed code; of the ensemble on the code of each.
+        reconstructing: the same of the predictor on the original and on the reconstruction: what the VAE alone changes.
+        confused: [class, other, share] where more than MAX_CONFUSED of the images of a class are seen as the other one
+            once they are reconstructed, which the latent space cannot tell apart; most confused first.
+    """
+    known = ~probs.isnan().any(1)
+    probs, pixels = probs[known], images.pixels[known]
+    parts = [encode_rows(model.vae, part.to(model.device).float() / 255)[0] for part in pixels.split(1024)]
+    z = torch.cat(parts).cpu()
+    around = perturb(z, torch.Generator().manual_seed(seed), copies=1)
+    asked = {
+        name: code_probs(predictor, model.vae, codes.to(model.device)) for name, codes in (("z", z), ("p", around))
+    }
+    of_code, of_perturbed = (ensemble_probs(model, codes) for codes in (z, around))
+    names, before, after = model.class_names, probs.argmax(1), asked["z"].argmax(1)
+    confused = []
+    for k in before.unique().tolist():
+        shares = torch.bincount(after[before == k], minlength=len(names)).double() / (before == k).sum()
+        confused += [
+            [names[k], names[other], float(share)]
+            for other, share in enumerate(shares)
+            if other != k and share > MAX_CONFUSED
+        ]
+    return {
+        "images": len(z),
+        "codes": agreement(probs, of_code),
+        "reconstructions": agreement(asked["z"], of_code),
+        "perturbed": agreement(asked["p"], of_perturbed),
+        "reconstructing": agreement(probs, asked["z"]),
+        "confused": sorted(confused, key=lambda entry: -entry[2]),
+    }
+
+
+def ensemble_probs(model: Model, z: Tensor) -> Tensor:
+    """Mean probabilities (B, K) of the ensemble."""
+    return torch.from_numpy(mean_probs(logits_rows(model.ensemble, z.to(model.device))))
+
+
+def agreement(p: Tensor, q: Tensor) -> dict[str, float]:
+    """How often the likeliest classes are the same, and the mean KL(p, q) in nats, of probabilities (B, K)."""
+    p, q = p.double(), q.double()
+    terms = torch.xlogy(p, p) - torch.xlogy(p, q.clamp_min(1e-12))
+    return {
+        "agreement": float((p.argmax(1) == q.argmax(1)).double().mean()),
+        "kl": float(terms.sum(1).mean()),
+    }

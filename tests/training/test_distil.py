@@ -1,0 +1,313 @@
+"""Learning from a predictor: its probabilities as targets, without labels, resumed, refitted and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from bars import ENSEMBLE, SHORT, SHORT_VAE, bars
+from PIL import Image
+from predictors import as_predictor
+
+import clarity
+from clarity import data
+from clarity.audit.commits import claim
+from clarity.checks import Requirements
+from clarity.classifiers import LatentEnsemble
+from clarity.findings.verdict import verdict
+from clarity.model import load_model
+from clarity.planning import make_checks, make_plan
+from clarity.predictor import load_predictor
+from clarity.search import SearchConfig
+from clarity.training.distil import COPIES, agreement, original_probs, perturb
+from clarity.training.evaluate import LabelledImages
+from clarity.training.loops import Codes, class_weights, member_states, summed_cross_entropy, train_latent_members
+from clarity.training.plan import begin, plan_training
+from clarity.training.stages import STAGES, Worker, finish, load_codes, run_stages
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
+
+CLASSES = ["top", "middle", "bottom"]
+
+
+def heights(pixels: np.ndarray) -> np.ndarray:
+    """Softmax of the mean brightness of three bands: which of the three bars an image shows."""
+    bands = np.stack([pixels[:, 0, 1 + 2 * k : 3 + 2 * k].mean((1, 2)) for k in range(3)], 1) / 32
+    odds = np.exp(bands - bands.max(1, keepdims=True))
+    return odds / odds.sum(1, keepdims=True)
+
+
+def teacher(call: Callable[[np.ndarray], np.ndarray] = heights) -> Any:
+    return as_predictor(call, CLASSES)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return {
+        "vae_fields": {"latent_dim": 5, "channels": (6, 7)},
+        "num_members": 4,
+        "hidden": (6, 7),
+        "vae_training": dataclasses.replace(SHORT_VAE, epochs=20),
+        "ensemble_training": dataclasses.replace(SHORT, epochs=20),
+        "judge_updates": 3,
+        "recipe": "paper",
+        "predictor": teacher(),
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 pictures in two splits, in one folder each: without labels."""
+    directory = tmp_path_factory.mktemp("unlabelled")
+    images, _ = bars(120)
+    for i, x in enumerate(images):
+        name = f"{'train' if i % 4 else 'test'}/{i:03d}.png"
+        (directory / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(x[0].numpy()).save(directory / name)
+    return directory
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+
+
+def plan_of(folder: Path, out: Path, **changes: Any) -> Any:
+    dataset = data.open_dataset("folder", folder, "train")
+    return plan_training(str(out), dataset, dataclasses.replace(dataset, split="test"), **arguments(**changes))
+
+
+@pytest.fixture(scope="module")
+def taught(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a model that a predictor taught, uncut."""
+    out = tmp_path_factory.mktemp("taught")
+    clarity.train("folder", out, data=folder, **arguments())
+    return out
+
+
+def test_one_hot_probabilities_are_learned_as_labels_are() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, labels = torch.randn((2, 7, 3), generator=generator), torch.tensor([[0, 2, 1, 0, 2, 2, 1]] * 2)
+    weights = class_weights(labels[0], 3, 0.5)
+    one_hot = torch.nn.functional.one_hot(labels, 3).float()
+    expected = summed_cross_entropy(logits, labels, weights)
+    assert torch.allclose(summed_cross_entropy(logits, one_hot, weights), expected, atol=1e-6)
+
+
+def test_soft_targets_are_matched_rather_than_their_likeliest_class() -> None:
+    """The cross-entropy is least where the probabilities are the targets, so that 0.6 is learned as 0.6."""
+    mean = torch.randn((400, 5), generator=torch.Generator().manual_seed(0))
+    probs = torch.tensor([[0.6, 0.3, 0.1]]).repeat(400, 1)
+    codes = Codes(mean, torch.full_like(mean, -torch.inf), probs.argmax(1), probs)
+    codes.log_var[:200] = -9.0
+    training = dataclasses.replace(SHORT, epochs=12, adversarial_eps=0.0)
+    *_, last = train_latent_members(codes, ENSEMBLE, training, [0])
+    member = LatentEnsemble(dataclasses.replace(ENSEMBLE, num_members=1))
+    state = member_states(last.state(), 1)[0]
+    member.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
+    found = member(mean).softmax(-1).mean((0, 1))
+    assert torch.allclose(found, probs[0], atol=0.05)
+
+
+def test_perturbed_codes_do_not_widen_the_step_of_the_adversary() -> None:
+    mean = torch.randn((50, 5), generator=torch.Generator().manual_seed(0))
+    probs = torch.full((100, 3), 1 / 3)
+    around = torch.full((50, 5), 9.0)
+    log_var = torch.cat([torch.full((50, 5), -3.0), torch.full((50, 5), -torch.inf)])
+    both = Codes(torch.cat([mean, around]), log_var, torch.zeros(100).long(), probs)
+    assert both.std() == pytest.approx(Codes(mean, log_var[:50], torch.zeros(50).long()).std(), rel=1e-6)
+
+
+def test_perturbed_codes_lie_around_and_between_the_codes() -> None:
+    z = torch.randn((300, 5), generator=torch.Generator().manual_seed(0)) + 4
+    found = perturb(z, torch.Generator().manual_seed(1), copies=2)
+    assert found.shape == (600, 5) and torch.equal(found, perturb(z, torch.Generator().manual_seed(1), copies=2))
+    moved = (found - z.repeat(2, 1)).norm(dim=1)
+    assert 0 < moved.min() < 0.5 and moved.max() > 3
+    assert torch.allclose(found.mean(0), z.mean(0), atol=0.3)
+
+
+def test_agreement_and_divergence() -> None:
+    p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+    assert agreement(p, p)["kl"] == 0
+    assert agreement(p, q)["kl"] == pytest.approx(np.log(2) / 2)
+    assert agreement(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([[0.8, 0.2], [0.7, 0.3]]))["agreement"] == 0.5
+
+
+def test_predictor_sees_the_files_through_its_own_preprocessing(folder: Path) -> None:
+    dataset = data.open_dataset("folder", folder, "test")
+    listing = data.list_images(dataset)
+    small = data.infer_preprocessing(dataset, listing, image_size=(4, 6))
+    pixels, ids, *_ = data.read_all(dataset, listing, small)
+    images = LabelledImages(torch.from_numpy(pixels), ids, torch.full((len(ids),), -1)).take(slice(3, 9))
+    probs = original_probs(load_predictor(teacher()), dataset, listing, images, small)
+    own = data.read_all(dataset, listing, dataclasses.replace(small, height=8, width=12))[0]
+    assert np.allclose(probs, heights(own[3:9]), atol=1e-6)
+
+
+def test_model_is_taught_without_labels_and_its_card_says_how_well(taught: Path) -> None:
+    model = clarity.load(taught)
+    assert model.class_names == tuple(CLASSES) and model.judge is None
+    told = model.card["predictor"]
+    assert told["images"] == 30 and told["refit"] is None and len(told["digest"]) == 64
+    assert all(told[name]["agreement"] >= 0.8 for name in ("codes", "reconstructions", "reconstructing")), told
+    assert 0 <= told["perturbed"]["agreement"] <= 1 and told["codes"]["kl"] > 0
+    assert "ensemble" not in model.card["metrics"] and "evaluation" not in model.card
+    found = verdict(model.card)
+    assert (found.level, found.sentence) == (
+        "not checked",
+        "The model was not checked, because its images have no labels.",
+    )
+
+
+def test_classes_that_the_latent_space_loses_are_named(folder: Path, tmp_path: Path) -> None:
+    """Decided by one dark pixel, which no reconstruction keeps: the classes are not told apart."""
+
+    def by_pixel(pixels: np.ndarray) -> np.ndarray:
+        seen = (pixels[:, 0, 0, 0] % 2)[:, None] == np.array([0, 1, 2])
+        return np.where(seen, 0.8, 0.1)
+
+    predictor = teacher(by_pixel)
+    told = clarity.train("folder", tmp_path, data=folder, **arguments(predictor=predictor)).card["predictor"]
+    assert told["reconstructing"]["agreement"] < 0.8
+    name, other, share = told["confused"][0]
+    assert {name, other} == {"top", "middle"} and share > 0.1
+
+
+def test_labels_are_not_needed_for_arrays() -> None:
+    images, _ = bars(60)
+    model = clarity.train((images.numpy(), None), **arguments())
+    assert model.class_names == tuple(CLASSES) and model.card["data"]["labelled"] == 0
+
+
+def test_labels_measure_what_a_predictor_taught() -> None:
+    images, labels = bars(90)
+    model = clarity.train((images.numpy(), np.array(CLASSES)[labels.numpy()]), **arguments())
+    assert model.judge is not None and model.card["metrics"]["ensemble"]["accuracy"] > 0.5
+    assert model.card["evaluation"]["images"] > 0 and model.card["predictor"]["codes"]["agreement"] > 0.5
+
+
+@pytest.mark.parametrize("where", ["vae: epoch 2", "encoded", "latent classifiers"])
+def test_training_cut_anywhere_ends_the_same(
+    where: str, folder: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clarity.training.stages.CHECKPOINT_SECONDS", 0.0)
+    cuts: list[str] = []
+
+    def log(line: str) -> None:
+        if line.startswith(where) and not cuts:
+            cuts.append(line)
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        plan = plan_of(folder, tmp_path)
+        assert not begin(plan)
+        try:
+            run_stages(plan, STAGES, Worker(log=log))
+            break
+        except KeyboardInterrupt:
+            continue
+    finish(plan)
+    assert cuts and files_of(tmp_path) == files_of(taught)
+
+
+def test_workers_ask_about_parts_of_the_images(
+    folder: Path, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block is asked about once, and a block that was asked about before a cut is not asked about again."""
+    monkeypatch.setattr("clarity.training.stages.ENCODE_ROWS", 32)
+    asked: list[int] = []
+
+    def counted(pixels: np.ndarray) -> np.ndarray:
+        asked.append(len(pixels))
+        return heights(pixels)
+
+    plan = plan_of(folder, tmp_path, predictor=teacher(counted))
+    begin(plan)
+    run_stages(plan, ["vae"], Worker())
+    asked.clear()
+    for rank in (1, 1, 0):
+        run_stages(plan, ["encode"], Worker(rank, 2))
+    codes, _ = load_codes(plan)
+    assert len(codes) == 90 * (1 + COPIES) and codes.probs is not None
+    blocks = 3  # of 32 rows: one question of 64 for the images, one for their copies; loading asks one each time
+    assert len(asked) == 2 * blocks + 3
+
+
+def test_another_predictor_does_not_resume(folder: Path, tmp_path: Path) -> None:
+    begin(plan_of(folder, tmp_path))
+    turned = teacher(lambda pixels: heights(pixels)[:, ::-1])
+    with pytest.raises(ValueError, match=r"holds another model: predictor is '\w+' there, '\w+' here"):
+        begin(plan_of(folder, tmp_path, predictor=turned))
+    with pytest.raises(ValueError, match=r"predictor: expected that of the plan, found another"):
+        run_stages(dataclasses.replace(plan_of(folder, tmp_path), predictor=turned), STAGES, Worker())
+
+
+def test_model_of_labels_is_taught_by_a_predictor_and_keeps_its_vae_and_judge(tmp_path: Path) -> None:
+    images, labels = bars(90)
+    directory = tmp_path / "data"
+    for i, (x, k) in enumerate(zip(images, labels)):
+        file = directory / ["train", "test"][i % 5 == 0] / CLASSES[k] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[0].numpy()).save(file)
+    predictor = as_predictor(lambda pixels: heights(pixels)[:, [2, 1, 0]], sorted(CLASSES))
+    found = []
+    for taught_by in (None, predictor):
+        clarity.train("folder", tmp_path / "out", data=directory, **arguments(predictor=taught_by))
+        found.append(files_of(tmp_path / "out"))
+    same = {name for name in found[0] if found[0][name] == found[1][name]}
+    assert same == {"vae.safetensors", "judge.safetensors"} and set(found[1]) == {*same, "ensemble.safetensors"}
+
+
+def test_finished_model_is_not_taught_by_labels_again(folder: Path, taught: Path) -> None:
+    plan = plan_of(folder, taught)
+    assert begin(plan)
+    without = dataclasses.replace(plan, predictor=None, asked={}, data=plan.data | {"labelled": 90})
+    with pytest.raises(ValueError, match=r"holds another model: predictor is '\w+' there, None here"):
+        begin(without)
+
+
+def test_refit_learns_from_an_audit_and_keeps_the_vae(folder: Path, taught: Path, tmp_path: Path) -> None:
+    out, audit = tmp_path / "model", tmp_path / "audit"
+    shutil.copytree(taught, out)
+    write_audit(folder, out, audit, "train")
+    with pytest.raises(ValueError, match=r"refit: expected an audit of the images to train on \(folder, split train\)"):
+        write_audit(folder, out, tmp_path / "test", "test")
+        plan_of(folder, out, refit=str(tmp_path / "test"))
+    plan = plan_of(folder, out, refit=str(audit))
+    assert not begin(plan)
+    run_stages(plan, ["vae", "encode"], Worker())
+    pairs = clarity.read_audit(audit).counterfactuals.count_rows()
+    assert pairs == 2 * 12 and len(load_codes(plan)[0]) == 90 * (1 + COPIES) + pairs
+    assert not begin(plan)  # cut here, it goes on
+    run_stages(plan, STAGES, Worker())
+    model = finish(plan)
+    before, after = files_of(taught), files_of(out)
+    assert before["vae.safetensors"] == after["vae.safetensors"]
+    assert before["ensemble.safetensors"] != after["ensemble.safetensors"]
+    assert model.card["predictor"]["refit"] == str(audit)
+    assert begin(plan_of(folder, out, refit=str(audit)))
+    with pytest.raises(ValueError, match=r"refit is '\w+' there, None here"):
+        begin(plan_of(folder, out))
+    with pytest.raises(ValueError, match=r"refit: expected the predictor"):
+        plan_of(folder, out, refit=str(audit), predictor=None)
+    with pytest.raises(ValueError, match=r"refit: expected the model of .* found none"):
+        plan_of(folder, tmp_path / "elsewhere", refit=str(audit))
+
+
+def write_audit(folder: Path, model: Path, out: Path, split: str) -> None:
+    """An audit of twelve images, written without Ray."""
+    dataset = data.open_dataset("folder", folder, split)
+    listing, loaded = data.list_images(dataset).slice(0, 12), load_model(model)
+    config = SearchConfig(max_steps=8)
+    checks = make_checks(loaded, config, Requirements(), load_predictor(teacher()))
+    plan = make_plan(loaded, dataset, listing, method="clarity", config=config, checks=checks)
+    with claim(str(out), plan, str(model)) as held:
+        work = Work(str(out), held.run, plan, dataset, loaded.preprocessing, None, teacher())
+        item = pa.Table.from_pylist([shard_item(0, listing)])
+        write_shard(ExplainShard(work, threads=1)(read_shard(item, work)), work)
