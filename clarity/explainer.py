@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from clarity import data, schema
+from clarity.attributes import AttributeHeads
 from clarity.audit.plan import Plan
 from clarity.checks import MAX_RUNGS, Requirements, confirmed_by_predictor, next_threshold, reencoded
 from clarity.classifiers import LatentEnsemble
@@ -104,6 +105,7 @@ class Explainer:
         predictor: the user's own model, which is then the explained model: see ``load_predictor``. Its prediction is
             the ``source``, and each written image must be its target class with ``min_predictor_prob``.
         min_predictor_prob: the probability that the predictor must give the target on the written image.
+        keep: attributes of the model's heads whose logits no search changes.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Explainer:
         min_reencoded_prob: float = 0.0,
         predictor: Any = None,
         min_predictor_prob: float = 0.5,
+        keep: Sequence[str] = (),
     ) -> None:
         for name, value, choices in (
             ("method", method, METHODS),
@@ -144,6 +147,8 @@ class Explainer:
         if bad := [target for target in self.targets if not 0 <= target < model.num_classes]:
             raise ValueError(f"targets {bad}: expected class indices below {model.num_classes}")
         require_classifier(model, method)
+        self.kept = kept_heads(model, method, keep)
+        self.fixed = None if self.kept is None else self.kept.directions()
         if min_target_probs is not None and len(min_target_probs) != model.num_classes:
             raise ValueError(f"min_target_probs: expected {model.num_classes} thresholds, got {len(min_target_probs)}")
         self.folds = model.folds if by_fold else ()
@@ -179,7 +184,8 @@ class Explainer:
         valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
         unreadable = np.flatnonzero(~valid)
         codes = [error_rows(self.model, shard.take(unreadable), unreadable_extra.take(unreadable))]
-        pairs = [schema.counterfactuals_schema(self.model.latent_dim).empty_table()]
+        num_kept = 0 if self.kept is None else len(self.kept.names)
+        pairs = [schema.counterfactuals_schema(self.model.latent_dim, num_kept=num_kept).empty_table()]
         traces = [schema.traces_schema(self.model.latent_dim).empty_table()]
         with one_thread(self.threads):
             for ensemble, rows in self.by_ensemble(shard["image_id"].to_pylist(), valid):
@@ -194,7 +200,8 @@ class Explainer:
                     initial = self.predict_start(encoded)
                     final = self.predict_points(encoded.model, results.found.point)
                 with clock("table"):
-                    pairs.append(pair_rows(self.method, encoded, asked, results, initial, final, self.images))
+                    ends = (results, initial, final)
+                    pairs.append(pair_rows(self.method, encoded, asked, *ends, self.images, self.kept))
                 if traced := set(shard["image_id"][:trace].to_pylist()):
                     with clock("trace"):
                         traces.append(self.trace_rows(encoded, asked, traced))
@@ -341,6 +348,8 @@ class Explainer:
     def search(self, model: Model, pairs: Pairs, config: SearchConfig | None = None, **run: Any) -> Counterfactuals:
         """Search pairs by the explainer's method and engine."""
         run = {"engine": self.engine, "threads": self.threads} | run
+        if self.fixed is not None:
+            run["fixed"] = self.fixed
         return METHODS[self.method].search(model, pairs, config or self.config, **run)
 
     def write(self, encoded: Encoded, asked: Asked, points: Tensor, clock: Clock) -> Written:
@@ -440,3 +449,22 @@ def require_classifier(model: Model, method: str) -> None:
         raise ValueError(
             f"method {method!r} needs image classifiers, which this model lacks; train it with image_members above 0"
         )
+
+
+def kept_heads(model: Model, method: str, keep: Sequence[str]) -> AttributeHeads | None:
+    """The heads of the attributes to keep; None where there are none.
+
+    Raises:
+        ValueError: the model has no such heads, or the method does not search codes, or nothing would be left to move.
+    """
+    if not keep:
+        return None
+    if isinstance(keep, str):
+        raise ValueError(f"keep: expected a list of attributes, got {keep!r}")
+    if METHODS[method].space != "latent":
+        raise ValueError(f"keep: method {method!r} changes pixels; choose one that searches codes")
+    if model.heads is None:
+        raise ValueError("keep: this model has no heads for attributes; train them with attributes")
+    heads = model.heads.select(keep)
+    heads.directions()
+    return heads

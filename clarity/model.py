@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import clarity
 from clarity import storage
+from clarity.attributes import AttributeHeads
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.judges import JudgeConfig, JudgeNet
@@ -34,7 +35,8 @@ ENSEMBLE_FILE = "ensemble.safetensors"
 IMAGE_ENSEMBLE_FILE = "image_ensemble.safetensors"
 FOLDS_FILE = "folds.safetensors"
 JUDGE_FILE = "judge.safetensors"
-WEIGHT_FILES = (VAE_FILE, ENSEMBLE_FILE, IMAGE_ENSEMBLE_FILE, FOLDS_FILE, JUDGE_FILE)
+ATTRIBUTES_FILE = "attributes.safetensors"
+WEIGHT_FILES = (VAE_FILE, ENSEMBLE_FILE, IMAGE_ENSEMBLE_FILE, FOLDS_FILE, JUDGE_FILE, ATTRIBUTES_FILE)
 FORMAT = 1
 REMEDY = "copy the model directory again, or train it again"
 
@@ -53,8 +55,10 @@ class Model:
         image_ensemble: classifies images; only the image-space methods need it.
         folds: ensembles on parts of the training split; fold f has not seen the images with ``fold_of(id, F) == f``.
         judge: held-out image classifier, which tells what class counterfactual images show.
+        heads: attributes of images as linear heads on codes; the search can keep them as they are.
         card: what model.json says: data, training, metrics, versions, checksums.
-        fingerprint: changes with anything that determines Clarity's results (not with image_ensemble, folds or judge).
+        fingerprint: changes with anything that determines Clarity's results (not with image_ensemble, folds, judge,
+            heads).
     """
 
     vae: VAE
@@ -64,6 +68,7 @@ class Model:
     image_ensemble: ImageEnsemble | None = None
     folds: tuple[LatentEnsemble, ...] = ()
     judge: JudgeNet | None = None
+    heads: AttributeHeads | None = None
     card: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -86,7 +91,7 @@ class Model:
 
     def to(self, device: str | torch.device) -> Model:
         """Move the model's own networks to a device; returns the model."""
-        for network in (self.vae, self.ensemble, self.image_ensemble, self.judge, *self.folds):
+        for network in (self.vae, self.ensemble, self.image_ensemble, self.judge, self.heads, *self.folds):
             if network is not None:
                 network.to(device)
         return self
@@ -130,6 +135,8 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
         weights[FOLDS_FILE] = state_of(nn.ModuleList(model.folds))
     if model.judge is not None:
         weights[JUDGE_FILE] = state_of(model.judge)
+    if model.heads is not None:
+        weights[ATTRIBUTES_FILE] = state_of(model.heads)
     files = {}
     for name, tensors in weights.items():
         content = safetensors.torch.save(tensors)
@@ -142,6 +149,7 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
         "image_ensemble": None if model.image_ensemble is None else asdict(model.image_ensemble.config),
         "folds": len(model.folds),
         "judge": None if model.judge is None else asdict(model.judge.config),
+        "attributes": [] if model.heads is None else list(model.heads.names),
         "class_names": list(model.class_names),
         "preprocessing": model.preprocessing.to_json(),
         "files": files,
@@ -189,7 +197,8 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
     preprocessing = entry("preprocessing", Preprocessing.from_json)
     image_config = entry("image_ensemble", lambda fields: fields and EnsembleConfig(**fields))
     num_folds = entry("folds", parse_count)
-    # Models of earlier versions have no such entry.
+    # Models of earlier versions have no such entries.
+    attributes = entry("attributes", parse_names) if "attributes" in card else ()
     judge_config = entry("judge", lambda fields: fields and JudgeConfig(**fields)) if "judge" in card else None
     checksums = entry("files", parse_files)
     if preprocessing.image_shape != vae_config.image_shape:
@@ -228,6 +237,8 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
                 f"the model for {len(class_names)} of images {vae_config.image_shape}; {REMEDY}"
             )
         model.judge = network(JUDGE_FILE, lambda: JudgeNet(judge_config))
+    if attributes:
+        model.heads = network(ATTRIBUTES_FILE, lambda: AttributeHeads(attributes, vae_config.latent_dim))
     if num_folds:
         folds = network(FOLDS_FILE, lambda: nn.ModuleList(LatentEnsemble(config) for _ in range(num_folds)))
         model.folds = tuple(folds)  # type: ignore[arg-type]  # a ModuleList yields plain modules
@@ -310,7 +321,7 @@ def refuse_other(uri: storage.URI) -> None:
 
 
 def parse_names(value: Any) -> tuple[str, ...]:
-    """Class names of a card."""
+    """Names of a card: of its classes, or its attributes."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"expected a list of names, found {value!r}")
     if len(set(value)) != len(value):

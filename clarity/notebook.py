@@ -46,7 +46,8 @@ def explain(
         method: a key of METHODS.
         config: of the search.
         image_ids: names for the rows; by default the paths of the files, else 0, 1, 2 ...
-        **options: of the Explainer, such as ``predictor``, a function of your own that is then explained.
+        **options: of the Explainer, such as ``keep=["Male"]``, or ``predictor``, a function of your own that is then
+            explained.
 
     Raises:
         ValueError: an image that cannot be used, by name; an unknown target or method.
@@ -128,7 +129,8 @@ def trace(audit: Audit, image_id: str, target: int) -> pa.Table:
         raise ValueError("audit: it stores neither this search nor the image to repeat it from; explain with traces")
     plan = audit.plan
     # The path of the first search: checks come after it.
-    searched = replace(plan, checks={key: plan.checks[key] for key in plan.checks if key == "min_target_probs"})
+    first = {key: value for key, value in plan.checks.items() if key in ("min_target_probs", "keep")}
+    searched = replace(plan, checks=first)
     model = load_model(storage.join(audit.uri, "model"))
     explainer = explainer_of(searched, model, targets=[target], only="all", engine="plain")
     pixels = schema.fixed_size_list(decode_png(png, plan.image_shape).reshape(1, -1))

@@ -23,7 +23,7 @@ from clarity import data, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import Plan, shard_table
 from clarity.checks import Requirements
-from clarity.explainer import explainer_of, require_classifier
+from clarity.explainer import explainer_of, kept_heads, require_classifier
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.predictor import BATCH_TOLERANCE, Predictor, batch_difference
@@ -111,12 +111,15 @@ def make_plan(
     the ensemble of the fold that has not seen it.
     """
     require_classifier(model, method)
+    checks = dict(checks or {})
+    kept_heads(model, method, checks.get("keep", ()))
     indices = class_indices(targets, model.class_names)
     num_folds = len(model.folds) if dataset.split in ("train", "all") else 0
     needed = {
         "image_ensemble.safetensors": METHODS[method].classifier.startswith("image"),
         "folds.safetensors": num_folds > 0,
         "judge.safetensors": True,
+        "attributes.safetensors": "keep" in checks,
     }
     sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items() if needed.get(name)}
     extra = [field for field in listing.schema if field.name not in data.LISTING_COLUMNS]
@@ -156,7 +159,7 @@ def make_plan(
             "pyarrow": pa.__version__,
         },
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        checks=dict(checks or {}),
+        checks=checks,
     )
 
 
@@ -181,10 +184,12 @@ def make_checks(
     requirements: Requirements,
     predictor: Predictor | None = None,
     by_class: bool = False,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a plan's counterfactuals must satisfy beside its config, see ``Plan.checks``.
 
-    ``by_class`` gives each class as a target a threshold of its own, see ``class_thresholds``.
+    ``by_class`` gives each class as a target a threshold of its own, see ``class_thresholds``; ``keep`` names
+    attributes that the search must not change.
     """
     checks: dict[str, Any] = {}
     if by_class:
@@ -194,6 +199,8 @@ def make_checks(
     if predictor is not None:
         predictor.ordered(model.class_names)
         checks |= {"predictor": predictor.digest, "min_predictor_prob": requirements.min_predictor_prob}
+    if keep:
+        checks["keep"] = list(keep)
     return checks
 
 

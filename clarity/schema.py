@@ -2,7 +2,7 @@
 
 Does not know how a value is computed or where a file lies.
 
-Shapes: B rows; C, H, W image; D latent; K classes.
+Shapes: B rows; C, H, W image; D latent; K classes; A kept attributes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Column(NamedTuple):
     """One column of a table.
 
     Args:
-        type: an Arrow type, or ``float[K]`` and ``float[D]`` for a list of that length.
+        type: an Arrow type, or ``float[K]``, ``float[D]`` and ``float[A]`` for a list of that length.
         doc: what it holds, with shape and unit.
         required: whether a null is rejected.
         since: the schema version that added it.
@@ -93,6 +93,8 @@ COUNTERFACTUALS: dict[str, Column] = {
     "prediction_target_prob_initial": Column("float", "the predictor's target probability, image", since=2),
     "prediction_target_prob_reconstruction": Column("float", "the same, its reconstruction", since=2),
     "prediction_target_prob_final": Column("float", "the same, written counterfactual", since=2),
+    "kept_probs_initial": Column("float[A]", "with --keep: probabilities of the A attributes, image's code", since=2),
+    "kept_probs_final": Column("float[A]", "the same, code of the written image", since=2),
     "z_cf": Column("float[D]", "code of the counterfactual, or of its image for methods in pixel space"),
     "x_cf": Column("binary", "counterfactual image as PNG; null with --images none"),
 }
@@ -130,16 +132,18 @@ def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = 
     return schema
 
 
-def counterfactuals_schema(latent_dim: int, version: int = SCHEMA_VERSION) -> pa.Schema:
+def counterfactuals_schema(latent_dim: int, version: int = SCHEMA_VERSION, num_kept: int = 0) -> pa.Schema:
     """Schema of ``counterfactuals/*.parquet``; rows of a file are sorted by (target, image_id).
 
     Args:
         latent_dim: D.
         version: of the schema, for audits that were made before some columns were added.
+        num_kept: A; without kept attributes the table has no columns for them.
     """
-    return arrow_schema(
-        {name: column for name, column in COUNTERFACTUALS.items() if column.since <= version}, D=latent_dim
-    )
+    columns = {name: column for name, column in COUNTERFACTUALS.items() if column.since <= version}
+    if not num_kept:
+        columns = {name: column for name, column in columns.items() if column.type != "float[A]"}
+    return arrow_schema(columns, D=latent_dim, A=num_kept)
 
 
 def traces_schema(latent_dim: int) -> pa.Schema:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clarity import data, schema
+from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
 from clarity.rows import Prediction
@@ -186,6 +187,7 @@ def pair_rows(
     initial: Prediction,
     final: Prediction,
     images: str,
+    kept: AttributeHeads | None = None,
 ) -> pa.Table:
     """Rows of ``counterfactuals``.
 
@@ -197,6 +199,7 @@ def pair_rows(
         initial: predictions of the method's classifier where the search of each image starts.
         final: predictions of the method's classifier at the points found.
         images: png, or none to leave the images out.
+        kept: heads of the kept attributes.
     """
     found, written, target = results.found, results.written, asked.target.astype(np.int32)
     pair, nulls = np.arange(len(target)), [None] * len(target)
@@ -236,7 +239,11 @@ def pair_rows(
         "z_cf": schema.fixed_size_list(to_numpy(z_cf)),
         "x_cf": raw_column(written.pixels, images),
     }
-    return to_table(schema.counterfactuals_schema(encoded.model.latent_dim), columns)
+    if kept is None:
+        return to_table(schema.counterfactuals_schema(encoded.model.latent_dim), columns)
+    columns["kept_probs_initial"] = schema.fixed_size_list(attribute_rows(kept, encoded.z)[asked.image])
+    columns["kept_probs_final"] = schema.fixed_size_list(attribute_rows(kept, written.z))
+    return to_table(schema.counterfactuals_schema(encoded.model.latent_dim, num_kept=len(kept.names)), columns)
 
 
 def prediction_columns(model: Model, probs: np.ndarray | None, count: int) -> pa.Table:

@@ -64,6 +64,7 @@ def new_parser() -> ArgumentParser:
     add("--min-target-prob", type=driver.number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
     driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
     driver.add_config_flags(search, Requirements())
+    add("--keep", nargs="+", default=[], metavar="NAME", help="Attributes of the model's heads not to change.")
     add("--engine", default="auto", choices=["auto", *ENGINES], help="Search engine (default: auto, the fastest).")
     add("--trace", type=int, default=0, metavar="N", help="Trace the searches of the first N images (default: 0).")
     add = parser.add_argument_group("output").add_argument
@@ -104,7 +105,7 @@ def explain_all(args: Namespace) -> int:
     predictor = load_predictor(args.predictor) if args.predictor else None
     if predictor is not None:
         print(planning.describe_predictor(predictor, dataset, listing))
-    checks = planning.make_checks(model, config, requirements, predictor, by_class)
+    checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
     if args.shard_rows is None:
         rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])

@@ -111,6 +111,14 @@ def new_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="Updates of the held-out judge; 0: no judge (default: by the number of images).",
     )
+    add(
+        "--attributes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Columns of two values, or all, for which linear heads on the codes are fitted; --keep of "
+        "jobs/explain_all.py holds them still.",
+    )
     for prefix, training in TRAININGS.items():
         driver.add_config_flags(
             parser.add_argument_group(f"training of the {prefix}"), training, f"{prefix}_", ["seed"]
@@ -186,6 +194,7 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         image_members=args.image_members,
         num_folds=args.folds,
         judge_updates=args.judge_updates,
+        attributes=args.attributes,
         precision=args.precision,
         **{f"{prefix}_seed": args.seed for prefix in TRAININGS},
         **given,
@@ -284,6 +293,11 @@ def describe(plan: TrainingPlan) -> str:
     if judge := evaluation.get("judge"):
         again = judge["accuracy_on_reconstructions"]
         lines.append(f"judge      accuracy {judge['accuracy']:.2%} held out, {again:.2%} on reconstructions")
+    heads = {name: about for name, about in metrics.get("attributes", {}).items() if about["accuracy"] is not None}
+    if heads:
+        worst = sorted(heads, key=lambda name: heads[name]["balanced_accuracy"])[:SHOWN_CLASSES]
+        shown = ", ".join(f"{name} {heads[name]['accuracy']:.2%}" for name in heads if name in worst)
+        lines.append(f"attributes {'worst: ' if len(heads) > len(worst) else ''}{shown}, held out")
     unseen = [
         name for name in card.get("class_names", []) if name not in metrics.get("ensemble", {}).get("per_class", {})
     ]

@@ -22,7 +22,7 @@ LEVELS = [
     {"findings.verdict", "figure"},
     {"data", "classifiers", "audit", "kernels"},
     {"rows"},
-    {"judges"},
+    {"judges", "attributes"},
     {"model", "search", "predictions", "predictor"},
     {"methods"},
     {"tables"},

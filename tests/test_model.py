@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 import clarity
+from clarity.attributes import AttributeHeads
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.judges import build_judge, judge_rows
 from clarity.model import (
@@ -42,12 +43,13 @@ def full_model(tiny_model: Model) -> Model:
 
 
 def completed(tiny_model: Model) -> Model:
-    """The tiny model with an image ensemble of 3 members, two folds and a judge."""
+    """The tiny model with an image ensemble of 3 members, two folds, a judge and heads of two attributes."""
     torch.manual_seed(8)
     config = EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=3)
     tiny_model.image_ensemble = ImageEnsemble(config, tiny_model.vae.config).eval()
     tiny_model.folds = tuple(LatentEnsemble(tiny_model.ensemble.config).eval() for _ in range(2))
     tiny_model.judge = build_judge(tiny_model.image_shape, 4).eval()
+    tiny_model.heads = AttributeHeads(("red", "old"), 5).eval()
     return tiny_model
 
 

@@ -19,7 +19,7 @@ def test_codes_schema_documents_every_column() -> None:
 
 
 def test_counterfactuals_schema_documents_every_column() -> None:
-    found = schema.counterfactuals_schema(5)
+    found = schema.counterfactuals_schema(5, num_kept=2)
     assert found.names == list(schema.COUNTERFACTUALS)
     assert found.field("z_cf").type == pa.list_(pa.float32(), 5)
     assert not found.field("target").nullable

@@ -44,8 +44,8 @@ class Plan:
         created: date, informative.
         schema_version: of the tables.
         checks: what a counterfactual must satisfy beside the config, by the names of the Explainer's arguments:
-            min_target_probs (a threshold for each class as a target), min_reencoded_prob, predictor (its digest) and
-            min_predictor_prob; empty where none was asked for.
+            min_target_probs (a threshold for each class as a target), min_reencoded_prob, predictor (its digest),
+            min_predictor_prob and keep (names of attributes); empty where none was asked for.
     """
 
     dataset: dict[str, Any]
@@ -93,6 +93,11 @@ class Plan:
         """Whether written images are checked, so that pairs are confirmed or not."""
         return bool(self.checks.keys() & {"min_reencoded_prob", "predictor"})
 
+    @property
+    def keep(self) -> list[str]:
+        """Attributes that the search keeps."""
+        return list(self.checks.get("keep", []))
+
     def min_target_prob(self, targets: np.ndarray) -> np.ndarray:
         """The threshold of each target (P,), float32."""
         classes = np.full(len(self.class_names), self.config["min_target_prob"], np.float32)
@@ -108,9 +113,8 @@ class Plan:
 
     def counterfactuals_schema(self) -> pa.Schema:
         """Schema of ``counterfactuals``, with the file metadata."""
-        return schema.counterfactuals_schema(self.model["latent_dim"], self.schema_version).with_metadata(
-            self.file_metadata()
-        )
+        table = schema.counterfactuals_schema(self.model["latent_dim"], self.schema_version, len(self.keep))
+        return table.with_metadata(self.file_metadata())
 
     def differences(self, other: Plan) -> list[str]:
         """What another plan decides differently, one line each: empty when both fill the same files."""
@@ -163,6 +167,7 @@ class Plan:
             "clarity.config": json.dumps(self.config, sort_keys=True),
             "clarity.method": self.method,
             "clarity.image_shape": ",".join(map(str, self.image_shape)),
+            **({"clarity.keep": json.dumps(self.keep)} if self.keep else {}),
         }
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from clarity.schema import COUNTERFACTUALS
 
-SQL_TYPES = {"bool": "BOOLEAN", "int32": "INTEGER", "float": "FLOAT"}
+SQL_TYPES = {"bool": "BOOLEAN", "int32": "INTEGER", "float": "FLOAT", "float[A]": "FLOAT[]"}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def read_audit(uri: str | Path) -> Audit:
         return pads.dataset(named, schema=expected, format="parquet", filesystem=files) if named else None
 
     # Columns that an audit was made without are null in it, so that one query serves all.
-    today = schema.counterfactuals_schema(plan.model["latent_dim"]).with_metadata(plan.file_metadata())
+    today = schema.counterfactuals_schema(plan.model["latent_dim"], num_kept=len(plan.keep))
+    today = today.with_metadata(plan.file_metadata())
     codes, pairs = table("codes", plan.codes_schema()), table("counterfactuals", today)
     return Audit(uri, plan, commits, codes, pairs, table("traces", None))
 

@@ -107,10 +107,16 @@ def open_dataset(
         columns=tuple(sorted(columns.items())),
     )
     dataset = replace(dataset, split=choose_split(dataset))
-    if not attributes:
+    return with_attributes(dataset, attributes)
+
+
+def with_attributes(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """The data set with these columns carried along; ("all",) is every one that there is."""
+    if not names:
         return dataset
+    kind = SOURCES[dataset.source]
     known = [name for name in kind.attributes(dataset) if name not in TAKEN] if kind.attributes else []
-    wanted = known if tuple(attributes) == ("all",) else list(dict.fromkeys(attributes))
+    wanted = known if tuple(names) == ("all",) else list(dict.fromkeys(names))
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(
             f"attributes: expected some of {names_of(known)}, got {', '.join(map(repr, unknown))}: choose from these"

@@ -72,6 +72,7 @@ class Facts:
         suspicion: of ``suspicious_labels``.
         trained_on_labels: the ensemble may have been trained on the labels of these images.
         verdict: on the model.
+        keep: attributes that the search kept, in the order of their columns.
     """
 
     con: duckdb.DuckDBPyConnection
@@ -83,6 +84,7 @@ class Facts:
     suspicion: pa.Table
     trained_on_labels: bool
     verdict: Verdict
+    keep: tuple[str, ...] = ()
 
     @property
     def num_pairs(self) -> int:
@@ -120,6 +122,7 @@ def gather(
     card: Mapping[str, Any] | None = None,
     differences: Differences | None = None,
     trained_on_labels: bool = False,
+    keep: Sequence[str] = (),
 ) -> Facts:
     """Computes what the checks need.
 
@@ -130,6 +133,7 @@ def gather(
         card: the model's model.json; without its figures the verdict is "not checked".
         differences: of ``mean_differences``; without them shortcuts are not looked for.
         trained_on_labels: the ensemble may have been trained on the labels of these images.
+        keep: attributes that the search kept.
     """
     columns = con.execute("FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
     pairs = {}
@@ -147,6 +151,7 @@ def gather(
         suspicion=suspicious_labels(con),
         trained_on_labels=trained_on_labels,
         verdict=verdict(card or {}),
+        keep=tuple(keep),
     )
 
 

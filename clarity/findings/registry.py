@@ -9,6 +9,7 @@ from clarity.findings.attributes import check_attributes
 from clarity.findings.distances import EDGE, check_asymmetry, check_edge, check_extremes
 from clarity.findings.epistemic import check_epistemic
 from clarity.findings.finding import Facts, Finding, NotChecked
+from clarity.findings.kept import check_kept
 from clarity.findings.labels import check_labels
 from clarity.findings.predictions import check_predictions
 from clarity.findings.searches import check_reencoding, check_unconverged, check_unread
@@ -50,6 +51,7 @@ CHECKS: dict[str, Check] = {
     "attributes": Check(
         "attributes that drift", check_attributes, "No attribute drifts by 0.1 or more, beyond chance."
     ),
+    "kept": Check("what keeping attributes costs", check_kept, ""),
     "unconverged": Check("pairs that did not converge", check_unconverged, "Every pair converged."),
     "asymmetry": Check(
         "class pairs that are easy in one direction and hard in the other",

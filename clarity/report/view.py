@@ -148,6 +148,7 @@ def open_view(audit: Audit, name: str) -> View:
         card=decoder.model.card if decoder is not None else None,
         differences=mean_changes(con, audit, decoder),
         trained_on_labels=trained_on_labels(audit),
+        keep=audit.plan.keep,
     )
     return View(name, audit, con, decoder, facts, find(facts))
 

@@ -24,6 +24,7 @@ from clarity.data.review import review
 from clarity.images import Preprocessing
 from clarity.model import load_model, load_tensors, read_card, save_tensors
 from clarity.predictor import load_predictor
+from clarity.training.attributes import choose_attributes
 from clarity.training.distil import COPIES, open_audit
 from clarity.training.judge import JudgeTraining
 from clarity.training.loops import (
@@ -47,7 +48,7 @@ RECIPES = ("auto", "paper")
 #: The epoch of a checkpoint that needs no more training.
 FINISHED = 1 << 40
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
-EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates"}
+EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates", "attributes"}
 
 #: Fields of a plan's description that say whom the ensembles learn from; absent where they learn from labels.
 TEACHERS = ("predictor", "refit")
@@ -78,6 +79,7 @@ class TrainingPlan:
     image_members: int = 0
     num_folds: int = 0
     judge_updates: int | None = None
+    attributes: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     searched: tuple[str, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +131,8 @@ class TrainingPlan:
             "judge_updates": self.judge_training.updates if self.judge_training else 0,
             **self.asked,
         }
+        if self.attributes:
+            description["attributes"] = list(self.attributes)
         return json.loads(json.dumps(description))
 
     def file(self, *parts: str) -> str:
@@ -191,6 +195,7 @@ def plan_training(
         raise ValueError(f"out: expected a directory outside the data, got {storage.display(out)}: choose another")
     eps_given = bool({"ensemble_training", "ensemble_adversarial_eps"} & set(fields))
     fields = training_fields(fields)
+    fields["attributes"] = choose_attributes(dataset, held_out, fields.get("attributes", ()))
     listing = list_images(dataset)
     if predictor is None and refit is not None:
         raise ValueError("refit: expected the predictor to ask about the audit's images, got none: name it")

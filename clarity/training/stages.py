@@ -27,6 +27,7 @@ from clarity.judges import JudgeNet, build_judge
 from clarity.model import Model, load_tensors, save_model, save_tensors
 from clarity.predictor import Predictor
 from clarity.rows import encode_rows, logits_rows
+from clarity.training.attributes import fit_heads
 from clarity.training.distil import (
     COPIES,
     MEASURED_IMAGES,
@@ -400,11 +401,17 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
         folds=tuple(folds),
         judge=assemble_judge(plan),
     )
+    heads_metrics: dict[str, Any] = {}
+    if plan.attributes:
+        log(f"fitting the heads of {len(plan.attributes)} attributes")
+        model.heads, heads_metrics = fit_heads(vae, plan.preprocessing, plan.dataset, plan.held_out, plan.attributes)
     held_out = None if plan.held_out is None else load_images(plan, plan.held_out)
     if held_out is not None:
         log_errors(held_out, log)
     log(f"measuring on {len(held_out.ids) if held_out else 0} held-out images")
     metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
+    if heads_metrics:
+        metrics["attributes"] = heads_metrics
     verdict: dict[str, Any] = {}
     if held_out and plan.data["labelled"] and bool((held_out.labels >= 0).any()):
         verdict = evaluation(model, load_images(plan, plan.dataset, BASELINE_IMAGES), held_out)

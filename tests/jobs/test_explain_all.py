@@ -136,6 +136,7 @@ def test_job_refuses_another_plan(
         (["--limit", "0"], "at least 1"),
         (["--shard-rows", "-1"], "at least 1"),
         (["--method", "fgsm"], "image_members"),
+        (["--keep", "Male"], "--keep: this model has no heads for attributes"),
         (["--actors", "99"], "--actors 99 cannot be scheduled"),
         (["--gpus-per-actor", "1"], "no node offers that many GPUs"),
         (["--out", "/proc/version"], "found a file"),

@@ -1,0 +1,124 @@
+"""Linear heads on the frozen codes of a VAE, one for each attribute of a data set.
+
+An attribute is a column of integers or booleans that takes two values, the higher of which means that it is set.
+
+Shapes: N images, D latent, A attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from clarity import schema
+from clarity.attributes import AttributeHeads, attribute_rows
+from clarity.data import Dataset, list_images, read_images, with_attributes
+from clarity.images import Preprocessing
+from clarity.rows import encode_rows
+from clarity.vae import VAE
+
+#: Images that the heads are fitted to, and measured on, at most: spread evenly over the split.
+MAX_IMAGES = 50_000
+CHUNK = 1024
+
+
+def choose_attributes(dataset: Dataset, held_out: Dataset | None, names: Sequence[str]) -> tuple[str, ...]:
+    """The attributes with these names, or with ("all",) every one that takes two values.
+
+    Raises:
+        ValueError: an unknown attribute, one that does not take two values, or one that the held-out split lacks.
+    """
+    if not names:
+        return ()
+    listing = list_images(found := with_attributes(dataset, names))
+    values = {name: pc.unique(listing[name]).drop_null() for name in found.attributes}
+    binary = [name for name, of in values.items() if len(of) == 2]
+    if other := [name for name in found.attributes if name not in binary and tuple(names) != ("all",)]:
+        raise ValueError(
+            f"attributes: expected a column of two values, found {len(values[other[0]])} in {other[0]!r}: leave it "
+            "out, or make columns of 0 and 1 of it"
+        )
+    if not binary:
+        raise ValueError("attributes: expected a column of two values, found none: leave them out")
+    if held_out is not None:
+        with_attributes(held_out, binary)
+    return tuple(binary)
+
+
+def fit_heads(
+    vae: VAE,
+    preprocessing: Preprocessing,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    attributes: Sequence[str],
+    seed: int = 0,
+) -> tuple[AttributeHeads, dict[str, Any]]:
+    """Fit a logistic regression for each attribute to codes drawn from the posteriors of a split.
+
+    Args:
+        vae: frozen.
+        preprocessing: of its images.
+        dataset: the training split.
+        held_out: to measure on, or None.
+        attributes: of ``choose_attributes``.
+        seed: of the draw.
+
+    Returns:
+        The heads, and for each attribute ``share`` of the training images where it is set, and on the held-out images
+        ``accuracy`` and ``balanced_accuracy``, null where it is not known of any.
+    """
+    mean, log_var, values = encode_split(vae, preprocessing, dataset, attributes)
+    noise = np.random.default_rng(seed).standard_normal(mean.shape, np.float32)
+    codes = mean + np.exp(log_var / 2) * noise
+    heads = AttributeHeads(attributes, mean.shape[1])
+    figures: dict[str, Any] = {}
+    highest = {}
+    for a, name in enumerate(attributes):
+        known = ~np.isnan(values[:, a])
+        highest[name] = values[known, a].max()
+        is_set = values[known, a] == highest[name]
+        if is_set.all():
+            raise ValueError(f"attributes: {name!r} has one value among the images that can be read: leave it out")
+        fitted = LogisticRegression(max_iter=1000).fit(codes[known], is_set)
+        heads.linear.weight.data[a] = torch.from_numpy(fitted.coef_[0]).float()
+        heads.linear.bias.data[a] = float(fitted.intercept_[0])
+        figures[name] = {"share": float(is_set.mean()), "accuracy": None, "balanced_accuracy": None}
+    heads = heads.requires_grad_(False).eval()
+    if held_out is None:
+        return heads, figures
+    mean, _, values = encode_split(vae, preprocessing, held_out, attributes)
+    seen = attribute_rows(heads, torch.from_numpy(mean)) > 0.5
+    for a, name in enumerate(attributes):
+        known = ~np.isnan(values[:, a])
+        is_set = values[known, a] == highest[name]
+        hits = seen[known, a] == is_set
+        if known.any():
+            sides = [hits[side].mean() for side in (is_set, ~is_set) if side.any()]
+            figures[name] |= {"accuracy": float(hits.mean()), "balanced_accuracy": float(np.mean(sides))}
+    return heads, figures
+
+
+def encode_split(
+    vae: VAE, preprocessing: Preprocessing, dataset: Dataset, attributes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Posterior means and log-variances (N, D) of readable images, and their attributes (N, A), NaN where unknown."""
+    dataset = replace(dataset, attributes=tuple(attributes))
+    listing = list_images(dataset)
+    rows = np.unique(np.linspace(0, len(listing) - 1, min(MAX_IMAGES, len(listing))).astype(int))
+    listing, parts = listing.take(rows), []
+    for start in range(0, len(listing), CHUNK):
+        shard = read_images(dataset, listing.slice(start, CHUNK), preprocessing)
+        shard = shard.filter(pc.is_valid(shard["image"]))
+        pixels = schema.matrix(shard["image"]).reshape(-1, *preprocessing.image_shape)
+        mean, log_var = encode_rows(vae, torch.tensor(pixels, device=vae.mean.weight.device).float() / 255)
+        columns = [shard[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in attributes]
+        parts.append((mean.cpu().numpy(), log_var.cpu().numpy(), np.stack(columns, 1)))
+    codes, spreads, values = zip(*parts)
+    return np.concatenate(codes), np.concatenate(spreads), np.concatenate(values)

@@ -1,0 +1,140 @@
+"""Attributes as linear heads on codes: what the search keeps, what tables say of it, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+from audits import make_tables
+
+import clarity
+from clarity import schema
+from clarity.attributes import AttributeHeads, attribute_rows
+from clarity.audit.queries import connect
+from clarity.explainer import Explainer
+from clarity.findings.finding import Finding, NotChecked, gather
+from clarity.findings.kept import check_kept
+from clarity.images import decode_png
+from clarity.model import Model, load_model, save_model
+from clarity.rows import encode_rows
+from clarity.search import SearchConfig
+
+CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
+KEEP = ["old", "red"]
+
+
+@pytest.fixture
+def heads_model(model: Model) -> Model:
+    """The tiny model with the heads of three attributes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return replace(model, heads=AttributeHeads(("red", "tall", "old"), 5).requires_grad_(False).eval())
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (9, 1, 8, 12), np.uint8)
+
+
+def logits_of(model: Model, codes: np.ndarray, keep: list[str]) -> np.ndarray:
+    assert model.heads is not None
+    return model.heads.select(keep)(torch.from_numpy(codes.copy())).numpy()
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("method", ["clarity", "latent"])
+def test_kept_attributes_have_the_same_logits_at_every_counterfactual(
+    heads_model: Model, images: np.ndarray, method: str, refine: bool
+) -> None:
+    config = replace(CONFIG, refine=refine)
+    # A threshold on the written image that few pairs pass at once, so that rungs are taken too.
+    pairs = clarity.explain(heads_model, images, method=method, config=config, keep=KEEP, min_reencoded_prob=0.3)
+    free = clarity.explain(heads_model, images, method=method, config=config, min_reencoded_prob=0.3)
+    z = encode_rows(heads_model.vae, torch.from_numpy(images).float() / 255)[0].numpy()
+    start = z[[int(name) for name in pairs["image_id"].to_pylist()]]
+    assert pairs["rungs"].to_numpy().max() > 0 and pairs["steps"].to_numpy().max() > 0
+    before, after = (logits_of(heads_model, codes, KEEP) for codes in (start, schema.matrix(pairs["z_cf"])))
+    assert np.abs(after - before).max() < 1e-4
+    assert np.abs(logits_of(heads_model, schema.matrix(free["z_cf"]), KEEP) - before).max() > 0.1
+
+
+def test_columns_hold_the_probabilities_of_the_kept_attributes(heads_model: Model, images: np.ndarray) -> None:
+    pairs = clarity.explain(heads_model, images, config=CONFIG, keep=KEEP)
+    assert pairs.schema.equals(schema.counterfactuals_schema(5, num_kept=2), check_metadata=True)
+    assert heads_model.heads is not None
+    heads = heads_model.heads.select(KEEP)
+    index = [int(name) for name in pairs["image_id"].to_pylist()]
+    written = decode_png(pairs["x_cf"], heads_model.image_shape)
+    for name, shown in (("kept_probs_initial", images[index]), ("kept_probs_final", written)):
+        z = encode_rows(heads_model.vae, torch.tensor(shown).float() / 255)[0]
+        assert (schema.matrix(pairs[name]) == attribute_rows(heads, z)).all()
+    free = clarity.explain(heads_model, images, config=CONFIG)
+    assert free.schema.equals(schema.counterfactuals_schema(5)) and "kept_probs_final" not in free.column_names
+
+
+def test_a_row_with_kept_attributes_does_not_depend_on_the_other_pairs(heads_model: Model, images: np.ndarray) -> None:
+    whole = clarity.explain(heads_model, images, config=CONFIG, keep=KEEP)
+    for target, name in enumerate(heads_model.class_names):
+        alone = clarity.explain(heads_model, images, [name], config=CONFIG, keep=KEEP)
+        mine = whole.filter(pc.equal(whole["target"], target))
+        assert len(alone) and all(alone[column].equals(mine[column]) for column in ("image_id", "z_cf", "steps"))
+
+
+def test_model_keeps_its_heads_and_its_fingerprint(heads_model: Model, tmp_path: Path) -> None:
+    save_model(heads_model, tmp_path / "with")
+    save_model(replace(heads_model, heads=None), tmp_path / "without")
+    loaded, other = load_model(tmp_path / "with"), load_model(tmp_path / "without")
+    assert loaded.heads is not None and heads_model.heads is not None and other.heads is None
+    assert loaded.heads.names == ("red", "tall", "old") and loaded.fingerprint == other.fingerprint
+    assert torch.equal(loaded.heads.linear.weight, heads_model.heads.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("keep", "method", "message"),
+    [
+        (["blue"], "clarity", "keep: no head for attribute 'blue'; choose from red, tall, old"),
+        (["red", "red"], "clarity", "keep: attribute 'red' is named twice"),
+        ("red", "clarity", "keep: expected a list of attributes, got 'red'"),
+        (["red"], "fgsm", "keep: method 'fgsm' changes pixels"),
+    ],
+)
+def test_explainer_says_what_cannot_be_kept(heads_model: Model, keep: list[str], method: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Explainer(heads_model, method, CONFIG, keep=keep)
+
+
+def test_explainer_refuses_to_keep_what_the_model_cannot(model: Model, heads_model: Model) -> None:
+    with pytest.raises(ValueError, match="keep: this model has no heads"):
+        Explainer(model, "clarity", CONFIG, keep=["red"])
+    assert heads_model.heads is not None
+    heads_model.heads.linear.weight.data[2] = 3 * heads_model.heads.linear.weight[0]
+    with pytest.raises(ValueError, match="keep: 'old' depends on the attributes before it"):
+        Explainer(heads_model, "clarity", CONFIG, keep=["red", "old"])
+    full = replace(heads_model, heads=AttributeHeads(tuple("abcde"), 5).eval())
+    with pytest.raises(ValueError, match=r"fewer attributes than the code has dimensions \(5\), got 5"):
+        Explainer(full, "clarity", CONFIG, keep=list("abcde"))
+
+
+def test_finding_counts_pairs_out_of_reach_and_pictures_that_change_sides() -> None:
+    tables = make_tables(120)
+    pairs = tables.counterfactuals
+    index = np.arange(len(pairs))
+    converged = index % 10 > 0  # one in ten is out of reach, and all of those are with the first attribute
+    initial = np.stack([np.where(index % 2, 0.1, 0.9), np.full(len(index), 0.2)], 1).astype(np.float32)
+    final = initial.copy()
+    final[index % 5 == 1, 1] = 0.8
+    pairs = pairs.set_column(pairs.column_names.index("converged"), "converged", pa.array(converged))
+    pairs = pairs.append_column("kept_probs_initial", schema.fixed_size_list(initial))
+    pairs = pairs.append_column("kept_probs_final", schema.fixed_size_list(final))
+    names = tables.class_names
+    (found,) = check_kept(gather(connect(tables.codes, pairs), names, keep=["Male", "Young"]))
+    assert isinstance(found, Finding) and found.level == "look"
+    assert found.figures["missed"] == (~converged).sum()
+    assert found.figures["flipped"] == {"Male": 0.0, "Young": (index[converged] % 5 == 1).mean()}
+    assert "20 % with “Male” and 0 % without “Male”" in found.sentence
+    assert isinstance(check_kept(gather(connect(tables.codes, tables.counterfactuals), names)), NotChecked)

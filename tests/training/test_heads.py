@@ -1,0 +1,89 @@
+"""Heads of attributes: fitted to columns of a data set, added to a finished model, refused where they make no sense."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bars import SHORT, SHORT_VAE, bars
+
+import clarity
+from clarity.data import open_dataset
+from clarity.images import encode_png
+from clarity.model import load_model
+from clarity.training.attributes import choose_attributes
+
+FIELDS: dict[str, Any] = {
+    "vae_fields": {"latent_dim": 5, "channels": (6, 7)},
+    "num_members": 2,
+    "hidden": (6, 7),
+    "vae_training": dataclasses.replace(SHORT_VAE, epochs=30),
+    "ensemble_training": SHORT,
+    "judge_updates": 0,
+    "recipe": "paper",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 bars, with columns of which ``low`` is seen in the image, ``noise`` is not, and ``age`` has many values."""
+    images, labels = bars(240)
+    low = [None if i < 5 else bool(k == 2) for i, k in enumerate(labels.tolist())]
+    columns = {
+        "image": pa.array(encode_png(images.numpy()), pa.binary()),
+        "label": [f"bar{k}" for k in labels.tolist()],
+        "split": ["test" if i % 4 == 0 else "train" for i in range(240)],
+        "low": pa.array(low, pa.bool_()),
+        "noise": np.random.default_rng(0).integers(0, 2, 240),
+        "age": [i % 60 for i in range(240)],
+    }
+    file = tmp_path_factory.mktemp("bars") / "bars.parquet"
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+
+
+def test_heads_are_added_to_a_finished_model_and_say_how_good_they_are(data: Path, tmp_path: Path) -> None:
+    before = clarity.train("parquet", tmp_path / "model", data=data, **FIELDS)
+    files = files_of(tmp_path / "model")
+    clarity.train("parquet", tmp_path / "model", data=data, attributes=("all",), **FIELDS)
+    model = load_model(tmp_path / "model")
+    assert model.heads is not None and model.heads.names == ("low", "noise")
+    assert model.fingerprint == before.fingerprint
+    assert {name: content for name, content in files_of(tmp_path / "model").items() if name in files} == files
+    found = model.card["metrics"]["attributes"]
+    assert found["low"]["balanced_accuracy"] > 0.9 and 0.3 < found["noise"]["balanced_accuracy"] < 0.7
+    assert found["low"]["share"] == pytest.approx(1 / 3, abs=0.02)
+    # Nothing is trained again, and nothing is lost, where the same is asked for once more.
+    content = files_of(tmp_path / "model")
+    again = clarity.train("parquet", tmp_path / "model", data=data, attributes=("low", "noise"), **FIELDS)
+    assert again.heads is not None and files_of(tmp_path / "model") == content
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["age"], "attributes: expected a column of two values, found 45 in 'age'"),
+        (["blue"], "attributes: expected some of low, noise, age, got 'blue'"),
+    ],
+)
+def test_attributes_that_are_none_are_refused_before_anything_starts(
+    data: Path, names: list[str], message: str
+) -> None:
+    dataset = open_dataset("parquet", data, "train")
+    with pytest.raises(ValueError, match=message):
+        choose_attributes(dataset, None, names)
+    assert choose_attributes(dataset, None, ["low"]) == ("low",)
+
+
+def test_a_source_without_columns_has_no_attributes() -> None:
+    with pytest.raises(ValueError, match="attributes: expected some of none, got 'low'"):
+        choose_attributes(open_dataset("digits"), None, ["low"])
