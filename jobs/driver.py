@@ -277,6 +277,8 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     if ray.is_initialized():
         return
     require_answer(os.environ.get("RAY_ADDRESS", ""))
+    # Threads that spin while they wait take the processor from those that they wait for, where others use it too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     interruptible()
     try:

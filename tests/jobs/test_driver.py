@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -187,3 +190,17 @@ def test_silent_core_hears_nothing_and_gives_stderr_back(capfd: pytest.CaptureFi
         os.write(2, b"logging.cc: a level was set\n")
     os.write(2, b"error: ours\n")
     assert capfd.readouterr().err == "error: ours\n"
+
+
+def test_workers_of_a_ray_started_here_wait_passively(tmp_path_factory: pytest.TempPathFactory) -> None:
+    program = """
+import os
+import driver, ray
+driver.start_ray()
+print(ray.get(ray.remote(lambda: os.environ["OMP_WAIT_POLICY"]).remote()))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short:
+        env |= {"RAY_TMPDIR": short, "PYTHONPATH": str(Path(driver.__file__).parent), "RAY_ADDRESS": "local"}
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=300)
+    assert run.stdout.split() == ["passive"], run.stderr
