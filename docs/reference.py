@@ -40,7 +40,7 @@ def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str
         known: job by flag and text; the job's own flags are added.
         name: of the job.
     """
-    parts, repeated = [cell_free(parser.description or "")], dict[str, list[str]]()
+    parts, repeated = [" ".join((parser.description or "").split("\n\n")[0].split())], dict[str, list[str]]()
     for group in parser._action_groups:
         lines = []
         for action in group._group_actions:
@@ -53,8 +53,9 @@ def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str
             else:
                 lines.append(f"- {flag}")
         title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title or "")
-        if lines:
-            parts.append("\n".join([f"*{title[:1].upper()}{title[1:]}*\n"] * bool(title) + lines))
+        if lines and title:
+            parts.append(f"*{title[0].upper()}{title[1:]}*")
+        parts += ["\n".join(lines)] * bool(lines)
     parts += [f"As in `jobs/{job}.py`: {', '.join(flags)}." for job, flags in repeated.items()]
     return "\n\n".join(parts)
 
@@ -71,11 +72,6 @@ def name_of(action: argparse.Action) -> str:
 def cell(text: str) -> str:
     """Text of one line in a cell."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def cell_free(text: str) -> str:
-    """A docstring's paragraphs."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
 
 
 def sections() -> dict[str, str]:
