@@ -1,0 +1,71 @@
+"""The jobs with a user's own model: it teaches a model of images without labels, is explained, and a refit follows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import clarity
+
+ROOT = Path(__file__).parent.parent.parent
+MODULE = """
+import numpy as np
+
+def predict(pixels):
+    bands = np.stack([pixels[:, 0, 1 + 2 * k : 3 + 2 * k].mean((1, 2)) for k in range(3)], 1) / 16
+    odds = np.exp(bands - bands.max(1, keepdims=True))
+    return odds / odds.sum(1, keepdims=True)
+
+predict.classes, predict.mode, predict.size = ["top", "middle", "bottom"], "L", (8, 12)
+"""
+SMALL = ["--latent-dim", "5", "--channels", "6", "7", "--hidden", "9", "--num-members", "3", "--recipe", "paper"]
+BUDGET = ["--vae-epochs", "20", "--ensemble-epochs", "10"]
+
+
+def write_images(directory: Path) -> None:
+    """90 pictures of bars in two splits, without labels."""
+    generator = np.random.default_rng(0)
+    for i in range(90):
+        x = generator.integers(0, 60, (8, 12))
+        x[1 + 2 * (i % 3) : 3 + 2 * (i % 3), 2:10] += 180
+        file = directory / ("test" if i % 4 == 0 else "train") / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x.astype(np.uint8)).save(file)
+
+
+def test_jobs_learn_from_a_predictor_explain_it_and_refit(tmp_path: Path, ray_local: Any) -> None:
+    write_images(tmp_path / "bars")
+    (tmp_path / "mine.py").write_text(MODULE)
+    address = ray_local.get_runtime_context().gcs_address
+    env = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+
+    def run(job: str, *flags: str) -> str:
+        command = [sys.executable, str(ROOT / "jobs" / job), "--dataset", "folder", "--data", "bars", *flags]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    train = ["--predictor", "mine:predict", "--out", "model", *SMALL, *BUDGET]
+    said = run("train.py", *train)
+    assert "predictor  mine:predict: image test" not in said and "(label None) is " in said
+    assert "images of folder without labels" in said and "no judge" in said
+    assert "predictor  the ensemble agrees in " in said and "reconstructing changes what it sees in" in said
+    assert run("train.py", *train).startswith("finished already\npredictor  the ensemble agrees in ")
+    before = clarity.load(tmp_path / "model")
+    assert before.class_names == ("top", "middle", "bottom")
+
+    audit = ["--predictor", "mine:predict", "--model", "model", "--split", "train", "--limit", "8", "--no-report"]
+    said = run("explain_all.py", *audit, "--out", "audit", "--max-steps", "20")
+    assert "model      The model was not checked, because its images have no labels." in said
+    run("train.py", *train, "--refit", "audit")
+    after = clarity.load(tmp_path / "model")
+    assert after.card["predictor"]["refit"] == str(tmp_path / "audit")
+    assert after.fingerprint != before.fingerprint
+    files = [model.card["files"]["vae.safetensors"] for model in (before, after)]
+    assert files[0] == files[1]
