@@ -28,6 +28,7 @@ from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.predictor import BATCH_TOLERANCE, Predictor, batch_difference
 from clarity.search import SearchConfig
+from clarity.worker import pack
 
 
 def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
@@ -47,18 +48,15 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
         if kind == "misclassified" and not value:
             only = "misclassified"
         elif kind == "label" and value:
-            names = value.split(",")
-            known = listing["label_name"].unique().drop_null().to_pylist()
+            names, known = value.split(","), listing["label_name"].unique().drop_null().to_pylist()
             if unknown := sorted(set(names) - set(known)):
                 raise ValueError(f"where: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}")
             listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
         elif kind == "ids" and value:
             names = storage.read_bytes(value).decode().splitlines()
-            kept = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
-            if len(kept) < len(set(names)):
-                unknown = sorted(set(names) - set(kept["image_id"].to_pylist()))
+            listing = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
+            if unknown := sorted(set(names) - set(listing["image_id"].to_pylist())):
                 raise ValueError(f"where: {len(unknown)} ids of {value} are not in the data, the first {unknown[0]!r}")
-            listing = kept
         else:
             raise ValueError(f"where: expected label=NAME[,NAME...], ids=FILE or misclassified, got {condition!r}")
     if limit is not None and limit < 1:
@@ -77,17 +75,17 @@ def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | N
     """
     if names is None or names in ("all", ["all"]):
         return None
-    found = []
+    found = set()
     for name in [names] if isinstance(names, str | int) else names:
         if isinstance(name, str) and name in class_names:
-            found.append(list(class_names).index(name))
+            found.add(list(class_names).index(name))
         elif isinstance(name, int | np.integer) and not isinstance(name, bool) and 0 <= name < len(class_names):
-            found.append(int(name))
+            found.add(int(name))
         else:
             raise ValueError(f"unknown class {name!r}; choose from {', '.join(class_names)}")
     if not found:
         raise ValueError("expected at least one target, got none")
-    return tuple(sorted(set(found)))
+    return tuple(sorted(found))
 
 
 def make_plan(
@@ -284,8 +282,4 @@ def raw_bytes_per_image(model: Model, num_targets: int) -> float:
 
 def column_digest(column: pa.ChunkedArray) -> str:
     """Digest of a column's values."""
-    sink = pa.BufferOutputStream()
-    table = pa.table({"": column.combine_chunks()})
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return hashlib.sha256(sink.getvalue()).hexdigest()[:16]
+    return hashlib.sha256(pack(pa.table({"": column.combine_chunks()}))).hexdigest()[:16]

@@ -51,9 +51,10 @@ class Work:
     predictor: str | None = None
 
 
-def shard_item(shard: int, listing: pa.Table) -> dict[str, Any]:
+def shard_item(plan: Plan, shard: int, listing: pa.Table) -> dict[str, Any]:
     """Input of ``read_shard``: the shard's number and its part of the listing."""
-    return {"shard": shard, "listing": pack(listing).to_pybytes()}
+    span = plan.shards[shard]
+    return {"shard": shard, "listing": pack(listing[span["start"] : span["stop"]]).to_pybytes()}
 
 
 def read_shard(batch: pa.Table, work: Work) -> pa.Table:

@@ -215,8 +215,7 @@ def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
         _ = explain.explainer  # loading the model is start-up
         start, pairs = time.perf_counter(), 0
         for shard in held.pending:
-            span = plan.shards[shard]
-            item = pa.Table.from_pylist([shard_item(shard, listing[span["start"] : span["stop"]])])
+            item = pa.Table.from_pylist([shard_item(plan, shard, listing)])
             note = unpack_row(write_shard(explain(read_shard(item, work)), work))["note"]
             if "error" in note:
                 raise ValueError(f"stage {note['stage']}: {note['error']}")

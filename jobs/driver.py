@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from clarity import data, storage
 from clarity.audit.commits import unreachable_paths
+from clarity.audit.summary import unreached
 
 #: Where `ray up` leaves the description of an autoscaling cluster on its head, on which a submitted job's driver runs.
 AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
@@ -41,6 +43,8 @@ OBJECT_STORE_BYTES = 1_000_000_000
 RAY_CONTACT_S = 15
 #: How long to wait for the first node of an autoscaler.
 FIRST_NODE_S = 900
+#: After so many shards a run says so where targets are out of reach.
+FIRST_SHARDS = 3
 #: Set in the driver of a job that was handed in with `ray job submit`.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -176,20 +180,17 @@ class Tolerant:
 
     def write(self, text: str) -> int:
         """Write, where anybody reads."""
-        with self.closed_pipe():
-            self.stream.write(text)
+        self.tolerate(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
         """Flush, where anybody reads."""
-        with self.closed_pipe():
-            self.stream.flush()
+        self.tolerate(self.stream.flush)
 
-    @contextlib.contextmanager
-    def closed_pipe(self) -> Iterator[None]:
-        """From the first write into a closed pipe on, everything goes to /dev/null."""
+    def tolerate(self, action: Callable[..., Any], *args: Any) -> None:
+        """Do it; from the first write into a closed pipe on, everything goes to /dev/null."""
         try:
-            yield
+            action(*args)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -341,6 +342,15 @@ def plan_actors(args: argparse.Namespace, num_shards: int, count: int | None = N
     return actors.plan_resources(nodes, num_shards, count or args.actors, args.gpus_per_actor)
 
 
+def has_gpus(args: argparse.Namespace) -> bool:
+    """Whether the actors get GPUs; without one here, and no cluster to ask, Ray is not started to find out."""
+    import torch
+
+    if args.gpus_per_actor == 0 or not (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ):
+        return False
+    return plan_actors(args, 1, 1).gpus_per_actor > 0
+
+
 def call_as_actor(args: argparse.Namespace, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     """Call a function of ``clarity`` where an actor would run, with the number of its threads as ``threads``."""
     import ray
@@ -406,17 +416,22 @@ def check_visible(uri: str, run: str, data_uri: str | None) -> None:
 
 
 def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Notes:
-    """Pass on the shards that ended, under a bar on a terminal, with a line now and then elsewhere."""
-    console, printed, pairs = Console(stderr=True), time.time(), 0
+    """Pass on the shards that ended, under a bar on a terminal, with a line now and then elsewhere.
+
+    After the first shards it says so where targets are out of reach.
+    """
+    console, printed, seen = Console(stderr=True), time.time(), Counter[str]()
     columns = ("shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         for done, (shard, note) in enumerate(ended, 1):
-            pairs += note.get("pairs", 0)
-            bar.update(task, advance=1, description=f"{pairs} pairs")
+            seen.update({name: note.get(name, 0) for name in ("pairs", "converged")})
+            bar.update(task, advance=1, description=f"{seen['pairs']} pairs")
             if bar.disable and (time.time() - printed > 10 or done == total):
                 printed = time.time()
-                print(f"{done} of {total} shards, {pairs} pairs", flush=True)
+                print(f"{done} of {total} shards, {seen['pairs']} pairs", flush=True)
+            if done == FIRST_SHARDS and (told := unreached({**seen, "target_prob_p5": note.get("reach")})):
+                print(told, flush=True)
             yield shard, note
 
 

@@ -13,14 +13,12 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import driver
 import pyarrow as pa
 import ray.data
-import torch
 from actors import Resources
 from driver import Notes
 
@@ -28,7 +26,7 @@ from clarity import data, planning, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim
 from clarity.audit.plan import Plan, read_plan, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
-from clarity.audit.summary import describe, describe_plan, require_readable, unreached
+from clarity.audit.summary import describe, describe_plan, require_readable
 from clarity.audit.verify import verify
 from clarity.checks import Requirements
 from clarity.methods import METHODS
@@ -39,9 +37,6 @@ from clarity.predictor import load_predictor
 from clarity.report.page import write_report
 from clarity.search import ENGINES, SearchConfig, cpu_engines
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
-
-#: After so many shards a run says so where targets are out of reach.
-FIRST_SHARDS = 3
 
 
 def new_parser() -> ArgumentParser:
@@ -91,8 +86,7 @@ def explain_all(args: Namespace) -> int:
     out = driver.job_path(args.out, f"runs/{args.dataset}/audit{method}", "--out")
     model_uri = driver.job_path(args.model, f"runs/{args.dataset}/model", "--model")
     dataset = driver.open_dataset(args, args.split, attributes=args.attributes)
-    if args.dataset in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
-        raise ValueError(f"--out {storage.display(out)} lies in --data, where it would be read; choose another --out")
+    data.require_outside(dataset, out)
     everything = data.list_images(dataset)
     predictions = read_predictions(args.predictions, everything) if args.predictions else None
     listing, only = planning.choose(everything, args.where, args.limit)
@@ -101,10 +95,10 @@ def explain_all(args: Namespace) -> int:
     if predictions is not None:
         listing = add_predictions(listing, predictions, model.class_names)
         print(describe_coverage(listing, predictions))
-    flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where", "shard_rows")}
     predictor = load_predictor(args.predictor) if args.predictor else None
     if predictor is not None:
         print(planning.describe_predictor(predictor, dataset, listing))
+    flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where", "shard_rows")}
     checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
     if args.shard_rows is None:
@@ -113,7 +107,7 @@ def explain_all(args: Namespace) -> int:
     if args.dry_run:
         measured = measure(args, plan, model_uri, dataset, listing.slice(0, 32))
         resources = driver.plan_actors(args, len(plan.shards))
-        print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
+        print(f"{describe_plan(plan, out, measured, resources.num_actors)}\n{resources.describe()}")
         return 0
     with claim(out, plan, model_uri) as held:
         if held.complete:
@@ -121,8 +115,8 @@ def explain_all(args: Namespace) -> int:
         else:
             resources = driver.plan_actors(args, len(held.pending))
             driver.check_visible(held.uri, held.run, dataset.data)
-            seen = predictor and predictor.preprocessing
-            work = Work(out, held.run, held.plan, dataset, model.preprocessing, seen, args.predictor)
+            preprocessing = (model.preprocessing, predictor and predictor.preprocessing)
+            work = Work(out, held.run, held.plan, dataset, *preprocessing, args.predictor)
             fill(args, held, resources, work, listing)
         print(f"model      {model_uri}\naudit      {out}")
         if held.complete:
@@ -141,18 +135,16 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
     """Images of a shard: those of an audit in ``out``, else from their size and the measured speed of a slow method."""
     if storage.exists(storage.join(out, "plan.json")):
         return int(read_plan(out).shards[0]["stop"])
-    *source, listing = images
-    seconds, targets = 0.0, model.num_classes - 1
+    listing, seconds, targets = images[-1], 0.0, model.num_classes - 1
     if METHODS[plan.method].classifier not in ("ensemble", "member"):
-        seconds = measure(args, plan, *source, listing.slice(0, max(1, 256 // targets)))["seconds_per_image"]
-    gpu = args.gpus_per_actor != 0 and (torch.cuda.is_available() or "RAY_ADDRESS" in os.environ)
-    gpu = gpu and driver.plan_actors(args, 1, 1).gpus_per_actor > 0
-    return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, gpu)
+        few = listing.slice(0, max(1, 256 // targets))
+        seconds = measure(args, plan, *images[:-1], few)["seconds_per_image"]
+    return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, driver.has_gpus(args))
 
 
 def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Explain what is pending, retry what failed, verify, and print how it went."""
-    plan, start, seen = held.plan, time.time(), Counter[str]()
+    plan, start, pairs = held.plan, time.time(), 0
     offered = [] if resources.gpus_per_actor else [names for _, names in driver.on_each_node(cpu_engines)]
     args.engine = planning.shared_engine(args.engine, plan.method, offered, held.keep_one_engine())
     print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
@@ -165,11 +157,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
                 held.check()
                 held.require_same_engine(shard, note.get("engine"))
                 failures |= {shard: note} if "error" in note else {}
-                seen.update({name: note.get(name, 0) for name in ("pairs", "converged")}, shards=1)
-                if seen["shards"] == FIRST_SHARDS and (
-                    told := unreached({**seen, "target_prob_p5": note.get("reach")})
-                ):
-                    print(told, flush=True)
+                pairs += note.get("pairs", 0)
         except ray.exceptions.RayError as error:
             print(f"Ray gave up: {error}", file=sys.stderr)
         held.refresh()
@@ -181,15 +169,14 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
     checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
     summary = read_audit(held.uri).summary()
     summary |= {"problems": checked.problems[:20], "unsound": len(checked.shards), "redecoded": checked.redecoded}
-    summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(seen["pairs"] / seconds, 1)}
+    summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(pairs / seconds, 1)}
     held.finish(summary | {"resources": dataclasses.asdict(resources)}, checked.ok, checked.shards)
     print(describe(summary))
 
 
 def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> Notes:
-    """Read, explain and write shards over Ray, one row each; yields each shard with a note of how it ended."""
-    spans = [work.plan.shards[shard] for shard in todo]
-    items = [shard_item(shard, listing[span["start"] : span["stop"]]) for shard, span in zip(todo, spans)]
+    """Read, explain and write shards over Ray, one row each; gives each shard, as it ends, with a note of how."""
+    items = [shard_item(work.plan, shard, listing) for shard in todo]
     device = "cuda" if resources.gpus_per_actor else "cpu"
     one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     ended = (
@@ -206,8 +193,7 @@ def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Tabl
         )
         .map_batches(write_shard, fn_args=(work,), num_cpus=resources.io_cpus, **one)
     )
-    for row in ended.iter_rows():
-        yield int(row["shard"]), json.loads(row["note"])
+    return ((int(row["shard"]), json.loads(row["note"])) for row in ended.iter_rows())
 
 
 if __name__ == "__main__":

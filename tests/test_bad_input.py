@@ -619,7 +619,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("output directory that holds another model", filled_with("model.json"), "an audit, found model.json"),
     ("output directory with a damaged plan", filled_with("plan.json"), "plan.json is damaged"),
     ("output path that is not UTF-8", ["--out", "/tmp/\udcff"], "expected a path in UTF-8; choose another --out"),
-    ("output below the data", below_the_data, "lies in --data, where it would be read; choose another --out"),
+    ("output below the data", below_the_data, "--out: expected a directory outside the data"),
     ("read-only output", closed, "cannot make /proc/nowhere"),
     ("output on an unknown kind of store", ["--out", "https://host/audit"], "found the scheme 'https'"),
     ("password in --out", ["--out", "s3://me:secret@bucket/audit"], "found some in s3://***@bucket/audit"),

@@ -45,8 +45,7 @@ def work(tiny_digits_model: Path, tmp_path: Path) -> Any:
 
 
 def item(listing: pa.Table, work: Work, shard: int) -> pa.Table:
-    span = work.plan.shards[shard]
-    return pa.Table.from_pylist([shard_item(shard, listing[span["start"] : span["stop"]])])
+    return pa.Table.from_pylist([shard_item(work.plan, shard, listing)])
 
 
 def note_of(batch: pa.Table) -> dict[str, Any]:

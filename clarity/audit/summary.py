@@ -14,28 +14,33 @@ from clarity.audit.plan import Plan
 from clarity.audit.queries import connect, has_predictions
 
 IMAGES = """
-SELECT count(*), count(error), count(*) FILTER (label IS NULL AND label_name IS NOT NULL) FROM codes"""
+SELECT count(*) AS images, count(error) AS unread,
+       count(*) FILTER (label IS NULL AND label_name IS NOT NULL) AS unknown_labels
+FROM codes"""
 LABELS = "SELECT count(label_name), count(label) FROM codes"
 ERRORS = """
 SELECT error, count(*) AS images FROM codes
 WHERE error IS NOT NULL GROUP BY error ORDER BY images DESC, error LIMIT 20"""
 PREDICTIONS = """
-SELECT coalesce(sum(images) FILTER (prediction IS NOT NULL), 0), coalesce(sum(images) FILTER (prediction = source), 0)
+SELECT coalesce(sum(images) FILTER (prediction IS NOT NULL), 0)::BIGINT AS images,
+       coalesce(sum(images) FILTER (prediction = source), 0)::BIGINT AS agree
 FROM agreement"""
 CHECKS = """
-SELECT count(*) FILTER (confirmed), count(confirmed), coalesce(max(rungs), 0), coalesce(avg(rungs), 0)
+SELECT count(*) FILTER (confirmed) AS confirmed, count(confirmed) AS pairs, coalesce(max(rungs), 0) AS most_rungs,
+       round(coalesce(avg(rungs), 0), 3) AS mean_rungs
 FROM counterfactuals"""
 QUANTILES = """
-SELECT quantile_cont(reencoded_target_prob, 0.5), quantile_cont(reencoded_target_prob, 0.05),
-       quantile_cont(target_prob_final, 0.05)
+SELECT quantile_cont(reencoded_target_prob, 0.5) AS median, quantile_cont(reencoded_target_prob, 0.05) AS p5
 FROM counterfactuals"""
 PAIRS = """
-SELECT pairs, converged, nonfinite, reencoded_as_target, judged, judged_as_target, mean_steps,
-       (SELECT quantile_disc(steps, 0.5) FROM counterfactuals)
+SELECT pairs, converged, nonfinite, reencoded_as_target, judged, judged_as_target, round(mean_steps, 2) AS mean_steps,
+       (SELECT quantile_disc(steps, 0.5) FROM counterfactuals) AS median_steps,
+       (SELECT quantile_cont(target_prob_final, 0.05) FROM counterfactuals) AS target_prob_p5
 FROM class_pair_figures WHERE source IS NULL"""
 SLOWEST = """
-SELECT source_name, target_name, pairs, round(mean_steps, 1)
-FROM class_pair_figures WHERE source IS NOT NULL ORDER BY mean_steps DESC, source, target LIMIT 5"""
+SELECT source_name AS source, target_name AS target, pairs, round(mean_steps, 1) AS mean_steps
+FROM class_pair_figures WHERE source IS NOT NULL
+ORDER BY class_pair_figures.mean_steps DESC, class_pair_figures.source, class_pair_figures.target LIMIT 5"""
 
 
 def summarise(
@@ -44,44 +49,26 @@ def summarise(
     """Counts, errors by reason, steps, slowest class pairs, engines and seconds by stage."""
     con = connect(codes, counterfactuals)
 
-    def rows(sql: str) -> list[tuple[Any, ...]]:
-        return con.execute(sql).fetchall()
+    def rows(sql: str) -> list[dict[str, Any]]:
+        return con.sql(sql).to_arrow_table().to_pylist()
 
-    images, unread, unknown = rows(IMAGES)[0]
-    pairs, converged, nonfinite, reencoded, judged, judged_as_target, mean_steps, median_steps = rows(PAIRS)[0]
-    median, low, reach = rows(QUANTILES)[0]
-    checks = None
-    if plan.schema_version > 1 and plan.requires_checks:
-        confirmed, checked, most, mean = rows(CHECKS)[0]
-        checks = {"confirmed": confirmed, "pairs": checked, "most_rungs": most, "mean_rungs": round(mean, 3)}
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
+    (pairs,) = rows(PAIRS)
     return {
         "warnings": warnings(plan, commits, con),
         "committed": len(commits),
         "planned": len(plan.shards),
-        "images": images,
-        "errors": dict(rows(ERRORS)),
-        "unread": unread,
-        "unknown_labels": unknown,
+        **rows(IMAGES)[0],
+        "errors": {row["error"]: row["images"] for row in rows(ERRORS)},
         "left_out": plan.dataset.get("left_out", {}),
         "notes": plan.dataset.get("notes", []),
-        "predictions": dict(zip(("images", "agree"), rows(PREDICTIONS)[0])) if has_predictions(con) else None,
-        "pairs": pairs,
-        "converged": converged,
-        "nonfinite": nonfinite,
-        "reencoded_as_target": reencoded,
-        "judged": judged,
-        "judged_as_target": judged_as_target,
-        "reencoded_target_prob": {"median": median, "p5": low} if pairs else None,
-        "target_prob_p5": reach,
-        "checks": checks,
-        "median_steps": median_steps,
-        "mean_steps": round(mean_steps, 2) if pairs else None,
-        "slowest_class_pairs": [
-            dict(zip(("source", "target", "pairs", "mean_steps"), values)) for values in rows(SLOWEST)
-        ],
+        "predictions": rows(PREDICTIONS)[0] if has_predictions(con) else None,
+        **pairs,
+        "reencoded_target_prob": rows(QUANTILES)[0] if pairs["pairs"] else None,
+        "checks": rows(CHECKS)[0] if plan.schema_version > 1 and plan.requires_checks else None,
+        "slowest_class_pairs": rows(SLOWEST),
         "engines": dict(Counter(commit["engine"] for commit in commits.values() if commit.get("engine"))),
         "seconds_by_stage": {stage: round(value, 3) for stage, value in seconds.items()},
     }
@@ -92,10 +79,10 @@ def warnings(plan: Plan, commits: Mapping[int, Mapping[str, Any]], con: duckdb.D
     found = []
     labelled, known = con.execute(LABELS).fetchall()[0]
     if labelled and not known:
-        names = plan.model["class_names"]
+        names = ", ".join(plan.class_names[:5]) + (" ..." if len(plan.class_names) > 5 else "")
         found.append(
-            f"None of the {labelled} labels of the data is a class of the model ({', '.join(names[:5])}"
-            f"{' ...' if len(names) > 5 else ''}): it was trained on another data set."
+            f"None of the {labelled} labels of the data is a class of the model ({names}): it was trained on "
+            "another data set."
         )
     if clipped := sum(commit.get("clipped", 0) for commit in commits.values()):
         found.append(f"{clipped} images hold values above the range of the images that the model was trained on.")
@@ -107,18 +94,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     slow = [f"{pair['source']}->{pair['target']} {pair['mean_steps']:.0f}" for pair in summary["slowest_class_pairs"]]
     engines = [f"{engine} ({count} shards)" for engine, count in summary["engines"].items()]
     stages = [f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds_by_stage"].items()]
-    predictions = []
-    if given := summary.get("predictions"):
-        agree = share(given["agree"], given["images"])
-        predictions = [f"predicted  {given['images']}; the ensemble sees the same in {agree}"]
     model = summary.get("verdict", {"sentence": "not checked", "reasons": []})
-    confirmed = []
-    if given := summary.get("checks"):
-        rungs = f"{given['mean_rungs']:.2f} further passes a pair, {given['most_rungs']} at most"
-        confirmed = [f"confirmed  {share(given['confirmed'], given['pairs'])}; {rungs}"]
-    reencoded = ""
-    if given := summary.get("reencoded_target_prob"):
-        reencoded = f"; its probability {given['median']:.3f} in the median, {given['p5']:.3f} at the 5th percentile"
     lines = [
         *(f"WARNING    {warning}" for warning in summary.get("warnings", [])),
         f"model      {model['sentence']}",
@@ -127,13 +103,24 @@ def describe(summary: Mapping[str, Any]) -> str:
         *(f"           {count} x {reason}" for reason, count in summary["errors"].items()),
         *(f"left out   {count} {reason}" for reason, count in summary.get("left_out", {}).items()),
         *(f"note       {note}" for note in summary.get("notes", [])),
-        *predictions,
+    ]
+    if given := summary.get("predictions"):
+        agree = share(given["agree"], given["images"])
+        lines.append(f"predicted  {given['images']}; the ensemble sees the same in {agree}")
+    lines += [
         f"pairs      {summary['pairs']}, {summary['nonfinite']} not finite",
         f"converged  {share(summary['converged'], summary['pairs'])}",
         *(f"           {line}" for line in unreached(summary).splitlines()),
-        f"re-encoded {share(summary['reencoded_as_target'], summary['pairs'])} as the target{reencoded}",
-        *judge_lines(summary),
-        *confirmed,
+        f"re-encoded {share(summary['reencoded_as_target'], summary['pairs'])} as the target",
+    ]
+    if given := summary.get("reencoded_target_prob"):
+        lines[-1] += f"; its probability {given['median']:.3f} in the median, {given['p5']:.3f} at the 5th percentile"
+    if judged := summary.get("judged"):
+        lines.append(f"judge      sees the target in {share(summary['judged_as_target'], judged)}, held out")
+    if given := summary.get("checks"):
+        rungs = f"{given['mean_rungs']:.2f} further passes a pair, {given['most_rungs']} at most"
+        lines.append(f"confirmed  {share(given['confirmed'], given['pairs'])}; {rungs}")
+    lines += [
         f"steps      median {summary['median_steps']}, mean {summary['mean_steps']}; most: {', '.join(slow)}",
         f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s",
         f"stages     {', '.join(stages)} (seconds, summed over the processes)",
@@ -146,13 +133,6 @@ def describe(summary: Mapping[str, Any]) -> str:
     if summary.get("committed", 0) < summary.get("planned", 0):
         lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command goes on")
     return "\n".join(lines)
-
-
-def judge_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What a held-out network sees in the counterfactual images; nothing where the model has none."""
-    if not summary.get("judged"):
-        return []
-    return [f"judge      sees the target in {share(summary['judged_as_target'], summary['judged'])}, held out"]
 
 
 def require_readable(summary: Mapping[str, Any]) -> None:

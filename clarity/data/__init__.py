@@ -169,6 +169,12 @@ def check_data(source: str, data: str, download: bool) -> str:
     return data
 
 
+def require_outside(dataset: Dataset, out: str) -> None:
+    """Raise ValueError if an output directory lies in a folder of data, where its files would be read as data."""
+    if dataset.source in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
+        raise ValueError(f"out: expected a directory outside the data, got {storage.display(out)}: choose another")
+
+
 def list_images(dataset: Dataset) -> pa.Table:
     """The listing: one row for each image, see the module's docstring. ``left_out`` tells what is not in it.
 

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from clarity import storage
 from clarity.classifiers import EnsembleConfig
-from clarity.data import Dataset, class_names_of, infer_preprocessing, list_images, listing_fingerprint
+from clarity.data import (
+    Dataset,
+    class_names_of,
+    infer_preprocessing,
+    list_images,
+    listing_fingerprint,
+    require_outside,
+)
 from clarity.data.review import review
 from clarity.images import Preprocessing
 from clarity.model import load_model, load_tensors, read_card, save_tensors
@@ -191,8 +198,7 @@ def plan_training(
             the audit's images, too.
         fields: of TrainingPlan; ``vae_epochs=6`` stands for that field of ``vae_training``, and so on.
     """
-    if dataset.source in ("folder", "parquet") and storage.lies_in(out, str(dataset.data)):
-        raise ValueError(f"out: expected a directory outside the data, got {storage.display(out)}: choose another")
+    require_outside(dataset, out)
     eps_given = bool({"ensemble_training", "ensemble_adversarial_eps"} & set(fields))
     fields = training_fields(fields)
     fields["attributes"] = choose_attributes(dataset, held_out, fields.get("attributes", ()))

@@ -83,8 +83,7 @@ def explained(root: Path, method: str) -> None:
         work = Work(uri, held.run, plan, dataset, model.preprocessing)
         explain = ExplainShard(work, threads=1)
         for shard in held.pending:
-            span = plan.shards[shard]
-            item = pa.Table.from_pylist([shard_item(shard, listing[span["start"] : span["stop"]])])
+            item = pa.Table.from_pylist([shard_item(plan, shard, listing)])
             write_shard(explain(read_shard(item, work)), work)
 
 

@@ -309,5 +309,5 @@ def write_audit(folder: Path, model: Path, out: Path, split: str) -> None:
     plan = make_plan(loaded, dataset, listing, method="clarity", config=config, checks=checks)
     with claim(str(out), plan, str(model)) as held:
         work = Work(str(out), held.run, plan, dataset, loaded.preprocessing, None, teacher())
-        item = pa.Table.from_pylist([shard_item(0, listing)])
+        item = pa.Table.from_pylist([shard_item(plan, 0, listing)])
         write_shard(ExplainShard(work, threads=1)(read_shard(item, work)), work)
