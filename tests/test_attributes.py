@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from audits import make_tables
+from audits import make_tables, write_audit
 
 import clarity
 from clarity import schema
@@ -21,6 +21,7 @@ from clarity.findings.finding import Finding, NotChecked, gather
 from clarity.findings.kept import check_kept
 from clarity.images import decode_png
 from clarity.model import Model, load_model, save_model
+from clarity.report.page import write_report
 from clarity.rows import encode_rows
 from clarity.search import SearchConfig
 
@@ -120,18 +121,37 @@ def test_explainer_refuses_to_keep_what_the_model_cannot(model: Model, heads_mod
         Explainer(full, "clarity", CONFIG, keep=list("abcde"))
 
 
+def with_kept(pairs: pa.Table, initial: np.ndarray, final: np.ndarray) -> pa.Table:
+    """Pairs with probabilities (P, A) of kept attributes, in the order of the schema."""
+    pairs = pairs.append_column("kept_probs_initial", schema.fixed_size_list(initial.astype(np.float32)))
+    pairs = pairs.append_column("kept_probs_final", schema.fixed_size_list(final.astype(np.float32)))
+    return pairs.select(schema.counterfactuals_schema(5, num_kept=initial.shape[1]).names)
+
+
+def test_audit_and_report_tell_what_was_kept(tmp_path: Path) -> None:
+    tables = make_tables(60)
+    probs = np.linspace(0, 1, 2 * len(tables.counterfactuals)).reshape(-1, 2)
+    tables = replace(tables, counterfactuals=with_kept(tables.counterfactuals, probs, probs))
+    uri = write_audit(tmp_path / "audit", tables, checks={"keep": ["Male", "Young"]})
+    audit = clarity.read_audit(uri)
+    assert audit.plan.keep == ["Male", "Young"] and audit.complete
+    assert audit.counterfactuals.schema.field("kept_probs_final").type == pa.list_(pa.float32(), 2)
+    assert audit.counterfactuals.schema.metadata[b"clarity.keep"] == b'["Male", "Young"]'
+    made = write_report([uri])
+    assert "kept" in {finding.kind for finding in made.findings}
+    assert "without changing Male, Young." in Path(made.uri).read_text()
+
+
 def test_finding_counts_pairs_out_of_reach_and_pictures_that_change_sides() -> None:
     tables = make_tables(120)
     pairs = tables.counterfactuals
     index = np.arange(len(pairs))
     converged = index % 10 > 0  # one in ten is out of reach, and all of those are with the first attribute
-    initial = np.stack([np.where(index % 2, 0.1, 0.9), np.full(len(index), 0.2)], 1).astype(np.float32)
+    initial = np.stack([np.where(index % 2, 0.1, 0.9), np.full(len(index), 0.2)], 1)
     final = initial.copy()
     final[index % 5 == 1, 1] = 0.8
     pairs = pairs.set_column(pairs.column_names.index("converged"), "converged", pa.array(converged))
-    pairs = pairs.append_column("kept_probs_initial", schema.fixed_size_list(initial))
-    pairs = pairs.append_column("kept_probs_final", schema.fixed_size_list(final))
-    names = tables.class_names
+    pairs, names = with_kept(pairs, initial, final), tables.class_names
     (found,) = check_kept(gather(connect(tables.codes, pairs), names, keep=["Male", "Young"]))
     assert isinstance(found, Finding) and found.level == "look"
     assert found.figures["missed"] == (~converged).sum()
