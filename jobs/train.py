@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import driver
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.queue import Queue
 
 from clarity import storage
 from clarity.classifiers import EnsembleConfig
@@ -27,12 +28,15 @@ from clarity.data import list_images
 from clarity.model import read_card
 from clarity.planning import describe_predictor
 from clarity.predictor import load_predictor
+from clarity.training.directory import begin, finish
 from clarity.training.loops import PRECISIONS, VAETraining
-from clarity.training.plan import RECIPES, TRAININGS, TrainingPlan, begin, plan_training
+from clarity.training.plan import RECIPES, TRAININGS, TrainingPlan, plan_training
 from clarity.training.recipe import with_recipe
-from clarity.training.stages import Worker, finish, run_stages, stage_done
+from clarity.training.stages import STAGES, TRAINED, Worker, run_stages
 from clarity.vae import VAES, VAEConfig
 
+#: Little goes through Ray's object store.
+OBJECT_STORE_BYTES = 200_000_000
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
 
@@ -217,9 +221,9 @@ def train(args: argparse.Namespace) -> int:
     if plan.predictor is not None:
         print(describe_predictor(load_predictor(plan.predictor), plan.dataset, list_images(plan.dataset)))
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
-    start_ray()
-    fit(plan, ("vae", "encode"), args.workers, 0)
-    fit(plan, ("latent", "images", "judge"), args.workers, max(plan.ensemble.num_members, plan.image_members))
+    driver.start_ray(OBJECT_STORE_BYTES)
+    fit(plan, TRAINED[:2], args.workers, 0)
+    fit(plan, TRAINED[2:], args.workers, max(plan.ensemble.num_members, plan.image_members))
     finish(plan, log=print_line)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0
@@ -230,7 +234,7 @@ def choose(plan: TrainingPlan) -> TrainingPlan:
     if (known := with_recipe(plan)) is not None:
         return known
     print(f"recipe: searching {', '.join(plan.searched)} on the training split", flush=True)
-    start_ray()
+    driver.start_ray(OBJECT_STORE_BYTES)
     fit(plan, ("recipe",), 1, 0)
     if (chosen := with_recipe(plan)) is None:
         raise ValueError(
@@ -238,11 +242,6 @@ def choose(plan: TrainingPlan) -> TrainingPlan:
             "every node sees: s3://..., or a shared mount"
         )
     return chosen
-
-
-def start_ray() -> None:
-    """Join Ray, or start one; little goes through its object store."""
-    driver.start_ray(200_000_000)
 
 
 def print_line(line: str) -> None:
@@ -255,37 +254,33 @@ def about_images(plan: TrainingPlan) -> str:
     images, labelled, counts = plan.data["images"], plan.data["labelled"], plan.data["per_class"]
     if not labelled:
         return f"{images} images of {plan.data['source']} without labels"
-    shown = sorted(counts, key=counts.__getitem__)
-    if len(counts) > SHOWN_CLASSES:
-        shown = [shown[0], shown[-1]]
-    classes = ", ".join(f"{counts[name]} {name}" for name in counts if name in shown)
+    ends = sorted(counts, key=counts.__getitem__)[:: max(1, len(counts) - 1)]
+    few = len(counts) <= SHOWN_CLASSES
+    classes = ", ".join(f"{counts[name]} {name}" for name in counts if few or name in ends)
     text = f"{images} images of {plan.data['source']}"
     if labelled < images:
         text += f", {labelled} of them with a label"
-    return f"{text} ({classes}{', others between' if len(counts) > SHOWN_CLASSES else ''})"
+    return f"{text} ({classes}{'' if few else ', others between'})"
 
 
 def describe(plan: TrainingPlan) -> str:
     """How good the model is, by its card."""
     card = read_card(plan.out) or {}
-    metrics = card.get("metrics", {})
+    metrics, evaluation = card.get("metrics", {}), card.get("evaluation") or {}
     lines = []
-    if "vae" in metrics:
-        parts = metrics["vae"]
+    if parts := metrics.get("vae"):
         lines.append(f"vae        loss {parts['loss']:.2f} nats, of which {parts['kl']:.2f} KL, held out")
     for key, name in (("ensemble", "ensemble"), ("image_ensemble", "images")):
-        if key in metrics:
-            found = metrics[key]
+        if found := metrics.get(key):
             lines.append(
                 f"{name:<10} accuracy {found['accuracy']:.2%} held out, members {found['member_accuracy_mean']:.2%}, "
                 f"balanced {found['balanced_accuracy']:.2%}, calibration error {found['calibration_error']:.3f}"
             )
-            classes = [f"{label} {accuracy:.2%}" for label, accuracy in found["per_class"].items()]
+            per_class = found["per_class"]
             # Of hundreds of classes the worst are what one has to know.
-            worst = sorted(found["per_class"], key=found["per_class"].__getitem__)[:SHOWN_CLASSES]
-            shown = [text for text, label in zip(classes, found["per_class"]) if label in worst]
-            lines.append(f"{'':<10} {'worst: ' if len(classes) > len(shown) else ''}{', '.join(shown)}")
-    evaluation = card.get("evaluation") or {}
+            worst = sorted(per_class, key=per_class.__getitem__)[:SHOWN_CLASSES]
+            shown = ", ".join(f"{label} {per_class[label]:.2%}" for label in per_class if label in worst)
+            lines.append(f"{'':<10} {'worst: ' if len(per_class) > len(worst) else ''}{shown}")
     if baseline := evaluation.get("baseline"):
         lines.append(f"baseline   accuracy {baseline['accuracy']:.2%}, logistic regression on principal components")
     if told := card.get("predictor"):
@@ -298,11 +293,11 @@ def describe(plan: TrainingPlan) -> str:
         worst = sorted(heads, key=lambda name: heads[name]["balanced_accuracy"])[:SHOWN_CLASSES]
         shown = ", ".join(f"{name} {heads[name]['accuracy']:.2%}" for name in heads if name in worst)
         lines.append(f"attributes {'worst: ' if len(heads) > len(worst) else ''}{shown}, held out")
-    unseen = [
-        name for name in card.get("class_names", []) if name not in metrics.get("ensemble", {}).get("per_class", {})
-    ]
+    measured = metrics.get("ensemble", {}).get("per_class", {})
+    unseen = [name for name in card.get("class_names", []) if name not in measured]
     if lines and unseen:
-        lines.append(f"{'':<10} not measured, no held-out image: {some_names(unseen)}")
+        more = f" and {len(unseen) - SHOWN_CLASSES} more" if len(unseen) > SHOWN_CLASSES else ""
+        lines.append(f"{'':<10} not measured, no held-out image: {', '.join(unseen[:SHOWN_CLASSES])}{more}")
     return "\n".join(lines) or "nothing was held out to measure on"
 
 
@@ -321,12 +316,6 @@ def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def some_names(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = len(names) - SHOWN_CLASSES
-    return ", ".join(names[:SHOWN_CLASSES]) + (f" and {more} more" if more > 0 else "")
-
-
 def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: int) -> None:
     """Run stages on all workers, in one trainer; nothing where nothing is left to do.
 
@@ -337,7 +326,7 @@ def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: 
         useful: else at most so many, one for each GPU or else for each CPU; 0: one for each node, as the members of one
             batch talk more than they compute unless there are GPUs.
     """
-    if all(stage_done(plan, stage) for stage in stages):
+    if all(STAGES[stage].done(plan) for stage in stages):
         return
     nodes = driver.offered_nodes()
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -351,7 +340,7 @@ def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: 
     with progress() as lines:
         ray.train.torch.TorchTrainer(
             work,
-            train_loop_config={"plan": plan, "stages": stages, "lines": lines, "threads": threads},
+            train_loop_config={"plan": plan, "stages": stages, "log": lines.put, "threads": threads},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=count,
                 use_gpu=bool(gpus),
@@ -376,7 +365,7 @@ def work(config: dict[str, Any]) -> None:
         world=context.get_world_size(),
         device=ray.train.torch.get_device(),
         wrap=ray.train.torch.prepare_model,
-        log=config["lines"].put.remote,
+        log=config["log"],
     )
     run_stages(config["plan"], config["stages"], worker)
 
@@ -390,48 +379,27 @@ def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": filesystem}
 
 
-class Lines:
-    """Lines that workers report and the driver prints."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def put(self, line: str) -> None:
-        """Add a line."""
-        self.lines.append(line)
-
-    def take(self) -> list[str]:
-        """The lines since the last time."""
-        lines, self.lines = self.lines, []
-        return lines
-
-
 @contextmanager
-def progress() -> Iterator[Any]:
-    """An actor for the workers to speak to; what they report is printed while the block runs."""
+def progress() -> Iterator[Queue]:
+    """A queue for the workers to speak through; what they report is printed while the block runs."""
     driver.interruptible()
-    actor = ray.remote(num_cpus=0)(Lines).remote()
-    done = threading.Event()
+    queue = Queue(actor_options={"num_cpus": 0})
 
     def listen() -> None:
-        last = False
-        while not last:
-            last = done.wait(0.5)
-            try:
-                lines = ray.get(actor.take.remote())
-            except ray.exceptions.RayError:  # its end is told by whoever ended it; the training goes on without
-                return
-            for line in lines:
+        # The queue's end is told by whoever ended it; the training goes on without.
+        with suppress(ray.exceptions.RayError):
+            for line in iter(queue.get, None):
                 print_line(line)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
-        yield actor
+        yield queue
     except SystemExit:  # Ray Train's answer to Ctrl-C; it would give exit code 0
         raise KeyboardInterrupt from None
     finally:
-        done.set()
+        with suppress(ray.exceptions.RayError):
+            queue.put(None)
         listener.join(10)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,51 +51,112 @@ class LabelledImages:
         ids = self.ids[rows] if isinstance(rows, slice) else [self.ids[row] for row in rows]
         return LabelledImages(self.pixels[rows], ids, self.labels[rows])
 
+    def without_labels(self) -> LabelledImages:
+        """The same images."""
+        return replace(self, labels=torch.full_like(self.labels, -1))
 
-def evaluate(model: Model, images: LabelledImages, noise_seed: int = 0) -> dict[str, Any]:
+
+def evaluate(
+    model: Model, training: Callable[[], LabelledImages], held_out: LabelledImages, noise_seed: int = 0
+) -> dict[str, Any]:
     """What model.json says of a model on images that it was not trained on.
 
+    Args:
+        model: the model.
+        training: reads labelled images of the training split, some or all, for the simple methods.
+        held_out: images that it was not trained on; those without a label count for the VAE alone.
+        noise_seed: of the samples from the posteriors.
+
     Returns:
-        ``vae``: the parts of the evidence lower bound (nats, one sample from each posterior) and the mean absolute
-        error of the reconstruction from the posterior mean; ``ensemble`` and, if there is one, ``image_ensemble``: see
-        ``classification_metrics``, on the labelled images.
+        Entries of model.json. ``metrics``: "images", "unreadable", ``vae`` (the parts of the evidence lower bound in
+        nats, one sample from each posterior, and the mean absolute error of the reconstruction from the posterior
+        mean), ``ensemble`` and ``image_ensemble`` (``classification_metrics``). Where images have labels also
+        ``target_probs``: the ensemble's probability of the own class of real held-out images, {"median": [K], "p90":
+        [K]}, null for a class without an image; and ``evaluation``:
+
+        images: labelled held-out images that were counted.
+        correct, accuracy, balanced_accuracy: of the ensemble (argmax of the mean probabilities).
+        per_class: {class name: {"images", "correct"}}.
+        majority: {"class", "share"} of the most frequent class among the held-out images.
+        reconstruction: mean squared error of a pixel in [0, 1]: "vae", "mean_image" (of the training images) and
+            "linear_code" (that many principal components as the code has dimensions), and "latent_dim".
+        baseline: logistic regression on principal components of the pixels: "components", "images" (of training),
+            "correct", "accuracy", "balanced_accuracy".
+        judge: "correct", "accuracy", "balanced_accuracy" on the held-out images, "accuracy_on_reconstructions";
+            null without a judge.
     """
     generator = torch.Generator().manual_seed(noise_seed)
     sums = torch.zeros(3, dtype=torch.float64)
-    means = []
-    for pixels in images.pixels.split(1024):
-        x = pixels.float() / 255
-        mean, log_var = encode_rows(model.vae, x.to(model.device))
-        mean, log_var = mean.cpu(), log_var.cpu()
-        means.append(mean)
-        noise = torch.randn(mean.shape, generator=generator)
-        sampled = decode_rows(model.vae, (mean + torch.exp(0.5 * log_var) * noise).to(model.device)).cpu()
+    errors, codes, image_logits, judged = 0.0, [], [], []
+    labels = held_out.labels[held_out.labels >= 0]
+    for pixels, known in zip(held_out.pixels.split(1024), (held_out.labels >= 0).split(1024)):
+        x = (pixels.float() / 255).to(model.device)
+        mean, log_var = encode_rows(model.vae, x)
+        noise = torch.randn(mean.shape, generator=generator).to(model.device)
+        sampled = decode_rows(model.vae, mean + torch.exp(0.5 * log_var) * noise)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum()
-        error = (decode_rows(model.vae, mean.to(model.device)).cpu() - x).abs().sum()
+        reconstruction = decode_rows(model.vae, mean)
         logits = torch.logit(sampled.double(), eps=1e-7)
-        sums += torch.stack([LOSSES[model.vae.config.loss](logits, x.double()).sum(), kl.double(), error.double()])
-    reconstruction, kl_mean, error_mean = (sums / len(images.pixels)).tolist()
+        parts = LOSSES[model.vae.config.loss](logits, x.double()).sum(), kl, (reconstruction - x).abs().sum()
+        sums += torch.stack([part.double() for part in parts]).cpu()
+        errors += float((reconstruction - x)[known].square().sum(dtype=torch.float64))
+        codes.append(mean[known])
+        if model.image_ensemble is not None:
+            image_logits.append(logits_rows(model.image_ensemble, x[known]).cpu())
+        if model.judge is not None:
+            judged.append([judge_rows(model.judge, images[known]).argmax(1) for images in (x, reconstruction)])
+    found, kl_mean, error_mean = (sums / max(len(held_out.ids), 1)).tolist()
     metrics: dict[str, Any] = {
-        "images": len(images.pixels),
-        "unreadable": len(images.errors),
+        "images": len(held_out.ids),
+        "unreadable": len(held_out.errors),
         "vae": {
-            "loss": reconstruction + model.vae.config.beta * kl_mean,
-            "reconstruction": reconstruction,
+            "loss": found + model.vae.config.beta * kl_mean,
+            "reconstruction": found,
             "kl": kl_mean,
             "absolute_error": error_mean / math.prod(model.image_shape),
         },
     }
-    labelled = images.labels >= 0
-    labels = images.labels[labelled]
-    if len(labels):
-        points = torch.cat(means)[labelled].to(model.device)
-        logits = logits_rows(model.ensemble, points).cpu()
-        metrics["ensemble"] = classification_metrics(logits, labels, model.class_names)
-        if model.image_ensemble is not None:
-            pixels = images.pixels[labelled].split(1024)
-            parts = [logits_rows(model.image_ensemble, p.to(model.device).float() / 255).cpu() for p in pixels]
-            metrics["image_ensemble"] = classification_metrics(torch.cat(parts, 1), labels, model.class_names)
-    return metrics
+    if not len(labels):
+        return {"metrics": metrics if held_out.ids else {}}
+    logits = logits_rows(model.ensemble, torch.cat(codes)).cpu()
+    metrics["ensemble"] = classification_metrics(logits, labels, model.class_names)
+    if image_logits:
+        metrics["image_ensemble"] = classification_metrics(torch.cat(image_logits, 1), labels, model.class_names)
+    probs, truth, count = mean_probs(logits), labels.numpy(), len(labels)
+    groups = [probs[truth == k, k] for k in range(model.num_classes)]
+    predicted = probs.argmax(1)
+    sizes = np.bincount(truth, minlength=model.num_classes)
+    correct = np.bincount(truth[predicted == truth], minlength=model.num_classes)
+    judge = None
+    if judged:
+        real, again = (np.concatenate(classes) for classes in zip(*judged))
+        judge = accuracies(real, truth) | {"accuracy_on_reconstructions": float((again == truth).mean())}
+    linear, pixels = fit_linear(training(), model.latent_dim), held_out.pixels[held_out.labels >= 0]
+    evaluation = {
+        "images": count,
+        **accuracies(predicted, truth),
+        "per_class": {
+            name: {"images": int(size), "correct": int(right)}
+            for name, size, right in zip(model.class_names, sizes, correct)
+        },
+        "majority": {"class": model.class_names[int(sizes.argmax())], "share": float(sizes.max() / count)},
+        "reconstruction": {
+            "latent_dim": model.latent_dim,
+            "vae": errors / (count * math.prod(model.image_shape)),
+            **linear.reconstruction_errors(pixels),
+        },
+        "baseline": {
+            "components": linear.num_components,
+            "images": linear.num_images,
+            **accuracies(linear.predict(pixels), truth),
+        },
+        "judge": judge,
+    }
+    target_probs = {
+        name: [float(np.quantile(group, q)) if len(group) else None for group in groups]
+        for name, q in (("median", 0.5), ("p90", 0.9))
+    }
+    return {"metrics": metrics, "target_probs": target_probs, "evaluation": evaluation}
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
@@ -130,81 +191,6 @@ def classification_metrics(logits: Tensor, labels: Tensor, class_names: Sequence
         "calibration_error": float(torch.stack(gaps).sum()),
         "nll": float(-mean[torch.arange(len(labels)), labels].clamp_min(1e-30).log().mean()),
     }
-
-
-def evaluation(model: Model, training: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:
-    """What a verdict on a model is built from: how it compares with simple methods and with real images.
-
-    Args:
-        model: the model.
-        training: labelled images of the training split, some or all.
-        held_out: images that it was not trained on; those without a label are left out.
-
-    Returns:
-        Two entries of model.json. ``target_probs``: the ensemble's probability of the own class of real held-out
-        images, {"median": [K], "p90": [K]}, null for a class without an image. ``evaluation``:
-
-        images: labelled held-out images that were counted.
-        correct, accuracy, balanced_accuracy: of the ensemble (argmax of the mean probabilities).
-        per_class: {class name: {"images", "correct"}}.
-        majority: {"class", "share"} of the most frequent class among the held-out images.
-        reconstruction: mean squared error of a pixel in [0, 1]: "vae", "mean_image" (of the training images) and
-            "linear_code" (that many principal components as the code has dimensions), and "latent_dim".
-        baseline: logistic regression on principal components of the pixels: "components", "images" (of training),
-            "correct", "accuracy", "balanced_accuracy".
-        judge: "correct", "accuracy", "balanced_accuracy" on the held-out images, "accuracy_on_reconstructions";
-            null without a judge.
-    """
-    labelled = held_out.labels >= 0
-    labels, pixels = held_out.labels[labelled], held_out.pixels[labelled]
-    count, num_classes = len(labels), model.num_classes
-    probs, errors, judged, judged_again = [], 0.0, [], []
-    for part in pixels.split(1024):
-        x = part.to(model.device).float() / 255
-        z, _ = encode_rows(model.vae, x)
-        reconstruction = decode_rows(model.vae, z)
-        errors += float((reconstruction - x).square().sum(dtype=torch.float64))
-        probs.append(mean_probs(logits_rows(model.ensemble, z)))
-        if model.judge is not None:
-            judged.append(judge_rows(model.judge, x).argmax(1))
-            judged_again.append(judge_rows(model.judge, reconstruction).argmax(1))
-    truth = labels.numpy()
-    own = np.concatenate(probs)[np.arange(count), truth]
-    groups = [own[truth == k] for k in range(num_classes)]
-    predicted = np.concatenate(probs).argmax(1)
-    sizes = np.bincount(truth, minlength=num_classes)
-    correct = np.bincount(truth[predicted == truth], minlength=num_classes)
-    judge = None
-    if model.judge is not None:
-        again = float((np.concatenate(judged_again) == truth).mean())
-        judge = accuracies(np.concatenate(judged), truth) | {"accuracy_on_reconstructions": again}
-    linear = fit_linear(training, model.latent_dim)
-    found: dict[str, Any] = {
-        "images": count,
-        **accuracies(predicted, truth),
-        "per_class": {
-            name: {"images": int(size), "correct": int(right)}
-            for name, size, right in zip(model.class_names, sizes, correct)
-        },
-        "majority": {"class": model.class_names[int(sizes.argmax())], "share": float(sizes.max() / count)},
-        "reconstruction": {
-            "latent_dim": model.latent_dim,
-            "vae": errors / (count * math.prod(model.image_shape)),
-            **linear.reconstruction_errors(pixels),
-        },
-        "baseline": {
-            "components": linear.num_components,
-            "images": linear.num_images,
-            **accuracies(linear.predict(pixels), truth),
-        },
-        "judge": judge,
-    }
-    quantiles = {"median": 0.5, "p90": 0.9}
-    target_probs = {
-        name: [float(np.quantile(group, q)) if len(group) else None for group in groups]
-        for name, q in quantiles.items()
-    }
-    return {"target_probs": target_probs, "evaluation": found}
 
 
 def accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:

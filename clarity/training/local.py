@@ -18,9 +18,10 @@ from clarity import storage
 from clarity.data import Dataset, held_out_of, open_dataset
 from clarity.images import encode_png
 from clarity.model import Model, load_model
-from clarity.training.plan import begin, plan_training
+from clarity.training.directory import begin, finish
+from clarity.training.plan import plan_training
 from clarity.training.recipe import with_recipe
-from clarity.training.stages import STAGES, Worker, finish, run_stages
+from clarity.training.stages import TRAINED, Worker, run_stages
 
 Arrays = tuple[Any, Sequence[Any] | None]
 
@@ -67,7 +68,7 @@ def train(
         plan = with_recipe(plan) or plan
         if begin(plan):
             return load_model(plan.out).to(device)
-        run_stages(plan, STAGES, Worker(device=device, log=log))
+        run_stages(plan, TRAINED, Worker(device=device, log=log))
         return finish(plan, log).to(device)
 
 

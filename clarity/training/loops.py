@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble, stack_members
 from clarity.rows import one_thread
@@ -55,11 +56,16 @@ class VAETraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_training(self)
+        least = {"epochs": 1, "min_updates": 0, "batch_size": 1, "seed": 0, "adversarial_eps": 0, "balance": 0}
+        for name, value in asdict(self).items():
+            if name in least and not value >= least[name]:
+                raise ValueError(f"{name}: expected at least {least[name]}, got {value}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
 
 
 @dataclass(frozen=True)
-class EnsembleTraining:
+class EnsembleTraining(VAETraining):
     """How an ensemble of classifiers is trained; the defaults are those of the latent ensemble.
 
     Args:
@@ -78,22 +84,6 @@ class EnsembleTraining:
     learning_rate: float = 0.02
     adversarial_eps: float = 0.2
     balance: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_training(self)
-
-
-def check_training(training: VAETraining | EnsembleTraining) -> None:
-    """Raises ValueError for a value out of its range."""
-    for name, least in (("epochs", 1), ("min_updates", 0), ("batch_size", 1), ("seed", 0)):
-        if getattr(training, name) < least:
-            raise ValueError(f"{name}: expected at least {least}, got {getattr(training, name)}")
-    if not training.learning_rate > 0:
-        raise ValueError(f"learning_rate: expected more than 0, got {training.learning_rate}")
-    for name in ("adversarial_eps", "balance"):
-        if not getattr(training, name, 0) >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {getattr(training, name)}")
 
 
 #: Defaults of the image ensemble.
@@ -107,7 +97,7 @@ def updates_per_epoch(num_rows: int, batch_size: int) -> int:
     return max(num_rows // batch_size, 1)
 
 
-def num_epochs(training: VAETraining | EnsembleTraining, num_rows: int) -> int:
+def num_epochs(training: VAETraining, num_rows: int) -> int:
     """Epochs over so many rows: those asked for, or more until ``min_updates`` are made."""
     return max(training.epochs, math.ceil(training.min_updates / updates_per_epoch(num_rows, training.batch_size)))
 
@@ -157,6 +147,46 @@ def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def run_epochs(
+    network: nn.Module,
+    training: VAETraining,
+    num_rows: int,
+    schedule_of: Callable[[Adam, int], LRScheduler],
+    state: Mapping[str, Tensor] | None,
+    updates_of: Callable[[int, int], Iterator[dict[str, Tensor]]],
+) -> Iterator[Epoch]:
+    """Adam under a schedule, from where ``state`` ends.
+
+    Args:
+        network: on its device, with the weights of ``state``.
+        training: how.
+        num_rows: of the training set.
+        schedule_of: of the learning rate, over a number of updates.
+        state: checkpoint to continue from.
+        updates_of: given an epoch and its number of updates, sets the gradients of one update after the other and
+            yields metrics, the loss among them.
+    """
+    total, updates = num_epochs(training, num_rows), updates_per_epoch(num_rows, training.batch_size)
+    adam = Adam(network.named_parameters(), training.learning_rate)
+    schedule = schedule_of(adam, total * updates)
+    done = 0
+    if state is not None:
+        adam.load_tensors(state)
+        schedule.last_epoch = adam.count
+        done = int(state["epoch"])
+    for epoch in range(done, total):
+        sums: dict[str, Any] = {}
+        for metrics in updates_of(epoch, updates):
+            adam.step()
+            schedule.step()
+            sums = {name: sums.get(name, 0) + value.detach().double() for name, value in metrics.items()}
+        means = {name: float(value) / updates for name, value in sums.items()}
+        if not math.isfinite(means["loss"]):
+            what = "VAE" if isinstance(network, VAE) else "ensemble"
+            raise ValueError(f"the {what}'s loss is {means['loss']} after epoch {epoch + 1}: lower its learning_rate")
+        yield Epoch(epoch + 1, total, means, lambda done=epoch + 1: checkpoint(network, adam, done))  # type: ignore[misc]
+
+
 def train_vae(
     images: Tensor,
     config: VAEConfig,
@@ -196,20 +226,11 @@ def train_vae(
     if state is not None:
         vae.load_state_dict(weights_of(state))
     vae.to(device).to(memory_format=torch.channels_last).train()
-    total, updates = num_epochs(training, len(images)), updates_per_epoch(len(images), training.batch_size)
-    adam = Adam(vae.named_parameters(), training.learning_rate)
-    schedule = one_cycle(adam, total * updates)
-    done = 0
-    if state is not None:
-        adam.load_tensors(state)
-        schedule.last_epoch = adam.count
-        done = int(state["epoch"])
     model = wrap(synchronise(vae) if world > 1 else vae)
 
-    for epoch in range(done, total):
+    def updates_of(epoch: int, updates: int) -> Iterator[dict[str, Tensor]]:
         generator = generator_for(training.seed, "vae", epoch)
         order = torch.randperm(len(images), generator=generator)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
         for update in range(updates):
             batch = order[update * training.batch_size : (update + 1) * training.batch_size]
             noise = torch.randn((len(batch), config.latent_dim), generator=generator)[rank::world]
@@ -220,14 +241,9 @@ def train_vae(
             share = len(x) * world / len(batch)
             model.zero_grad()
             (terms["loss"] * share).backward()
-            adam.step()
-            schedule.step()
-            sums += torch.stack(list(terms.values())).detach() * share
-        loss, reconstruction, kl = (sums / updates).tolist()
-        if not math.isfinite(loss):
-            raise ValueError(f"the VAE's loss is {loss} after epoch {epoch + 1}: lower its learning_rate")
-        metrics = {"loss": loss, "reconstruction": reconstruction, "kl": kl}
-        yield Epoch(epoch + 1, total, metrics, lambda done=epoch + 1: checkpoint(vae, adam, done))  # type: ignore[misc]
+            yield {name: term * share for name, term in terms.items()}
+
+    yield from run_epochs(vae, training, len(images), one_cycle, state, updates_of)
 
 
 @dataclass(frozen=True)
@@ -255,27 +271,6 @@ class Codes:
         """Standard deviation of the codes of images, over all dimensions."""
         some = self if self.probs is None else self.take(self.log_var.isfinite().all(1))
         return float((some.mean.var(0, unbiased=False) + some.log_var.exp().mean(0)).mean().sqrt())
-
-
-@dataclass(frozen=True)
-class MemberTask:
-    """What distinguishes the training of latent members from that of image members.
-
-    Args:
-        build: an untrained ensemble of one member, by the member's number.
-        draw: inputs and targets (labels or probabilities) of the given rows (M, B), one generator for each member.
-        labels: int64 (N,).
-        num_classes: K.
-        eps: FGSM step in units of the inputs; 0 is none.
-        limits: range of the inputs after the step, or None.
-    """
-
-    build: Callable[[int], Stacked]
-    draw: Callable[[Tensor, list[torch.Generator]], tuple[Tensor, Tensor]]
-    labels: Tensor
-    num_classes: int
-    eps: float
-    limits: tuple[float, float] | None = None
 
 
 def train_latent_members(
@@ -315,11 +310,10 @@ def train_latent_members(
         mean, deviation = posteriors.index_select(0, rows.flatten()).view(*rows.shape, -1).chunk(2, -1)
         return mean + deviation * noise.to(device), known[rows]
 
-    def build(m: int) -> LatentEnsemble:
-        return seeded(lambda: LatentEnsemble(replace(config, num_members=1)), training.seed, "latent", m)
-
-    task = MemberTask(build, draw, labels, config.num_classes, training.adversarial_eps * codes.std())
-    yield from train_members(task, training, members, states, device, "fp32")
+    one = replace(config, num_members=1)
+    stack = stack_members([seeded(lambda: LatentEnsemble(one), training.seed, "latent", m) for m in members])
+    eps = training.adversarial_eps * codes.std()
+    yield from train_members(stack, members, labels, training, draw, eps, states=states, device=device)
 
 
 def train_image_members(
@@ -354,11 +348,13 @@ def train_image_members(
         rows = rows.to(device)
         return images[rows].float().div_(255), labels[rows]
 
-    def build(m: int) -> ImageEnsemble:
-        return seeded(lambda: ImageEnsemble(replace(config, num_members=1), vae_config), training.seed, "image", m)
-
-    task = MemberTask(build, draw, labels, config.num_classes, training.adversarial_eps, (0.0, 1.0))
-    yield from train_members(task, training, members, states, device, precision)
+    one = replace(config, num_members=1)
+    stack = stack_members([seeded(lambda: ImageEnsemble(one, vae_config), training.seed, "image", m) for m in members])
+    stack.to(memory_format=torch.channels_last)
+    eps = training.adversarial_eps
+    yield from train_members(
+        stack, members, labels, training, draw, eps, (0.0, 1.0), states=states, device=device, precision=precision
+    )
 
 
 def seeded(build: Callable[[], Any], seed: int, purpose: str, member: int) -> Any:
@@ -369,66 +365,66 @@ def seeded(build: Callable[[], Any], seed: int, purpose: str, member: int) -> An
 
 
 def train_members(
-    task: MemberTask,
-    training: EnsembleTraining,
+    stack: Stacked,
     members: Sequence[int],
+    labels: Tensor,
+    training: EnsembleTraining,
+    draw: Callable[[Tensor, list[torch.Generator]], tuple[Tensor, Tensor]],
+    eps: float,
+    limits: tuple[float, float] | None = None,
+    *,
     states: Mapping[int, Mapping[str, Tensor]] | None,
     device: torch.device,
-    precision: str,
+    precision: str = "fp32",
 ) -> Iterator[Epoch]:
-    """Trains a stack of members with Adam under a cosine decay, see ``train_latent_members``."""
-    stack: Any = stack_members([task.build(m) for m in members])  # type: ignore[type-var]
-    joined = None if states is None else join_states([states[m] for m in members])
-    if joined is not None:
-        stack.load_state_dict(weights_of(joined))
+    """Trains a stack of members with Adam under a cosine decay, see ``train_latent_members``.
+
+    Args:
+        stack: the untrained members.
+        members: their numbers.
+        labels: int64 (N,).
+        training: how.
+        draw: inputs and targets (labels or probabilities) of the given rows (M, B), one generator for each member.
+        eps: FGSM step in units of the inputs; 0 is none.
+        limits: range of the inputs after the step, or None.
+        states: checkpoints to continue from.
+        device: to train on.
+        precision: one of PRECISIONS.
+    """
+    state = None if states is None else join_states([states[m] for m in members])
+    if state is not None:
+        stack.load_state_dict(weights_of(state))
     stack.to(device).train()
-    if isinstance(stack, ImageEnsemble):
-        stack.to(memory_format=torch.channels_last)
-    num_rows = len(task.labels)
-    total, updates = num_epochs(training, num_rows), updates_per_epoch(num_rows, training.batch_size)
-    adam = Adam(stack.named_parameters(), training.learning_rate)
-    schedule = cosine_decay(adam, total * updates)
-    done = 0
-    if joined is not None:
-        adam.load_tensors(joined)
-        schedule.last_epoch = adam.count
-        done = int(joined["epoch"])
-    weights = class_weights(task.labels.cpu(), task.num_classes, training.balance).to(device)
+    weights = class_weights(labels.cpu(), stack.config.num_classes, training.balance).to(device)
     parameters = list(stack.parameters())
 
-    for epoch in range(done, total):
+    def updates_of(epoch: int, updates: int) -> Iterator[dict[str, Tensor]]:
         generators = [generator_for(training.seed, f"{type(stack).__name__}:{m}", epoch) for m in members]
-        orders = torch.stack([torch.randperm(num_rows, generator=generator) for generator in generators])
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        orders = torch.stack([torch.randperm(len(labels), generator=generator) for generator in generators])
         # One thread: the order of a long sum depends on the number of threads, and members must not.
         with one_thread():
             for update in range(updates):
                 rows = orders[:, update * training.batch_size : (update + 1) * training.batch_size]
-                x, targets = task.draw(rows, generators)
+                x, targets = draw(rows, generators)
                 x.requires_grad_()
                 with mixed_precision(precision, device):
                     logits = stack(x).float()
                 clean = summed_cross_entropy(logits, targets, weights)
                 gradients = torch.autograd.grad(clean, [x, *parameters])
-                if task.eps > 0:
-                    moved = x.detach() + gradients[0].sign() * task.eps
-                    moved = moved.clamp_(*task.limits) if task.limits else moved
+                if eps > 0:
+                    moved = x.detach() + gradients[0].sign() * eps
+                    moved = moved.clamp_(*limits) if limits else moved
                     with mixed_precision(precision, device):
                         attacked = stack(moved).float()
                     extra = torch.autograd.grad(summed_cross_entropy(attacked, targets, weights), parameters)
                     gradients = (gradients[0], *(a + b for a, b in zip(gradients[1:], extra)))
                 for parameter, gradient in zip(parameters, gradients[1:]):
                     parameter.grad = gradient
-                adam.step()
-                schedule.step()
                 wanted = targets.argmax(-1) if targets.is_floating_point() else targets
                 hits = (logits.detach().argmax(-1) == wanted).double().mean()
-                sums += torch.stack([clean.detach().double() / len(members), hits])
-        loss, accuracy = (sums / updates).tolist()
-        if not math.isfinite(loss):
-            raise ValueError(f"the ensemble's loss is {loss} after epoch {epoch + 1}: lower its learning_rate")
-        metrics = {"loss": loss, "accuracy": accuracy}
-        yield Epoch(epoch + 1, total, metrics, lambda done=epoch + 1: checkpoint(stack, adam, done))  # type: ignore[misc]
+                yield {"loss": clean.detach().double() / len(members), "accuracy": hits}
+
+    yield from run_epochs(stack, training, len(labels), cosine_decay, state, updates_of)
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

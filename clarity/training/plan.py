@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
 from clarity import storage
 from clarity.classifiers import EnsembleConfig
@@ -29,7 +28,6 @@ from clarity.data import (
 )
 from clarity.data.review import review
 from clarity.images import Preprocessing
-from clarity.model import load_model, load_tensors, read_card, save_tensors
 from clarity.predictor import load_predictor
 from clarity.training.attributes import choose_attributes
 from clarity.training.distil import COPIES, open_audit
@@ -38,7 +36,6 @@ from clarity.training.loops import (
     IMAGE_TRAINING,
     EnsembleTraining,
     VAETraining,
-    member_states,
     mixed_precision,
     num_epochs,
 )
@@ -52,8 +49,6 @@ TRAININGS: dict[str, VAETraining | EnsembleTraining] = {
 }
 #: Where values come from that are not given.
 RECIPES = ("auto", "paper")
-#: The epoch of a checkpoint that needs no more training.
-FINISHED = 1 << 40
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
 EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates", "attributes"}
 
@@ -311,80 +306,3 @@ def set_fields(training: Any, **given: Any) -> Any:
     if "epochs" in given:
         given = {"min_updates": 0, **given}
     return replace(training, **given)
-
-
-def begin(plan: TrainingPlan) -> bool:
-    """Prepares the model directory; True when it already holds exactly this model.
-
-    A finished model that lacks only EXTRAS is split into checkpoints again, so that the stages find the rest done. Of
-    one that a predictor or a refit is to teach, all but the ensembles is kept.
-
-    Raises:
-        ValueError: another model is there, finished or not; names what differs.
-    """
-    description = plan.describe()
-    card = read_card(plan.out)
-    if card is not None:
-        found = card.get("plan") or {}
-        if found == description:
-            return True
-        may_differ = EXTRAS if taught_alike(plan, found) else EXTRAS | plan.asked.keys() | {"ensemble_training"}
-        refuse_another_model(plan, found, description, may_differ)
-        if storage.exists(plan.file("plan.json")) and storage.read_json(plan.file("plan.json")) != description:
-            storage.delete_tree(plan.file())
-        storage.write_json(plan.file("plan.json"), description)
-        restore_checkpoints(plan, found)
-        return False
-    if storage.exists(plan.file("plan.json")):
-        found = storage.read_json(plan.file("plan.json"))
-        may_differ = EXTRAS - {"image_training"} if found.get("image_training") else EXTRAS
-        refuse_another_model(plan, found, description, may_differ)
-    storage.write_json(plan.file("plan.json"), description)
-    return False
-
-
-def refuse_another_model(
-    plan: TrainingPlan, found: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: set[str]
-) -> None:
-    """Raises ValueError when fields other than those that may differ do."""
-    names = dict.fromkeys([*wanted, *TEACHERS])
-    different = [name for name in names if name not in may_differ and found.get(name) != wanted.get(name)]
-    if different:
-        details = "; ".join(f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
-        raise ValueError(
-            f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
-            "that one"
-        )
-
-
-def taught_alike(plan: TrainingPlan, found: Mapping[str, Any]) -> bool:
-    """Whether the ensembles of a described model learned from the same labels, predictor and audit as the plan's."""
-    return all(found.get(name) == plan.asked.get(name) for name in TEACHERS)
-
-
-def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
-    """Writes the parts of the finished model that the plan keeps as finished checkpoints."""
-    model = load_model(plan.out)
-    same = taught_alike(plan, found)
-    parts: list[tuple[str, Any]] = [("latent", model.ensemble)] if same else []
-    if model.image_ensemble is not None and found.get("image_training") == plan.describe()["image_training"]:
-        parts.append(("image", model.image_ensemble))
-    if model.judge is not None and found.get("judge_updates") == plan.describe()["judge_updates"]:
-        save_finished(plan.file("judge.safetensors"), model.judge.state_dict())
-    if same and len(model.folds) == plan.num_folds:
-        parts += [(plan.fold_kind(number), fold) for number, fold in enumerate(model.folds)]
-    save_finished(plan.file("vae.safetensors"), model.vae.state_dict())
-    for kind, ensemble in parts:
-        for m, state in enumerate(member_states(ensemble.state_dict(), ensemble.config.num_members)):
-            save_finished(plan.member_file(kind, m), state)
-
-
-def is_finished(file: str) -> bool:
-    """Whether a checkpoint is there and needs no more training."""
-    return storage.exists(file) and int(load_tensors(file)["epoch"]) == FINISHED
-
-
-def save_finished(file: str, weights: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint that needs no more training."""
-    tensors = {f"model.{name}": tensor.detach().clone() for name, tensor in weights.items()}
-    save_tensors(file, {**tensors, "epoch": torch.tensor(FINISHED)})

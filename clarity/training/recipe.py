@@ -28,31 +28,28 @@ from torch import Tensor
 from clarity import storage
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.ids import fold_of, in_judges_half
-from clarity.judges import JudgeNet, build_judge, judge_rows
+from clarity.judges import JudgeNet, judge_rows
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model, read_card
 from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.search import SearchConfig
 from clarity.training.evaluate import LabelledImages
-from clarity.training.judge import JudgeTraining, train_judge
 from clarity.training.loops import Codes, train_latent_members, train_vae, weights_of
 from clarity.training.plan import EXTRAS, TrainingPlan
 from clarity.vae import VAE
 
 #: Codes that are tried: (D, weight of the KL term). The first is the paper's.
-CODES = ((16, 1.0), (32, 0.5), (64, 0.2))
+CODES = ((16, 1.0), (32, 0.2), (64, 0.2))
 #: Steps of the adversary that are tried, in standard deviations of the codes.
-STEPS = (0.05, 0.1, 0.2, 0.35, 0.5)
-#: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE, of the
-#: judge, and of each ensemble; members of an ensemble; images and targets of each whose counterfactuals are searched.
+STEPS = (0.05, 0.2, 0.5)
+#: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
+#: ensemble; members of an ensemble; images and targets of each whose counterfactuals are searched.
 IMAGES = 6_000
 VALIDATION_FOLDS = 5
 VAE_UPDATES = 450
-JUDGE_UPDATES = 400
-JUDGE_BATCH = 64
 ENSEMBLE_UPDATES = 1_000
 MEMBERS = 10
-ASKED_IMAGES = 200
+ASKED_IMAGES = 100
 ASKED_TARGETS = 4
 #: Validation images below which nothing can be chosen.
 MIN_VALIDATION = 40
@@ -128,18 +125,23 @@ def own_values(plan: TrainingPlan) -> dict[str, Any]:
 def recipe_key(plan: TrainingPlan) -> str:
     """Digest of everything that the search depends on."""
     described = {name: value for name, value in plan.describe().items() if name not in EXTRAS}
-    content = [described, sorted(plan.searched), CODES, STEPS, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES, JUDGE_UPDATES]
+    content = [described, sorted(plan.searched), CODES, STEPS, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def search_recipe(
-    plan: TrainingPlan, images: LabelledImages, device: str | torch.device, log: Callable[[str], None]
+    plan: TrainingPlan,
+    images: LabelledImages,
+    judge: JudgeNet | None,
+    device: str | torch.device,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Searches the values that the plan leaves open.
 
     Args:
         plan: with ``searched``, the names of the values to choose; the others are the plan's.
         images: labelled images of the training split, some or all.
+        judge: trained on the judges' half of them; None where a class has too few.
         device: to train on.
         log: receives lines about the progress.
 
@@ -150,26 +152,22 @@ def search_recipe(
     started = time.monotonic()
     chosen = own_values(plan)
     found: dict[str, Any] = {"key": recipe_key(plan), "searched": sorted(plan.searched), "chosen": chosen, "trials": []}
-    validation = np.array([fold_of(image_id, VALIDATION_FOLDS) == 0 for image_id in images.ids])
-    half = in_judges_half(images.ids) & ~validation
+    fold = np.array([fold_of(image_id, VALIDATION_FOLDS) == 0 for image_id in images.ids])
+    validation = fold & ~in_judges_half(images.ids)
     labels = images.labels.numpy()
-    counts = [np.bincount(labels[rows], minlength=len(plan.class_names)).min() for rows in (~validation, half)]
-    if validation.sum() < MIN_VALIDATION or min(counts) < 2:
+    rarest = np.bincount(labels[~fold], minlength=len(plan.class_names)).min()
+    if judge is None or validation.sum() < MIN_VALIDATION or rarest < 2:
         found["why"] = f"too few labelled images for a search ({len(labels)}); the paper's values are taken"
         log(f"recipe: {found['why']}")
         return found | {"seconds": 0.0}
-    judge = build_judge(plan.vae.image_shape, len(plan.class_names))
-    training = JudgeTraining(updates=JUDGE_UPDATES, batch_size=JUDGE_BATCH, precision=plan.precision)
-    for _ in train_judge(judge, images.pixels[half].numpy(), labels[half], training):
-        pass
-    judge.to(device)
-    pixels = {name: images.pixels[torch.from_numpy(rows)] for name, rows in (("v", validation), ("t", ~validation))}
+    judge.to(device).eval()
+    pixels = {name: images.pixels[torch.from_numpy(rows)] for name, rows in (("v", validation), ("t", ~fold))}
     x = pixels["v"].to(device).float() / 255
     truth = labels[validation]
     accuracy = float((judge_rows(judge, x).argmax(1) == truth).mean())
-    log(f"recipe: a judge sees {accuracy:.1%} of {len(truth)} validation images right")
+    log(f"recipe: the judge sees {accuracy:.1%} of {len(truth)} validation images right")
     trials = []
-    for trial in run_trials(plan, judge, pixels["t"], torch.from_numpy(labels[~validation]), x, truth, device):
+    for trial in run_trials(plan, judge, pixels["t"], torch.from_numpy(labels[~fold]), x, truth, device):
         trials.append(trial)
         log(
             f"recipe: latent_dim {trial.latent_dim}, beta {trial.beta:g}, adversarial_eps {trial.adversarial_eps:g}: "

@@ -1,6 +1,7 @@
 """The stages of a training, resumable and shared by any number of workers.
 
-Knows which files each stage reads and writes. Does not know losses and schedules (``loops``), nor Ray.
+Knows which files each stage reads and writes. Does not know losses and schedules (``loops``), nor Ray. A stage is one
+function and one line of STAGES.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,27 +22,15 @@ from torch import Tensor, nn
 
 from clarity import storage
 from clarity.audit.read import read_audit
-from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.data import Dataset, label_indices, list_images, read_all
 from clarity.ids import fold_of, in_judges_half
 from clarity.judges import JudgeNet, build_judge
-from clarity.model import Model, load_tensors, save_model, save_tensors
+from clarity.model import load_tensors, save_tensors
 from clarity.predictor import Predictor
-from clarity.rows import encode_rows, logits_rows
-from clarity.training.attributes import fit_heads
-from clarity.training.distil import (
-    COPIES,
-    MEASURED_IMAGES,
-    audit_codes,
-    fidelity,
-    load_same,
-    original_probs,
-    perturb,
-    relabel,
-    single_codes,
-)
-from clarity.training.evaluate import BASELINE_IMAGES, LabelledImages, evaluate, evaluation
-from clarity.training.judge import train_judge
+from clarity.rows import encode_rows
+from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
+from clarity.training.evaluate import LabelledImages
+from clarity.training.judge import JudgeTraining, train_judge
 from clarity.training.loops import (
     Codes,
     Epoch,
@@ -53,7 +43,7 @@ from clarity.training.loops import (
     weights_of,
 )
 from clarity.training.optimiser import generator_for
-from clarity.training.plan import FINISHED, TrainingPlan, is_finished, save_finished
+from clarity.training.plan import TrainingPlan
 from clarity.training.recipe import IMAGES, search_recipe, with_recipe
 from clarity.vae import VAE
 
@@ -62,7 +52,8 @@ CHECKPOINT_SECONDS = 15.0
 #: Fall of the loss in the last third of the epochs above which a training was too short; MNIST's VAE falls by 3 %, the
 #: ensemble by 5 %. The last epochs alone tell nothing: their learning rate is nearly zero.
 STILL_FALLING = 0.1
-STAGES = ("vae", "encode", "latent", "images", "judge")
+#: The epoch of a checkpoint that needs no more training.
+FINISHED = 1 << 40
 ENCODE_ROWS = 4096
 
 
@@ -109,6 +100,26 @@ def evenly(count: int, limit: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
 
 
+#: Images of the training split, read when they are first asked for.
+Images = Callable[[], LabelledImages]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training.
+
+    Args:
+        run: does a worker's share.
+        done: whether nothing of it is left to do.
+        network: the untrained network, where the stage writes one as ``<name of the stage>.safetensors``, which becomes
+            the field of that name of the model; without weights in the file the field is None.
+    """
+
+    run: Callable[[TrainingPlan, Worker, Images], None]
+    done: Callable[[TrainingPlan], bool]
+    network: Callable[[TrainingPlan], nn.Module] | None = None
+
+
 def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> None:
     """Does this worker's share of some stages; what an earlier run has finished is not done again.
 
@@ -117,37 +128,22 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
         stages: some of STAGES, in their order; or "recipe" alone, which comes before a plan is begun.
         worker: who does it; all workers of the world run the same stages.
     """
-    if list(stages) != ["recipe"] and not storage.exists(plan.file("plan.json")):
-        raise ValueError(
-            f"out: the worker of rank {worker.rank} does not see {storage.display(plan.out)}; with several nodes, "
-            "choose a directory that every node sees: s3://..., or a shared mount"
-        )
-    todo = [stage for stage in stages if not stage_done(plan, stage)]
-    if "recipe" in todo:
+
+    @cache
+    def images() -> LabelledImages:
+        found = load_images(plan, plan.dataset)
         if worker.rank == 0:
-            some = load_images(plan, plan.dataset, IMAGES, labelled=plan.predictor is None)
-            if (predictor := plan_predictor(plan, worker.device)) is not None:
-                some = relabel(
-                    some, original_probs(predictor, plan.dataset, list_images(plan.dataset), some, plan.preprocessing)
-                )
-            storage.write_json(plan.file("recipe.json"), search_recipe(plan, some, worker.device, worker.log))
-        worker.wait_for_all()
-        return
-    images = load_images(plan, plan.dataset) if {"vae", "encode", "images", "judge"} & set(todo) else None
-    if images is not None and worker.rank == 0:
-        log_errors(images, worker.log)
-    for stage in todo:
-        if stage == "latent":
-            train_latent_stage(plan, worker)
-        else:
-            assert images is not None
-            run = {
-                "vae": train_vae_stage,
-                "encode": encode_stage,
-                "images": train_image_stage,
-                "judge": train_judge_stage,
-            }[stage]
-            run(plan, worker, images)
+            log_errors(found, worker.log)
+        return found
+
+    for name in stages:
+        if name != "recipe" and not storage.exists(plan.file("plan.json")):
+            raise ValueError(
+                f"out: the worker of rank {worker.rank} does not see {storage.display(plan.out)}; with several nodes, "
+                "choose a directory that every node sees: s3://..., or a shared mount"
+            )
+        if not STAGES[name].done(plan):
+            STAGES[name].run(plan, worker, images)
 
 
 def log_errors(images: LabelledImages, log: Callable[[str], None]) -> None:
@@ -156,29 +152,26 @@ def log_errors(images: LabelledImages, log: Callable[[str], None]) -> None:
         log(f"left out: {count} images that cannot be read: {reason}")
 
 
-def stage_done(plan: TrainingPlan, stage: str) -> bool:
-    """Whether nothing of a stage is left to do."""
-    if stage == "vae":
-        return is_finished(plan.file("vae.safetensors"))
-    if stage == "recipe":
-        return with_recipe(plan) is not None
-    if stage == "judge":
-        return plan.judge_training is None or storage.exists(plan.file("judge.safetensors"))
-    if stage == "encode":
-        return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or (
-            stage_done(plan, "vae") and stage_done(plan, "latent")
-        )
-    kinds = ["image"] if stage == "images" else plan.latent_kinds()
-    count = plan.image_members if stage == "images" else plan.ensemble.num_members
-    return all(is_finished(plan.member_file(kind, m)) for kind in kinds for m in range(count))
+def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
+    """Trains the judge, and with its help searches what the plan leaves open, on the first worker."""
+    if worker.rank == 0:
+        some = load_images(plan, plan.dataset, IMAGES, labelled=plan.predictor is None)
+        if (predictor := plan_predictor(plan, worker.device)) is not None:
+            listing = list_images(plan.dataset)
+            some = relabel(some, original_probs(predictor, plan.dataset, listing, some, plan.preprocessing))
+        judge = trained_judge(plan, worker, images() if predictor is None else some)
+        if predictor is None and plan.judge_training is not None:
+            save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
+        storage.write_json(plan.file("recipe.json"), search_recipe(plan, some, judge, worker.device, worker.log))
+    worker.wait_for_all()
 
 
-def train_vae_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:
+def vae_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the VAE, all workers together."""
     file = plan.file("vae.safetensors")
     state = load_tensors(file) if storage.exists(file) else None
     epochs = train_vae(
-        images.pixels,
+        images().pixels,
         plan.vae,
         plan.vae_training,
         state=state,
@@ -189,7 +182,7 @@ def train_vae_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) 
         precision=plan.precision,
     )
     if worker.rank == 0:
-        final = follow(epochs, "vae", worker.log, lambda state: save_tensors(file, state)) or state
+        final = follow(epochs, "vae", worker.log, partial(save_tensors, file)) or state
         assert final is not None
         save_finished(file, weights_of(final))
     else:
@@ -216,8 +209,7 @@ def follow(
         # A small data set takes hundreds of epochs, of which about twelve are reported.
         if epoch.number in (1, epoch.total) or epoch.number % math.ceil(epoch.total / 12) == 0:
             numbers = "  ".join(f"{name} {value:#.4g}" for name, value in epoch.metrics.items())
-            minutes, seconds = divmod(round(time.monotonic() - started), 60)
-            log(f"{what}: epoch {epoch.number}/{epoch.total}  {numbers}  {minutes}:{seconds:02d}")
+            log(f"{what}: epoch {epoch.number}/{epoch.total}  {numbers}  {minutes_since(started)}")
         if save is not None and epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
             save(epoch.state())
             saved = time.monotonic()
@@ -232,6 +224,12 @@ def late_fall(losses: Mapping[int, float], total: int) -> float:
     return 0.0 if total < 6 or before is None else (before - losses[total]) / abs(before)
 
 
+def minutes_since(started: float) -> str:
+    """Minutes and seconds since then."""
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
 def plan_predictor(plan: TrainingPlan, device: str | torch.device = "cpu") -> Predictor | None:
     """The predictor of the plan, if it has one."""
     if plan.predictor is None:
@@ -239,14 +237,12 @@ def plan_predictor(plan: TrainingPlan, device: str | torch.device = "cpu") -> Pr
     return load_same(plan.predictor, plan.asked["predictor"], plan.class_names, device)
 
 
-def encode_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:
+def encode_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Encodes the training split, each worker some blocks of it, and asks the predictor where there is one."""
-    vae = VAE(plan.vae)
-    vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
-    vae.to(worker.device).eval()
+    vae, split = load_network(plan, "vae").to(worker.device), images()
     predictor = plan_predictor(plan, worker.device)
     listing = None if predictor is None else list_images(plan.dataset)
-    starts = range(0, len(images.pixels), ENCODE_ROWS)
+    starts = range(0, len(split.pixels), ENCODE_ROWS)
     audit = [] if plan.refit is None else list(audit_codes(read_audit(plan.refit), ENCODE_ROWS))
     for part in range(worker.rank, len(starts) + len(audit), worker.world):
         file = plan.file(f"codes-{plan.num_folds}", f"part-{part:05d}.safetensors")
@@ -257,7 +253,7 @@ def encode_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> 
             ids, z = audit[part - len(starts)]
             tensors = single_codes(predictor, vae, z)
         else:
-            some = images.take(slice(starts[part], starts[part] + ENCODE_ROWS))
+            some = split.take(slice(starts[part], starts[part] + ENCODE_ROWS))
             mean, log_var = encode_rows(vae, some.pixels.to(worker.device).float() / 255)
             ids, tensors = some.ids, {"mean": mean, "log_var": log_var, "labels": some.labels}
             if predictor is not None:
@@ -271,7 +267,7 @@ def encode_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> 
     worker.wait_for_all()
     if worker.rank == 0:
         storage.write_json(plan.file(f"codes-{plan.num_folds}", "count.json"), len(starts) + len(audit))
-        worker.log(f"encoded {len(images.pixels)} images")
+        worker.log(f"encoded {len(split.pixels)} images")
     worker.wait_for_all()
 
 
@@ -290,74 +286,63 @@ def load_codes(plan: TrainingPlan) -> tuple[Codes, Tensor]:
     return found.take(known), codes["folds"][known]
 
 
-def train_latent_stage(plan: TrainingPlan, worker: Worker) -> None:
+def latent_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains this worker's members of the latent ensembles."""
     codes, folds = load_codes(plan)
     for kind in plan.latent_kinds():
         known = codes if kind == "latent" else codes.take(folds != int(kind.split("-")[1]))
-
-        def loop(members: Sequence[int], states: Any, known: Codes = known) -> Iterator[Epoch]:
-            return train_latent_members(
-                known, plan.ensemble, plan.ensemble_training, members, states=states, device=worker.device
-            )
-
-        train_members_stage(plan, worker, kind, plan.ensemble.num_members, plan.ensemble.num_members, loop)
+        loop = partial(train_latent_members, known, plan.ensemble, plan.ensemble_training, device=worker.device)
+        train_stacks(plan, worker, kind, plan.ensemble.num_members, plan.ensemble.num_members, loop)
 
 
-def train_image_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:
+def image_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains this worker's members of the image ensemble."""
-    labelled = images.labels >= 0
-    pixels, labels = images.pixels[labelled], images.labels[labelled]
-
-    def loop(members: Sequence[int], states: Any) -> Iterator[Epoch]:
-        return train_image_members(
-            pixels,
-            labels,
-            plan.image_ensemble,
-            plan.vae,
-            plan.image_training,
-            members,
-            states=states,
-            device=worker.device,
-            precision=plan.precision,
-        )
-
+    labelled = images().labels >= 0
+    pixels, labels = images().pixels[labelled], images().labels[labelled]
+    configs = plan.image_ensemble, plan.vae, plan.image_training
+    loop = partial(train_image_members, pixels, labels, *configs, device=worker.device, precision=plan.precision)
     # On a CPU the arithmetic dominates and a small working set is faster; a GPU needs many members to be busy.
     stack_size = 1 if torch.device(worker.device).type == "cpu" else 10
-    train_members_stage(plan, worker, "image", plan.image_members, stack_size, loop)
+    train_stacks(plan, worker, "image", plan.image_members, stack_size, loop)
 
 
-def train_judge_stage(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> None:
-    """Trains the held-out judge on its half of the labelled images, on the last worker; a cut one starts again."""
-    if worker.rank != worker.world - 1 or plan.judge_training is None:
-        return
+def judge_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
+    """Trains the held-out judge on the last worker; a cut one starts again."""
+    if worker.rank == worker.world - 1:
+        judge = trained_judge(plan, worker, images())
+        save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
+
+
+def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> JudgeNet | None:
+    """A judge trained on its half of the labelled images; None where these lack a class."""
     half = torch.from_numpy(in_judges_half(images.ids)) & (images.labels >= 0)
-    pixels, labels = images.pixels[half].numpy(), images.labels[half].numpy()
+    labels = images.labels[half].numpy()
     counts = np.bincount(labels, minlength=len(plan.class_names))
     if counts.min() == 0:
         missing = [name for name, count in zip(plan.class_names, counts) if not count]
         worker.log(f"no judge: its half of the images has none of class {', '.join(missing[:5])}")
-        save_tensors(plan.file("judge.safetensors"), {"epoch": torch.tensor(FINISHED)})
-        return
-    net = seeded(lambda: build_judge(plan.vae.image_shape, len(plan.class_names)), plan.judge_training.seed, "judge", 0)
+        return None
+    training = plan.judge_training or JudgeTraining.for_images(len(labels))
+    net = seeded(lambda: build_judge(plan.vae.image_shape, len(plan.class_names)), training.seed, "judge", 0)
     started = time.monotonic()
-    for report in train_judge(net, pixels, labels, plan.judge_training):
-        minutes, seconds = divmod(round(time.monotonic() - started), 60)
-        worker.log(
-            f"judge: update {report['update']}/{report['updates']}  loss {report['loss']:#.4g}  {minutes}:{seconds:02d}"
-        )
-    save_finished(plan.file("judge.safetensors"), net.state_dict())
+    for report in train_judge(net, images.pixels[half].numpy(), labels, training):
+        update = f"update {report['update']}/{report['updates']}"
+        worker.log(f"judge: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}")
+    return net
 
 
-def train_members_stage(
+def train_stacks(
     plan: TrainingPlan,
     worker: Worker,
     kind: str,
     count: int,
     stack_size: int,
-    loop: Callable[[Sequence[int], Any], Iterator[Epoch]],
+    loop: Callable[..., Iterator[Epoch]],
 ) -> None:
-    """Trains this worker's members of a kind: those whose number modulo the world's size is its rank."""
+    """Trains this worker's members of a kind: those whose number modulo the world's size is its rank.
+
+    ``loop`` trains some members from their states, as one stack of at most ``stack_size``.
+    """
     states: dict[int, dict[str, Tensor]] = {}
     for m in range(worker.rank, count, worker.world):
         file = plan.member_file(kind, m)
@@ -376,7 +361,7 @@ def train_members_stage(
 
         some = f"{len(members)} of {count} members" if len(members) > 1 else f"member {members[0]} of {count}"
         log = worker.log if worker.rank == 0 or stack_size < count else (lambda line: None)
-        epochs = loop(members, {m: states[m] for m in members} if states[members[0]] else None)
+        epochs = loop(members, states={m: states[m] for m in members} if states[members[0]] else None)
         final = follow(epochs, f"{kind} classifiers ({some})", log, save)
         finals = member_states(final, len(members)) if final else [states[m] for m in members]
         for m, state in zip(members, finals):
@@ -384,83 +369,55 @@ def train_members_stage(
             states.pop(m, None)
 
 
-def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -> Model:
-    """Assembles the trained parts, measures them on the held-out split, and writes the model directory."""
-    vae = VAE(plan.vae)
-    vae.load_state_dict(weights_of(load_tensors(plan.file("vae.safetensors"))))
-    folds = [assemble(plan, plan.fold_kind(fold), LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
-    image_ensemble = None
-    if plan.image_members:
-        image_ensemble = assemble(plan, "image", ImageEnsemble(plan.image_ensemble, plan.vae))
-    model = Model(
-        vae=vae.requires_grad_(False).eval(),
-        ensemble=assemble(plan, "latent", LatentEnsemble(plan.ensemble)),
-        class_names=plan.class_names,
-        preprocessing=plan.preprocessing,
-        image_ensemble=image_ensemble,
-        folds=tuple(folds),
-        judge=assemble_judge(plan),
-    )
-    heads_metrics: dict[str, Any] = {}
-    if plan.attributes:
-        log(f"fitting the heads of {len(plan.attributes)} attributes")
-        model.heads, heads_metrics = fit_heads(vae, plan.preprocessing, plan.dataset, plan.held_out, plan.attributes)
-    held_out = None if plan.held_out is None else load_images(plan, plan.held_out)
-    if held_out is not None:
-        log_errors(held_out, log)
-    log(f"measuring on {len(held_out.ids) if held_out else 0} held-out images")
-    metrics = evaluate(model, held_out) if held_out and len(held_out.ids) else {}
-    if heads_metrics:
-        metrics["attributes"] = heads_metrics
-    verdict: dict[str, Any] = {}
-    if held_out and plan.data["labelled"] and bool((held_out.labels >= 0).any()):
-        verdict = evaluation(model, load_images(plan, plan.dataset, BASELINE_IMAGES), held_out)
-    if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
-        metrics["out_of_fold"] = {"accuracy": out_of_fold_accuracy(plan, folds)}
-    if (predictor := plan_predictor(plan)) is not None:
-        refit = None if plan.refit is None else storage.display(plan.refit)
-        verdict["predictor"] = {"name": predictor.name, "digest": predictor.digest, "refit": refit}
-        if held_out is not None and plan.held_out is not None:
-            some = held_out.take(evenly(len(held_out.ids), MEASURED_IMAGES))
-            probs = original_probs(predictor, plan.held_out, list_images(plan.held_out), some, plan.preprocessing)
-            verdict["predictor"] |= fidelity(model, predictor, some, probs)
-    card = {
-        "data": plan.data,
-        "plan": plan.describe(),
-        "precision": plan.precision,
-        "metrics": metrics,
-        **({"recipe": plan.recipe} if plan.recipe else {}),
-        **verdict,
-    }
-    save_model(model, plan.out, card=card)
-    storage.delete_tree(plan.file())
-    return model
+def members_done(plan: TrainingPlan, kinds: Sequence[str], count: int) -> bool:
+    """Whether the members of some kinds are trained."""
+    return all(is_finished(plan.member_file(kind, m)) for kind in kinds for m in range(count))
 
 
-def assemble(plan: TrainingPlan, kind: str, network: Any) -> Any:
-    """The network with the weights of all members of a kind, in eval mode."""
-    states = [load_tensors(plan.member_file(kind, m)) for m in range(network.config.num_members)]
-    network.load_state_dict(weights_of(join_states(states)))
+def latent_done(plan: TrainingPlan) -> bool:
+    """Whether the members of the latent ensembles are trained."""
+    return members_done(plan, plan.latent_kinds(), plan.ensemble.num_members)
+
+
+def encoded(plan: TrainingPlan) -> bool:
+    """Whether codes are there, or nobody needs them any more."""
+    return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or latent_done(plan)
+
+
+#: In the order in which they run. Workers share each batch of the VAE; of later stages each does a part on its own.
+STAGES = {
+    "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None),
+    "vae": Stage(vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), lambda plan: VAE(plan.vae)),
+    "encode": Stage(encode_stage, encoded),
+    "latent": Stage(latent_stage, latent_done),
+    "images": Stage(image_stage, lambda plan: members_done(plan, ["image"], plan.image_members)),
+    "judge": Stage(
+        judge_stage,
+        lambda plan: plan.judge_training is None or is_finished(plan.file("judge.safetensors")),
+        lambda plan: build_judge(plan.vae.image_shape, len(plan.class_names)),
+    ),
+}
+#: All but the search for values that the plan leaves open.
+TRAINED = tuple(name for name in STAGES if name != "recipe")
+
+
+def load_network(plan: TrainingPlan, name: str) -> Any:
+    """The network that a stage trained, in eval mode; None where it made none."""
+    file, build = plan.file(f"{name}.safetensors"), STAGES[name].network
+    weights = weights_of(load_tensors(file)) if storage.exists(file) else None
+    if build is None or not weights:
+        return None
+    network = build(plan)
+    network.load_state_dict(weights)
     return network.requires_grad_(False).eval()
 
 
-def assemble_judge(plan: TrainingPlan) -> JudgeNet | None:
-    """The trained judge in eval mode, or None."""
-    if plan.judge_training is None:
-        return None
-    weights = weights_of(load_tensors(plan.file("judge.safetensors")))
-    if not weights:
-        return None
-    net = build_judge(plan.vae.image_shape, len(plan.class_names))
-    net.load_state_dict(weights)
-    return net.requires_grad_(False).eval()
+def is_finished(file: str) -> bool:
+    """Whether a checkpoint is there and needs no more training."""
+    return storage.exists(file) and int(load_tensors(file)["epoch"]) == FINISHED
 
 
-def out_of_fold_accuracy(plan: TrainingPlan, folds: Sequence[LatentEnsemble]) -> float:
-    """Accuracy on the training split, each image classified by the ensemble that has not seen it."""
-    codes, fold = load_codes(plan)
-    hits = torch.zeros(len(codes), dtype=torch.bool)
-    for number, ensemble in enumerate(folds):
-        rows = fold == number
-        hits[rows] = logits_rows(ensemble, codes.mean[rows]).softmax(-1).mean(0).argmax(-1) == codes.labels[rows]
-    return float(hits.double().mean())
+def save_finished(file: str, weights: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint that needs no more training."""
+    tensors = {f"model.{name}": tensor.detach().clone() for name, tensor in weights.items()}
+    save_tensors(file, {**tensors, "epoch": torch.tensor(FINISHED)})

@@ -102,13 +102,13 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert model.card["metrics"]["images"] > 0
 
     # Given the same VAE, one process without Ray makes the same members.
-    from clarity.training.plan import begin
-    from clarity.training.stages import STAGES, Worker, finish, run_stages
+    from clarity.training.directory import begin, finish
+    from clarity.training.stages import TRAINED, Worker, run_stages
 
     plan = job.make_plan(job.new_parser().parse_args(command(folder, tmp_path / "alone", *extras)[2:]))
     begin(plan)
     (tmp_path / "alone" / "_training" / "vae.safetensors").write_bytes(vae)
-    run_stages(plan, STAGES, Worker())
+    run_stages(plan, TRAINED, Worker())
     finish(plan)
     alone, shared = files_of(tmp_path / "alone"), files_of(out)
     assert alone.keys() == shared.keys() and "judge.safetensors" in alone

@@ -26,11 +26,12 @@ from clarity.model import load_model
 from clarity.planning import make_checks, make_plan
 from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
+from clarity.training.directory import begin, finish
 from clarity.training.distil import COPIES, agreement, original_probs, perturb
 from clarity.training.evaluate import LabelledImages
 from clarity.training.loops import Codes, class_weights, member_states, summed_cross_entropy, train_latent_members
-from clarity.training.plan import begin, plan_training
-from clarity.training.stages import STAGES, Worker, finish, load_codes, run_stages
+from clarity.training.plan import plan_training
+from clarity.training.stages import TRAINED, Worker, load_codes, run_stages
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
 CLASSES = ["top", "middle", "bottom"]
@@ -208,7 +209,7 @@ def test_training_cut_anywhere_ends_the_same(
         plan = plan_of(folder, tmp_path)
         assert not begin(plan)
         try:
-            run_stages(plan, STAGES, Worker(log=log))
+            run_stages(plan, TRAINED, Worker(log=log))
             break
         except KeyboardInterrupt:
             continue
@@ -245,7 +246,7 @@ def test_another_predictor_does_not_resume(folder: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"holds another model: predictor is '\w+' there, '\w+' here"):
         begin(plan_of(folder, tmp_path, predictor=turned))
     with pytest.raises(ValueError, match=r"predictor: expected that of the plan, found another"):
-        run_stages(dataclasses.replace(plan_of(folder, tmp_path), predictor=turned), STAGES, Worker())
+        run_stages(dataclasses.replace(plan_of(folder, tmp_path), predictor=turned), TRAINED, Worker())
 
 
 def test_model_of_labels_is_taught_by_a_predictor_and_keeps_its_vae_and_judge(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_refit_learns_from_an_audit_and_keeps_the_vae(folder: Path, taught: Path
     pairs = clarity.read_audit(audit).counterfactuals.count_rows()
     assert pairs == 2 * 12 and len(load_codes(plan)[0]) == 90 * (1 + COPIES) + pairs
     assert not begin(plan)  # cut here, it goes on
-    run_stages(plan, STAGES, Worker())
+    run_stages(plan, TRAINED, Worker())
     model = finish(plan)
     before, after = files_of(taught), files_of(out)
     assert before["vae.safetensors"] == after["vae.safetensors"]

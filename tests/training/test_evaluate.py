@@ -11,7 +11,7 @@ import torch
 from bars import bars
 
 from clarity.model import Model
-from clarity.training.evaluate import LabelledImages, classification_metrics, evaluation, fit_linear
+from clarity.training.evaluate import LabelledImages, classification_metrics, evaluate, fit_linear
 
 
 def test_classification_metrics_by_hand() -> None:
@@ -31,7 +31,7 @@ def test_evaluation_compares_with_simple_methods_and_real_images(tiny_model: Mod
     ids = [str(i) for i in range(90)]
     training = LabelledImages(images[~split], ids[:67], labels[~split])
     held_out = LabelledImages(images[split], ids[67:], torch.where(torch.arange(23) < 2, -1, labels[split]))
-    found = evaluation(tiny_model, training, held_out)
+    found = evaluate(tiny_model, lambda: training, held_out)
     json.dumps(found)
     figures = found["evaluation"]
     assert figures["images"] == 21 == sum(entry["images"] for entry in figures["per_class"].values())

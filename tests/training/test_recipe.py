@@ -19,7 +19,7 @@ from clarity.training import recipe
 from clarity.training.loops import EnsembleTraining
 from clarity.training.plan import TrainingPlan, channels_for, plan_training
 from clarity.training.recipe import Trial, search_recipe, with_recipe
-from clarity.training.stages import Worker, load_images, run_stages
+from clarity.training.stages import Worker, load_images, run_stages, trained_judge
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of two codes and two steps, of a few updates each."""
     for name, value in {
-        "CODES": ((3, 1.0), (5, 0.5)), "STEPS": (0.1, 0.4), "VAE_UPDATES": 20, "JUDGE_UPDATES": 30,
-        "ENSEMBLE_UPDATES": 30, "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
+        "CODES": ((3, 1.0), (5, 0.5)), "STEPS": (0.1, 0.4), "VAE_UPDATES": 20, "ENSEMBLE_UPDATES": 30,
+        "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
     }.items():  # fmt: skip
         monkeypatch.setattr(recipe, name, value)
 
@@ -85,16 +85,18 @@ def test_rule_is_the_product_of_accuracy_and_realism() -> None:
 
 
 def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
-    plan = plan_of(folder, tmp_path / "out")
+    plan = plan_of(folder, tmp_path / "out", judge_updates=30)
     lines: list[str] = []
-    found = search_recipe(plan, load_images(plan, plan.dataset, 200), "cpu", lines.append)
+    images = load_images(plan, plan.dataset, 200)
+    judge = trained_judge(plan, Worker(), images)
+    found = search_recipe(plan, images, judge, "cpu", lines.append)
     settings = {(trial["latent_dim"], trial["beta"], trial["adversarial_eps"]) for trial in found["trials"]}
     assert settings == {(3, 1.0, 0.1), (3, 1.0, 0.4), (5, 0.5, 0.1), (5, 0.5, 0.4)}
     best = max(found["trials"], key=lambda trial: trial["accuracy"] * trial["judged"])
     assert found["chosen"] == {name: best[name] for name in ("latent_dim", "beta", "adversarial_eps")}
     assert lines[-1] == f"recipe: {found['why']}" and "product" in found["why"]
     json.dumps(found)
-    assert search_recipe(plan, load_images(plan, plan.dataset, 200), "cpu", print)["chosen"] == found["chosen"]
+    assert search_recipe(plan, images, judge, "cpu", print)["chosen"] == found["chosen"]
 
 
 def test_training_takes_what_was_chosen_and_searches_once(
@@ -127,7 +129,7 @@ def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:
     write_images(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(8)))
     plan = plan_of(tmp_path, tmp_path.parent / "out")
     lines: list[str] = []
-    found = search_recipe(plan, load_images(plan, plan.dataset), "cpu", lines.append)
+    found = search_recipe(plan, load_images(plan, plan.dataset), None, "cpu", lines.append)
     assert found["chosen"] == {"latent_dim": 16, "beta": 1.0, "adversarial_eps": 0.2} and found["trials"] == []
     assert "too few labelled images" in lines[0]
     assert np.isscalar(found["seconds"])

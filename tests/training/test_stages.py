@@ -15,8 +15,9 @@ import clarity
 from clarity import storage
 from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
-from clarity.training.plan import FINISHED, TrainingPlan, begin, plan_training
-from clarity.training.stages import STAGES, Worker, finish, late_fall, run_stages, stage_done
+from clarity.training.directory import begin, finish
+from clarity.training.plan import TrainingPlan, plan_training
+from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, late_fall, run_stages
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def uncut(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     out = tmp_path_factory.mktemp("uncut")
     plan = plan_of(folder, out, image_members=3, num_folds=2)
     assert not begin(plan)
-    run_stages(plan, STAGES, Worker())
+    run_stages(plan, TRAINED, Worker())
     finish(plan)
     return files_of(out)
 
@@ -114,7 +115,7 @@ def test_training_cut_goes_on_with_another_number_of_folds(
     run_stages(plan, ("vae", "encode", "latent"), Worker())
     plan = dataclasses.replace(plan, num_folds=2)
     assert not begin(plan)
-    run_stages(plan, STAGES, Worker())
+    run_stages(plan, TRAINED, Worker())
     finish(plan)
     assert files_of(tmp_path) == uncut
 
@@ -141,7 +142,7 @@ def test_training_cut_anywhere_ends_the_same(
     for _ in range(4):
         assert not begin(plan)
         try:
-            run_stages(plan, STAGES, Worker(log=log))
+            run_stages(plan, TRAINED, Worker(log=log))
             break
         except Cut:
             continue
@@ -190,7 +191,7 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     begin(plan)
     with pytest.raises(ValueError, match=r"holds another model: ensemble is \{.*'num_members': 4\} there, .*5\} here"):
         begin(plan_of(folder, tmp_path, num_members=5))
-    run_stages(plan, STAGES, Worker())
+    run_stages(plan, TRAINED, Worker())
     finish(plan)
     with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
         begin(plan_of(folder, tmp_path, vae_training=dataclasses.replace(SHORT_VAE, seed=1)))
@@ -198,14 +199,14 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
 
 def test_worker_that_does_not_see_the_model_directory_says_so(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank 1 does not see .* a shared mount"):
-        run_stages(plan_of(folder, tmp_path), STAGES, Worker(1, 2))
+        run_stages(plan_of(folder, tmp_path), TRAINED, Worker(1, 2))
 
 
 def test_training_on_an_object_store_is_that_on_a_disk(folder: Path, tmp_path: Path, uncut: dict[str, bytes]) -> None:
     with ObjectStore() as store:
         plan = dataclasses.replace(plan_of(folder, tmp_path, image_members=3, num_folds=2), out=store.uri("runs/model"))
         assert not begin(plan)
-        run_stages(plan, STAGES, Worker())
+        run_stages(plan, TRAINED, Worker())
         finish(plan)
         model = clarity.load(plan.out)
         names = [file.path for file in storage.list_files(plan.out)]
@@ -223,7 +224,7 @@ def test_checkpoints_are_of_members_and_finished_ones_hold_weights_alone(folder:
     assert [file.path for file in files] == ["latent-001.safetensors", "latent-003.safetensors"]
     state = load_tensors(plan.member_file("latent", 1))
     assert int(state.pop("epoch")) == FINISHED and all(name.startswith("model.") for name in state)
-    assert not stage_done(plan, "latent")
+    assert not STAGES["latent"].done(plan)
     assert read_card(tmp_path) is None
 
 

@@ -1,0 +1,148 @@
+"""The model directory of a training: begin it, take a finished model up again, assemble and measure what was trained.
+
+Knows which model a directory holds. Does not know how its parts are trained (``stages``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from clarity import storage
+from clarity.classifiers import ImageEnsemble, LatentEnsemble
+from clarity.data import list_images
+from clarity.model import Model, load_model, load_tensors, read_card, save_model
+from clarity.rows import logits_rows
+from clarity.training.attributes import fit_heads
+from clarity.training.distil import MEASURED_IMAGES, fidelity, original_probs
+from clarity.training.evaluate import BASELINE_IMAGES, evaluate
+from clarity.training.loops import join_states, member_states, weights_of
+from clarity.training.plan import EXTRAS, TEACHERS, TrainingPlan
+from clarity.training.stages import (
+    STAGES,
+    evenly,
+    load_codes,
+    load_images,
+    load_network,
+    log_errors,
+    plan_predictor,
+    save_finished,
+)
+
+
+def begin(plan: TrainingPlan) -> bool:
+    """Prepares the model directory; True when it already holds exactly this model.
+
+    A finished model that lacks only EXTRAS is split into checkpoints again, so that the stages find the rest done. Of
+    one that a predictor or a refit is to teach, all but the ensembles is kept.
+
+    Raises:
+        ValueError: another model is there, finished or not; names what differs.
+    """
+    wanted, card, file = plan.describe(), read_card(plan.out), plan.file("plan.json")
+    begun = storage.read_json(file) if storage.exists(file) else wanted
+    found: Mapping[str, Any] = begun if card is None else card.get("plan") or {}
+    if card is not None and found == wanted:
+        return True
+    kept = set(EXTRAS)
+    if card is None and found.get("image_training"):
+        kept -= {"image_training"}
+    if card is not None and not taught_alike(plan, found):
+        kept |= plan.asked.keys() | {"ensemble_training"}
+    names = [name for name in dict.fromkeys([*wanted, *TEACHERS]) if name not in kept]
+    if different := [name for name in names if found.get(name) != wanted.get(name)]:
+        details = "; ".join(f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
+        raise ValueError(
+            f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
+            "that one"
+        )
+    if card is not None and begun != wanted:
+        storage.delete_tree(plan.file())
+    storage.write_json(file, wanted)
+    if card is not None:
+        restore_checkpoints(plan, found)
+    return False
+
+
+def taught_alike(plan: TrainingPlan, found: Mapping[str, Any]) -> bool:
+    """Whether the ensembles of a described model learned from the same labels, predictor and audit as the plan's."""
+    return all(found.get(name) == plan.asked.get(name) for name in TEACHERS)
+
+
+def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
+    """Writes the parts of the finished model that the plan keeps as finished checkpoints."""
+    model, wanted, same = load_model(plan.out), plan.describe(), taught_alike(plan, found)
+    parts: list[tuple[str, Any]] = [("latent", model.ensemble)] if same else []
+    if model.image_ensemble is not None and found.get("image_training") == wanted["image_training"]:
+        parts.append(("image", model.image_ensemble))
+    if same and len(model.folds) == plan.num_folds:
+        parts += [(plan.fold_kind(number), fold) for number, fold in enumerate(model.folds)]
+    for kind, ensemble in parts:
+        for m, state in enumerate(member_states(ensemble.state_dict(), ensemble.config.num_members)):
+            save_finished(plan.member_file(kind, m), state)
+    for name, stage in STAGES.items():
+        network = getattr(model, name, None) if stage.network else None
+        if network is not None and found.get(f"{name}_updates") == wanted.get(f"{name}_updates"):
+            save_finished(plan.file(f"{name}.safetensors"), network.state_dict())
+
+
+def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -> Model:
+    """Assembles the trained parts, measures them on the held-out split, and writes the model directory."""
+    folds = [assemble(plan, plan.fold_kind(fold), LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
+    image_ensemble = None
+    if plan.image_members:
+        image_ensemble = assemble(plan, "image", ImageEnsemble(plan.image_ensemble, plan.vae))
+    model = Model(
+        ensemble=assemble(plan, "latent", LatentEnsemble(plan.ensemble)),
+        class_names=plan.class_names,
+        preprocessing=plan.preprocessing,
+        image_ensemble=image_ensemble,
+        folds=tuple(folds),
+        **{name: load_network(plan, name) for name, stage in STAGES.items() if stage.network},
+    )
+    heads_metrics: dict[str, Any] = {}
+    if plan.attributes:
+        log(f"fitting the heads of {len(plan.attributes)} attributes")
+        given = plan.preprocessing, plan.dataset, plan.held_out, plan.attributes
+        model.heads, heads_metrics = fit_heads(model.vae, *given)
+    measured: dict[str, Any] = {"metrics": {}}
+    if plan.held_out is not None:
+        held_out = load_images(plan, plan.held_out)
+        log_errors(held_out, log)
+        log(f"measuring on {len(held_out.ids)} held-out images")
+        known = held_out if plan.data["labelled"] else held_out.without_labels()
+        measured = evaluate(model, lambda: load_images(plan, plan.dataset, BASELINE_IMAGES), known)
+    if heads_metrics:
+        measured["metrics"]["attributes"] = heads_metrics
+    if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
+        measured["metrics"]["out_of_fold"] = {"accuracy": out_of_fold_accuracy(plan, folds)}
+    if (predictor := plan_predictor(plan)) is not None:
+        refit = None if plan.refit is None else storage.display(plan.refit)
+        measured["predictor"] = {"name": predictor.name, "digest": predictor.digest, "refit": refit}
+        if plan.held_out is not None:
+            some = held_out.take(evenly(len(held_out.ids), MEASURED_IMAGES))
+            probs = original_probs(predictor, plan.held_out, list_images(plan.held_out), some, plan.preprocessing)
+            measured["predictor"] |= fidelity(model, predictor, some, probs)
+    card = {"data": plan.data, "plan": plan.describe(), "precision": plan.precision, **measured}
+    save_model(model, plan.out, card=card | ({"recipe": plan.recipe} if plan.recipe else {}))
+    storage.delete_tree(plan.file())
+    return model
+
+
+def assemble(plan: TrainingPlan, kind: str, network: Any) -> Any:
+    """The network with the weights of all members of a kind, in eval mode."""
+    states = [load_tensors(plan.member_file(kind, m)) for m in range(network.config.num_members)]
+    network.load_state_dict(weights_of(join_states(states)))
+    return network.requires_grad_(False).eval()
+
+
+def out_of_fold_accuracy(plan: TrainingPlan, folds: Sequence[LatentEnsemble]) -> float:
+    """Accuracy on the training split, each image classified by the ensemble that has not seen it."""
+    codes, fold = load_codes(plan)
+    hits = torch.zeros(len(codes), dtype=torch.bool)
+    for number, ensemble in enumerate(folds):
+        rows = fold == number
+        hits[rows] = logits_rows(ensemble, codes.mean[rows]).softmax(-1).mean(0).argmax(-1) == codes.labels[rows]
+    return float(hits.double().mean())
