@@ -314,11 +314,11 @@ PAIR_FIGURES = {
     "judge_agreement": PairFigure(
         "Judge agreement", "share of pairs", "pairs that a held-out network classifies as their target", True, True
     ),
-    "median_steps": PairFigure("Steps", "updates, median of converged pairs", "length of the search"),
+    "median_steps": PairFigure("Steps", "updates, median of converged pairs", "number of updates of the search"),
     "median_distance": PairFigure("Latent distance", "L1, median of converged pairs", "size of the change"),
-    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "disagreement of the members about images"),
-    "epistemic_final": PairFigure("Epistemic after", "nats, median", "the same about counterfactuals"),
-    "pairs": PairFigure("Pairs", "count", "pairs that were searched"),
+    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "epistemic uncertainty of the images"),
+    "epistemic_final": PairFigure("Epistemic after", "nats, median", "epistemic uncertainty of the counterfactuals"),
+    "pairs": PairFigure("Pairs", "count", "number of pairs"),
 }
 
 

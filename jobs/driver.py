@@ -45,7 +45,7 @@ RAY_CONTACT_S = 15
 FIRST_NODE_S = 900
 #: After so many shards a run says so where targets are out of reach.
 FIRST_SHARDS = 3
-#: Set in the driver of a job that was handed in with `ray job submit`.
+#: Set in the driver of a job submitted by `ray job submit`.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 Config = TypeVar("Config")

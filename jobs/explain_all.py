@@ -111,7 +111,7 @@ def explain_all(args: Namespace) -> int:
         return 0
     with claim(out, plan, model_uri) as held:
         if held.complete:
-            print(f"complete already\n{describe(held.summary())}")
+            print(f"already complete\n{describe(held.summary())}")
         else:
             resources = driver.plan_actors(args, len(held.pending))
             driver.check_visible(held.uri, held.run, dataset.data)
@@ -159,10 +159,10 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
                 failures |= {shard: note} if "error" in note else {}
                 pairs += note.get("pairs", 0)
         except ray.exceptions.RayError as error:
-            print(f"Ray gave up: {error}", file=sys.stderr)
+            print(f"Ray failed: {error}", file=sys.stderr)
         held.refresh()
     for shard in held.pending:
-        note = failures.get(shard, {"stage": "run", "error": "it was lost"})
+        note = failures.get(shard, {"stage": "run", "error": "the shard was lost"})
         print(f"shard {shard} failed at stage {note['stage']}: {note['error']}", file=sys.stderr)
         held.record_failure(shard, note["stage"], note["error"])
     seconds = time.time() - start

@@ -216,7 +216,7 @@ def train(args: argparse.Namespace) -> int:
     plan = choose(make_plan(args))
     out = storage.display(plan.out)
     if begin(plan):
-        print(f"finished already\n{describe(plan)}\nmodel      {out}")
+        print(f"already finished\n{describe(plan)}\nmodel      {out}")
         return 0
     if plan.predictor is not None:
         print(describe_predictor(load_predictor(plan.predictor), plan.dataset, list_images(plan.dataset)))

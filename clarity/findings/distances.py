@@ -187,7 +187,7 @@ def check_edge(facts: Facts) -> list[Finding] | NotChecked:
             f"the usual distance away from another class ({usual:.1f} is the median to the nearest class), {between}. "
             f"Closest: {image_id}, classified as {facts.name(source)}, is {facts.name(target)} after "
             f"{plural(steps, 'step')}.",
-            f"Counted. For other images like these: {share_text(count, images)}.",
+            f"Counted; expected for similar images: {share_text(count, images)}.",
             tuple((a, b) for a, b, _ in cells),
             tuple((row[0], row[2]) for row in rows),
             {"images": count, "share": share, "usual": usual},

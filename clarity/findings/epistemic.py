@@ -63,8 +63,8 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
             f"{percent(share)} of the counterfactuals towards {facts.name(t)} have more epistemic uncertainty than 95 "
             f"% of the images that the ensemble is as sure of (median {number(after)} nats, the images' "
             f"{number(usual)}). Targets concerned: {names}.",
-            f"{share_text(share * count, count)}; 5 % is expected by chance. Told where the lower bound, corrected for "
-            f"{len(reached)} targets, is above {percent(MIN_BOUND)}.",
+            f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
+            f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
             tuple((s, entry[1]) for entry in escaping[:3] for s in entry[5][:3]),
             figures={"share": share, "targets": len(escaping)},
         )

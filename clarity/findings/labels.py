@@ -51,7 +51,7 @@ def check_labels(facts: Facts) -> list[Finding] | NotChecked:
             f"{trained}",
             f"The ensemble predicts "
             f"{share_text(agreement * images, images)} of the labels. In simulations with correct labels up to one in "
-            "a thousand was called wrong; an unusual image may have the right label, so look.",
+            "a thousand was called wrong; an unusual image may have the right label: look at it.",
             tuple(pairs)[:6],
             tuple((row["image_id"], row["label"]) for row in rows),
             {"images": count, "share": share},

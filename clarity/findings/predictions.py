@@ -7,9 +7,9 @@ from clarity.report.text import listed, percent, plural
 
 
 def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
-    """How often the ensemble classifies an image as the user's model does, where predictions were handed in."""
+    """How often the ensemble classifies an image as the user's model does, if the audit has predictions."""
     if "agreement" not in facts.tables:
-        return NotChecked("no predictions of another model were handed in")
+        return NotChecked("the audit has no predictions of another model")
     rows = facts.rows(
         "SELECT prediction, sum(images), coalesce(sum(images) FILTER (prediction = source), 0) AS same "
         "FROM agreement WHERE prediction IS NOT NULL GROUP BY 1 ORDER BY same / sum(images), 1"
@@ -44,7 +44,7 @@ def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
             0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
             f"The explained ensemble agrees with your model on {percent(same, total)}",
             sentence,
-            f"Counted. For other images like these: {share_text(same, total)}.",
+            f"Counted; expected for similar images: {share_text(same, total)}.",
             tuple(dict.fromkeys((source, prediction) for _, prediction, source in examples)),
             tuple((image_id, prediction) for image_id, prediction, _ in examples),
             {"agreement": same / total, "images": total},

@@ -32,16 +32,16 @@ CHECKS: dict[str, Check] = {
         "images and searches that failed", check_unread, "Every image was read and every search stayed finite."
     ),
     "shortcut": Check(
-        "a region or a tint that every counterfactual towards a class writes",
+        "a region or tint shared by all counterfactuals towards a class",
         check_shortcuts,
-        "No region and no tint is written by every counterfactual towards a class.",
+        "No region and no tint is shared by all counterfactuals towards a class.",
     ),
     "labels": Check("wrong labels", check_labels, "No label is contradicted by the ensemble and the nearest images."),
-    "predictions": Check("agreement with the predictions handed in", check_predictions, ""),
+    "predictions": Check("agreement with your model's predictions", check_predictions, ""),
     "epistemic": Check(
         "targets whose explanations leave the training data",
         check_epistemic,
-        "The members disagree about counterfactuals no more than about images that they are as sure of.",
+        "The members disagree about counterfactuals no more than about images of the same probability.",
     ),
     "reencoding": Check(
         "counterfactuals that lose their target when decoded and encoded",
@@ -85,11 +85,11 @@ def run_check(kind: str, facts: Facts) -> list[Finding] | NotChecked:
     """Runs one check under the verdict on the model."""
     level = facts.verdict.level if kind in NEED_A_GOOD_MODEL else "sound"
     if level == "no-go":
-        return NotChecked("the model does not deserve an audit")
+        return NotChecked("the model is not good enough for an audit")
     outcome = CHECKS[kind].run(facts)
     if level != "with care" or isinstance(outcome, NotChecked):
         return outcome
-    lowered = " Lowered, because the model is to be taken with care."
+    lowered = " Severity lowered: the verdict on the model is with care."
     return [
         replace(finding, severity=MAX_WITH_CARE, evidence=finding.evidence + lowered)
         if finding.severity > MAX_WITH_CARE

@@ -11,7 +11,7 @@ COUNTED = "Counted over every row of the audit."
 
 
 def check_unread(facts: Facts) -> list[Finding] | NotChecked:
-    """Images that were not read and searches that met a number that is not finite."""
+    """Images that were not read and searches that met NaN or infinity."""
     ((images,),) = facts.rows("SELECT count(*) FROM codes")
     if not images:
         return NotChecked("the audit has no images yet")
@@ -41,7 +41,7 @@ def check_unread(facts: Facts) -> list[Finding] | NotChecked:
             Finding(
                 "unread",
                 0.75,
-                f"{plural(broken, 'search', 'searches')} met a number that is not finite",
+                f"{plural(broken, 'search', 'searches')} met NaN or infinity",
                 f"{broken:,} of {plural(facts.num_pairs, 'pair')} ({percent(broken, facts.num_pairs)}) ended with "
                 f"status {listed([repr(status) for status, _ in rows])}: the model yields NaN or infinity there.",
                 COUNTED,
@@ -77,7 +77,7 @@ def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
             f"{plural(total, 'pair')} did not converge",
             f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}: "
             f"{where}.",
-            f"Counted. For other images like these: {facts.share_of_pairs(total)}.",
+            f"Counted; expected for similar images: {facts.share_of_pairs(total)}.",
             tuple(worst),
             tuple((image_id, target) for image_id, target in examples),
             {"pairs": total, "share": share},
@@ -104,7 +104,7 @@ def check_reencoding(facts: Facts) -> list[Finding] | NotChecked:
             f"{percent(share)} of the counterfactuals do not survive re-encoding",
             f"Decoded, rounded to 8 bits and encoded again, {percent(share)} of the counterfactuals are no longer "
             "classified as their target" + (f"; most often {listed(parts)}." if parts else "."),
-            f"Counted. For other images like these: {facts.share_of_pairs(np.nansum(lost))}.",
+            f"Counted; expected for similar images: {facts.share_of_pairs(np.nansum(lost))}.",
             tuple(worst),
             figures={"share": share},
         )

@@ -18,9 +18,7 @@ from clarity.report.text import percent
 MAX_VARIATION = 0.08
 #: A tint is hardly natural if it makes up this share of the mean change and varies by at most this share of itself.
 MIN_FLATNESS, MAX_SPREAD = 0.6, 0.35
-EVIDENCE = (
-    "A mean over the sampled pairs. That it decides is measured; whether it should is for the reader to judge{alarm}."
-)
+EVIDENCE = "A mean over the sampled pairs. That it decides is measured; whether it should is yours to judge{alarm}."
 
 
 def check_shortcuts(facts: Facts) -> list[Finding] | NotChecked:
@@ -49,7 +47,7 @@ def tint_finding(facts: Facts, target: int, found: dict[str, Any]) -> Finding:
         "shortcut" if alarm else "region",
         0.95 if alarm else 0.35,
         f"{'Shortcut: a' if alarm else 'A'} tint decides for {name}",
-        f"Counterfactuals towards {name} shift the whole picture by the same amount whatever they start from ({colours}"
+        f"Counterfactuals towards {name} shift the whole picture by the same amount regardless of the start ({colours}"
         f"{shift} of full scale), which is {percent(found['concentration'])} of their mean change."
         + (" The model may have learned a tint instead of the class." if alarm else ""),
         EVIDENCE.format(alarm="; so even a shift is hardly natural" if alarm else ""),
@@ -69,7 +67,7 @@ def region_finding(facts: Facts, differences: Differences, target: int, found: d
         "shortcut" if alarm else "region",
         0.95 if alarm else 0.35,
         f"{'Shortcut: a patch' if alarm else 'One region'} {where} decides for {name}",
-        f"Counterfactuals towards {name} change the same region whatever they start from: "
+        f"Counterfactuals towards {name} change the same region regardless of the start: "
         f"{percent(found['concentration'])} of their mean change lies in {percent(found['area'])} of the picture, "
         f"{where} (rows {top}–{bottom - 1}, columns {left}–{right - 1}). Of the mean difference between real images of "
         f"{name} and the others, {percent(found['real'])} lies there."

@@ -1,4 +1,4 @@
-"""Whether a model deserves an audit: a pure function of its model card."""
+"""Whether a model is good enough to be audited: a pure function of its model card."""
 
 from __future__ import annotations
 
@@ -78,18 +78,18 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
         care.append(f"it is {behind:.0f} points behind logistic regression on the pixels: {BEHIND}")
     if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
         error = percent(reconstruction["vae"], reconstruction["mean_image"])
-        care.append(f"its reconstructions have {error} of the mean image's error: pictures show little of the images")
+        care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the images")
     if unreachable:
         care.append(
             f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine tenths "
-            f"of the real images get less than {MIN_REACHED:g}, and explanations go beyond them"
+            f"of the real images get less than {MIN_REACHED:g}, and explanations exceed them"
         )
     level = "no-go" if no_go else "with care" if care else "sound"
     reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
     opening = {
-        "no-go": "No-go: this model does not deserve an audit",
-        "with care": "With care: this model deserves an audit with reservations",
-        "sound": "Sound: on held-out images nothing speaks against auditing this model",
+        "no-go": "No-go: this model is not good enough for an audit",
+        "with care": "With care: read this audit with reservations",
+        "sound": "Sound: the held-out figures show no reason against an audit of this model",
     }[level]
     sentence = f"{opening}{', because ' + (no_go + care)[0] if reasons else ''}."
     return Verdict(level, sentence, tuple(reasons), tuple(figure_rows(card, balanced, low, high)), tuple(classes))

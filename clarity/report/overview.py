@@ -51,7 +51,7 @@ def problem(view: View, named: bool) -> dict[str, Any] | None:
         f"{len(pending):,} of {plural(len(plan.shards), 'shard')} are not committed, so "
         f"{plural(images, 'image')} of {plan.num_images:,} are absent from everything below. "
     )
-    text += f"What failed: {'; '.join(failures)}. " if failures else "The run was stopped or is still at work. "
+    text += f"What failed: {'; '.join(failures)}. " if failures else "The run was interrupted or is still running. "
     text += "Repeat jobs/explain_all.py with the same flags to finish it; committed shards are not computed again."
     some = ", ".join(f"shard {shard}" for shard in pending[:8])
     return {

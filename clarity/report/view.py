@@ -93,7 +93,7 @@ class View:
 
     @cached_property
     def has_predictions(self) -> bool:
-        """Whether predictions of the user's own model were handed in."""
+        """Whether the audit has predictions of the user's own model."""
         return "prediction" in self.audit.codes.schema.names
 
     def rows(self, sql: str, parameters: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:

@@ -260,7 +260,7 @@ def test_findings_that_need_a_good_model_are_withheld_from_a_no_go() -> None:
     card = {"evaluation": {"images": 200, "correct": 48, "per_class": per_class}}
     tables = make_tables(240, planted=Planted(patch=3, wrong_labels=5))
     withheld = dict(results_of(tables, card=card).not_checked)
-    assert all("does not deserve an audit" in withheld[kind] for kind in ("labels", "shortcut"))
+    assert all("is not good enough for an audit" in withheld[kind] for kind in ("labels", "shortcut"))
 
 
 def test_findings_that_need_a_good_model_are_lowered_under_reservations() -> None:

@@ -56,7 +56,7 @@ def test_jobs_learn_from_a_predictor_explain_it_and_refit(tmp_path: Path, ray_lo
     assert "predictor  mine:predict: image test" not in said and "(label None) is " in said
     assert "images of folder without labels" in said and "no judge" in said
     assert "predictor  the ensemble agrees in " in said and "reconstructing changes what it sees in" in said
-    assert run("train.py", *train).startswith("finished already\npredictor  the ensemble agrees in ")
+    assert run("train.py", *train).startswith("already finished\npredictor  the ensemble agrees in ")
     before = clarity.load(tmp_path / "model")
     assert before.class_names == ("top", "middle", "bottom")
 

@@ -80,7 +80,7 @@ def test_a_report_that_was_cut_is_written_by_the_next_run(
     job.write_report = real
     assert job.main(command) == 0
     printed = capsys.readouterr().out
-    assert "complete already" in printed and "report.html" in printed
+    assert "already complete" in printed and "report.html" in printed
     before = (out / "report.html").stat().st_mtime_ns
     assert job.main(command) == 0
     assert (out / "report.html").stat().st_mtime_ns == before

@@ -80,7 +80,7 @@ def test_job_reports_a_finished_audit(
     before = (out / "summary.json").stat().st_mtime_ns
     assert job.main(flags(tiny_digits_model, out)) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("complete already")
+    assert printed.startswith("already complete")
     assert str(out) in printed
     assert (out / "summary.json").stat().st_mtime_ns == before
     assert files_of(out) == files
@@ -178,7 +178,7 @@ def test_job_measures_a_slow_method_before_it_cuts_shards(
     assert 1 <= opened.plan.shards[0]["stop"] <= 5
     # The same command takes the shards as they are, whatever it would measure now.
     assert job.main([*argv, "--method", "revise_e", "--targets", "1", "2", "--no-report"]) == 0
-    assert "complete already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
 
 
 def test_job_keeps_codes_alone_and_traces(job: Any, tiny_digits_model: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     assert {**alone, "judge.safetensors": b""} == {**shared, "judge.safetensors": b""}
 
     again = run(folder, out, *extras, env=environment)
-    assert again.returncode == 0 and again.stdout.startswith("finished already")
+    assert again.returncode == 0 and again.stdout.startswith("already finished")
 
 
 def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -153,7 +153,7 @@ def test_job_searches_the_recipe_once(folder: Path, tmp_path: Path, environment:
     card = json.loads((tmp_path / "model" / "model.json").read_text())
     assert card["recipe"]["chosen"] == {"latent_dim": 5, "beta": 1.0, "adversarial_eps": 0.2}
     again = run(folder, tmp_path / "model", "--recipe", "auto", env=environment)
-    assert again.returncode == 0 and again.stdout.startswith("finished already")
+    assert again.returncode == 0 and again.stdout.startswith("already finished")
 
 
 def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
