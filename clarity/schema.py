@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-#: 2 added confirmed, rungs, what the held-out judge sees, and the predictor's probabilities.
+#: Of the tables; audits of another version are not read.
 SCHEMA_VERSION = 2
 #: Column of a shard with the original images in the predictor's own mode and size, where those are not the model's.
 PREDICTOR_IMAGE = "predictor_image"
@@ -27,13 +27,11 @@ class Column(NamedTuple):
         type: an Arrow type, or ``float[K]``, ``float[D]`` and ``float[A]`` for a list of that length.
         doc: what it holds, with shape and unit.
         required: whether a null is rejected.
-        since: the schema version that added it.
     """
 
     type: str
     doc: str
     required: bool = False
-    since: int = 1
 
 
 #: ``codes``: one row for each image.
@@ -73,8 +71,8 @@ COUNTERFACTUALS: dict[str, Column] = {
     "status": Column("string", "ok, or nonfinite when the search met a NaN or an infinity", True),
     "converged": Column("bool", "whether the target probability exceeded min_target_prob"),
     "steps": Column("int32", "updates over all rungs; 0 if the start satisfies the target"),
-    "confirmed": Column("bool", "whether the written image passes every check; null if none was asked for", since=2),
-    "rungs": Column("int32", "further passes after failed checks", since=2),
+    "confirmed": Column("bool", "whether the written image passes every check; null if none was asked for"),
+    "rungs": Column("int32", "further passes after failed checks"),
     "target_prob_initial": Column("float", "probability of the target at the start, by the method's classifier"),
     "target_prob_final": Column("float", "the same at the end"),
     "predictive_initial": Column("float", "predictive uncertainty at the start, by the method's classifier, in nats"),
@@ -88,13 +86,13 @@ COUNTERFACTUALS: dict[str, Column] = {
     "distance_x_l1": Column("float", "sum over pixels of |x_cf - decode(z)|, pixels in [0, 1]"),
     "reencoded_class": Column("int32", "class by the latent ensemble for the written image, encoded again"),
     "reencoded_target_prob": Column("float", "probability of the target there"),
-    "judge_class": Column("int32", "class by the held-out judge for the written image, if there is a judge", since=2),
-    "judge_target_prob": Column("float", "its probability of the target", since=2),
-    "prediction_target_prob_initial": Column("float", "the predictor's target probability, image", since=2),
-    "prediction_target_prob_reconstruction": Column("float", "the same, its reconstruction", since=2),
-    "prediction_target_prob_final": Column("float", "the same, written counterfactual", since=2),
-    "kept_probs_initial": Column("float[A]", "with --keep: probabilities of the A attributes, image's code", since=2),
-    "kept_probs_final": Column("float[A]", "the same, code of the written image", since=2),
+    "judge_class": Column("int32", "class by the held-out judge for the written image, if there is a judge"),
+    "judge_target_prob": Column("float", "its probability of the target"),
+    "prediction_target_prob_initial": Column("float", "the predictor's target probability, image"),
+    "prediction_target_prob_reconstruction": Column("float", "the same, its reconstruction"),
+    "prediction_target_prob_final": Column("float", "the same, written counterfactual"),
+    "kept_probs_initial": Column("float[A]", "with --keep: probabilities of the A attributes, image's code"),
+    "kept_probs_final": Column("float[A]", "the same, code of the written image"),
     "z_cf": Column("float[D]", "code of the counterfactual, or of its image for methods in pixel space"),
     "x_cf": Column("binary", "counterfactual image as PNG; null with --images none"),
 }
@@ -132,17 +130,14 @@ def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = 
     return schema
 
 
-def counterfactuals_schema(latent_dim: int, version: int = SCHEMA_VERSION, num_kept: int = 0) -> pa.Schema:
+def counterfactuals_schema(latent_dim: int, num_kept: int = 0) -> pa.Schema:
     """Schema of ``counterfactuals/*.parquet``; rows of a file are sorted by (target, image_id).
 
     Args:
         latent_dim: D.
-        version: of the schema, for audits that were made before some columns were added.
         num_kept: A; without kept attributes the table has no columns for them.
     """
-    columns = {name: column for name, column in COUNTERFACTUALS.items() if column.since <= version}
-    if not num_kept:
-        columns = {name: column for name, column in columns.items() if column.type != "float[A]"}
+    columns = {name: column for name, column in COUNTERFACTUALS.items() if num_kept or column.type != "float[A]"}
     return arrow_schema(columns, D=latent_dim, A=num_kept)
 
 

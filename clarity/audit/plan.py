@@ -113,7 +113,7 @@ class Plan:
 
     def counterfactuals_schema(self) -> pa.Schema:
         """Schema of ``counterfactuals``, with the file metadata."""
-        table = schema.counterfactuals_schema(self.model["latent_dim"], self.schema_version, len(self.keep))
+        table = schema.counterfactuals_schema(self.model["latent_dim"], len(self.keep))
         return table.with_metadata(self.file_metadata())
 
     def differences(self, other: Plan) -> list[str]:
@@ -140,9 +140,11 @@ class Plan:
     def from_json(cls, value: Any) -> Plan:
         """The inverse of ``to_json``; ValueError when it was altered."""
         names = {f.name for f in fields(cls)}
-        if not isinstance(value, dict) or not names - {"checks"} <= set(value):  # plans of before have no checks
+        if not isinstance(value, dict) or not names <= set(value):
             raise ValueError(f"expected a plan with {', '.join(sorted(names))}")
-        plan = cls(**{name: value[name] for name in names & set(value)})
+        if value["schema_version"] != schema.SCHEMA_VERSION:
+            raise ValueError(f"its tables are of version {value['schema_version']}, not {schema.SCHEMA_VERSION}")
+        plan = cls(**{name: value[name] for name in names})
         if plan.fingerprint != value.get("fingerprint"):
             raise ValueError("its fingerprint does not belong to its content")
         return plan

@@ -77,13 +77,8 @@ def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyC
             source = f"read_parquet([{paths}])"
         else:
             con.register(f"stored {name}", table)
-        stored = con.sql(f"FROM {source}").columns
-        added = missing_columns(stored) if name == "counterfactuals" else []
-        if added or isinstance(table, list):
-            con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(["*", *added])} FROM {source}')
-        else:
-            con.unregister(f"stored {name}")
-            con.register(name, table)
+        added = missing_columns(con.sql(f"FROM {source}").columns) if name == "counterfactuals" else []
+        con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(["*", *added])} FROM {source}')
     for name, view in load_views().items():
         if name != "agreement" or has_predictions(con):
             con.execute(view)
@@ -91,9 +86,9 @@ def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyC
 
 
 def missing_columns(stored: Sequence[str]) -> list[str]:
-    """SQL of the columns of ``counterfactuals`` that audits of before do not have: null in every row."""
-    added = {name: column for name, column in COUNTERFACTUALS.items() if column.since > 1 and name not in stored}
-    return [f'CAST(NULL AS {SQL_TYPES[column.type]}) AS "{name}"' for name, column in added.items()]
+    """SQL of the columns of ``counterfactuals`` that a table lacks, as without kept attributes: null in every row."""
+    added = {name: SQL_TYPES.get(column.type) for name, column in COUNTERFACTUALS.items() if name not in stored}
+    return [f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in added.items() if kind]
 
 
 def local_paths(table: Any) -> Any:

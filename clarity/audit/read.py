@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from clarity import schema, storage
+from clarity import storage
 from clarity.audit.commits import commit_path, files_below, valid_commits
 from clarity.audit.plan import Plan, read_plan
 from clarity.audit.queries import connect, query
@@ -87,10 +87,7 @@ def read_audit(uri: str | Path) -> Audit:
             return pads.dataset(expected.empty_table())
         return pads.dataset(named, schema=expected, format="parquet", filesystem=files) if named else None
 
-    # Columns that an audit was made without are null in it, so that one query serves all.
-    today = schema.counterfactuals_schema(plan.model["latent_dim"], num_kept=len(plan.keep))
-    today = today.with_metadata(plan.file_metadata())
-    codes, pairs = table("codes", plan.codes_schema()), table("counterfactuals", today)
+    codes, pairs = table("codes", plan.codes_schema()), table("counterfactuals", plan.counterfactuals_schema())
     return Audit(uri, plan, commits, codes, pairs, table("traces", None))
 
 

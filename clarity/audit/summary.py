@@ -67,7 +67,7 @@ def summarise(
         "predictions": rows(PREDICTIONS)[0] if has_predictions(con) else None,
         **pairs,
         "reencoded_target_prob": rows(QUANTILES)[0] if pairs["pairs"] else None,
-        "checks": rows(CHECKS)[0] if plan.schema_version > 1 and plan.requires_checks else None,
+        "checks": rows(CHECKS)[0] if plan.requires_checks else None,
         "slowest_class_pairs": rows(SLOWEST),
         "engines": dict(Counter(commit["engine"] for commit in commits.values() if commit.get("engine"))),
         "seconds_by_stage": {stage: round(value, 3) for stage, value in seconds.items()},

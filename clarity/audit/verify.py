@@ -190,8 +190,6 @@ def check_search(shard: Shard) -> Iterator[str]:
     finite = pc.equal(pairs["status"], "ok").to_numpy()
     if (finite & ~converged & (steps != config["max_steps"])).any():
         yield "a search ended early without converging"
-    if plan.schema_version < 2:
-        return
     rungs = pairs["rungs"].to_numpy()
     if not plan.requires_checks:
         if rungs.any() or pairs["confirmed"].null_count < len(pairs):

@@ -23,7 +23,6 @@ from clarity.audit.commits import (
 from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
 from clarity.audit.summary import describe, summarise, unreached
-from clarity.audit.verify import verify
 
 
 def test_files_explain_themselves(plan: Plan, filled: str) -> None:
@@ -148,18 +147,12 @@ def test_tables_are_read_by(reader: str, filled: str) -> None:
     assert run.stdout.split() == ["12", "5", str(steps)]
 
 
-def test_audits_of_before_are_read_verified_and_summed_up(plan: Plan, model_dir: str, tmp_path: Path) -> None:
-    """Of the first schema, without the columns that came later."""
-    uri, old = str(tmp_path / "old"), replace(plan, schema_version=1)
-    assert not {"rungs", "confirmed", "judge_class"} & set(old.counterfactuals_schema().names)
-    with claim(uri, old, model_dir) as held:
-        for shard in held.pending:
-            commit_shard(uri, old, shard, make_tables(old, shard), {"engine": "plain"})
-    assert verify(uri).ok
-    opened = read_audit(uri)
-    assert opened.counterfactuals.to_table()["rungs"].null_count == opened.counterfactuals.count_rows() > 0
-    summary = opened.summary()
-    assert summary["pairs"] > 0 and summary["judged"] == 0 and summary["checks"] is None
+def test_audits_of_another_schema_are_refused(plan: Plan, model_dir: str, tmp_path: Path) -> None:
+    uri = str(tmp_path / "old")
+    with claim(uri, replace(plan, schema_version=1), model_dir):
+        pass
+    with pytest.raises(ValueError, match="its tables are of version 1, not 2"):
+        read_audit(uri)
 
 
 def test_unreached_targets_are_told_with_the_threshold_to_try() -> None:
