@@ -24,7 +24,15 @@ from torch import Tensor
 from clarity import data, schema
 from clarity.attributes import AttributeHeads
 from clarity.audit.plan import Plan
-from clarity.checks import MAX_RUNGS, Requirements, confirmed_by_predictor, next_threshold, reencoded
+from clarity.checks import (
+    MAX_RUNGS,
+    Requirements,
+    confirmed_by_judge,
+    confirmed_by_predictor,
+    next_threshold,
+    reencoded,
+    require_judge,
+)
 from clarity.classifiers import LatentEnsemble
 from clarity.ids import fold_of
 from clarity.ids import noise as draw_noise
@@ -104,6 +112,8 @@ class Explainer:
             0 for no such check. Pairs that fail continue on further rungs.
         predictor: the user's own model, which is then the explained model: see ``load_predictor``. Its prediction is
             the ``source``, and each written image must be its target class with ``min_predictor_prob``.
+        min_judge_prob: the probability that the model's judge must give the target on the written image; 0 for no such
+            check.
         min_predictor_prob: the probability that the predictor must give the target on the written image.
         keep: attributes of the model's heads whose logits no search changes.
     """
@@ -124,6 +134,7 @@ class Explainer:
         min_target_probs: Sequence[float] | None = None,
         min_reencoded_prob: float = 0.0,
         predictor: Any = None,
+        min_judge_prob: float = 0.0,
         min_predictor_prob: float = 0.5,
         keep: Sequence[str] = (),
     ) -> None:
@@ -153,8 +164,11 @@ class Explainer:
             raise ValueError(f"min_target_probs: expected {model.num_classes} thresholds, got {len(min_target_probs)}")
         self.folds = model.folds if by_fold else ()
         self.min_target_probs = min_target_probs
-        Requirements(min_reencoded_prob=min_reencoded_prob, min_predictor_prob=min_predictor_prob)
+        Requirements(min_reencoded_prob, min_judge_prob, min_predictor_prob)
+        require_judge(model, min_judge_prob)
         self.checks = [reencoded(min_reencoded_prob)] if min_reencoded_prob else []
+        if min_judge_prob:
+            self.checks.append(confirmed_by_judge(min_judge_prob))
         self.predictor = None if predictor is None else load_predictor(predictor, device).ordered(model.class_names)
         if self.predictor is not None:
             self.checks.append(confirmed_by_predictor(min_predictor_prob))

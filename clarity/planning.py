@@ -22,7 +22,7 @@ import clarity
 from clarity import data, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import Plan, shard_table
-from clarity.checks import Requirements
+from clarity.checks import Requirements, require_judge
 from clarity.explainer import explainer_of, kept_heads, require_classifier
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
@@ -192,8 +192,10 @@ def make_checks(
     checks: dict[str, Any] = {}
     if by_class:
         checks["min_target_probs"] = class_thresholds(model, config.min_target_prob)
-    if requirements.min_reencoded_prob:
-        checks["min_reencoded_prob"] = requirements.min_reencoded_prob
+    require_judge(model, requirements.min_judge_prob)
+    for name in ("min_reencoded_prob", "min_judge_prob"):
+        if value := getattr(requirements, name):
+            checks[name] = value
     if predictor is not None:
         predictor.ordered(model.class_names)
         checks |= {"predictor": predictor.digest, "min_predictor_prob": requirements.min_predictor_prob}

@@ -383,6 +383,20 @@ def test_min_reencoded_prob_asks_the_ensemble_about_the_written_image(model: Mod
         Explainer(model, min_reencoded_prob=1.0)
 
 
+def test_min_judge_prob_asks_the_judge_about_the_written_image(model: Model) -> None:
+    torch.manual_seed(1)
+    judged = replace(model, judge=build_judge(model.image_shape, model.num_classes).eval())
+    plain = Explainer(judged, "clarity", LADDER, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
+    least = float(np.quantile(plain["judge_target_prob"].to_numpy(), 0.5))
+    checked = Explainer(judged, "clarity", LADDER, min_judge_prob=least, threads=1)
+    rows = checked.explain_shard(shard_of(model, IDS)).counterfactuals.to_pylist()
+    assert {row["confirmed"] for row in rows} == {True, False} and any(row["rungs"] for row in rows)
+    for row in rows:
+        assert row["confirmed"] == (row["judge_target_prob"] >= np.float32(least))
+    with pytest.raises(ValueError, match=r"min_judge_prob: expected a model with a judge, got one without"):
+        Explainer(model, min_judge_prob=0.5)
+
+
 def their_model(model: Model) -> Any:
     """A model of the user's that decides by the brightness of a quarter of the image."""
 

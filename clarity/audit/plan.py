@@ -44,8 +44,8 @@ class Plan:
         created: date, informative.
         schema_version: of the tables.
         checks: what a counterfactual must satisfy beside the config, by the names of the Explainer's arguments:
-            min_target_probs (a threshold for each class as a target), min_reencoded_prob, predictor (its digest),
-            min_predictor_prob and keep (names of attributes); empty where none was asked for.
+            min_target_probs (a threshold for each class as a target), min_reencoded_prob, min_judge_prob, predictor
+            (its digest), min_predictor_prob and keep (names of attributes); empty where none was asked for.
     """
 
     dataset: dict[str, Any]
@@ -91,7 +91,7 @@ class Plan:
     @property
     def requires_checks(self) -> bool:
         """Whether written images are checked, so that pairs are confirmed or not."""
-        return bool(self.checks.keys() & {"min_reencoded_prob", "predictor"})
+        return bool(self.checks.keys() & {"min_reencoded_prob", "min_judge_prob", "predictor"})
 
     @property
     def keep(self) -> list[str]:

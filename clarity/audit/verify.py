@@ -198,12 +198,13 @@ def check_search(shard: Shard) -> Iterator[str]:
     if pairs["confirmed"].null_count or ((rungs < 0) | (rungs > 3)).any():
         yield "confirmed or rungs are missing or out of range"
     confirmed = pairs["confirmed"].fill_null(False).to_numpy()
-    least = plan.checks.get("min_reencoded_prob")
-    if least is not None:
-        passed = pairs["reencoded_target_prob"].to_numpy() >= np.float32(least)
-        # With a predictor, too, a pair must pass, but passing is not enough.
-        if (confirmed & ~passed).any() or ("predictor" not in plan.checks and (confirmed != passed).any()):
-            yield "confirmed disagrees with reencoded_target_prob"
+    asked = [kind for kind in ("reencoded", "judge") if f"min_{kind}_prob" in plan.checks]
+    passed = np.ones(len(pairs), bool)
+    for kind in asked:
+        passed &= pairs[f"{kind}_target_prob"].to_numpy() >= np.float32(plan.checks[f"min_{kind}_prob"])
+    # With a predictor, too, a pair must pass, but passing is not enough.
+    if asked and ((confirmed & ~passed).any() or ("predictor" not in plan.checks and (confirmed != passed).any())):
+        yield f"confirmed disagrees with {' and '.join(f'{kind}_target_prob' for kind in asked)}"
 
 
 def redecode_sample(shard: Shard, redecode: Decoder, sample: int) -> tuple[int, int]:

@@ -119,6 +119,8 @@ def test_verify_decodes_a_sample_again(plan: Plan, filled: str) -> None:
         ({"min_reencoded_prob": 0.0}, False, 0, "confirmed disagrees with reencoded_target_prob"),
         ({"min_reencoded_prob": 0.0, "predictor": "digest"}, False, 0, None),
         ({"min_reencoded_prob": 0.9999999}, True, 0, "confirmed disagrees with reencoded_target_prob"),
+        ({"min_judge_prob": 0.0}, True, 3, None),
+        ({"min_judge_prob": 0.9999999}, True, 0, "confirmed disagrees with judge_target_prob"),
         ({"min_target_probs": [0.999] * 4}, None, 0, "converged disagrees with target_prob_final"),
     ],
 )
