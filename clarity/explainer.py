@@ -427,7 +427,7 @@ class Explainer:
         return predict(classifier_logits(model, self.method, points))
 
     def predict_start(self, encoded: Encoded) -> Prediction:
-        """What the method's own classifier predicts where the search of each image starts, whatever the target."""
+        """Predictions of the method's own classifier at the start of each image's search."""
         if self.method == "clarity":
             return encoded.prediction
         target = torch.zeros(len(encoded.source), dtype=torch.int64, device=self.device)

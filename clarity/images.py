@@ -184,7 +184,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def decode(action: Callable[[], Image.Image]) -> Image.Image:
-    """Do something with Pillow, whose decoders raise anything on broken bytes, and warn of what they mend."""
+    """Run an operation of Pillow; any exception on broken bytes becomes an UnreadableImage, warnings are ignored."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -44,6 +44,6 @@ def write_local(path: str, data: bytes, scratch: str | None) -> None:
 
 
 def unless_missing(remove: Callable[[str], Any], path: str) -> None:
-    """Remove a path; one that is not there is removed already."""
+    """Remove a path if it exists."""
     with contextlib.suppress(FileNotFoundError):
         remove(path)

@@ -97,7 +97,7 @@ def is_remote(uri: URI) -> bool:
 
 
 def display(uri: URI) -> str:
-    """A URI, or a text that quotes one, as it may be printed: without credentials."""
+    """A URI, or a text that quotes one, with credentials masked."""
     text = str(uri)
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         secret = os.environ.get(variable, "")
@@ -247,14 +247,14 @@ def read_json(uri: URI) -> Any:
 
 
 def write_json(uri: URI, value: Any, *, scratch: URI | None = None) -> None:
-    """Write a value as JSON, whole or not at all; NaN and infinities, which JSON lacks, become null."""
+    """Write a value atomically as JSON; NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(finite_or_null(value), indent=2, ensure_ascii=False, allow_nan=False)
     # Half a character, as in a file's name that is no UTF-8, becomes its escape, which JSON reads back.
     write_bytes(uri, (text + "\n").encode(errors="backslashreplace"), scratch=scratch)
 
 
 def delete(uri: URI) -> None:
-    """Delete a file; one that is not there is deleted already."""
+    """Delete a file if it exists."""
     fs, path = filesystem(uri)
     attempt("delete", uri, lambda: unless_missing(fs.delete_file, path))
 
@@ -291,7 +291,7 @@ def open_parquet(uri: URI) -> pq.ParquetFile:
 
 
 def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
-    """Do something with a URI; transient errors are retried with growing pauses, others raised at once.
+    """Run an operation on a URI; transient errors are retried with growing pauses, others raised at once.
 
     Args:
         what: the verb of the message: "read", "write", "list".

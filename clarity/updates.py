@@ -1,4 +1,4 @@
-"""Update rules of the search: Adam and jsma, each slot of a block as if it had an optimiser of its own.
+"""Update rules of the search, Adam and jsma, with separate state for each slot of a block.
 
 A rule maps the points of a block and their gradients to the next points; what it remembers of a row is forgotten when
 the slot goes to the next one. Does not know objectives.

@@ -161,7 +161,7 @@ def run(
 
 
 def print_whatever_happens() -> None:
-    """Let no output decide about a job: what a terminal cannot encode is escaped, and a closed pipe is written past."""
+    """Keep output errors from failing a job: escape what a terminal cannot encode, ignore a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -179,16 +179,16 @@ class Tolerant:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write, where anybody reads."""
+        """Write, unless the reader is gone."""
         self.tolerate(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, where anybody reads."""
+        """Flush, unless the reader is gone."""
         self.tolerate(self.stream.flush)
 
     def tolerate(self, action: Callable[..., Any], *args: Any) -> None:
-        """Do it; from the first write into a closed pipe on, everything goes to /dev/null."""
+        """Run an action; after the first write into a closed pipe all output goes to /dev/null."""
         try:
             action(*args)
         except BrokenPipeError:
@@ -304,7 +304,7 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
 def silent_core() -> Iterator[None]:
     """Let Ray's core start with a log level at which it writes to the console only what ends it.
 
-    It warns of the constructor arguments of actors, which helps nobody who runs a job; at its start it says its level.
+    Its warnings about constructor arguments of actors do not help the user of a job; at its start it says its level.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)

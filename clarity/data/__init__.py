@@ -68,7 +68,7 @@ def open_dataset(
     unlabelled: bool = False,
     columns: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """A data set, checked at the door.
+    """A data set; source, location and split are checked here.
 
     Args:
         source: a key of SOURCES.
@@ -125,7 +125,7 @@ def with_attributes(dataset: Dataset, names: Sequence[str]) -> Dataset:
 
 
 def choose_split(dataset: Dataset) -> str:
-    """The split that a data set has for the one that is asked for by any of its names."""
+    """The split of a data set that a requested name means."""
     if dataset.split == "all":
         return "all"
     wanted = split_named(dataset.split)
@@ -152,7 +152,7 @@ def held_out_of(dataset: Dataset) -> Dataset:
 
 
 def check_data(source: str, data: str, download: bool) -> str:
-    """Where the data lies, absolute, once it has been downloaded if asked for and found."""
+    """The absolute location of the data, downloaded first if requested; ValueError if it is missing."""
     doc = SOURCES[source].doc
     if not data:
         raise ValueError(f"data: expected where the images of {source} lie ({doc}), got nothing: name it")

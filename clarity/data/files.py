@@ -49,7 +49,7 @@ def read_file(uri: str, size: int | None, named_by: str = "") -> Content:
 
 
 def raise_if_source_failed(uri: str, error: Exception) -> None:
-    """Raise the error again, as one that may pass, where not this file but its whole source is out of reach."""
+    """Raise a transient error if the whole source is unreachable, and not this file alone."""
     if isinstance(error, storage.StorageError) and source_failed(uri, error):
         error.transient = True
         raise error

@@ -107,13 +107,13 @@ def left_out(listing: pa.Table) -> dict[str, int]:
 
 
 def add_notes(listing: pa.Table, sentences: Iterable[str]) -> pa.Table:
-    """The listing, with what a user should know of how it was read; read by ``notes``."""
+    """The listing with notes for the user on how it was read; see ``notes``."""
     noted = [*notes(listing), *sentences]
     return listing.replace_schema_metadata({**(listing.schema.metadata or {}), b"clarity.notes": json.dumps(noted)})
 
 
 def notes(listing: pa.Table) -> list[str]:
-    """What a user should know of how the images were read: a sentence each."""
+    """Notes for the user on how the images were read: a sentence each."""
     return list(json.loads((listing.schema.metadata or {}).get(b"clarity.notes", b"[]")))
 
 
@@ -197,7 +197,7 @@ TABLE_FORMATS = FOREIGN[:4]
 
 
 def foreign_format(paths: Iterable[str], formats: Sequence[tuple[str, str, str]] = FOREIGN) -> str | None:
-    """What a data set is that no source reads, and the remedy, as the end of a message; None where nothing tells."""
+    """An unsupported format and its remedy, as the end of a message; None if no format is recognised."""
     paths = list(paths)
     for pattern, what, remedy in formats:
         if found := next((path for path in paths if re.search(pattern, path)), None):
