@@ -8,7 +8,7 @@ Shapes: B rows, C, H, W image, D latent, K classes, M members; every ensemble ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clarity.vae import VAES, VAEConfig, feature_shape
+
+#: Outputs to which a layer is padded: with fewer, MKL's products round differently by the index of a row on some
+#: processors (AMD's fourth EPYC generation: 5 to 7 and 9 to 11).
+LEAST_OUTPUTS = 12
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class LatentEnsemble(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits (M, B, K) of codes (B, D), the same for all members, or (M, B, D), a batch for each."""
-        return perceptron_logits(z, self.weights, self.biases)
+        return perceptron_logits(z, zip(self.weights, self.biases))
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """(weight (M, in, out), bias (M, out)) of each layer, contiguous float32; a ReLU follows all but the last."""
@@ -112,8 +116,8 @@ class ImageEnsemble(nn.Module):
         else:
             h = self.encoder_layers(x.transpose(0, 1).flatten(1, 2))
         h = h.unflatten(1, (members, -1)).flatten(2).transpose(0, 1)
-        z = torch.baddbmm(self.mean_bias.unsqueeze(1), h, self.mean_weight.transpose(1, 2))
-        return perceptron_logits(z, self.weights, self.biases)
+        z = affine(h, self.mean_weight.transpose(1, 2), self.mean_bias)
+        return perceptron_logits(z, zip(self.weights, self.biases))
 
     def select(self, members: Sequence[int]) -> ImageEnsemble:
         """The ensemble of the members with these indices, in this order."""
@@ -160,12 +164,20 @@ def uniform_parameter(shape: tuple[int, ...], bound: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-def perceptron_logits(z: Tensor, weights: nn.ParameterList, biases: nn.ParameterList) -> Tensor:
-    """Logits (M, B, K) of stacked perceptrons at codes (B, D) or (M, B, D)."""
-    h = z.expand(len(weights[0]), *z.shape) if z.ndim == 2 else z
-    for i, (weight, bias) in enumerate(zip(weights, biases)):
-        h = torch.baddbmm(bias.unsqueeze(1), F.relu(h) if i else h, weight)
+def perceptron_logits(z: Tensor, layers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits (M, B, K) of stacked perceptrons at codes (B, D) or (M, B, D); a ReLU between two layers."""
+    h = z
+    for i, (weight, bias) in enumerate(layers):
+        h = affine(F.relu(h) if i else z.expand(len(weight), *z.shape[-2:]), weight, bias)
     return h
+
+
+def affine(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The product of rows (M, B, in) and weights (M, in, out) plus biases (M, out), each row by the same arithmetic."""
+    outputs = weight.shape[2]
+    if outputs < LEAST_OUTPUTS:
+        weight, bias = F.pad(weight, (0, LEAST_OUTPUTS - outputs)), F.pad(bias, (0, LEAST_OUTPUTS - outputs))
+    return torch.baddbmm(bias.unsqueeze(1), h, weight)[..., :outputs]
 
 
 def grouped(layer: nn.Module, members: int) -> nn.Module:

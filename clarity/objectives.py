@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clarity.classifiers import perceptron_logits
+
 Rows = Mapping[str, Tensor]
 Objective = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
 #: Of points and their rows: gradient, target probability, and the logits where an engine has them.
@@ -53,9 +55,7 @@ class LatentObjective:
 
     def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (B,), target probability (B,) and logits (M, B, K) of codes (B, D)."""
-        logits = point.expand(len(self.layers[0][0]), -1, -1)
-        for index, (weight, bias) in enumerate(self.layers):
-            logits = torch.baddbmm(bias.unsqueeze(1), torch.relu(logits) if index else logits, weight)
+        logits = perceptron_logits(point, self.layers)
         cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
         return cross_entropy + self.distance_weight * l1(point, rows["reference"]), target_prob, logits
 

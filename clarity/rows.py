@@ -9,11 +9,13 @@ Shapes: B rows, C, H, W image, D latent, K classes, M members.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from clarity.classifiers import ImageEnsemble, LatentEnsemble
+from clarity.classifiers import LEAST_OUTPUTS, ImageEnsemble, LatentEnsemble
 from clarity.uncertainty import decompose
 from clarity.vae import VAE
 
 #: Rows of a block by device: the fastest of 16 ... 512 for 28x28 images on a CPU. Part of the arithmetic: never tuned.
 ROW_BLOCK = {"cpu": 128, "cuda": 1024}
+
+#: Bytes of feature maps above which a block is decoded in halves: it would come from memory, newly mapped each time.
+CACHE_BYTES = 4 << 20
 
 #: Number of threads that torch has outside of ``one_thread``; set inside of it.
 _THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
@@ -121,10 +126,13 @@ def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
     layers = folded(vae.encoder_layers)
     weight = torch.cat([vae.mean.weight, vae.log_var.weight])
     bias = torch.cat([vae.mean.bias, vae.log_var.bias])
+    outputs = len(bias)
+    if outputs < LEAST_OUTPUTS:
+        weight, bias = (torch.cat([each, each.new_zeros(LEAST_OUTPUTS, *each.shape[1:])]) for each in (weight, bias))
 
     def encode(block: Tensor) -> Tensor:
         h = layers(block.contiguous(memory_format=torch.channels_last))
-        return F.linear(h.contiguous().flatten(1), weight, bias)
+        return F.linear(h.contiguous().flatten(1), weight, bias)[:, :outputs]
 
     mean, log_var = in_blocks(encode, x).chunk(2, 1)
     return mean.contiguous(), log_var.contiguous()
@@ -135,13 +143,44 @@ def decode_rows(vae: VAE, z: Tensor) -> Tensor:
     """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
     require_eval(vae)
     require_rows(z, (vae.config.latent_dim,))
-    layers = folded(vae.decoder_layers)
+    *layers, convolution = folded(vae.decoder_layers)
+    last = partial(narrow_convolution, convolution) if z.device.type == "cpu" else convolution
 
     def decode(block: Tensor) -> Tensor:
-        h = vae.decoder_input(block).unflatten(1, vae.feature_shape)
-        return torch.sigmoid(layers(h.contiguous(memory_format=torch.channels_last))).contiguous()
+        h = vae.decoder_input(block).unflatten(1, vae.feature_shape).contiguous(memory_format=torch.channels_last)
+        return torch.sigmoid(in_halves([*layers, last], h).contiguous())
 
     return in_blocks(decode, z)
+
+
+def in_halves(layers: Sequence[Callable[[Tensor], Tensor]], h: Tensor) -> Tensor:
+    """Apply layers to a block; on a CPU it continues in halves where its feature maps have outgrown the cache."""
+    for index, layer in enumerate(layers):
+        if h.nbytes > CACHE_BYTES and h.device.type == "cpu" and len(h) > 1:
+            return torch.cat([in_halves(layers[index:], half) for half in h.chunk(2)])
+        h = layer(h)
+    return h
+
+
+def narrow_convolution(layer: nn.Module, x: Tensor) -> Tensor:
+    """A convolution, transposed or of stride 1, to few channels: a product of matrices whose parts are then summed.
+
+    Libraries pad the output channels to the width of a vector, so that one or three channels cost as much as sixteen.
+    """
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    weight, padding, extra = layer.weight, int(layer.padding[0]), layer.output_padding
+    if isinstance(layer, nn.Conv2d):
+        weight, padding = weight.transpose(0, 1).flip(2, 3), layer.kernel_size[0] - 1 - padding
+    (inputs, outputs, size, _), stride = weight.shape, layer.stride[0]
+    rows, _, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, inputs)
+    terms = (weight.permute(1, 2, 3, 0).reshape(-1, inputs) @ pixels.t()).view(outputs, size, size, rows, height, width)
+    high, wide = stride * (height - 1), stride * (width - 1)
+    out = x.new_zeros(outputs, rows, high + size + extra[0], wide + size + extra[1])
+    for i, j in itertools.product(range(size), repeat=2):
+        out[:, :, i : i + high + 1 : stride, j : j + wide + 1 : stride] += terms[:, i, j]
+    out = out[:, :, padding : out.shape[2] - padding, padding : out.shape[3] - padding]
+    return out.transpose(0, 1) if layer.bias is None else out.transpose(0, 1) + layer.bias.view(-1, 1, 1)
 
 
 @torch.inference_mode()

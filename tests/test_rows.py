@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import ENSEMBLES, points, small_vae
+from torch import nn
 
-from clarity.rows import decode_rows, encode_rows, in_blocks, logits_rows, one_thread, predict
+from clarity.rows import (
+    decode_rows,
+    encode_rows,
+    in_blocks,
+    logits_rows,
+    narrow_convolution,
+    one_thread,
+    predict,
+)
 from clarity.vae import VAES
 
 
@@ -64,6 +73,34 @@ def test_rows_agree_with_the_network(architecture: str) -> None:
     with torch.no_grad():
         for ours, theirs in zip((*encode_rows(vae, x), decode_rows(vae, z)), (*vae.encode(x), vae.decode(z))):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 7)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(5, 3, 3, padding=1),
+        nn.ConvTranspose2d(5, 1, 3, stride=2, padding=1, output_padding=(1, 0)),
+        nn.ConvTranspose2d(5, 2, 3, stride=2, padding=1, output_padding=(0, 1)),
+    ],
+)
+def test_narrow_convolution_agrees_with_the_layer(layer: nn.Module, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 5, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(narrow_convolution(layer, x), layer(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", VAES)
+def test_rows_decoded_in_halves_have_the_same_bits_in_any_batch(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, z = small_vae(architecture, (3, 33, 18)), torch.randn(200, 5)
+    whole = decode_rows(vae, z)
+    monkeypatch.setattr("clarity.rows.CACHE_BYTES", 1 << 16)
+    halved = decode_rows(vae, z)
+    torch.testing.assert_close(halved, whole, atol=1e-5, rtol=1e-4)
+    for index in (torch.randperm(200), torch.tensor([131]), torch.arange(3, 140)):
+        assert torch.equal(decode_rows(vae, z[index]), halved[index])
 
 
 def test_rows_change_neither_the_network_nor_the_number_of_threads() -> None:
