@@ -28,6 +28,7 @@ from clarity.data import list_images
 from clarity.model import read_card
 from clarity.planning import describe_predictor
 from clarity.predictor import load_predictor
+from clarity.training.cost import Cost, costs
 from clarity.training.directory import begin, finish
 from clarity.training.loops import PRECISIONS, VAETraining
 from clarity.training.plan import RECIPES, TRAININGS, TrainingPlan, plan_training
@@ -150,6 +151,7 @@ def new_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="Training processes (default: one a GPU, else one a CPU; for the VAE one a node).",
     )
+    add("--dry-run", action="store_true", help="Say what the training would cost on this machine, and train nothing.")
     return parser
 
 
@@ -213,7 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train what is not there yet and print how good the model is."""
     start = time.time()
-    plan = choose(make_plan(args))
+    plan = make_plan(args)
+    if args.dry_run:
+        print("\n".join([about_images(plan), *describe_costs(costs(plan)), *plan.data["remarks"]]))
+        return 0
+    plan = choose(plan)
     out = storage.display(plan.out)
     if begin(plan):
         print(f"already finished\n{describe(plan)}\nmodel      {out}")
@@ -227,6 +233,16 @@ def train(args: argparse.Namespace) -> int:
     finish(plan, log=print_line)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0
+
+
+def describe_costs(found: Sequence[Cost]) -> list[str]:
+    """A line for each part of a training, and one for all."""
+    lines = []
+    for cost in found:
+        networks = f"{cost.networks} x " if cost.networks > 1 else ""
+        lines.append(f"{cost.part:<18} {f'{networks}{cost.updates} updates':>20}  {cost.seconds:8.0f} s")
+    minutes = sum(cost.seconds for cost in found) / 60
+    return [*lines, f"about {minutes:.0f} minutes by this machine's processor; measuring and searches not counted"]
 
 
 def choose(plan: TrainingPlan) -> TrainingPlan:

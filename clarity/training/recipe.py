@@ -46,8 +46,8 @@ STEPS = (0.05, 0.2, 0.5)
 #: ensemble; members of an ensemble; images and targets of each whose counterfactuals are searched.
 IMAGES = 6_000
 VALIDATION_FOLDS = 5
-VAE_UPDATES = 450
-ENSEMBLE_UPDATES = 1_000
+VAE_UPDATES = 400
+ENSEMBLE_UPDATES = 600
 MEMBERS = 10
 ASKED_IMAGES = 100
 ASKED_TARGETS = 4

@@ -9,6 +9,7 @@ from pictures import write_images
 
 import clarity
 from clarity import data
+from clarity.training.cost import costs
 from clarity.training.loops import IMAGE_TRAINING, VAETraining, num_epochs
 from clarity.training.plan import plan_training, set_fields, training_fields
 
@@ -39,3 +40,22 @@ def test_a_model_inside_its_data_is_refused(tmp_path: Path) -> None:
     dataset = data.open_dataset("folder", tmp_path, "all")
     with pytest.raises(ValueError, match=r"out: expected a directory outside the data, got .*/model"):
         plan_training(str(tmp_path / "model"), dataset, None)
+
+
+def test_costs_count_the_updates_of_every_network(tmp_path: Path) -> None:
+    short = {"vae_epochs": 2, "ensemble_epochs": 3, "image_epochs": 1, "num_members": 2, "judge_updates": 5}
+    network = {"vae_fields": {"latent_dim": 3, "channels": (4, 5)}, "hidden": (6,)}
+    dataset = data.open_dataset("digits")
+    plan = plan_training(str(tmp_path), dataset, None, num_folds=2, image_members=3, **network, **short)
+    rows = plan.data["labelled"]
+    found = {cost.part: cost for cost in costs(plan)}
+    assert {part: (cost.networks, cost.updates) for part, cost in found.items()} == {
+        "judge": (1, 5),
+        "VAE": (1, 2 * (rows // 128)),
+        "ensembles": (3, 3 * (rows // 256)),
+        "image ensemble": (3, rows // 128),
+    }
+    assert all(0 < cost.seconds < 60 for cost in found.values())
+    longer = plan_training(str(tmp_path), dataset, None, recipe="auto", **{**network, **short, "vae_epochs": 200})
+    more = {cost.part: cost for cost in costs(longer)}
+    assert more["VAE"].seconds > 10 * found["VAE"].seconds and {"search: VAEs", "search: ensembles"} <= set(more)
