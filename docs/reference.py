@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "jobs")]
 from clarity.schema import CODES, COUNTERFACTUALS, PREDICTIONS, TRACES, Column  # noqa: E402
 
 PAGE = ROOT / "docs" / "reference.md"
-JOBS = ("explain_all", "train", "verify", "report", "compare", "benchmark")
+JOBS = ("explain_all", "train", "verify", "report")
 TABLES = {"codes": CODES | PREDICTIONS, "counterfactuals": COUNTERFACTUALS, "traces": TRACES}
 
 

@@ -44,7 +44,7 @@ def test_reference_finds_what_is_stale(load_job: Any, monkeypatch: pytest.Monkey
 
 def test_every_flag_explains_itself(load_job: Any) -> None:
     """In a sentence, in a group; never by the name of a class."""
-    for name in load_job("reference", "docs").JOBS:
+    for name in (*load_job("reference", "docs").JOBS, "compare", "benchmark"):
         for action in load_job(name).new_parser()._actions:
             text = action.help or ""
             assert len(text.split()) >= 3 and (text[0].isupper() or action.dest == "help")
