@@ -38,119 +38,77 @@ from clarity.vae import VAES, VAEConfig
 
 #: Little goes through Ray's object store.
 OBJECT_STORE_BYTES = 200_000_000
+#: Flags that are parameters of ``plan_training`` as they are.
+SAME_NAMES = [
+    "num_members",
+    "hidden",
+    "mode",
+    "center_crop",
+    "recipe",
+    "predictor",
+    "image_members",
+    "judge_updates",
+    "attributes",
+    "precision",
+]
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
 
 
 def new_parser() -> argparse.ArgumentParser:
     """The flags; those of the trainings come from their dataclasses."""
-    parser = driver.new_parser(__doc__)
+    parser, number = driver.new_parser(__doc__), {"type": int, "metavar": "N"}
     group = driver.add_data_flags(parser, "train", "Part of the data to train on: train, validation, test or all")
     add = group.add_argument
     add("--download", action="store_true", help="Download mnist into --data if it is missing.")
-    add(
-        "--held-out",
-        default="held-out",
-        metavar="SPLIT",
-        help="Part of the data to measure on: a split, none, or held-out: test, else validation (default: held-out).",
-    )
+    about = "Part of the data to measure on: a split, none, or held-out: test, else validation (default: held-out)."
+    add("--held-out", default="held-out", metavar="SPLIT", help=about)
     add = parser.add_argument_group("learning from your own model").add_argument
-    add(
-        "--predictor",
-        metavar="MODEL",
-        help="Your own model, FILE.onnx or module:function, whose probabilities the ensemble learns instead of labels.",
-    )
-    add(
-        "--refit",
-        metavar="URI",
-        help="Audit of images to train on by the model in --out: the predictor is asked about its pictures, too.",
-    )
+    about = "Your own model, FILE.onnx or module:function, whose probabilities the ensemble learns instead of labels."
+    add("--predictor", metavar="MODEL", help=about)
+    about = "Audit of images to train on by the model in --out: the predictor is asked about its pictures, too."
+    add("--refit", metavar="URI", help=about)
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
-    add(
-        "--recipe",
-        choices=RECIPES,
-        help="Values that are not given: the paper's, or (auto) searched on the training split: latent dimensions, KL "
-        "weight, adversary's step (default: paper for digits, mnist and beta_vae, else auto).",
+    about = (
+        "Values that are not given: the paper's, or (auto) searched on the training split: latent dimensions, KL "
+        "weight, adversary's step (default: paper for digits, mnist and beta_vae, else auto)."
     )
-    add("--latent-dim", type=int, metavar="N", help=f"Latent dimensions ({of_vaes('latent_dim')}).")
-    add("--channels", type=int, nargs="+", metavar="N", help=f"Channels of the encoder ({of_vaes('channels')}).")
+    add("--recipe", choices=RECIPES, help=about)
+    add("--latent-dim", **number, help=f"Latent dimensions ({of_vaes('latent_dim')}).")
+    add("--channels", nargs="+", **number, help=f"Channels of the encoder ({of_vaes('channels')}).")
     add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
     add("--loss", help=f"Reconstruction loss ({of_vaes('loss')}).")
-    add(
-        "--image-size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="Side, or height and width, of the images (default: from the data).",
-    )
+    about = "Side, or height and width, of the images (default: from the data)."
+    add("--image-size", nargs="+", **number, help=about)
     add("--mode", choices=["L", "RGB"], help="Grey or colour (default: from the data).")
-    add("--center-crop", type=int, metavar="N", help="Side of the centred square to crop to first.")
+    add("--center-crop", **number, help="Side of the centred square to crop to first.")
     members, hidden = EnsembleConfig.num_members, EnsembleConfig.hidden
-    add("--num-members", type=int, default=members, metavar="N", help=f"Members of the ensemble (default: {members}).")
-    add(
-        "--hidden",
-        type=int,
-        nargs="*",
-        default=hidden,
-        metavar="N",
-        help=f"Widths of the classifiers' hidden layers (default: {' '.join(map(str, hidden))}).",
-    )
-    add(
-        "--image-members",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Members of an image ensemble, for the methods that need one (default: 0).",
-    )
-    add(
-        "--folds",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Ensembles that each leave out a part of the training split, to explain it with (default: 0).",
-    )
-    add(
-        "--judge-updates",
-        type=int,
-        metavar="N",
-        help="Updates of the held-out judge; 0: no judge (default: by the number of images).",
-    )
-    add(
-        "--attributes",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="Columns of two values, or all, for which linear heads on the codes are fitted; --keep of "
-        "jobs/explain_all.py holds them still.",
-    )
+    add("--num-members", default=members, **number, help=f"Members of the ensemble (default: {members}).")
+    about = f"Widths of the classifiers' hidden layers (default: {' '.join(map(str, hidden))})."
+    add("--hidden", nargs="*", default=hidden, **number, help=about)
+    about = "Members of an image ensemble, for the methods that need one (default: 0)."
+    add("--image-members", default=0, **number, help=about)
+    about = "Ensembles that each leave out a part of the training split, to explain it with (default: 0)."
+    add("--folds", default=0, **number, help=about)
+    about = "Updates of the held-out judge; 0: no judge (default: by the number of images)."
+    add("--judge-updates", **number, help=about)
+    about = "Columns of two values, or all, for which linear heads on the codes are fitted; --keep of "
+    about += "jobs/explain_all.py holds them still."
+    add("--attributes", nargs="+", default=[], metavar="NAME", help=about)
     for prefix, training in TRAININGS.items():
-        driver.add_config_flags(
-            parser.add_argument_group(f"training of the {prefix}"), training, f"{prefix}_", ["seed"]
-        )
+        group = parser.add_argument_group(f"training of the {prefix}")
+        driver.add_config_flags(group, training, f"{prefix}_", ["seed"])
     # What is not given stays None: a number of epochs alone is meant as such, whatever min_updates is by default.
     parser.set_defaults(**dict.fromkeys(training_flags()))
     add = parser.add_argument_group("output and resources").add_argument
     add("--out", metavar="URI", help="Model directory (default: runs/DATASET/model).")
-    add(
-        "--seed",
-        type=int,
-        default=VAETraining.seed,
-        metavar="N",
-        help=f"Random seed of the training (default: {VAETraining.seed}).",
-    )
-    add(
-        "--precision",
-        default="auto",
-        choices=PRECISIONS,
-        help="Precision of convolutions; auto: bf16 on GPUs, else fp32 (default: auto).",
-    )
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="Training processes (default: one a GPU, else one a CPU; for the VAE one a node).",
-    )
+    seed = VAETraining.seed
+    add("--seed", default=seed, **number, help=f"Random seed of the training (default: {seed}).")
+    about = "Precision of convolutions; auto: bf16 on GPUs, else fp32 (default: auto)."
+    add("--precision", default="auto", choices=PRECISIONS, help=about)
+    about = "Training processes (default: one a GPU, else one a CPU; for the VAE one a node)."
+    add("--workers", **number, help=about)
     add("--dry-run", action="store_true", help="Say what the training would cost on this machine, and train nothing.")
     return parser
 
@@ -189,19 +147,10 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         held_out,
         architecture=args.vae,
         vae_fields={name: getattr(args, name) for name in ("latent_dim", "channels", "beta", "loss")},
-        num_members=args.num_members,
-        hidden=args.hidden,
         image_size=size,
-        mode=args.mode,
-        center_crop=args.center_crop,
-        recipe=args.recipe,
-        predictor=args.predictor,
-        refit=None if args.refit is None else driver.job_path(args.refit, "", "--refit"),
-        image_members=args.image_members,
         num_folds=args.folds,
-        judge_updates=args.judge_updates,
-        attributes=args.attributes,
-        precision=args.precision,
+        refit=None if args.refit is None else driver.job_path(args.refit, "", "--refit"),
+        **{name: getattr(args, name) for name in SAME_NAMES},
         **{f"{prefix}_seed": args.seed for prefix in TRAININGS},
         **given,
     )

@@ -6,6 +6,7 @@ Knows which model a directory holds. Does not know how its parts are trained (``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,8 +113,8 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
         held_out = load_images(plan, plan.held_out)
         log_errors(held_out, log)
         log(f"measuring on {len(held_out.ids)} held-out images")
-        known = held_out if plan.data["labelled"] else held_out.without_labels()
-        measured = evaluate(model, lambda: load_images(plan, plan.dataset, BASELINE_IMAGES), known)
+        labelled = partial(load_images, plan, plan.dataset, BASELINE_IMAGES) if plan.data["labelled"] else None
+        measured = evaluate(model, labelled, held_out)
     if heads_metrics:
         measured["metrics"]["attributes"] = heads_metrics
     if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):

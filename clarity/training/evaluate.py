@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,19 +51,15 @@ class LabelledImages:
         ids = self.ids[rows] if isinstance(rows, slice) else [self.ids[row] for row in rows]
         return LabelledImages(self.pixels[rows], ids, self.labels[rows])
 
-    def without_labels(self) -> LabelledImages:
-        """The same images."""
-        return replace(self, labels=torch.full_like(self.labels, -1))
-
 
 def evaluate(
-    model: Model, training: Callable[[], LabelledImages], held_out: LabelledImages, noise_seed: int = 0
+    model: Model, training: Callable[[], LabelledImages] | None, held_out: LabelledImages, noise_seed: int = 0
 ) -> dict[str, Any]:
     """What model.json says of a model on images that it was not trained on.
 
     Args:
         model: the model.
-        training: reads labelled images of the training split, some or all, for the simple methods.
+        training: reads labelled images of the training split, some or all, for the simple methods; None for none.
         held_out: images that it was not trained on; those without a label count for the VAE alone.
         noise_seed: of the samples from the posteriors.
 
@@ -72,7 +68,7 @@ def evaluate(
         nats, one sample from each posterior, and the mean absolute error of the reconstruction from the posterior
         mean), ``ensemble`` and ``image_ensemble`` (``classification_metrics``). Where images have labels also
         ``target_probs``: the ensemble's probability of the own class of real held-out images, {"median": [K], "p90":
-        [K]}, null for a class without an image; and ``evaluation``:
+        [K]}, null for a class without an image, and ``evaluation``:
 
         images: labelled held-out images that were counted.
         correct, accuracy, balanced_accuracy: of the ensemble (argmax of the mean probabilities).
@@ -122,6 +118,8 @@ def evaluate(
     metrics["ensemble"] = classification_metrics(logits, labels, model.class_names)
     if image_logits:
         metrics["image_ensemble"] = classification_metrics(torch.cat(image_logits, 1), labels, model.class_names)
+    if training is None:
+        return {"metrics": metrics}
     probs, truth, count = mean_probs(logits), labels.numpy(), len(labels)
     groups = [probs[truth == k, k] for k in range(model.num_classes)]
     predicted = probs.argmax(1)

@@ -49,6 +49,8 @@ TRAININGS: dict[str, VAETraining | EnsembleTraining] = {
 }
 #: Where values come from that are not given.
 RECIPES = ("auto", "paper")
+#: Fields of a plan that are given as they are.
+OPTIONS = ("attributes", "image_members", "judge_updates", "num_folds", "precision")
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
 EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates", "attributes"}
 
@@ -269,7 +271,6 @@ def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an unknown field, with the choices.
     """
     found = dict(fields)
-    known = {field.name: field for field in dataclass_fields(TrainingPlan)}
     for prefix, default in TRAININGS.items():
         names = [field.name for field in dataclass_fields(default)]
         given = {name: found.pop(f"{prefix}_{name}") for name in names if f"{prefix}_{name}" in found}
@@ -278,26 +279,9 @@ def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
                 found[f"{prefix}_training"] = set_fields(found.get(f"{prefix}_training", default), **given)
             except ValueError as error:
                 raise ValueError(re.sub(r"^(?:\w+\.)?(\w+):", rf"{prefix}_\1:", str(error))) from None
-    derived = {
-        "out",
-        "class_names",
-        "preprocessing",
-        "vae",
-        "ensemble",
-        "dataset",
-        "held_out",
-        "data",
-        "searched",
-        "recipe",
-        "predictor",
-        "refit",
-        "asked",
-    }
-    if unknown := sorted(set(found) - (set(known) - derived)):
-        short = ", ".join(f"{prefix}_{field.name}" for prefix, c in TRAININGS.items() for field in dataclass_fields(c))
-        raise ValueError(
-            f"{unknown[0]}: unknown; expected {', '.join(sorted(set(known) - derived))}, or one of {short}"
-        )
+    if unknown := sorted(set(found) - {*OPTIONS, *(f"{prefix}_training" for prefix in TRAININGS)}):
+        short = [f"{prefix}_{field.name}" for prefix, c in TRAININGS.items() for field in dataclass_fields(c)]
+        raise ValueError(f"{unknown[0]}: unknown; expected {', '.join(OPTIONS)}, or one of {', '.join(short)}")
     return found
 
 
