@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 #: The public names and their modules, which are imported on first use: readers of an audit do not load torch.
 _MODULES = {
