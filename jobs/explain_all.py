@@ -90,7 +90,9 @@ def explain_all(args: Namespace) -> int:
     everything = data.list_images(dataset)
     predictions = read_predictions(args.predictions, everything) if args.predictions else None
     listing, only = planning.choose(everything, args.where, args.limit)
-    driver.train_if_missing(model_uri, args.dataset, args.data, may_train=not (args.model or args.dry_run))
+    taught = ["--predictor", args.predictor] if args.predictor else []
+    may_train = not (args.model or args.dry_run)
+    driver.train_if_missing(model_uri, args.dataset, args.data, *taught, may_train=may_train)
     model = load_model(model_uri)
     if predictions is not None:
         listing = add_predictions(listing, predictions, model.class_names)
