@@ -25,7 +25,7 @@ def predict(pixels):
 predict.classes, predict.mode, predict.size = ["top", "middle", "bottom"], "L", (8, 12)
 """
 SMALL = ["--latent-dim", "5", "--channels", "6", "7", "--hidden", "9", "--num-members", "3", "--recipe", "paper"]
-BUDGET = ["--vae-epochs", "20", "--ensemble-epochs", "10"]
+BUDGET = ["--vae-epochs", "8", "--ensemble-epochs", "4"]
 
 
 def write_images(directory: Path) -> None:
@@ -47,7 +47,7 @@ def test_jobs_learn_from_a_predictor_explain_it_and_refit(tmp_path: Path, ray_lo
 
     def run(job: str, *flags: str) -> str:
         command = [sys.executable, str(ROOT / "jobs" / job), "--dataset", "folder", "--data", "bars", *flags]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
