@@ -67,7 +67,7 @@ class Trial:
         reached: share of the requested counterfactuals whose search reached 0.99.
         judged: share of them that were reached and in which the judge sees the target.
         judge_on_reconstructions: accuracy of the judge on reconstructed images.
-        seconds: of the training and the search.
+        seconds: of the training and the search, with a share of its VAE's.
     """
 
     latent_dim: int
@@ -198,7 +198,7 @@ def run_trials(
     truth: np.ndarray,
     device: str | torch.device,
 ) -> Iterator[Trial]:
-    """Trains and measures every setting.
+    """Trains and measures every setting, then two more steps around the best one, with its code.
 
     Args:
         plan: the values that are not searched.
@@ -209,35 +209,61 @@ def run_trials(
         truth: their labels.
         device: to train on.
     """
-    own = plan.vae
     open_dim, open_beta = "latent_dim" in plan.searched, "beta" in plan.searched
-    codes = {(dim if open_dim else own.latent_dim, beta if open_beta else own.beta) for dim, beta in CODES}
-    steps = STEPS if "adversarial_eps" in plan.searched else (plan.ensemble_training.adversarial_eps,)
-    for latent_dim, beta in sorted(codes):
+    codes = {(dim if open_dim else plan.vae.latent_dim, beta if open_beta else plan.vae.beta) for dim, beta in CODES}
+    open_step = "adversarial_eps" in plan.searched
+    found: list[Trial] = []
+    trial_of: dict[tuple[int, float], Callable[[float], Trial]] = {}
+    for code in sorted(codes):
+        trial_of[code] = trials_of_code(plan, *code, judge, pixels, labels, x, truth, device)
+        for step in STEPS if open_step else (plan.ensemble_training.adversarial_eps,):
+            found.append(trial_of[code](step))
+            yield found[-1]
+    best = max(found, key=lambda trial: trial.score)
+    for factor in (0.5, 1.6) if open_step else ():
+        yield trial_of[best.latent_dim, best.beta](round(best.adversarial_eps * factor, 3))
+
+
+def trials_of_code(
+    plan: TrainingPlan,
+    latent_dim: int,
+    beta: float,
+    judge: JudgeNet,
+    pixels: Tensor,
+    labels: Tensor,
+    x: Tensor,
+    truth: np.ndarray,
+    device: str | torch.device,
+) -> Callable[[float], Trial]:
+    """Trains a VAE and encodes the images, see ``run_trials``; a trial by the adversary's step."""
+    started = time.monotonic()
+    config = replace(plan.vae, latent_dim=latent_dim, beta=beta)
+    vae_training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
+    *_, last = train_vae(pixels, config, vae_training, device=device, precision=plan.precision)
+    vae = VAE(config)
+    vae.load_state_dict(weights_of(last.state()))
+    vae.to(device).eval()
+    encoded = [encode_rows(vae, part.to(device).float() / 255) for part in pixels.split(1024)]
+    means, log_vars = (torch.cat(parts).cpu() for parts in zip(*encoded))
+    z, _ = encode_rows(vae, x)
+    reconstructed = float((judge_rows(judge, decode_rows(vae, z)).argmax(1) == truth).mean())
+    vae_seconds = time.monotonic() - started
+
+    def trial(step: float) -> Trial:
         started = time.monotonic()
-        config = replace(plan.vae, latent_dim=latent_dim, beta=beta)
-        vae_training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
-        epochs = list(train_vae(pixels, config, vae_training, device=device, precision=plan.precision))
-        vae = VAE(config)
-        vae.load_state_dict(weights_of(epochs[-1].state()))
-        vae.to(device).eval()
-        encoded = [encode_rows(vae, part.to(device).float() / 255) for part in pixels.split(1024)]
-        means, log_vars = (torch.cat(parts).cpu() for parts in zip(*encoded))
+        ensemble_config = EnsembleConfig(len(plan.class_names), latent_dim, plan.ensemble.hidden, MEMBERS)
+        training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
         known = Codes(means, log_vars, labels)
-        z, _ = encode_rows(vae, x)
-        reconstructed = float((judge_rows(judge, decode_rows(vae, z)).argmax(1) == truth).mean())
-        for eps in steps:
-            ensemble_config = EnsembleConfig(len(plan.class_names), latent_dim, plan.ensemble.hidden, MEMBERS)
-            training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=eps)
-            epochs = list(train_latent_members(known, ensemble_config, training, range(MEMBERS), device=device))
-            ensemble = LatentEnsemble(ensemble_config)
-            ensemble.load_state_dict(weights_of(epochs[-1].state()))
-            model = Model(vae, ensemble.to(device).eval(), plan.class_names, plan.preprocessing, judge=judge)
-            reached, judged = judge_counterfactuals(model, x)
-            accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == truth).mean())
-            seconds = time.monotonic() - started
-            started = time.monotonic()
-            yield Trial(latent_dim, beta, eps, accuracy, reached, judged, reconstructed, round(seconds, 1))
+        *_, last = train_latent_members(known, ensemble_config, training, range(MEMBERS), device=device)
+        ensemble = LatentEnsemble(ensemble_config)
+        ensemble.load_state_dict(weights_of(last.state()))
+        model = Model(vae, ensemble.to(device).eval(), plan.class_names, plan.preprocessing, judge=judge)
+        reached, judged = judge_counterfactuals(model, x)
+        accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == truth).mean())
+        seconds = round(vae_seconds / len(STEPS) + time.monotonic() - started, 1)
+        return Trial(latent_dim, beta, step, accuracy, reached, judged, reconstructed, seconds)
+
+    return trial
 
 
 def judge_counterfactuals(model: Model, x: Tensor) -> tuple[float, float]:
