@@ -20,6 +20,7 @@ from clarity.data.listing import (
     note_left_out,
     some,
     split_named,
+    split_within,
 )
 from clarity.ids import split_of
 from clarity.images import EXTENSIONS
@@ -29,6 +30,8 @@ NO_IMAGES = "files without an image's extension"
 SYSTEM_FOLDER = re.compile(
     r"(?i)(?:^|/)(@eadir|\$recycle\.bin|lost\+found|__macosx|system volume information|#recycle)(?:/|$)"
 )
+#: A class folder of which other folders hold so large a share of all images is taken for a wrapper of the classes.
+WRAPPED = 0.9
 HIDDEN = re.compile(r"(^|/)\.")
 
 
@@ -66,6 +69,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
         steps = [path.split("/") for path in paths]
         names = [printable(step[depth]) if len(step) > depth + 1 else None for step in steps]
         told += notes_on_inner_folders(root, steps, depth)
+        told += [f"{name}/ is read as the split {split}" for name, split in tops.items() if not split_named(name)]
         unread = [path for path in others if "/" not in path and path.lower().endswith((".csv", ".tsv", ".jsonl"))]
         if unread and not table and len(classes) < 2:
             told.append(f"{some(unread)} is not read: a table of labels is called labels.csv (file_name,label)")
@@ -121,19 +125,24 @@ def folder_splits(dataset: Dataset) -> set[str]:
 def split_folders(root: str) -> dict[str, str]:
     """The folders at the top that are named like splits, and which they are.
 
+    Names such as Final_Training count where there are two splits of them, or a folder of images beside one.
+
     Raises:
         ValueError: there are other folders with images beside them, so that they may be classes.
     """
     tops = folders_in(root)
     splits = {name: split for name in tops if (split := split_named(name))}
+    if not splits:
+        within = {name: split for name in tops if (split := split_within(name))}
+        if len(set(within.values())) > 1 or any(name.casefold() in ("images", "data", "dataset") for name in tops):
+            splits = within
     others = [name for name in tops if name not in splits] if splits else []
     others = [name for name in others if any(is_image(f.path) for f in storage.list_files(storage.join(root, name)))]
     if others:
         named, rest = ", ".join(f"{name}/" for name in splits), ", ".join(f"{name}/" for name in others[:3])
         raise ValueError(
             f"expected either splits or classes at the top of {storage.display(root)}, found {named} beside {rest}: if "
-            f"{named} are splits, move {rest} away or below them; if they are classes, rename them, as in "
-            f"{next(iter(splits))}_/"
+            f"{named} are splits, move {rest} away or below them; if they are classes, give them other names"
         )
     return splits
 
@@ -166,7 +175,11 @@ def require_no_inner_splits(root: str, paths: list[str]) -> None:
 
 
 def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> list[str]:
-    """A note of classes whose images all lie in several folders below theirs, as the folder may only wrap classes."""
+    """A note of classes whose images all lie in several folders below theirs, as the folder may only wrap classes.
+
+    Raises:
+        ValueError: such a folder holds nearly all images, beside folders of a few others.
+    """
     inner: dict[str, set[str]] = {}
     direct = set()
     for parts in paths:
@@ -177,10 +190,18 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
     wrapping = [name for name in inner if name not in direct and len(inner[name]) > 1]
     if not wrapping:
         return []
-    first = wrapping[0]
+    first, others = wrapping[0], len({*inner, *direct}) - 1
+    below = f"({printable(first)}: {some(inner[first])})"
+    remedy = f"name {storage.display(storage.join(root, printable(first)))}"
+    count = sum(parts[depth] == first for parts in paths)
+    if others and count >= WRAPPED * len(paths):
+        raise ValueError(
+            f"expected a folder for each class, found {count} of {len(paths)} images in folders below one of them "
+            f"{below}: if those are the classes, {remedy}; else put its images directly into it"
+        )
     return [
-        f"{len(wrapping)} classes have all their images in folders below ({printable(first)}: {some(inner[first])}), "
-        f"which are not read as classes; if they are, name {storage.display(storage.join(root, printable(first)))}"
+        f"{len(wrapping)} classes have all their images in folders below {below}, which are not read as classes; if "
+        f"they are, {remedy}"
     ]
 
 

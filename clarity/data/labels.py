@@ -20,7 +20,7 @@ TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv", "metadata.
 #: Usual names of the columns, the first that is there counts; ``columns`` names another.
 COLUMNS = {
     "image": ("file_name", "filename", "file", "image", "image_path", "path", "image_name", "image_id", "name", "id"),
-    "label": ("label", "label_name", "class", "class_name", "category", "target"),
+    "label": ("label", "label_name", "class", "class_name", "class_id", "classid", "category", "target"),
     "split": ("split",),
 }
 

@@ -80,6 +80,12 @@ def split_named(name: str | None) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if folded in names), None)
 
 
+def split_within(name: str) -> str | None:
+    """The split that a word of a name names, as in Final_Training or seg-train2; None: no word, or several splits."""
+    found = {split for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name) if (split := split_named(word))}
+    return found.pop() if len(found) == 1 else None
+
+
 def make_listing(
     dataset: Dataset,
     image_ids: Any,

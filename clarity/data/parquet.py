@@ -9,7 +9,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from clarity.data.listing import (
     names_of,
     note_left_out,
     split_named,
+    split_within,
 )
 from clarity.ids import split_of
 from clarity.images import EXTENSIONS, UnreadableImage
@@ -99,6 +100,10 @@ def list_parts(dataset: Dataset) -> list[ParquetPart]:
             found = "found image files: read them with the source folder"
         raise ValueError(f"expected plain Parquet files, *.parquet or *.pq, in {storage.display(root)}, {found}")
     named = [part for part in parts if part.split]
+    within = [split_within(part.path.rpartition(".")[0]) for part in parts]
+    if not named and len({*within} - {None}) > 1:  # such as beans_train.parquet beside beans_test.parquet
+        parts = [replace(part, split=split) for part, split in zip(parts, within)]
+        named = [part for part in parts if part.split]
     if named and len(named) < len(parts):
         other = next(part for part in parts if not part.split)
         raise ValueError(

@@ -59,6 +59,37 @@ def test_folder_of_three_splits_holds_out_test(tmp_path: Path) -> None:
     assert listed(tmp_path, "validation") == {"val/a/2.png": "a"}
 
 
+@pytest.mark.parametrize(
+    ("train", "test"), [("Final_Training", "Final_Test"), ("seg_train", "seg_test"), ("train2017", "TestImages")]
+)
+def test_folder_reads_splits_within_names_and_says_so(train: str, test: str, tmp_path: Path) -> None:
+    write_images(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", f"{test}/a/3.png")
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "train"))
+    assert listing["label_name"].to_pylist() == ["a", "b"]
+    assert f"{train}/ is read as the split train" in data.notes(listing)
+    assert listed(tmp_path, "test") == {f"{test}/a/3.png": "a"}
+
+
+def test_folder_leaves_classes_with_the_word_of_a_split_alone(tmp_path: Path) -> None:
+    write_images(tmp_path, "freight train/1.png", "passenger-train/2.png", "bus/3.png")
+    assert set(listed(tmp_path).values()) == {"freight train", "passenger-train", "bus"}
+    write_images(tmp_path / "other", "images/a/1.png", "test-images/a/1.png")
+    with pytest.raises(ValueError, match=r"test-images/ beside images/: if .* are splits, move images/ away"):
+        listed(tmp_path / "other")
+
+
+def test_folder_refuses_a_wrapper_of_the_classes_beside_a_few_other_images(tmp_path: Path) -> None:
+    """As a repository has it: the classes in Dataset/, and pictures for its documentation."""
+    write_images(
+        tmp_path, *(f"Dataset/{label}/{number}.png" for label in "ab" for number in range(9)), "Examples/1.png"
+    )
+    with pytest.raises(
+        ValueError, match=r"found 18 of 19 images in .* \(Dataset: a, b\): if .*, name .*/Dataset; else"
+    ):
+        listed(tmp_path)
+    assert set(listed(tmp_path / "Dataset").values()) == {"a", "b"}
+
+
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_folder_does_not_make_up_a_split(split: str, tmp_path: Path) -> None:
     write_images(tmp_path, "train/a/1.png", "train/b/2.png")

@@ -196,6 +196,16 @@ def test_parquet_minus_one_is_a_class_beside_one_alone(tmp_path: Path) -> None:
     assert list(listed(tmp_path, source="parquet").values()) == [None, "1", "0"]
 
 
+def test_parquet_takes_splits_within_names_of_files(tmp_path: Path) -> None:
+    for name, count in (("beans_train", 3), ("beans_test", 2)):
+        pq.write_table(parquet_table(count, label=[0, 1, 0][:count]), tmp_path / f"{name}.parquet")
+    assert len(listed(tmp_path, "train", "parquet")) == 3
+    assert len(listed(tmp_path, "held-out", "parquet")) == 2
+    pq.write_table(parquet_table(1, label=[1]), tmp_path / "more.parquet")
+    with pytest.raises(ValueError, match=r"the name of a split in the paths of all files of .* or of none, found bea"):
+        listed(tmp_path, "train", "parquet")
+
+
 def test_parquet_takes_split_and_label_from_keys_of_paths(tmp_path: Path) -> None:
     for number, (split, label) in enumerate([("train", "3"), ("train", "a%20b"), ("val", "3")]):
         path = tmp_path / f"split={split}/label={label}/part-{number}.parquet"
