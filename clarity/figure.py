@@ -1,4 +1,4 @@
-"""A matplotlib figure that a notebook displays and that writes itself to files: the style and the fonts of all figures.
+"""A matplotlib figure that a notebook displays, and the style of all figures.
 
 No global state of matplotlib is touched: no pyplot, no backend, no style outside the figure being drawn.
 """
@@ -6,23 +6,17 @@ No global state of matplotlib is touched: no pyplot, no backend, no style outsid
 from __future__ import annotations
 
 import functools
-import string
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any, Literal, TypeVar
 
-from matplotlib import font_manager, style
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
-from matplotlib.text import Text
 
-from clarity import storage
-
-FONT = "DejaVu Sans"  # comes with matplotlib
 STYLE: dict[str, Any] = {
-    "font.family": FONT,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -37,7 +31,6 @@ STYLE: dict[str, Any] = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "pdf.fonttype": 42,  # letters stay letters in the PDF
-    "svg.hashsalt": "clarity",
     "figure.dpi": 150,
     "savefig.dpi": 200,
 }
@@ -46,46 +39,19 @@ FULL_WIDTH = 6.75  # inches, two columns of a paper
 
 
 class Picture(Figure):
-    """A matplotlib figure that a notebook displays as the last line of a cell, and that writes itself to files."""
+    """A matplotlib figure that a notebook displays as the last line of a cell."""
 
     def _repr_png_(self) -> bytes:
-        return self.render("png")
+        return self.render()
 
-    def render(self, suffix: str) -> bytes:
-        """The bytes of the figure as a png, pdf or svg file, identical at every call."""
-        if suffix not in ("png", "pdf", "svg"):
-            raise ValueError(f"suffix: expected png, pdf or svg, got {suffix!r}")
-        metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
+    def render(self, suffix: str = "png") -> bytes:
+        """The bytes of the figure as a png or pdf file, the same for equal figures."""
+        metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}}[suffix]
         buffer = BytesIO()
-        for text in self.findobj(Text):
-            if lacking := set(text.get_text()) - characters(font_manager.findfont(FONT)):
-                text.set_fontfamily([FONT, *sorted(filter(None, map(font_with, lacking)))])
         with style.context(["default", STYLE]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font has the letter
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
             self.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.04, metadata=metadata)
         return buffer.getvalue()
-
-    def write(self, stem: str, suffixes: Sequence[str] = ("png", "pdf")) -> list[str]:
-        """Writes ``stem``.png and ``stem``.pdf, or the given suffixes, to a directory or an object store."""
-        paths = [f"{stem}.{suffix}" for suffix in suffixes]
-        for path, suffix in zip(paths, suffixes):
-            storage.write_bytes(path, self.render(suffix))
-        return paths
-
-
-@functools.cache
-def characters(path: str) -> frozenset[str]:
-    """The characters that a font file can draw, and white space."""
-    return frozenset(map(chr, FT2Font(path).get_charmap())) | frozenset(string.whitespace)
-
-
-@functools.cache
-def font_with(letter: str) -> str | None:
-    """The first installed font, by name, that can draw a letter."""
-    fonts = sorted({(font.name, font.fname) for font in font_manager.fontManager.ttflist})
-    return next(
-        (name for name, path in fonts if not name.startswith("Last Resort") and letter in characters(path)), None
-    )
 
 
 Drawing = TypeVar("Drawing", bound=Callable[..., Picture])

@@ -35,11 +35,6 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
         object.__setattr__(self, "channels", tuple(self.channels))
-        check_image_shape(self.image_shape)
-        if self.num_outputs < 1 or not self.channels:
-            raise ValueError(
-                f"a held-out network needs outputs and channels, got {self.num_outputs} and {self.channels}"
-            )
 
 
 class JudgeNet(nn.Module):
@@ -82,35 +77,28 @@ def judge_rows(net: JudgeNet, x: Tensor) -> np.ndarray:
     return in_blocks(lambda block: net(block).softmax(1), x).cpu().numpy()
 
 
-def predict_probs(net: JudgeNet, images: np.ndarray, *, sigmoid: bool = False, batch_size: int = 512) -> np.ndarray:
+def predict_probs(net: JudgeNet, images: np.ndarray, *, sigmoid: bool = False) -> np.ndarray:
     """Class probabilities (B, K) float32 of images (uint8 or float in [0, 1]); ``sigmoid`` for attributes (B, A)."""
-    squash = torch.sigmoid if sigmoid else lambda logits: torch.softmax(logits, dim=1)
-    return in_batches(lambda x: squash(net(x)), images, batch_size)
+    return in_batches(lambda x: net(x).sigmoid() if sigmoid else net(x).softmax(1), images)
 
 
-def predict_features(net: JudgeNet, images: np.ndarray, *, batch_size: int = 512) -> np.ndarray:
+def predict_features(net: JudgeNet, images: np.ndarray) -> np.ndarray:
     """Features (B, F) float32, see ``JudgeNet.features``."""
-    return in_batches(net.features, images, batch_size)
+    return in_batches(net.features, images)
 
 
+@torch.inference_mode()
 def probs_of_features(net: JudgeNet, features: np.ndarray) -> np.ndarray:
     """Class probabilities (B, K) from what ``predict_features`` gave, without reading the images again."""
-    with torch.inference_mode():
-        return torch.softmax(net.head(torch.from_numpy(features)), dim=1).numpy()
+    return net.head(torch.from_numpy(features)).softmax(1).numpy()
 
 
-def in_batches(function: Callable[[Tensor], Tensor], images: np.ndarray, batch_size: int) -> np.ndarray:
+@torch.inference_mode()
+def in_batches(function: Callable[[Tensor], Tensor], images: np.ndarray, batch_size: int = 512) -> np.ndarray:
     """A function of images in [0, 1], applied to uint8 or float images some at a time."""
     parts = []
-    with torch.inference_mode():
-        for start in range(0, max(1, len(images)), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            x = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
-            parts.append(function(x).float().numpy())
+    for start in range(0, max(1, len(images)), batch_size):
+        batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+        x = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
+        parts.append(function(x).float().numpy())
     return np.concatenate(parts)
-
-
-def check_image_shape(image_shape: tuple[int, int, int]) -> None:
-    """Raises ValueError unless it is (C, H, W)."""
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"an image shape is (channels, height, width), got {image_shape}")

@@ -17,7 +17,6 @@ import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
@@ -33,50 +32,6 @@ Array = np.ndarray
 TEXT: dict[str, Any] = {"ha": "center", "va": "center"}
 
 
-@styled
-def image_grid(
-    images: Sequence[Sequence[Array | None]],
-    column_names: Sequence[str],
-    row_names: Sequence[str] = (),
-    *,
-    notes: Sequence[Sequence[str]] = (),
-    differences: bool = False,
-    cell: float = 0.62,
-) -> Picture:
-    """Images in R rows and Q columns, the original first in each row (Tables 1 and 2, Figures 1, 2, 4 and 9).
-
-    Args:
-        images: (C, H, W) each, uint8 or float in [0, 1]; None leaves the cell empty with a dash.
-        column_names: Q names, above.
-        row_names: R names, on the left.
-        notes: R x Q short texts under the images.
-        differences: under each row, each image minus the row's first: black where it lost light, white where it
-            gained, grey where nothing changed.
-        cell: side of an image, in inches.
-    """
-    check_grid(images, column_names, row_names, notes)
-    noted = any(text for row in notes for text in row)
-    picture, axes = image_axes(images, len(images) * (1 + differences), len(column_names), cell)
-    for q, name in enumerate(column_names):
-        set_title(axes[0][q], name, cell)
-    for r, row in enumerate(images):
-        line = axes[r * (1 + differences)]
-        if row_names:
-            line[0].set_ylabel(row_names[r], parse_math=False, rotation=0, ha="right", va="center", labelpad=4)
-        for q, image in enumerate(row):
-            draw_image(line[q], image)
-            if noted:
-                line[q].set_xlabel(notes[r][q], fontsize=6, labelpad=1.5)
-            if differences:
-                draw_difference(axes[2 * r + 1][q], image if q else None, row[0])
-    if differences:
-        shades = ScalarMappable(Normalize(-1, 1), "gray")
-        bar = picture.colorbar(shades, ax=axes, shrink=min(0.8, 4 / len(axes)), aspect=18, anchor=(0, 0), pad=0.02)
-        bar.set_label("difference from the original")
-        bar.set_ticks([-1, 0, 1], labels=["−1", "0", "+1"])
-    return picture
-
-
 def image_axes(images: Sequence[Sequence[Array | None]], rows: int, columns: int, cell: float) -> tuple[Picture, Any]:
     """A figure and its axes, rows x columns, each ``cell`` inches wide with the aspect of the images."""
     aspect = next(image.shape[1] / image.shape[2] for row in images for image in row if image is not None)
@@ -90,19 +45,6 @@ def set_title(ax: Any, name: str, cell: float) -> None:
     """A title of at most three lines, as wide as an image of ``cell`` inches."""
     lines = textwrap.wrap(name, max(8, int(cell / 0.068)), max_lines=3, placeholder=" …")
     ax.set_title("\n".join(lines), pad=3, parse_math=False)
-
-
-def check_grid(images: Any, column_names: Any, row_names: Any, notes: Any) -> None:
-    """Raises ValueError where the arguments of image_grid do not fit each other."""
-    if not images or any(len(row) != len(column_names) for row in images):
-        raise ValueError(
-            f"images: expected rows of {len(column_names)} images each, got rows of {[len(row) for row in images]}"
-        )
-    for name, given in (("row_names", row_names), ("notes", notes)):
-        if given and len(given) != len(images):
-            raise ValueError(f"{name}: expected one for each of {len(images)} rows, got {len(given)}")
-    if all(image is None for row in images for image in row):
-        raise ValueError("images: expected at least one image, got none")
 
 
 def displayed(image: Array) -> Array:
@@ -164,11 +106,6 @@ def counterfactual(
 @styled
 def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Sequence[float], *, target: str) -> Picture:
     """Images at some steps of a search, with the step above and the target probability under each."""
-    if not len(images) == len(steps) == len(target_prob) > 0:
-        raise ValueError(
-            f"steps: expected one step and one probability for each image of the strip, got {len(images)} images, "
-            f"{len(steps)} steps, {len(target_prob)} probabilities"
-        )
     picture, (axes,) = image_axes([images], 1, len(images), 0.7)
     for i, ax in enumerate(axes):
         draw_image(ax, images[i])
@@ -178,64 +115,6 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
     axes[0].text(
         -0.08, -0.03, f"p({name}) =", parse_math=False, transform=axes[0].transAxes, ha="right", va="top", fontsize=7
     )
-    return picture
-
-
-@styled
-def class_pair_map(
-    values: Array,
-    class_names: Sequence[str],
-    *,
-    title: str,
-    label: str,
-    percent: bool = False,
-    low_is_bad: bool = True,
-    bounds: tuple[float, float] | None = None,
-) -> Picture:
-    """A number for each (source, target) as a K x K map with the numbers written in; NaN is a dash.
-
-    Args:
-        values: (K, K), sources in rows, targets in columns.
-        class_names: K names.
-        title: above the map.
-        label: of the shade, with its unit.
-        percent: write shares as percentages.
-        low_is_bad: the worst value gets the darkest shade.
-        bounds: values of the lightest and darkest shade, for maps to be compared; None takes them from the values.
-    """
-    values, count = np.asarray(values, dtype=np.float64), len(class_names)
-    if values.shape != (count, count):
-        raise ValueError(f"values: expected shape ({count}, {count}) for {count} classes, got {values.shape}")
-    side = max(2.4, 0.36 * count + 0.9)
-    picture = new_picture(side + 0.7, side)
-    ax = picture.subplots()
-    low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0.0, 1.0)
-    if percent:  # a point or two below 100 % should not look dark
-        low, high = min(0.95, np.floor(low * 20) / 20), 1.0
-    low, high = bounds or (low, high)
-    scale = Normalize(low, high if high > low else low + 1)
-    digits = decimals(high)
-    cmap = matplotlib.colormaps["gray" if low_is_bad else "gray_r"]
-    shown = ax.imshow(np.ma.masked_invalid(values), cmap=cmap, norm=scale)
-    for i in range(count):
-        for j in range(count):
-            if np.isfinite(values[i, j]):
-                text = f"{100 * values[i, j]:.0f}" if percent else f"{values[i, j]:.{digits}f}"
-                dark = cmap(scale(values[i, j]))[0] < 0.5
-                ax.text(j, i, text, color="white" if dark else "black", fontsize=6, **TEXT)
-            else:
-                ax.text(j, i, "–", color="0.5", fontsize=6, **TEXT)
-    names = short_names(class_names, 16)
-    ax.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 3 else 0, parse_math=False)
-    ax.set_yticks(range(count), names, parse_math=False)
-    ax.set_xlabel("target")
-    ax.set_ylabel("source")
-    ax.set_title(title)
-    ax.spines[:].set_visible(False)
-    bar = picture.colorbar(shown, ax=ax, shrink=0.7, aspect=22)
-    bar.set_label(label)
-    if percent:
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     return picture
 
 
@@ -296,23 +175,25 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
 
 
 class PairFigure(NamedTuple):
-    """One figure of class pairs: its title, its unit, what it says, and how it is shaded."""
+    """One figure of class pairs: its title, its unit, what it says, and whether it is a share, low ones dark."""
 
     title: str
     label: str
     doc: str
     share: bool = False
-    low_is_bad: bool = False
 
 
 #: Columns of the view class_pair_figures that ``class_pairs`` and the report show.
 PAIR_FIGURES = {
-    "strict_validity": PairFigure("Strict validity", "share of pairs", "pairs that converged", True, True),
+    "strict_validity": PairFigure("Strict validity", "share of pairs", "pairs that converged", True),
     "reencoded_agreement": PairFigure(
-        "Re-encoded agreement", "share of pairs", "pairs classified as their target after encoding again", True, True
+        "Re-encoded agreement", "share of pairs", "pairs classified as their target after encoding again", True
     ),
     "judge_agreement": PairFigure(
-        "Judge agreement", "share of pairs", "pairs that a held-out network classifies as their target", True, True
+        "Judge agreement", "share of pairs", "pairs that a held-out network classifies as their target", True
+    ),
+    "confirmed_share": PairFigure(
+        "Confirmed", "share of pairs", "pairs whose written picture passed every check", True
     ),
     "median_steps": PairFigure("Steps", "updates, median of converged pairs", "number of updates of the search"),
     "median_distance": PairFigure("Latent distance", "L1, median of converged pairs", "size of the change"),
@@ -330,8 +211,38 @@ def class_pairs(audit: Audit, what: str = "median_distance") -> Picture:
     rows = con.sql(f"SELECT source, target, {what} FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
     values = np.full((len(audit.class_names),) * 2, np.nan)
     values[rows["source"], rows["target"]] = np.ma.filled(rows[what].astype(float), np.nan)
-    title, label, _, share, low_is_bad = PAIR_FIGURES[what]
-    return class_pair_map(values, audit.class_names, title=title, label=label, percent=share, low_is_bad=low_is_bad)
+    return class_pair_map(values, audit.class_names, PAIR_FIGURES[what])
+
+
+@styled
+def class_pair_map(values: Array, class_names: Sequence[str], figure: PairFigure) -> Picture:
+    """A number for each (source, target) as a K x K map with the numbers written in; NaN is a dash."""
+    count = len(class_names)
+    side = max(2.4, 0.36 * count + 0.9)
+    picture = new_picture(side + 0.7, side)
+    ax = picture.subplots()
+    low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0.0, 1.0)
+    if figure.share:  # a point or two below 100 % should not look dark
+        low, high = min(0.95, np.floor(low * 20) / 20), 1.0
+    scale = Normalize(low, high if high > low else low + 1)
+    cmap = matplotlib.colormaps["gray" if figure.share else "gray_r"]
+    shown = ax.imshow(np.ma.masked_invalid(values), cmap=cmap, norm=scale)
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{100 * value:.0f}" if figure.share else f"{value:.{decimals(high)}f}"
+            ax.text(j, i, text, color="white" if cmap(scale(value))[0] < 0.5 else "black", fontsize=6, **TEXT)
+        else:
+            ax.text(j, i, "–", color="0.5", fontsize=6, **TEXT)
+    names = short_names(class_names, 16)
+    ax.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 3 else 0, parse_math=False)
+    ax.set_yticks(range(count), names, parse_math=False)
+    ax.set(xlabel="target", ylabel="source", title=figure.title)
+    ax.spines[:].set_visible(False)
+    bar = picture.colorbar(shown, ax=ax, shrink=0.7, aspect=22)
+    bar.set_label(figure.label)
+    if figure.share:
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    return picture
 
 
 class Counterfactual:

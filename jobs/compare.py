@@ -26,7 +26,6 @@ from clarity.ids import in_judges_half
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.paper import claims, compare, evaluators, figures, metrics, tables, timings
-from clarity.paper.cache import Cache, key_of
 from clarity.paper.compare import CONTROLS, NAMES
 from clarity.plots import Picture
 from clarity.search import SearchConfig
@@ -44,14 +43,8 @@ def new_parser() -> argparse.ArgumentParser:
     add = driver.add_data_flags(parser, "test", "Part of the data that is explained").add_argument
     about = "Attributes that a held-out network is trained to judge, or all."
     add("--attributes", nargs="+", default=[], metavar="NAME", help=about)
-    add(
-        "--images",
-        type=int,
-        default=50,
-        metavar="N",
-        help="Images to explain, balanced over the classes; 0: all (default: 50).",
-    )
-    add("--image-method-limit", type=int, metavar="N", help="Fewer images for the methods with image classifiers.")
+    about = "Images to explain, balanced over the classes; 0: all (default: 50)."
+    add("--images", type=int, default=50, metavar="N", help=about)
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="URI", help="Model directory (default: OUT/model, trained if missing).")
     about = "Image classifiers of a model trained here (default: 10)."
@@ -64,16 +57,11 @@ def new_parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", default=["all"], metavar="METHOD", help=about)
     driver.add_config_flags(search, SearchConfig())
     add("--audit", nargs="+", type=named, default=[], metavar="METHOD=URI", help="Use an existing audit for a method.")
-    about = "Images made elsewhere: npz or Parquet with image_id, target, image."
+    about = "Images made elsewhere: an npz file with image_id, target, image."
     add("--external", nargs="+", type=named, default=[], metavar="NAME=URI", help=about)
-    add("--speed-pairs", type=int, default=36, metavar="N", help="Pairs of a timed batch (default: 36).")
-    add("--draws", type=int, default=1000, metavar="N", help="Resamples of the bootstrap (default: 1000).")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="URI", help="Output directory (default: runs/DATASET/compare).")
     add("--no-figures", action="store_true", help="Write tables only.")
-    add("--differences", action="store_true", help="Add difference maps to the grids of Tables 1 and 2.")
-    formats = ["png", "pdf", "svg"]
-    add("--formats", nargs="+", default=formats[:2], choices=formats, help="Formats of figures (default: png pdf).")
     return parser
 
 
@@ -113,12 +101,12 @@ def run_comparison(args: argparse.Namespace) -> int:
     if unknown := [name for name in (*methods, *(name for name, _ in args.audit)) if name not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
     config = driver.config_from(args, SearchConfig)
-    cache = Cache(driver.job_path(args.out, f"runs/{args.dataset}/compare", "--out"))
+    out = driver.job_path(args.out, f"runs/{args.dataset}/compare", "--out")
     tested = driver.open_dataset(args, args.split)
     unlabelled = bool(args.attributes) and args.dataset == "celeba_hair"
     trained = driver.open_dataset(args, "train", attributes=args.attributes, unlabelled=unlabelled)
 
-    model_uri = driver.job_path(args.model, cache.path("model"), "--model")
+    model_uri = driver.job_path(args.model, storage.join(out, "model"), "--model")
     train_model(args, model_uri, "--image-members", str(args.image_members), given=args.model is not None)
     model = load_model(model_uri)
     if lacking := [
@@ -128,53 +116,43 @@ def run_comparison(args: argparse.Namespace) -> int:
             f"methods {', '.join(lacking)} need image classifiers, which {storage.display(model_uri)} lacks: train it "
             f"with --image-members, or choose --methods {' '.join(name for name in methods if name not in lacking)}"
         )
-    judges, real = find_judges(args, model, cache, trained, tested)
+    judges, real = find_judges(args, model, out, trained, tested)
 
-    audits = find_audits(args, methods, tested, model, model_uri, config, cache)
+    audits = find_audits(args, methods, tested, model, model_uri, config, out)
     results = {method: compare.results_of_audit(model, method, uri) for method, uri in audits.items()}
-    widest = max(results.values(), key=lambda found: len(found.of))
-    chosen = compare.choose_images(list(results.values()))
-    asked = compare.restrict(widest, chosen)
+    common = compare.common_images(list(results.values()))
+    chosen = compare.common_images(list(results.values()), compare.CHOSEN_IMAGES)
+    results = {method: compare.restrict(found, common) for method, found in results.items()}
+    first = next(iter(results.values()))
     for name in CONTROLS:
-        results[name] = compare.control_results(name, asked, model, real)
+        results[name] = compare.control_results(name, compare.restrict(first, chosen), model, real)
     for name, uri in args.external:
         if name in results:
             raise ValueError(f"--external {name}: the name is taken; choose another")
-        results[name] = compare.external_results(name, uri, widest, model)
-    scored = {name: compare.score(found, judges, real, cache, chosen) for name, found in results.items()}
-    for method, uri in (audits if judges.attributes else {}).items():
+        results[name] = compare.external_results(name, uri, first, model)
+    scored = {name: compare.score(found, judges, real, out, chosen) for name, found in results.items()}
+    for method in audits if judges.attributes else ():
         table = compare.attribute_table(results[method], judges)
-        storage.write_bytes(storage.join(uri, ATTRIBUTES_FILE), to_parquet(table))
+        storage.write_bytes(storage.join(audits[method], ATTRIBUTES_FILE), to_parquet(table))
 
+    log.info("measuring the paper's claims")
     test_images = labelled(tested, model)
-    depends = [compare.fingerprint_of(model), args.speed_pairs, dataclasses.asdict(config)]
-    # Kept on their own, so that nothing but the removal of the file times anything again.
-    timed = cache.json(
-        "timings.json",
-        key_of(*depends, methods),
-        lambda: timings.measure_times(model, config, widest.images, methods, args.speed_pairs),
-    )
-    measured = cache.json(
-        "measurements.json",
-        key_of(*depends, judges.fingerprint, args.draws, [results[name].key for name in methods]),
-        lambda: claims.measure_claims(model, judges.oracle, widest.images, scored, *test_images[:2], args.draws),
-    )
-    measured |= {name: timed[name] for name in ("speed", "steps")}
-    kinds = {name: found.kind for name, found in results.items()}
-    rows = tables.summary(scored, kinds, timed["speed"], real, model.class_names, args.draws)
+    measured = claims.measure_claims(model, judges.oracle, first.images, scored, *test_images[:2])
+    measured["steps"] = timings.time_steps(model, config, first.images)
     if not args.no_figures:
 
         def write(name: str, picture: Picture) -> None:
-            picture.write(cache.path("figures", name), args.formats)
+            for suffix in ("png", "pdf"):
+                storage.write_bytes(storage.join(out, "figures", f"{name}.{suffix}"), picture.render(suffix))
             log.info("figure %s", name)
 
-        figures.draw_tables(write, model.class_names, results, rows, args.differences)
-        flat = flat_model(args, model, cache.out)
-        measured["figure 10"] = figures.draw_searches(write, model, config, widest.images, flat, test_images)
-    storage.write_json(cache.path("measurements.json"), measured)
+        figures.draw_tables(write, model.class_names, results)
+        flat = flat_model(args, model, out)
+        measured["figure 10"] = figures.draw_searches(write, model, config, first.images, flat, test_images)
+    storage.write_json(storage.join(out, "measurements.json"), measured)
     head = tables.introduction(model, config, judges, real, measured["accuracy"])
-    tables.write_tables(cache, rows, head, timed["steps"])
-    log.info("written: %s, .csv, .parquet, measurements.json, figures/", storage.display(cache.path("comparison.md")))
+    tables.write_tables(out, tables.summary(scored, real, model), head, measured["steps"])
+    log.info("written: %s, .parquet, measurements.json, figures/", storage.display(storage.join(out, "comparison.md")))
     return 0
 
 
@@ -208,66 +186,50 @@ def find_audits(
     model: Model,
     model_uri: str,
     config: SearchConfig,
-    cache: Cache,
+    out: str,
 ) -> dict[str, str]:
     """The audit of each method: the one that was given, or one of a sample, resumed where it was cut."""
     audits = dict(args.audit)
-    for method in methods:
-        image = METHODS[method].classifier.startswith("image")
-        count = args.image_method_limit if image and args.image_method_limit is not None else args.images
-        sample = cache.path(f"sample-{count}.parquet")
-        if method not in audits:
-            compare.sample_images(tested, model.preprocessing, count, sample)
-            audits[method] = explain(method, sample, count if image else 0, model_uri, model.num_classes, config, cache)
-    return {method: audits[method] for method in methods}
-
-
-def explain(
-    method: str, sample: str, count: int, model_uri: str, num_classes: int, config: SearchConfig, cache: Cache
-) -> str:
-    """Run the audit of a method on a sample, in small shards where a ``count`` of images is given; its directory."""
-    out = cache.path("audits", method)
-    log.info("%s: %d targets for each image of %s", NAMES.get(method, method), num_classes - 1, Path(sample).name)
+    sample = storage.join(out, f"sample-{args.images}.parquet")
     fields = dataclasses.asdict(config).items()
     search = [f"--{name.replace('_', '-')}={value}" for name, value in fields if not isinstance(value, bool)]
     search += [f"--{name.replace('_', '-')}" for name, value in fields if value is True]
-    where = ["--dataset", "parquet", "--data", sample, "--split", "test"]
-    if count:
-        # Enough pairs in each that few slots idle beside the longest search, enough shards to see and keep progress.
-        enough = -(-SHARD_PAIRS // (num_classes - 1))
-        where += ["--shard-rows", str(min(enough, -(-count // 8)))]
-    run("explain_all.py", *where, "--model", model_uri, "--out", out, "--method", method, "--no-report", *search)
-    return out
+    for method in methods:
+        if method in audits:
+            continue
+        compare.sample_images(tested, model.preprocessing, args.images, sample)
+        audits[method] = storage.join(out, "audits", method)
+        log.info("%s on %s", NAMES.get(method, method), storage.name(sample))
+        where = ["--dataset", "parquet", "--data", sample, "--split", "test", "--model", model_uri]
+        if args.images and METHODS[method].classifier.startswith("image"):
+            # Enough pairs in each that few slots idle beside the longest search, enough shards to keep progress.
+            enough = -(-SHARD_PAIRS // (model.num_classes - 1))
+            where += ["--shard-rows", str(min(enough, -(-args.images // 8)))]
+        run("explain_all.py", *where, "--out", audits[method], "--method", method, "--no-report", *search)
+    return {method: audits[method] for method in methods}
 
 
 def find_judges(
-    args: argparse.Namespace, model: Model, cache: Cache, trained: data.Dataset, tested: data.Dataset
+    args: argparse.Namespace, model: Model, out: str, trained: data.Dataset, tested: data.Dataset
 ) -> tuple[evaluators.Judges, metrics.Reality]:
     """The held-out networks, trained on their half of the training images unless they are there, and real images."""
     listing = data.list_images(trained)
     log.info("reading %d training images", len(listing))
     pixels, ids, labels, truth = read(trained, listing, model)
-    uri = driver.job_path(args.judges, cache.path("judges"), "--judges")
+    uri = driver.job_path(args.judges, storage.join(out, "judges"), "--judges")
     if storage.exists(storage.join(uri, evaluators.JUDGES_JSON)):
         judges = evaluators.load_judges(uri)
     elif args.judges:
         raise ValueError(f"no judges in {storage.display(uri)}: leave --judges out, and they are trained")
     else:
         half = in_judges_half(ids)
-        judges = evaluators.build_judges(model.image_shape, model.class_names, trained.attributes)
-        labelled_test = dataclasses.replace(tested, attributes=trained.attributes)
-        images, _, kinds, answers = read(labelled_test, data.list_images(labelled_test), model)
-        known = kinds >= 0
-        for report in evaluators.train_judges(
-            judges,
-            pixels[half],
-            labels[half],
-            attributes=truth[half] if trained.attributes else None,
-            held_out=(images[known], kinds[known]),
-            held_out_attributes=answers[known] if trained.attributes else None,
-        ):
-            values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in report.items())
-            log.info("judges: %s", ", ".join(values))
+        judges = evaluators.Judges(model.image_shape, model.class_names, trained.attributes)
+        attributes = truth[half] if trained.attributes else None
+        for report in evaluators.train_judges(judges, pixels[half], labels[half], attributes=attributes):
+            log.info("judges: %s", ", ".join(f"{name} {value}" for name, value in report.items()))
+        held_out = dataclasses.replace(tested, attributes=trained.attributes)
+        images, _, kinds, answers = read(held_out, data.list_images(held_out), model)
+        evaluators.evaluate_judges(judges, images, kinds, answers)
         evaluators.save_judges(judges, uri)
     if judges.image_shape != model.image_shape or judges.class_names != model.class_names:
         raise ValueError(

@@ -33,12 +33,13 @@ def bars(number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def trained_judge(updates: int = 40) -> tuple[JudgeNet, list[float]]:
+def trained_judge(updates: int = 40, precision: str = "auto") -> tuple[JudgeNet, list[float]]:
     images, labels = bars(160)
     labels[:8] = -1
     torch.manual_seed(0)
     net = build_judge((C, H, W), K)
-    config = JudgeTraining(updates=updates, batch_size=16, shift=0.02, turn=0.05, scale=0.02)
+    augmentation = {"shift": 0.02, "turn": 0.05, "scale": 0.02}
+    config = JudgeTraining(updates=updates, batch_size=16, precision=precision, **augmentation)
     return net, [report["loss"] for report in train_judge(net, images, labels, config)]
 
 
@@ -59,6 +60,8 @@ def test_judge_learns(judge: JudgeNet) -> None:
 def test_judge_is_repeatable() -> None:
     weights = [trained_judge(3)[0].head.weight for _ in range(2)]
     assert torch.equal(*weights)
+    shorter = trained_judge(3, "bf16")[0].head.weight
+    assert shorter.dtype == torch.float32 and 0 < (shorter - weights[0]).abs().max() < 0.1
 
 
 def test_features_are_what_the_head_reads(judge: JudgeNet) -> None:

@@ -80,7 +80,7 @@ def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyC
         added = missing_columns(con.sql(f"FROM {source}").columns) if name == "counterfactuals" else []
         con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(["*", *added])} FROM {source}')
     for name, view in load_views().items():
-        if name != "agreement" or has_predictions(con):
+        if name != "prediction_agreement" or has_predictions(con):
             con.execute(view)
     return con
 

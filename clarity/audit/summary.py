@@ -24,7 +24,7 @@ WHERE error IS NOT NULL GROUP BY error ORDER BY images DESC, error LIMIT 20"""
 PREDICTIONS = """
 SELECT coalesce(sum(images) FILTER (prediction IS NOT NULL), 0)::BIGINT AS images,
        coalesce(sum(images) FILTER (prediction = source), 0)::BIGINT AS agree
-FROM agreement"""
+FROM prediction_agreement"""
 CHECKS = """
 SELECT count(*) FILTER (confirmed) AS confirmed, count(confirmed) AS pairs, coalesce(max(rungs), 0) AS most_rungs,
        round(coalesce(avg(rungs), 0), 3) AS mean_rungs

@@ -29,7 +29,7 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
         nothing = not np.nansum(facts.pairs["converged"])
         return NotChecked("no search converged" if nothing else "a single classifier has no epistemic uncertainty")
     columns = facts.con.execute(
-        "SELECT source, probs[source + 1] AS prob, epistemic FROM codes WHERE status = 'ok' AND epistemic IS NOT NULL"
+        "SELECT class, prob, epistemic FROM codes JOIN ensemble USING (image_id) WHERE epistemic IS NOT NULL"
     ).fetchnumpy()
     image_class, image_prob, epistemic = (np.asarray(columns[name]) for name in columns)
     reached = {t: target == t for t in np.unique(target).tolist()}

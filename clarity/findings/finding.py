@@ -72,6 +72,7 @@ class Facts:
         suspicion: of ``suspicious_labels``.
         trained_on_labels: the ensemble may have been trained on the labels of these images.
         verdict: on the model.
+        has_predictor: the user's own model is explained through the ensemble, so that source is its class.
         keep: attributes that the search kept, in the order of their columns.
     """
 
@@ -84,7 +85,13 @@ class Facts:
     suspicion: pa.Table
     trained_on_labels: bool
     verdict: Verdict
+    has_predictor: bool
     keep: tuple[str, ...] = ()
+
+    @property
+    def explained(self) -> str:
+        """The explained model, whose class the source of an image is."""
+        return "your model" if self.has_predictor else "the ensemble"
 
     @property
     def num_pairs(self) -> int:
@@ -140,7 +147,9 @@ def gather(
     for name in columns.keys() - {"source", "source_name", "target", "target_name"}:
         pairs[name] = np.full((len(class_names),) * 2, np.nan)
         pairs[name][columns["source"], columns["target"]] = np.ma.filled(columns[name].astype(float), np.nan)
-    ((num_images,),) = con.execute("SELECT count(DISTINCT image_id) FROM counterfactuals").fetchall()
+    ((num_images, asked),) = con.execute(
+        "SELECT count(DISTINCT image_id), count(prediction_target_prob_initial) FROM counterfactuals"
+    ).fetchall()
     return Facts(
         con=con,
         class_names=tuple(class_names),
@@ -151,6 +160,7 @@ def gather(
         suspicion=suspicious_labels(con),
         trained_on_labels=trained_on_labels,
         verdict=verdict(card or {}),
+        has_predictor=asked > 0,
         keep=tuple(keep),
     )
 

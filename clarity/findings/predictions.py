@@ -1,36 +1,46 @@
-"""Check of agreement between the explained ensemble and the predictions of the user's own model."""
+"""Checks of the user's own model: whether the ensemble may speak for it, what it confirms, where it is fooled."""
 
 from __future__ import annotations
 
-from clarity.findings.finding import Facts, Finding, NotChecked, share_text
+import numpy as np
+
+from clarity.findings.finding import Facts, Finding, NotChecked, ranked, share_text
 from clarity.report.text import listed, percent, plural
+
+#: The share of confirmed pairs that nobody else sees as the target from which it is worth a look.
+MIN_FOOLED = 0.01
 
 
 def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
-    """How often the ensemble classifies an image as the user's model does, if the audit has predictions."""
-    if "agreement" not in facts.tables:
+    """How often the ensemble predicts what the user's model does, and what the reconstruction alone changes."""
+    if "prediction_agreement" not in facts.tables:
         return NotChecked("the audit has no predictions of another model")
     rows = facts.rows(
         "SELECT prediction, sum(images), coalesce(sum(images) FILTER (prediction = source), 0) AS same "
-        "FROM agreement WHERE prediction IS NOT NULL GROUP BY 1 ORDER BY same / sum(images), 1"
+        "FROM prediction_agreement WHERE prediction IS NOT NULL GROUP BY 1 ORDER BY same / sum(images), 1"
     )
     total, same = (int(sum(row[i] for row in rows)) for i in (1, 2))
     if not total:
         return NotChecked("no image has a prediction")
     examples = facts.rows(
-        "SELECT image_id, prediction, source FROM codes WHERE status = 'ok' AND prediction <> source "
-        "ORDER BY probs[source + 1] DESC, image_id LIMIT 12"
+        "SELECT image_id, prediction, class FROM codes JOIN ensemble USING (image_id) WHERE prediction <> class "
+        "ORDER BY prob DESC, image_id LIMIT 12"
     )
     sentence = (
         f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble predicts the class that your "
         "model predicts; an explanation speaks for your model only there."
     )
+    if facts.has_predictor:
+        sentence = (
+            f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble, whose gradient leads the "
+            f"search, predicts the class that your model predicts. {reconstructing(facts)}"
+        )
     if same < total:
         worst = [f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:3] if row[2] < row[1]]
-        sentence += f" Least agreement where it predicts {listed(worst)}."
+        sentence += f" Least agreement where your model predicts {listed(worst)}."
         counts = facts.rows(
             "SELECT sum(images), sum(images) FILTER (prediction = label), sum(images) FILTER (source = label) "
-            "FROM agreement WHERE prediction <> source AND label IS NOT NULL"
+            "FROM prediction_agreement WHERE prediction <> source AND label IS NOT NULL"
         )[0]
         labelled, theirs, ours = (int(count or 0) for count in counts)
         if labelled:
@@ -42,11 +52,97 @@ def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
         Finding(
             "predictions",
             0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
-            f"The explained ensemble agrees with your model on {percent(same, total)}",
+            f"The ensemble agrees with your model on {percent(same, total)}",
             sentence,
             f"Counted; expected for similar images: {share_text(same, total)}.",
-            tuple(dict.fromkeys((source, prediction) for _, prediction, source in examples)),
-            tuple((image_id, prediction) for image_id, prediction, _ in examples),
+            tuple(dict.fromkeys((seen, prediction) for _, prediction, seen in examples)),
+            tuple((image_id, seen if facts.has_predictor else prediction) for image_id, prediction, seen in examples),
             {"agreement": same / total, "images": total},
+        )
+    ]
+
+
+def reconstructing(facts: Facts) -> str:
+    """On how many images the reconstruction alone makes the user's model see a target, in a sentence."""
+    ((images, flipped),) = facts.rows(
+        "SELECT count(*), count(*) FILTER (flipped) FROM (SELECT max(prediction_target_prob_reconstruction) > 0.5 AS "
+        "flipped FROM counterfactuals GROUP BY image_id) WHERE flipped IS NOT NULL"
+    )
+    return (
+        f"The reconstruction alone changes your model's answer to a target on {flipped:,} of {plural(images, 'image')} "
+        f"({percent(flipped, images)}): there a flip proves nothing."
+    )
+
+
+def check_confirmed(facts: Facts) -> list[Finding] | NotChecked:
+    """The share of pairs that passed every check, by class pair, and images that cannot be flipped."""
+    ((checked, confirmed),) = facts.rows("SELECT count(confirmed), count(*) FILTER (confirmed) FROM counterfactuals")
+    if not checked:
+        return NotChecked("no check of the written pictures was asked for")
+    if confirmed == checked:
+        return []
+    share = facts.pairs["confirmed_share"]
+    worst = ranked(np.where(share < 1, -share, np.nan))[:6]
+    parts = [f"{facts.arrow(pair)} ({percent(share[pair])} confirmed)" for pair in worst[:3]]
+    stubborn = facts.rows(
+        "SELECT image_id FROM counterfactuals WHERE confirmed IS NOT NULL GROUP BY 1 HAVING NOT bool_or(confirmed) "
+        "ORDER BY 1"
+    )
+    examples = facts.rows(
+        "SELECT image_id, target FROM counterfactuals WHERE NOT confirmed "
+        "ORDER BY coalesce(prediction_target_prob_final, reencoded_target_prob), image_id, target LIMIT 6"
+    )
+    who = "your model does not see the target in" if facts.has_predictor else "the checks fail on"
+    failed = checked - confirmed
+    return [
+        Finding(
+            "confirmed",
+            min(0.95, 0.35 + 0.6 * min(1.0, failed / checked / 0.1) ** 0.5),
+            f"{percent(confirmed, checked)} of the pairs are confirmed",
+            f"After at most three further searches {who} {failed:,} of {plural(checked, 'picture')} "
+            f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. "
+            f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
+            f"Counted; expected for similar images: {facts.share_of_pairs(confirmed)} confirmed.",
+            tuple(worst),
+            tuple((image_id, target) for image_id, target in examples),
+            {"confirmed": confirmed, "pairs": checked, "stubborn": len(stubborn)},
+        )
+    ]
+
+
+def check_fooled(facts: Facts) -> list[Finding] | NotChecked:
+    """Pairs that the user's model confirms, and in which neither the ensemble nor the judge sees the target."""
+    if not facts.has_predictor:
+        return NotChecked("no predictor was asked about the pictures")
+    alone = "confirmed AND (reencoded_class <> target OR coalesce(judge_class <> target, false))"
+    ((confirmed, fooled, judged),) = facts.rows(
+        f"SELECT count(*) FILTER (confirmed), count(*) FILTER ({alone}), count(judge_class) FROM counterfactuals"
+    )
+    if not confirmed:
+        return NotChecked("no pair is confirmed")
+    if fooled < MIN_FOOLED * confirmed:
+        return []
+    cells = facts.rows(
+        f"SELECT source, target, count(*) FILTER ({alone}) AS fooled, count(*) FILTER (confirmed) FROM counterfactuals "
+        "GROUP BY ALL HAVING fooled > 0 ORDER BY fooled DESC, source, target LIMIT 6"
+    )
+    examples = facts.rows(
+        f"SELECT image_id, target FROM counterfactuals WHERE {alone} "
+        "ORDER BY prediction_target_prob_final DESC, image_id, target LIMIT 6"
+    )
+    parts = [f"{facts.arrow((s, t))} ({percent(count, whole)})" for s, t, count, whole in cells[:3]]
+    witnesses = "the ensemble or the held-out judge" if judged else "the ensemble"
+    return [
+        Finding(
+            "fooled",
+            min(0.95, 0.4 + 0.5 * min(1.0, fooled / confirmed / 0.2)),
+            f"Your model is easily fooled on {percent(fooled, confirmed)} of the confirmed pictures",
+            f"In {fooled:,} of {plural(confirmed, 'confirmed picture')} ({percent(fooled, confirmed)}) your model sees "
+            f"the target and {witnesses} does not; most often {listed(parts)}.",
+            f"Counted; expected for similar images: {facts.share_of_pairs(fooled)} of all pairs. Either may be wrong: "
+            "look at the pictures.",
+            tuple((s, t) for s, t, _, _ in cells),
+            tuple((image_id, target) for image_id, target in examples),
+            {"fooled": fooled, "confirmed": confirmed},
         )
     ]

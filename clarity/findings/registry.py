@@ -11,7 +11,7 @@ from clarity.findings.epistemic import check_epistemic
 from clarity.findings.finding import Facts, Finding, NotChecked
 from clarity.findings.kept import check_kept
 from clarity.findings.labels import check_labels
-from clarity.findings.predictions import check_predictions
+from clarity.findings.predictions import check_confirmed, check_fooled, check_predictions
 from clarity.findings.searches import check_reencoding, check_unconverged, check_unread
 from clarity.findings.shortcuts import check_shortcuts
 from clarity.report.text import percent
@@ -37,7 +37,13 @@ CHECKS: dict[str, Check] = {
         "No region and no tint is shared by all counterfactuals towards a class.",
     ),
     "labels": Check("wrong labels", check_labels, "No label is contradicted by the ensemble and the nearest images."),
-    "predictions": Check("agreement with your model's predictions", check_predictions, ""),
+    "predictions": Check("agreement of the ensemble with your model's predictions", check_predictions, ""),
+    "confirmed": Check("pairs that fail a check of the written picture", check_confirmed, "Every pair is confirmed."),
+    "fooled": Check(
+        "pictures in which your model alone sees the target",
+        check_fooled,
+        "Where your model sees the target, so do the ensemble and the held-out judge, in more than 99 % of the pairs.",
+    ),
     "epistemic": Check(
         "targets whose explanations leave the training data",
         check_epistemic,

@@ -31,17 +31,17 @@ def suspicious_labels(con: duckdb.DuckDBPyConnection) -> pa.Table:
     The ensemble should not have been trained on these labels: explain held-out images, or by folds.
 
     Returns:
-        image_id, label, source, suspicion in [0, 1], label_prob and source_prob, neighbours (share of the vote for the
-        label, null where it was not scored), distance and steps of the counterfactual towards the label (null where
-        the ensemble predicts the label, or the search failed).
+        image_id, label, source (the ensemble's class), suspicion in [0, 1], label_prob and source_prob, neighbours
+        (share of the vote for the label, null where it was not scored), distance and steps of the counterfactual
+        towards the label (null where there is none, or the search failed).
     """
     table = con.sql(
         """
-        SELECT image_id, label, source, probs, z, distance_z_l1 AS distance, steps
-        FROM codes LEFT JOIN (
+        SELECT image_id, label, class AS source, probs, z, distance_z_l1 AS distance, steps
+        FROM codes JOIN ensemble USING (image_id) LEFT JOIN (
             SELECT image_id, target AS label, distance_z_l1, steps FROM counterfactuals WHERE converged
         ) USING (image_id, label)
-        WHERE status = 'ok' AND label IS NOT NULL ORDER BY image_id
+        WHERE label IS NOT NULL ORDER BY image_id
         """
     ).to_arrow_table()
     label, source = table["label"].to_numpy(), table["source"].to_numpy()

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clarity.findings.statistics import share_interval
-from clarity.report.text import interval, listed, percent, plural, probability
+from clarity.report.text import interval, listed, number, percent, plural, probability
 
 #: "With care" if the balanced accuracy is this far behind the baseline's.
 MAX_BEHIND = 0.05
 #: "With care" if the squared error of reconstructions is more than this share of the mean image's.
 MAX_ERROR = 0.5
+#: "With care" if the ensemble agrees with the predictor on fewer codes, or the predictor with itself on fewer
+#: reconstructions; no-go if the latter fall below MIN_RECONSTRUCTED.
+MIN_FIDELITY, MIN_RECONSTRUCTED = 0.9, 0.5
 #: A target is out of reach if nine tenths of its real held-out images get less than this probability.
 MIN_REACHED = 0.9
 BEHIND = (
@@ -44,34 +47,54 @@ class Verdict:
 def verdict(card: Mapping[str, Any]) -> Verdict:
     """Judges a model by its held-out figures.
 
-    No-go: the lower bound of the balanced accuracy is not above 1 / K, that of always naming the most frequent class.
+    No-go: the lower bound of the balanced accuracy is not above 1 / K, that of always naming the most frequent class;
+    a predictor that sees fewer than MIN_RECONSTRUCTED of the reconstructions as it sees the images.
     With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind
     logistic regression on principal components; reconstructions with more than MAX_ERROR of the mean image's error;
-    a target out of reach. Sound otherwise.
+    a target out of reach; an agreement with the predictor below MIN_FIDELITY. Sound otherwise.
 
     Args:
-        card: model.json, with ``evaluation`` and ``target_probs`` as ``training.evaluate.evaluation`` writes them.
+        card: model.json, with ``evaluation`` and ``target_probs`` as ``training.evaluate.evaluation`` writes them, and
+            ``predictor`` as ``training.distil.fidelity`` does where the ensemble learned from one.
     """
-    evaluation = card.get("evaluation") or {}
+    evaluation, told = card.get("evaluation") or {}, card.get("predictor") or {}
     per_class = {name: part for name, part in (evaluation.get("per_class") or {}).items() if part["images"]}
-    if not per_class:
-        why = "its images have no labels" if card.get("predictor") else "its card has no held-out figures"
-        return Verdict("not checked", f"The model was not checked, because {why}.")
-    chance = 1 / len(evaluation["per_class"])
-    balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
-    low, high = balanced_interval(per_class)
-    classes, guessed, unreachable = class_rows(card, per_class, chance)
-    no_go, care = [], []
-    if low <= chance:
-        no_go.append(
-            f"its balanced accuracy, {percent(balanced)} ({interval(low, high)}), is not above the "
-            f"{percent(chance)} of always naming one class"
-        )
-    elif guessed:
-        care.append(
-            f"no-go for {plural(len(guessed), 'class', 'classes')} recognised no better than by guessing: "
-            f"{listed(guessed)}"
-        )
+    if not per_class and "codes" not in told:
+        return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
+    no_go, care = fidelity_reasons(told) if "codes" in told else ([], [])
+    figures = fidelity_rows(told) if "codes" in told else []
+    classes: list[tuple[str, str, str, str, str]] = []
+    if per_class:
+        chance = 1 / len(evaluation["per_class"])
+        balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
+        low, high = balanced_interval(per_class)
+        classes, guessed, unreachable = class_rows(card, per_class, chance)
+        figures = [*figure_rows(card, balanced, low, high), *figures]
+        if low <= chance:
+            no_go.append(
+                f"its balanced accuracy, {percent(balanced)} ({interval(low, high)}), is not above the "
+                f"{percent(chance)} of always naming one class"
+            )
+        elif guessed:
+            care.append(
+                f"no-go for {plural(len(guessed), 'class', 'classes')} recognised no better than by guessing: "
+                f"{listed(guessed)}"
+            )
+        care += evaluation_reasons(evaluation, balanced, unreachable)
+    level = "no-go" if no_go else "with care" if care else "sound"
+    reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
+    opening = {
+        "no-go": "No-go: this model is not good enough for an audit",
+        "with care": "With care: read this audit with reservations",
+        "sound": "Sound: the held-out figures show no reason against an audit of this model",
+    }[level]
+    sentence = f"{opening}{', because ' + (no_go + care)[0] if reasons else ''}."
+    return Verdict(level, sentence, tuple(reasons), tuple(figures), tuple(classes))
+
+
+def evaluation_reasons(evaluation: Mapping[str, Any], balanced: float, unreachable: list[str]) -> list[str]:
+    """Why a model is to be taken with care, by its baseline, its reconstructions and its targets."""
+    care = []
     baseline, reconstruction = evaluation.get("baseline"), evaluation.get("reconstruction")
     if baseline and baseline["balanced_accuracy"] - balanced > MAX_BEHIND:
         behind = 100 * (baseline["balanced_accuracy"] - balanced)
@@ -84,15 +107,32 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
             f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine tenths "
             f"of the real images get less than {MIN_REACHED:g}, and explanations exceed them"
         )
-    level = "no-go" if no_go else "with care" if care else "sound"
-    reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
-    opening = {
-        "no-go": "No-go: this model is not good enough for an audit",
-        "with care": "With care: read this audit with reservations",
-        "sound": "Sound: the held-out figures show no reason against an audit of this model",
-    }[level]
-    sentence = f"{opening}{', because ' + (no_go + care)[0] if reasons else ''}."
-    return Verdict(level, sentence, tuple(reasons), tuple(figure_rows(card, balanced, low, high)), tuple(classes))
+    return care
+
+
+def fidelity_reasons(told: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Why a model cannot, or can only with care, speak for the predictor: no-go, and with care."""
+    same, agree = told["reconstructing"]["agreement"], told["codes"]["agreement"]
+    lost = f"your model sees only {percent(same)} of the reconstructions as it sees the images"
+    unlike = f"the ensemble predicts what your model does on only {percent(agree)} of the images"
+    return [lost] * (same < MIN_RECONSTRUCTED), (
+        [lost] * (MIN_RECONSTRUCTED <= same < MIN_FIDELITY) + [unlike] * (agree < MIN_FIDELITY)
+    )
+
+
+def fidelity_rows(told: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """How far the ensemble may speak for the predictor."""
+    codes, perturbed = told["codes"], told["perturbed"]
+    flipped = 1 - told["reconstructing"]["agreement"]
+    return [
+        (
+            "Agreement with your model",
+            percent(codes["agreement"]),
+            f"{plural(told['images'], 'image')}, KL {number(codes['kl'])} nats; on perturbed codes "
+            f"{percent(perturbed['agreement'])}",
+        ),
+        ("Changed by the reconstruction", percent(flipped), "your model's own answer"),
+    ]
 
 
 def balanced_interval(per_class: Mapping[str, Mapping[str, int]], level: float = 0.95) -> tuple[float, float]:

@@ -20,8 +20,7 @@ from clarity.explainer import quantise
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
 from clarity.paper import metrics
-from clarity.paper.compare import Images, parts
-from clarity.paper.timings import first_pairs
+from clarity.paper.compare import Images, first_pairs, parts
 from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
@@ -34,7 +33,6 @@ def measure_claims(
     tables: Mapping[str, pa.Table],
     x: np.ndarray,
     label: np.ndarray,
-    draws: int,
 ) -> dict[str, Any]:
     """Accuracies, parameters, curves, gradients, uncertainty far from the data, and methods pair by pair.
 
@@ -45,7 +43,6 @@ def measure_claims(
         tables: scored results by name.
         x: (N, C, H, W) uint8, all test images.
         label: (N,), -1 where unknown.
-        draws: of the bootstrap.
     """
     return {
         "accuracy": accuracies(model, oracle, x, label),
@@ -53,9 +50,9 @@ def measure_claims(
         "curves": curve_measures(model, images),
         "gradients": gradient_measures(model, images),
         "far from the data": far_measures(model, images),
-        "REVISE-E minus REVISE": paired_difference(tables, "revise_e", "revise", draws),
-        "REVISE-E (latent) minus REVISE-E": paired_difference(tables, "revise_e_latent", "revise_e", draws),
-        "Clarity minus Latent": paired_difference(tables, "clarity", "latent", draws),
+        "REVISE-E minus REVISE": paired_difference(tables, "revise_e", "revise"),
+        "REVISE-E (latent) minus REVISE-E": paired_difference(tables, "revise_e_latent", "revise_e"),
+        "Clarity minus Latent": paired_difference(tables, "clarity", "latent"),
     }
 
 
@@ -160,7 +157,7 @@ def far_measures(model: Model, images: Images, draws: int = 200) -> list[dict[st
     return out
 
 
-def paired_difference(tables: Mapping[str, pa.Table], better: str, than: str, draws: int) -> dict[str, Any] | None:
+def paired_difference(tables: Mapping[str, pa.Table], better: str, than: str) -> dict[str, Any] | None:
     """Difference of two methods on the pairs that both answered, for a few metrics, with intervals."""
     if better not in tables or than not in tables:
         return None
@@ -169,9 +166,12 @@ def paired_difference(tables: Mapping[str, pa.Table], better: str, than: str, dr
     both = first.merge(second, on=["image_id", "target"], suffixes=("", "_than"))
     if both.empty:
         return None
-    difference = both[names].to_numpy(float) - both[[f"{name}_than" for name in names]].to_numpy(float)
-    mean, low, high = metrics.bootstrap_interval(difference, both["image_id"].to_numpy(), draws=draws)
-    return {"pairs": len(both), **{name: [mean[q], low[q], high[q]] for q, name in enumerate(names)}}
+    groups = both["image_id"].to_numpy()
+    differences = {name: both[name].to_numpy(float) - both[f"{name}_than"].to_numpy(float) for name in names}
+    return {
+        "pairs": len(both),
+        **{name: metrics.clustered_mean(values, groups) for name, values in differences.items()},
+    }
 
 
 def along_segment(start: Tensor, end: Tensor, points: int = 201) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from clarity import data, judges, schema, storage
@@ -30,7 +29,7 @@ from clarity.images import Preprocessing, decode_png, encode_png
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
 from clarity.paper import metrics
-from clarity.paper.cache import Cache, key_of
+from clarity.paper.cache import cached, key_of
 from clarity.paper.evaluators import Judges
 from clarity.rows import decode_rows, encode_rows, logits_rows, predict
 
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 
 #: Part of what scored rows depend on: raise it when a metric changes.
 VERSION = 1
-#: Images for which controls answer and COUT, the slowest metric, is taken: at most so many.
+#: Images for which controls answer and COUT, the slowest metric, is taken, at most.
 CHOSEN_IMAGES = 1000
 CONTROLS = {
     "original": "the image itself",
@@ -142,6 +141,13 @@ def pairs_of(model: Model, images: Images, of: np.ndarray, target: np.ndarray) -
     return Pairs(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
+def first_pairs(images: Images, count: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``count`` pairs, image by image and all its targets."""
+    pairs = [(b, k) for b in range(len(images.ids)) for k in range(num_classes) if k != images.source[b]][:count]
+    of, target = np.array(pairs).T
+    return of, target
+
+
 def results_of_audit(model: Model, method: str, uri: str) -> Results:
     """What an audit holds, with the class that the method's own classifier sees in each result.
 
@@ -209,12 +215,10 @@ def members_of(model: Model, method: str) -> int:
     return ensemble.config.num_members
 
 
-def choose_images(results: Sequence[Results]) -> set[str]:
-    """Ids of CHOSEN_IMAGES images, drawn from their ids: of those that all results answer for, then of others."""
-    ids = [{found.images.ids[b] for b in np.unique(found.of)} for found in results]
-    common = set.intersection(*ids)
-    order = sorted(set.union(*ids), key=lambda name: (name not in common, hashlib.sha256(name.encode()).digest()))
-    return set(order[:CHOSEN_IMAGES])
+def common_images(results: Sequence[Results], most: int | None = None) -> set[str]:
+    """Ids of the images that all results answer for; of more than ``most`` of them some, drawn from their ids."""
+    ids = set.intersection(*({found.images.ids[b] for b in np.unique(found.of)} for found in results))
+    return set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:most])
 
 
 def restrict(results: Results, ids: set[str]) -> Results:
@@ -251,45 +255,32 @@ def control_results(name: str, like: Results, model: Model, real: metrics.Realit
 
 
 def external_results(name: str, uri: str, like: Results, model: Model) -> Results:
-    """Counterfactual images made elsewhere: an npz or a Parquet file with image_id, target and image.
+    """Counterfactual images made elsewhere: an npz file with image_id, target and image.
 
-    image: uint8 or floats in [0, 1], (C, H, W) or (H, W); in Parquet a list, or the bytes of an image file. target: a
-    class name, or its index. Rows whose image is not compared here, or is of the target already, are left out and
-    counted.
+    image: (N, C, H, W) or (N, H, W), uint8 or floats in [0, 1]. target: class names. Rows whose image is not compared
+    here, or is of the target already, are left out and counted.
 
     Raises:
-        ValueError: columns are missing, a target is unknown, or no row is left.
+        ValueError: entries are missing, a target is unknown, or no row is left.
     """
     raw = storage.read_bytes(uri)
-    if storage.name(uri).endswith(".npz"):
-        arrays = np.load(io.BytesIO(raw), allow_pickle=False)
-        content: dict[str, Any] = {column: arrays[column] for column in arrays.files}
-    else:
-        content = pq.read_table(pa.BufferReader(raw)).to_pydict()
-    if missing := sorted({"image_id", "target", "image"} - set(content)):
+    content = np.load(io.BytesIO(raw), allow_pickle=False)
+    if missing := sorted({"image_id", "target", "image"} - set(content.files)):
         raise ValueError(f"{storage.display(uri)} needs image_id, target and image, missing: {', '.join(missing)}")
-    classes = {class_name: k for k, class_name in enumerate(model.class_names)}
-    of, target, pictures = [], [], []
-    for image_id, wanted, image in zip(content["image_id"], content["target"], content["image"]):
-        index, k = like.images.row.get(str(image_id)), classes.get(str(wanted))
-        if k is None and isinstance(wanted, int | np.integer) and 0 <= wanted < len(classes):
-            k = int(wanted)
-        if k is None:
-            raise ValueError(f"{storage.display(uri)}: unknown target {wanted!r}; classes are {', '.join(classes)}")
-        if index is None or k == like.images.source[index]:
-            continue
-        picture = image if isinstance(image, bytes) else np.asarray(image).reshape(model.image_shape)
-        of.append(index)
-        target.append(k)
-        pictures.append(model.preprocessing.apply(picture))
-    left_out = len(content["image_id"]) - len(of)
-    log.info("%s: %d images, %d left out as their image is not compared or is of the target", name, len(of), left_out)
-    if not of:
+    names = list(model.class_names)
+    if unknown := sorted({str(wanted) for wanted in content["target"]} - set(names)):
+        raise ValueError(f"{storage.display(uri)}: unknown target {unknown[0]!r}; classes are {', '.join(names)}")
+    of = np.array([like.images.row.get(str(image_id), -1) for image_id in content["image_id"]])
+    target = np.array([names.index(str(wanted)) for wanted in content["target"]], dtype=np.int64)
+    kept = np.flatnonzero((of >= 0) & (like.images.source[of] != target))
+    log.info("%s: %d images, %d left out: not compared, or of the target already", name, len(kept), len(of) - len(kept))
+    if not len(kept):
         raise ValueError(f"{storage.display(uri)} holds no counterfactual of an image that is compared here")
-    indices, targets, x_cf = np.array(of), np.array(target, dtype=np.int64), np.stack(pictures)
-    columns = reencoded(model, like.images, indices, targets, x_cf)
+    pictures = content["image"][kept].reshape(-1, *model.image_shape)
+    x_cf = np.stack([model.preprocessing.apply(picture) for picture in pictures])
+    columns = reencoded(model, like.images, of[kept], target[kept], x_cf)
     key = key_of(fingerprint_of(model), hashlib.sha256(raw).hexdigest())
-    return Results(name, "external", like.images, indices, targets, x_cf, columns, key)
+    return Results(name, "external", like.images, of[kept], target[kept], x_cf, columns, key)
 
 
 def reencoded(
@@ -304,16 +295,14 @@ def reencoded(
     return {"reencoded_agreement": agreement, "l1_z": moved}
 
 
-def score(
-    results: Results, jury: Judges, real: metrics.Reality, cache: Cache, chosen: set[str] | None = None
-) -> pa.Table:
-    """One row for each pair with every metric; kept in pieces under ``judged/``.
+def score(results: Results, jury: Judges, real: metrics.Reality, out: str, chosen: set[str]) -> pa.Table:
+    """One row for each pair with every metric; kept in pieces under ``judged/`` in ``out``.
 
-    COUT is null for images whose id is not ``chosen``; None chooses all.
+    COUT is null for images whose id is not ``chosen``.
     """
     images, names = results.images, np.array(results.images.ids)[results.of]
     source = images.source[results.of]
-    swapped = np.ones(len(names), bool) if chosen is None else np.isin(names, list(chosen))
+    swapped = np.isin(names, list(chosen))
     depends = [VERSION, results.name, results.key, jury.fingerprint, real.key]
     pieces = []
     for number, part in enumerate(parts(len(names))):
@@ -343,7 +332,8 @@ def score(
             return pa.table(columns)
 
         key = key_of(*depends, names[part].tolist(), np.flatnonzero(~swapped[part]).tolist())
-        pieces.append(cache.table(f"judged/{results.name.replace(' ', '_')}/{number:05d}.parquet", key, rows))
+        directory = storage.join(out, "judged", results.name.replace(" ", "_"))
+        pieces.append(cached(storage.join(directory, f"{number:05d}.parquet"), key, rows))
     return pa.concat_tables(pieces)
 
 
@@ -376,11 +366,6 @@ def attribute_table(results: Results, jury: Judges) -> pa.Table:
             **{name: pa.array(found.astype(np.float32).ravel()) for name, found in probs.items()},
         }
     )
-
-
-def common_images(tables: Mapping[str, pa.Table]) -> set[str]:
-    """Ids of the images that all of these tables answer for."""
-    return set.intersection(*(set(table["image_id"].to_pylist()) for table in tables.values()))
 
 
 def parts(count: int, size: int = 4096) -> list[slice]:

@@ -49,32 +49,13 @@ EXAMPLES = (("5", "1"), ("6", "3"))
 SEGMENTS = (("3", "8"), ("5", "1"))
 
 
-def draw_tables(
-    write: Write, class_names: Sequence[str], results: Mapping[str, Results], rows: list[dict], differences: bool
-) -> None:
-    """The grids of Tables 1 and 2 and of the examples, a class-pair map for each method, and the scores."""
+def draw_tables(write: Write, class_names: Sequence[str], results: Mapping[str, Results]) -> None:
+    """The grids of Tables 1 and 2 and of the examples."""
     known = named_pairs((*TABLE_1, *TABLE_2), class_names, 6)
-    draw_grid(write, "table1", class_names, results, known, GRID_1, vae=False, differences=differences)
-    draw_grid(write, "table2", class_names, results, known, GRID_2, vae=True, differences=differences)
+    draw_grid(write, "table1", class_names, results, known, GRID_1)
+    draw_grid(write, "table2", class_names, results, known, GRID_2, vae=True)
     shown = [pair for pair in EXAMPLES if set(pair) <= set(class_names)] or known[:2]
-    draw_grid(write, "examples", class_names, results, shown, GRID_EXAMPLES, vae=False, differences=True)
-    common = [row for row in rows if row["images"] == "common"]
-    for method in (name for name in results if name in METHODS):
-        values = np.full((len(class_names), len(class_names)), np.nan)
-        for row in common:
-            if row["method"] == method and row["source"] is not None:
-                values[row["source"], row["target"]] = row["oracle_agreement"]
-        title = f"{NAMES.get(method, method)}: the oracle sees the target"
-        drawn = plots.class_pair_map(
-            values, class_names, title=title, label="share of pairs", percent=True, bounds=(0.0, 1.0)
-        )
-        write(f"pairs_{method}", drawn)
-    overall = sorted((row for row in common if row["source"] is None), key=lambda row: -row["oracle_agreement"])
-    shares = {
-        NAMES.get(row["method"], row["method"]): tuple(row[f"oracle_agreement{end}"] for end in ("", "_low", "_high"))
-        for row in overall
-    }
-    write("oracle_agreement", panels.score_bars(shares, label="share on which the oracle sees the target"))
+    draw_grid(write, "examples", class_names, results, shown, GRID_EXAMPLES, differences=True)
 
 
 def draw_grid(
@@ -85,8 +66,8 @@ def draw_grid(
     pairs: Iterable[tuple[str, str]],
     methods: Sequence[str],
     *,
-    vae: bool,
-    differences: bool,
+    vae: bool = False,
+    differences: bool = False,
 ) -> None:
     """A row for each class pair that has an image: the original, its reconstruction where asked for, the results."""
     methods = [method for method in methods if method in results]
@@ -95,7 +76,7 @@ def draw_grid(
         columns = ["original", *(["VAE"] if vae else []), *(NAMES[method] for method in methods)]
         labels = [f"{source} → {target}" for (source, target), _ in found]
         pictures, notes = [images for _, (images, _) in found], [notes for _, (_, notes) in found]
-        write(file, plots.image_grid(pictures, columns, labels, notes=notes, differences=differences))
+        write(file, panels.image_grid(pictures, columns, labels, notes, differences=differences))
 
 
 def grid_row(
@@ -195,7 +176,7 @@ def draw_curves(write: Write, model: Model, images: Images, segments: Sequence[t
 
 
 def draw_traces(write: Write, model: Model, config: SearchConfig, images: Images, pair: tuple[str, str]) -> None:
-    """Figure 8, and the same Clarity search as a strip of images."""
+    """Figure 8."""
     source, target = (list(model.class_names).index(name) for name in pair)
     pairs = pairs_of(model, images, np.array([first_of(images, source)]), np.array([target]))
     shown = {}
@@ -207,10 +188,6 @@ def draw_traces(write: Write, model: Model, config: SearchConfig, images: Images
         )
     drawn = plots.search_traces(shown, source=pair[0], target=pair[1], min_target_prob=config.min_target_prob)
     write("figure8", drawn)
-    moments = np.unique(np.linspace(0, len(steps["point"]) - 1, 9).round().astype(int))
-    strip = decode_rows(model.vae, torch.from_numpy(steps["point"][moments])).numpy()
-    probs = steps["target_prob"][moments].tolist()
-    write("path", plots.path_strip(list(strip), moments.tolist(), probs, target=pair[1]))
 
 
 def draw_latent_map(
@@ -267,12 +244,7 @@ def draw_latent_map(
         }
     points = [images.z[label == k] for k in (source, target)]
     write("figure10", panels.latent_paths(drawn, extent, points[0], points[1], source=pair[0], target=pair[1]))
-    far = torch.cdist(grid, torch.from_numpy(images.z)).min(dim=1).values.numpy() > images.z.std()
-    return {
-        "far": "more than one standard deviation of the codes from the nearest of them",
-        **{name: near_and_far(values, far) for name, values in logits.items()},
-        "paths": ends,
-    }
+    return ends
 
 
 def grid_logits(flat: Model, grid: Tensor) -> dict[str, Tensor]:
@@ -280,15 +252,3 @@ def grid_logits(flat: Model, grid: Tensor) -> dict[str, Tensor]:
     assert flat.image_ensemble is not None
     decoded = [logits_rows(flat.image_ensemble, decode_rows(flat.vae, grid[part])) for part in parts(len(grid), 512)]
     return {"latent ensemble": logits_rows(flat.ensemble, grid), "image ensemble": torch.cat(decoded, dim=1)}
-
-
-def near_and_far(logits: Tensor, far: np.ndarray) -> dict[str, float]:
-    """Mean epistemic uncertainty and certainty near the data and far from it."""
-    epistemic = decompose(logits).epistemic.numpy()
-    certainty = torch.softmax(logits, -1).mean(0).max(-1).values.numpy()
-    return {
-        "epistemic_near": float(epistemic[~far].mean()),
-        "epistemic_far": float(epistemic[far].mean()),
-        "certainty_near": float(certainty[~far].mean()),
-        "certainty_far": float(certainty[far].mean()),
-    }

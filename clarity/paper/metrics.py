@@ -25,7 +25,7 @@ FRECHET_MINIMUM = 500
 #: Pieces in which COUT swaps the pixels.
 COUT_STEPS = 20
 
-#: What each metric of a summary says; all but the last three are means over (image, target) pairs.
+#: What each metric of a summary says; all but the last are means over (image, target) pairs.
 METRICS_DOC = {
     "strict_validity": "share of requested pairs whose mean target probability exceeds min_target_prob at the end",
     "argmax_validity": "share of pairs whose own classifier (mean over its members) sees the target in the result",
@@ -51,8 +51,6 @@ METRICS_DOC = {
     "steps": "updates applied",
     "gradient_evaluations": "gradients of one classifier: steps times members",
     "frechet_distance": f"between oracle features of results and of other real images; null under {FRECHET_MINIMUM}",
-    "counterfactuals_per_second": "pairs searched per second, in one process with equal batches, converged or not",
-    "milliseconds_per_step": "time of one update of one pair within such a batch",
 }
 
 #: Columns of attributes that changed sides are named with this before the attribute.
@@ -141,17 +139,6 @@ def jensen_shannon(p: Array, q: Array) -> Array:
     return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)
 
 
-def label_variation(probs_x: Array, probs_cf: Array, others: Array | None = None) -> Array:
-    """Mean Jensen-Shannon divergence (B,) in nats over attributes (B, A), only those where ``others`` (A,) is true."""
-    divergence = jensen_shannon(probs_x, probs_cf)
-    return divergence.mean(axis=1) if others is None else divergence[:, others].mean(axis=1)
-
-
-def attribute_flips(probs_x: Array, probs_cf: Array) -> Array:
-    """Which attributes (B, A) bool changed sides of one half between x and x_cf."""
-    return (probs_x > 0.5) != (probs_cf > 0.5)
-
-
 def frechet_distance(a: Array, b: Array, minimum: int = FRECHET_MINIMUM) -> float | None:
     """Squared Frechet distance of the Gaussians with the moments of features a (N, F) and b (N', F).
 
@@ -170,37 +157,15 @@ def frechet_distance(a: Array, b: Array, minimum: int = FRECHET_MINIMUM) -> floa
     return float(max(distance, 0.0))
 
 
-def bootstrap_interval(
-    values: Array, groups: Array, *, draws: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[Array, Array, Array]:
-    """Mean (Q,) of ``values`` (N, Q) without its NaNs, and the ends of a percentile interval over resampled groups.
+def clustered_mean(values: Array, groups: Array) -> tuple[float, float, float]:
+    """Mean of ``values`` (N,) without NaNs and its 95 % interval, by the variance between groups (images).
 
-    Whole groups (images), not rows, are drawn with replacement: the pairs of one image are not independent. The same
-    seed draws the same images, so that intervals of two methods over the same images are comparable. NaN where no
+    The pairs of one image are not independent, so the variance is that of the groups' sums of deviations. NaN where no
     value is.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or len(values) != len(groups):
-        raise ValueError(f"values (N, Q) with one group a row are expected, got {values.shape}, {len(groups)} groups")
-    _, index = np.unique(groups, return_inverse=True)
-    number = int(index.max()) + 1 if len(index) else 0
-    present = ~np.isnan(values)
-    sums, counts = np.zeros((number, values.shape[1])), np.zeros((number, values.shape[1]))
-    np.add.at(sums, index, np.where(present, values, 0))
-    np.add.at(counts, index, present)
-    generator = np.random.default_rng(seed)
-    means = []
-    for start in range(0, draws, 100):
-        picks = generator.integers(0, number, (min(100, draws - start), number)) if number else np.zeros((1, 0), int)
-        weights = np.stack([np.bincount(row, minlength=number) for row in picks]).astype(np.float64)
-        means.append(ratio(weights @ sums, weights @ counts))
-    drawn, tail = np.concatenate(means), (1 - level) / 2
-    mean = ratio(sums.sum(0), counts.sum(0))
-    low, high = np.full(len(mean), np.nan), np.full(len(mean), np.nan)
-    known = ~np.isnan(mean)
-    if known.any():
-        low[known], high[known] = np.nanquantile(drawn[:, known], [tail, 1 - tail], axis=0)
-    return mean, low, high
+    mean, variance, _, _ = by_group(values, groups)
+    margin = 1.96 * math.sqrt(variance)
+    return mean, mean - margin, mean + margin
 
 
 def clustered_share(values: Array, groups: Array) -> tuple[float, float, float]:
@@ -209,21 +174,22 @@ def clustered_share(values: Array, groups: Array) -> tuple[float, float, float]:
     That is N divided by the design effect of the groups (images), whose rows are not independent; the number of groups
     where nothing varies. NaN where no value is.
     """
-    known = ~np.isnan(values)
-    values, index = values[known], np.unique(np.asarray(groups)[known], return_inverse=True)[1]
-    if not len(values):
-        return math.nan, math.nan, math.nan
-    count, number = len(values), int(index.max()) + 1
-    share = float(values.mean())
-    sums = np.bincount(index, weights=values - share)
-    variance = (sums**2).sum() / count**2 * number / max(number - 1, 1)
+    share, variance, count, number = by_group(values, groups)
+    if not count:
+        return share, share, share
     effective = min(share * (1 - share) / variance, count) if variance > 0 else number
     return share, *share_interval(share * effective, effective)
 
 
-def ratio(sums: Array, counts: Array) -> Array:
-    """Means, NaN where nothing was counted."""
-    return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.nan)
+def by_group(values: Array, groups: Array) -> tuple[float, float, int, int]:
+    """Mean of the values that are no NaN, its variance between groups, and the numbers of values and of groups."""
+    known = ~np.isnan(values)
+    values, index = values[known], np.unique(np.asarray(groups)[known], return_inverse=True)[1]
+    if not len(values):
+        return math.nan, math.nan, 0, 0
+    number, mean = int(index.max()) + 1, float(values.mean())
+    sums = np.bincount(index, weights=values - mean)
+    return mean, float((sums**2).sum() / len(values) ** 2 * number / max(number - 1, 1)), len(values), number
 
 
 @dataclass(frozen=True)
@@ -256,8 +222,8 @@ def judge_images(
     x_cf: Array,
     source: Array,
     target: Array,
-    other_attributes: Array | None = None,
-    swapped: Array | None = None,
+    other_attributes: Array,
+    swapped: Array,
 ) -> dict[str, Array]:
     """Everything that depends on images and judges alone, one entry a row; ``features`` (B, F) come along.
 
@@ -269,8 +235,8 @@ def judge_images(
         x_cf: results, uint8.
         source: class that the classifier under test sees in x, (B,).
         target: wanted class, (B,).
-        other_attributes: (A,) bool, attributes that should stay; all when None.
-        swapped: (B,) bool, rows for which COUT is taken, as it costs twenty times the rest; all when None.
+        other_attributes: (A,) bool, attributes that should stay.
+        swapped: (B,) bool, rows for which COUT is taken, as it costs twenty times the rest.
     """
     originals, drawn, results = (np.asarray(image, dtype=np.float32) / 255 for image in (x, reconstruction, x_cf))
     source, target = np.asarray(source, dtype=np.int64), np.asarray(target, dtype=np.int64)
@@ -281,7 +247,7 @@ def judge_images(
     by_source = reconstruct(judges.autoencoders, source, results)
     by_all = reconstruct(judges.autoencoders, np.full(len(rows), len(judges.class_names)), results)
     far, swap = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
-    where = rows if swapped is None else np.flatnonzero(swapped)
+    where = np.flatnonzero(swapped)
 
     def predict(images: Array) -> Array:
         return predict_probs(judges.oracle, images)
@@ -308,8 +274,8 @@ def judge_images(
     if judges.attribute_net is not None:
         before = predict_probs(judges.attribute_net, originals, sigmoid=True)
         after = predict_probs(judges.attribute_net, results, sigmoid=True)
-        out["label_variation"] = label_variation(before, after, other_attributes)
-        flips = attribute_flips(before, after)
+        out["label_variation"] = jensen_shannon(before, after)[:, other_attributes].mean(axis=1)
+        flips = (before > 0.5) != (after > 0.5)
         out |= {f"{FLIP}{name}": flips[:, a].astype(np.float64) for a, name in enumerate(judges.attributes)}
     return out
 

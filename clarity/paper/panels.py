@@ -1,6 +1,7 @@
-"""Drawings of the paper's Figures 5, 7 and 10, and of scores with their intervals.
+"""Drawings of the paper's grids of images and of its Figures 5, 7 and 10.
 
-Shapes: M members, T points of a segment or steps of a path, N points of a plane, G cells of a map's side.
+Shapes: R rows and Q columns of a grid, C, H, W image, M members, T points of a segment or steps of a path, N points of
+a plane, G cells of a map's side.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
 from clarity.figure import DARK, FULL_WIDTH, LIGHT, MIDDLE, Picture, new_picture, styled
-from clarity.plots import Array, draw_image
+from clarity.plots import Array, draw_difference, draw_image, image_axes, set_title
 
+#: Side of an image in a grid, in inches.
+CELL = 0.62
 IMAGE_CURVE: dict[str, Any] = {"color": DARK, "ls": (0, (4, 1.5))}
 
 
-def probability_curves(
-    panels: Mapping[str, tuple[Array, Array]], *, xlabel: str = "position t on the segment between the two codes"
-) -> Picture:
+def probability_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
     """Figure 5: the target's probability along a segment, one thin line for each classifier, in one panel a segment.
 
     Args:
         panels: title -> (curves of image classifiers (M, T), curves of latent classifiers (M', T)).
-        xlabel: below the middle of the panels.
     """
     latent: dict[str, Any] = {"color": LIGHT, "lw": 0.7, "alpha": 0.6, "zorder": 2}
     image = {**IMAGE_CURVE, "lw": 0.6, "alpha": 0.7, "zorder": 3}
@@ -35,7 +37,7 @@ def probability_curves(
         Line2D([], [], color=LIGHT, label=f"{latent_count} latent classifiers"),
     ]
     drawn = {title: ((latent_curves, latent), (curves, image)) for title, (curves, latent_curves) in panels.items()}
-    return segment_panels(drawn, handles, xlabel, height=2.3)
+    return segment_panels(drawn, handles, "position t on the segment between the two codes")
 
 
 def segment_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
@@ -50,15 +52,15 @@ def segment_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
         Line2D([], [], **latent, label="walked in the latent space"),
     ]
     drawn = {title: ((curves[0][None], IMAGE_CURVE), (curves[1][None], latent)) for title, curves in panels.items()}
-    return segment_panels(drawn, handles, "position t on the segment", height=2.2)
+    return segment_panels(drawn, handles, "position t on the segment")
 
 
 @styled
 def segment_panels(
-    panels: Mapping[str, Sequence[tuple[Array, dict[str, Any]]]], handles: list[Line2D], xlabel: str, height: float
+    panels: Mapping[str, Sequence[tuple[Array, dict[str, Any]]]], handles: list[Line2D], xlabel: str
 ) -> Picture:
     """Probabilities over t in [0, 1], one panel for each title: groups of curves (M, T) with their line style."""
-    picture = new_picture(min(FULL_WIDTH, 0.4 + 3.1 * len(panels)), height)
+    picture = new_picture(min(FULL_WIDTH, 0.4 + 3.1 * len(panels)), 2.3)
     axes = picture.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (title, groups) in zip(axes, panels.items()):
         for curves, line in groups:
@@ -69,6 +71,44 @@ def segment_panels(
     axes[0].set_ylabel("probability of the target")
     picture.supxlabel(xlabel, fontsize=8)
     picture.legend(handles=handles, loc="outside upper center", ncols=2)
+    return picture
+
+
+@styled
+def image_grid(
+    images: Sequence[Sequence[Array | None]],
+    column_names: Sequence[str],
+    row_names: Sequence[str],
+    notes: Sequence[Sequence[str]],
+    *,
+    differences: bool = False,
+) -> Picture:
+    """Images in R rows and Q columns, the original first in each row (Tables 1 and 2, Figures 1, 2, 4 and 9).
+
+    Args:
+        images: (C, H, W) each, uint8 or float in [0, 1]; None leaves the cell empty with a dash.
+        column_names: Q names, above.
+        row_names: R names, on the left.
+        notes: R x Q short texts under the images.
+        differences: under each row, each image minus the row's first: black where it lost light, white where it
+            gained, grey where nothing changed.
+    """
+    picture, axes = image_axes(images, len(images) * (1 + differences), len(column_names), CELL)
+    for q, name in enumerate(column_names):
+        set_title(axes[0][q], name, CELL)
+    for r, row in enumerate(images):
+        line = axes[r * (1 + differences)]
+        line[0].set_ylabel(row_names[r], parse_math=False, rotation=0, ha="right", va="center", labelpad=4)
+        for q, image in enumerate(row):
+            draw_image(line[q], image)
+            line[q].set_xlabel(notes[r][q], fontsize=6, labelpad=1.5)
+            if differences:
+                draw_difference(axes[2 * r + 1][q], image if q else None, row[0])
+    if differences:
+        shades = ScalarMappable(Normalize(-1, 1), "gray")
+        bar = picture.colorbar(shades, ax=axes, shrink=min(0.8, 4 / len(axes)), aspect=18, anchor=(0, 0), pad=0.02)
+        bar.set_label("difference from the original")
+        bar.set_ticks([-1, 0, 1], labels=["−1", "0", "+1"])
     return picture
 
 
@@ -143,19 +183,4 @@ def latent_paths(
         Line2D([], [], ls="", marker="s", mfc="black", mec="white", ms=6, label="end"),
     ]
     picture.legend(handles=handles, loc="outside upper center", ncols=5, columnspacing=1, handletextpad=0.3)
-    return picture
-
-
-@styled
-def score_bars(scores: Mapping[str, tuple[float, float, float]], *, label: str) -> Picture:
-    """Scores as points with intervals: name -> (mean, low, high), the first on top."""
-    picture = new_picture(3.3, 0.5 + 0.2 * len(scores))
-    ax = picture.subplots()
-    for i, (mean, low, high) in enumerate(scores.values()):
-        ax.plot([low, high], [i, i], color="0.4", lw=1)
-        ax.plot(mean, i, marker="o", color="black", ms=3.5)
-    ax.set_yticks(range(len(scores)), list(scores))
-    ax.invert_yaxis()
-    ax.set_xlabel(label)
-    ax.grid(axis="x", lw=0.3, color="0.8")
     return picture

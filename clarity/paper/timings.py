@@ -1,11 +1,10 @@
-"""How fast searches and single steps are."""
+"""How fast a gradient and an update are: Eq. 5 beside Eq. 3, and Clarity beside REVISE-E."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,78 +16,16 @@ from torch.nn import functional as F
 from clarity.classifiers import ImageEnsemble
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
-from clarity.paper.compare import NAMES, Images, pairs_of
+from clarity.paper.compare import NAMES, Images, first_pairs, pairs_of
 from clarity.report.text import number, plural
 from clarity.search import SearchConfig
-
-log = logging.getLogger(__name__)
 
 #: Pairs of a batch in which steps are timed.
 STEP_PAIRS = 128
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How fast a search was: ``pairs`` searched in ``seconds`` with ``steps`` updates in all, by ``engine``."""
-
-    pairs: int
-    seconds: float
-    steps: int
-    engine: str
-
-    @property
-    def counterfactuals_per_second(self) -> float:
-        """Pairs a second, converged or not."""
-        return self.pairs / self.seconds
-
-    @property
-    def milliseconds_per_step(self) -> float:
-        """Time of one update of one pair."""
-        return 1000 * self.seconds / max(self.steps, 1)
-
-
-def measure_times(
-    model: Model, config: SearchConfig, images: Images, methods: Sequence[str], speed_pairs: int
-) -> dict[str, Any]:
-    """``speed`` of whole searches of the same pairs by each method in this process, and ``steps``."""
-    pairs = pairs_of(model, images, *first_pairs(images, speed_pairs, model.num_classes))
-    speed = {}
-    for method in methods:
-        log.info("timing %s on %d pairs", NAMES.get(method, method), len(pairs))
-        speed[method] = asdict(time_search(model, method, pairs, config))
-    return {"speed": speed, "steps": time_steps(model, config, images)}
-
-
-def first_pairs(images: Images, count: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``count`` pairs, image by image and all its targets."""
-    pairs = [(b, k) for b in range(len(images.ids)) for k in range(num_classes) if k != images.source[b]][:count]
-    of, target = np.array(pairs).T
-    return of, target
-
-
-def time_search(
-    model: Model, method: str, pairs: Pairs, config: SearchConfig, *, at_least: float = 0.5, **run: Any
-) -> Speed:
-    """Time whole searches over the same pairs, again and again until ``at_least`` seconds are full.
-
-    The first search of a fast method warms up caches and is not counted; one that takes longer counts itself.
-    """
-    search, total, spent, steps, engine = METHODS[method].search, 0, 0.0, 0, ""
-    warm = False
-    while spent < at_least:
-        begin = time.perf_counter()
-        found = search(model, pairs, config, **run)
-        seconds = time.perf_counter() - begin
-        if not warm and seconds < at_least:
-            warm = True
-            continue
-        warm, spent, total = True, spent + seconds, total + len(pairs)
-        steps, engine = steps + int(found.steps.sum()), found.engine
-    return Speed(total, spent, steps, engine)
-
-
 def time_steps(model: Model, config: SearchConfig, images: Images) -> list[dict[str, Any]]:
-    """The paper's claim on speed: Eq. 5 beside Eq. 3, and Clarity beside REVISE-E with the same number of members.
+    """The paper's claim on speed, both sides with the same number of members.
 
     ``gradient`` rows time one gradient of the loss with respect to the codes in plain PyTorch, for one image and for
     STEP_PAIRS pairs; ``search`` rows time an update of one pair in searches of STEP_PAIRS pairs, each by its engine.
@@ -139,7 +76,6 @@ def compare_works(about: Mapping[str, Any], works: Mapping[str, Callable[[], int
         times = {"fast_ms": 1000 * np.median(seconds[engine]), "slow_ms": 1000 * np.median(seconds[last])}
         times |= {"ratio": np.median(ratios), "ratio_low": ratios.min(), "ratio_high": ratios.max()}
         rows.append({**about, "engine": engine, **{name: float(value) for name, value in times.items()}})
-        log.info(describe_step(rows[-1]))
     return rows
 
 
@@ -182,7 +118,7 @@ def seconds_in_turns(
 def describe_step(row: Mapping[str, Any]) -> str:
     """One row of ``time_steps`` in words."""
     what = "a gradient" if row["kind"] == "gradient" else "an update of one pair"
-    sizes = f"{plural(row['pairs'], 'pair')}, {plural(row['members'], 'member')}"
+    sizes = f"{plural(row['pairs'], 'pair')}, {plural(row['members'], 'member')} each"
     fast, slow = (f"{NAMES[row[name]]} {number(row[f'{name}_ms'])} ms" for name in ("fast", "slow"))
     low, ratio, high = (number(row[name]) for name in ("ratio_low", "ratio", "ratio_high"))
     return f"{what}, {sizes}, engine {row['engine']}: {fast}, {slow}, {ratio} times [{low}, {high}]"

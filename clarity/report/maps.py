@@ -16,13 +16,13 @@ from clarity.report.view import View
 
 
 def pair_maps(views: Sequence[View]) -> list[dict[str, Any]]:
-    """Every map as the script draws it, with one entry of ``audits`` for each; the judge's only where there is one."""
+    """Every map that has figures as the script draws it, with one entry of ``audits`` for each."""
     maps = []
     for key, figure in PAIR_FIGURES.items():
         # Before and after share one scale, as do audits side by side, so that they can be compared.
         keys = ["epistemic_initial", "epistemic_final"] if key.startswith("epistemic") else [key]
         values = np.concatenate([view.facts.pairs[name].ravel() for view in views for name in keys])
-        if key == "judge_agreement" and not np.isfinite(values).any():
+        if key in ("judge_agreement", "confirmed_share") and not np.isfinite(values).any():
             continue
         low, high = scale_of(values[np.isfinite(values)], figure.share)
         digits = 0 if key == "pairs" else decimals(high)

@@ -17,7 +17,7 @@ from clarity.report.tiles import Tiles
 from clarity.report.view import View
 
 #: Findings that are about images, so that the page links these and not class pairs.
-ABOUT_IMAGES = ("labels", "edge", "predictions")
+ABOUT_IMAGES = ("labels", "edge", "predictions", "confirmed", "fooled")
 
 
 def dataset_name(dataset: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def totals(view: View) -> dict[str, Any]:
     return row
 
 
-def key_figures(total: dict[str, Any], num_images: int) -> list[dict[str, str]]:
+def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[dict[str, str]]:
     """The figures of the first screen, each with a line that explains it.
 
     Shares of pairs have intervals as if the pairs of an image were one observation; ``num_images`` have pairs.
@@ -134,7 +134,8 @@ def key_figures(total: dict[str, Any], num_images: int) -> list[dict[str, str]]:
         ("Epistemic, nats", text_of(after), before),
     ]
     if total["labelled"]:
-        differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not"
+        differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not, by "
+        differ += explained
         figures.append(("Classified as labelled", percent(total["agree"], total["labelled"]), differ))
     return [{"name": name, "value": value, "sub": sub} for name, value, sub in figures]
 

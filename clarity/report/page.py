@@ -136,7 +136,7 @@ def render(
                 "name": view.name,
                 "uri": view.audit.uri,
                 "verdict": view.facts.verdict,
-                "figures": overview.key_figures(total, view.facts.num_images),
+                "figures": overview.key_figures(total, view.facts.num_images, view.facts.explained),
                 "plan": overview.plan_text(view),
             }
             for view, total in zip(views, totals)
@@ -191,4 +191,4 @@ def views_sql(uri: str) -> str:
     """SQL that makes the audit's tables known to DuckDB."""
     path = storage.display(uri).rstrip("/").replace("'", "''")
     tables = [f"CREATE VIEW {name} AS FROM '{path}/{name}/*.parquet';" for name in ("codes", "counterfactuals")]
-    return "\n".join([*tables, load_views()["class_pair_figures"].strip()])
+    return "\n".join([*tables, *(load_views()[name].strip() for name in ("class_pair_figures", "ensemble"))])

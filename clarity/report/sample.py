@@ -61,7 +61,7 @@ def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Seq
     disagreements = choose_disagreements(first)
     frames = {(row["image_id"], row["target"]): row["frames"] for row in chosen}
     others = [example for view in views for finding in view.findings for example in finding.examples[:6]]
-    others += [(row["image_id"], row["prediction"]) for row in disagreements]
+    others += [(row["image_id"], row["other"]) for row in disagreements]
     others += [(image_id, target) for image_id in lookup for target in range(len(first.class_names))]
     for key in others:
         if key[1] >= 0:
@@ -164,18 +164,22 @@ def known_images(view: View, images: Sequence[str]) -> list[str]:
 
 
 def choose_disagreements(view: View) -> list[dict[str, Any]]:
-    """Images whose prediction is not the class that the ensemble sees, in order of the ensemble's certainty."""
+    """Images whose prediction is not the class that the ensemble sees, in order of the ensemble's certainty.
+
+    ``other`` is that of the two classes which is not the source, so that there is a counterfactual towards it.
+    """
     if not view.has_predictions:
         return []
     theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in view.audit.codes.schema.names else "NULL"
     return view.table(
         f"""
-        SELECT c.image_id, c.label_name, prediction, c.source, {theirs} AS their_prob,
-               probs[c.source + 1] AS source_prob, probs[prediction + 1] AS prediction_prob, distance_z_l1 AS distance
-        FROM codes AS c LEFT JOIN counterfactuals AS p
-             ON p.image_id = c.image_id AND target = prediction AND converged
-        WHERE c.status = 'ok' AND prediction <> c.source
-        ORDER BY probs[c.source + 1] DESC, c.image_id LIMIT $count
+        SELECT c.image_id, c.label_name, prediction, e.class AS seen, {theirs} AS their_prob, prob AS seen_prob,
+               probs[prediction + 1] AS prediction_prob, distance_z_l1 AS distance,
+               CASE WHEN c.source = prediction THEN e.class ELSE prediction END AS other
+        FROM codes AS c JOIN ensemble AS e USING (image_id) LEFT JOIN counterfactuals AS p
+             ON p.image_id = c.image_id AND target IN (prediction, e.class) AND converged
+        WHERE prediction <> e.class
+        ORDER BY prob DESC, c.image_id LIMIT $count
         """,
         {"count": LISTED},
     ).to_pylist()

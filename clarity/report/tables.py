@@ -19,7 +19,7 @@ MIN_SUSPICION = 0.01
 
 
 def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
-    """Suspicious labels, and how the ensemble agrees with the labels."""
+    """Suspicious labels by the ensemble, and how the explained model agrees with the labels."""
     rows = suspicious_labels(view, images, tiles)
     note = (
         "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "
@@ -103,12 +103,12 @@ def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Em
     names = view.class_names
     shares = view.rows(
         "SELECT prediction, sum(images), coalesce(sum(images) FILTER (prediction = source), 0) AS agree "
-        "FROM agreement WHERE prediction IS NOT NULL GROUP BY 1 ORDER BY agree / sum(images), 1"
+        "FROM prediction_agreement WHERE prediction IS NOT NULL GROUP BY 1 ORDER BY agree / sum(images), 1"
     )
     counts = view.rows(
         "SELECT sum(images) FILTER (prediction IS NULL), sum(images) FILTER (prediction + label IS NOT NULL), "
         "sum(images) FILTER (prediction = label), sum(images) FILTER (prediction IS NOT NULL AND source = label) "
-        "FROM agreement"
+        "FROM prediction_agreement"
     )[0]
     missing, labelled, theirs, ours = (count or 0 for count in counts)
     total, same = sum(row[1] for row in shares), sum(row[2] for row in shares)
@@ -122,28 +122,33 @@ def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Em
             f"On the {labelled:,} labelled ones, your model is right in {percent(theirs, labelled)} "
             f"({interval(theirs, labelled)}), the ensemble in {percent(ours, labelled)} ({interval(ours, labelled)}). "
         )
-    note += "The explained model is the ensemble: where the two differ, an explanation does not speak for your model."
+    note += (
+        "Your model is explained: the ensemble leads the search, and your model is asked about every picture."
+        if view.facts.has_predictor
+        else "The explained model is the ensemble: where the two differ, an explanation does not speak for your model."
+    )
     crossed = view.rows(
-        "SELECT prediction, source, sum(images) FROM agreement WHERE prediction <> source "
+        "SELECT prediction, source, sum(images) FROM prediction_agreement WHERE prediction <> source "
         "GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 8"
     )
     return {
         "note": note,
         "shares": [share_row(names[k], count, agree) for k, count, agree in shares],
         "crossed": [
-            {"prediction": names[p], "source": names[s], "count": f"{count:,}", "pair": f"{s}-{p}"}
+            {"prediction": names[p], "seen": names[s], "count": f"{count:,}", **pair_link(view, s, p)}
             for p, s, count in crossed
         ],
         "rows": [
             {
                 "image_id": row["image_id"],
                 "tile": images[row["image_id"]]["x"],
-                "cf": embedded.tiles.get((row["image_id"], row["prediction"])),
+                "cf": embedded.tiles.get((row["image_id"], row["other"])),
+                "other": names[row["other"]],
                 "label": row["label_name"],
                 "prediction": names[row["prediction"]],
                 "their_prob": None if row["their_prob"] is None else probability(row["their_prob"]),
-                "source": names[row["source"]],
-                "source_prob": probability(row["source_prob"]),
+                "seen": names[row["seen"]],
+                "seen_prob": probability(row["seen_prob"]),
                 "prediction_prob": probability(row["prediction_prob"]),
                 "distance": "–" if row["distance"] is None else f"{row['distance']:.1f}",
             }
@@ -151,3 +156,9 @@ def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Em
         ],
         "more": f"{total - same - LISTED:,}" if total - same > LISTED else None,
     }
+
+
+def pair_link(view: View, seen: int, prediction: int) -> dict[str, str]:
+    """The class pair of two classes from that of the explained model, for a link to it."""
+    source, target = (prediction, seen) if view.facts.has_predictor else (seen, prediction)
+    return {"pair": f"{source}-{target}", "text": f"{view.class_names[source]} → {view.class_names[target]}"}

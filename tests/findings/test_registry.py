@@ -24,6 +24,8 @@ ALARMS = {
     "asymmetry",
     "edge",
     "predictions",
+    "confirmed",
+    "fooled",
     "attributes",
 }
 
@@ -141,6 +143,54 @@ def test_find_compares_with_the_predictions_handed_in() -> None:
     )
     whole = told(make_tables(planted=Planted(prediction_errors=0)))["predictions"]
     assert whole.level == "fact" and "(100 %)" in whole.sentence and "Least agreement" not in whole.sentence
+
+
+def with_predictor(tables: Tables, unlike: int = 9) -> Tables:
+    """The tables of an audit of a predictor, with which the ensemble disagrees on the first ``unlike`` images.
+
+    Of the pairs, in order: 12 are not confirmed, 24 further ones are not seen as the target by the held-out judge; the
+    reconstructions of the first four images are seen as a target.
+    """
+    codes, pairs = tables.codes, tables.counterfactuals
+    source = codes["source"].to_numpy()
+    seen = np.where(np.arange(len(source)) < unlike, (source + 1) % 4, source)
+    probs = (0.97 * np.eye(4) + 0.01)[seen].astype(np.float32)
+    tables = replaced(tables, "codes", "probs", pa.array(probs.tolist(), codes["probs"].type))
+    for name in ("source", "source_name"):
+        tables.codes = tables.codes.append_column(name.replace("source", "prediction"), codes[name])
+    target, number = pairs["target"].to_numpy(), np.arange(len(pairs))
+    images = np.array([int(name[4:]) for name in pairs["image_id"].to_pylist()])
+    for name, values in {
+        "confirmed": number >= 12,
+        "judge_class": np.where((number >= 12) & (number < 36), pairs["source"].to_numpy(), target),
+        "prediction_target_prob_initial": np.full(len(pairs), 0.01),
+        "prediction_target_prob_reconstruction": np.where(images < 4, 0.8, 0.01),
+        "prediction_target_prob_final": np.where(number >= 12, 0.9, 0.2),
+    }.items():
+        tables = replaced(tables, "counterfactuals", name, pa.array(values).cast(pairs[name].type))
+    return tables
+
+
+def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
+    found = told(with_predictor(make_tables()))
+    agree = found["predictions"]
+    assert (
+        agree.figures["agreement"] == pytest.approx(111 / 120) and "whose gradient leads the search" in agree.sentence
+    )
+    assert "changes your model's answer to a target on 4 of 120 images" in agree.sentence
+    # The example is the counterfactual towards the ensemble's class; towards the source there is none.
+    assert {target for image_id, target in agree.examples if image_id == "img-00000"} == {1}
+    confirmed = found["confirmed"]
+    assert "your model does not see the target in 12 of 360 pictures (3.3 %)" in confirmed.sentence
+    assert "0 images cannot be flipped" in confirmed.sentence and confirmed.figures["confirmed"] == 348
+    assert "In 24 of 348 confirmed pictures (6.9 %)" in found["fooled"].sentence
+    # The labels are those of the predictor's class, which the ensemble contradicts on nine images.
+    assert found["labels"].figures["images"] == 9
+
+
+def test_find_says_that_no_predictor_was_asked() -> None:
+    sentences = dict(results_of(make_tables()).not_checked)
+    assert "no predictor was asked" in sentences["fooled"] and "no check" in sentences["confirmed"]
 
 
 def test_find_tells_which_attribute_drifts() -> None:

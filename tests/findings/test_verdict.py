@@ -82,3 +82,27 @@ def test_verdict_leaves_out_classes_without_images() -> None:
     made = card()
     made["evaluation"]["per_class"]["dog"] = {"images": 0, "correct": 0}
     assert [row[0] for row in verdict(made).classes] == ["ant", "bee", "cow"] and verdict(made).level == "sound"
+
+
+def fidelity(codes: float = 0.99, reconstructing: float = 0.99) -> dict[str, Any]:
+    shares = {"codes": codes, "reconstructions": 0.98, "perturbed": 0.97, "reconstructing": reconstructing}
+    return {"images": 500, **{name: {"agreement": share, "kl": 0.1} for name, share in shares.items()}}
+
+
+@pytest.mark.parametrize(
+    ("told", "level", "reason"),
+    [
+        (fidelity(), "sound", ""),
+        (fidelity(codes=0.8), "with care", "predicts what your model does on only 80 % of the images"),
+        (fidelity(reconstructing=0.8), "with care", "sees only 80 % of the reconstructions as it sees the images"),
+        (fidelity(reconstructing=0.4), "no-go", "sees only 40 % of the reconstructions"),
+    ],
+)
+def test_verdict_says_how_far_the_ensemble_speaks_for_the_predictor(
+    told: dict[str, Any], level: str, reason: str
+) -> None:
+    for made in ({"predictor": told}, {**card(), "predictor": told}):
+        found = verdict(made)
+        assert found.level == level and reason in " ".join(found.reasons)
+        assert ("Changed by the reconstruction", "your model's own answer") in [(a, c) for a, _, c in found.figures]
+    assert verdict({"predictor": {"name": "asked of nobody"}}).level == "not checked"

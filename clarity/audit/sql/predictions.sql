@@ -1,12 +1,14 @@
--- Images on which your own model and the ensemble differ, the ensemble's most certain first, and the distance to your
--- model's class.
+-- Images on which your own model and the ensemble differ, the ensemble's most certain first, and the distance from the
+-- class of the explained model to that of the other.
 -- Parameters: {"count": 10}
-SELECT codes.image_id, label_name, prediction_name, codes.source_name,
-       round(probs[codes.source + 1], 4) AS source_prob,
+WITH names AS (SELECT DISTINCT target, target_name FROM counterfactuals)
+SELECT codes.image_id, codes.label_name, prediction_name, names.target_name AS ensemble_name,
+       round(prob, 4) AS ensemble_prob,
        round(probs[prediction + 1], 4) AS prediction_prob,
        round(distance_z_l1, 2) AS distance
-FROM codes LEFT JOIN counterfactuals
-     ON counterfactuals.image_id = codes.image_id AND target = prediction AND converged
-WHERE codes.status = 'ok' AND prediction <> codes.source
-ORDER BY probs[codes.source + 1] DESC, codes.image_id
+FROM codes JOIN ensemble USING (image_id) LEFT JOIN names ON names.target = class
+     LEFT JOIN counterfactuals AS pairs
+     ON pairs.image_id = codes.image_id AND pairs.target IN (prediction, class) AND converged
+WHERE prediction <> class
+ORDER BY prob DESC, codes.image_id
 LIMIT $count
