@@ -55,8 +55,8 @@ class VAEConfig:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
 
 
-#: Reconstruction losses of decoder logits, one value for each pixel. Binary cross-entropy is a negative log-likelihood of
-#: pixels that are black or white; of grey ones it is a loss, and the sum with the KL term no bound on a likelihood.
+#: Reconstruction losses of decoder logits, one value for each pixel. Binary cross-entropy is the negative
+#: log-likelihood of black and white pixels; of grey ones it is a loss, and its sum with the KL term no bound.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bce": lambda logits, x: F.binary_cross_entropy_with_logits(logits, x, reduction="none"),
     "mse": lambda logits, x: (torch.sigmoid(logits) - x).square(),

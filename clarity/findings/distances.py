@@ -1,4 +1,4 @@
-"""Checks of how far counterfactuals are: largest and smallest changes, asymmetric class pairs, images near a border."""
+"""Checks of how far counterfactuals are: largest and smallest changes, asymmetric class pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from clarity.findings.finding import Facts, Finding, NotChecked, ranked, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, ranked
 from clarity.findings.statistics import can_be_told, fisher_p, holm, rank_sum_p
 from clarity.report.text import listed, percent, plural
 
@@ -16,8 +16,6 @@ MIN_DESCRIBED = 5
 MIN_COMPARED = 8
 #: An asymmetry is told from this ratio of median distances, or from this difference of shares that converge.
 MIN_RATIO, MIN_GAP = 1.4, 0.2
-#: An image is near a border if its nearest class is closer than this share of the usual distance.
-EDGE = 0.6
 
 
 def check_extremes(facts: Facts) -> list[Finding] | NotChecked:
@@ -148,48 +146,3 @@ def asymmetries(
         elif far_off:
             strength[(a, b) if ratio > 1 else (b, a)] = max(ratio, 1 / ratio)
     return strength, len(candidates)
-
-
-NEAREST = """
-WITH nearest AS (
-    SELECT image_id, source, target, steps, distance_z_l1 AS distance FROM counterfactuals WHERE converged
-    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY distance_z_l1, target) = 1
-), usual AS (SELECT median(distance) AS usual, count(*) AS images FROM nearest)
-"""
-
-
-def check_edge(facts: Facts) -> list[Finding] | NotChecked:
-    """Images whose nearest counterfactual is closer than EDGE of the usual nearest distance."""
-    if not np.nansum(facts.pairs["converged"]):
-        return NotChecked("no search converged")
-    rows = facts.rows(
-        NEAREST + "SELECT image_id, source, target, steps, distance, usual, images, count(*) OVER () "
-        "FROM nearest, usual WHERE distance < $edge * usual ORDER BY distance, image_id LIMIT 12",
-        {"edge": EDGE},
-    )
-    if not rows:
-        return []
-    image_id, source, target, steps, _, usual, images, count = rows[0]
-    cells = facts.rows(
-        NEAREST + "SELECT least(source, target), greatest(source, target), count(*) FROM nearest, usual "
-        "WHERE distance < $edge * usual GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 4",
-        {"edge": EDGE},
-    )
-    between = listed([f"{facts.name(a)} / {facts.name(b)} ({number:,})" for a, b, number in cells[:3]])
-    between = f"most between {between}" if len(cells) > 3 else f"between {between}"
-    share = count / images
-    return [
-        Finding(
-            "edge",
-            0.3 + 0.25 * min(1.0, share / 0.05),
-            f"{plural(count, 'image')} near a border",
-            f"{plural(count, 'image')} ({percent(share)}) {'is' if count == 1 else 'are'} less than {percent(EDGE)} of "
-            f"the usual distance away from another class ({usual:.1f} is the median to the nearest class), {between}. "
-            f"Closest: {image_id}, classified as {facts.name(source)}, is {facts.name(target)} after "
-            f"{plural(steps, 'step')}.",
-            f"Counted; expected for similar images: {share_text(count, images)}.",
-            tuple((a, b) for a, b, _ in cells),
-            tuple((row[0], row[2]) for row in rows),
-            {"images": count, "share": share, "usual": usual},
-        )
-    ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from clarity.findings.attributes import check_attributes
-from clarity.findings.distances import EDGE, check_asymmetry, check_edge, check_extremes
+from clarity.findings.distances import check_asymmetry, check_extremes
 from clarity.findings.epistemic import check_epistemic
 from clarity.findings.finding import Facts, Finding, NotChecked
 from clarity.findings.kept import check_kept
@@ -14,7 +14,6 @@ from clarity.findings.labels import check_labels
 from clarity.findings.predictions import check_confirmed, check_fooled, check_predictions
 from clarity.findings.searches import check_reencoding, check_unconverged, check_unread
 from clarity.findings.shortcuts import check_shortcuts
-from clarity.report.text import percent
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,6 @@ CHECKS: dict[str, Check] = {
         "class pairs that are easy in one direction and hard in the other",
         check_asymmetry,
         "No class pair is much harder in one direction than in the other, beyond chance.",
-    ),
-    "edge": Check(
-        "images near a border",
-        check_edge,
-        f"No image is closer to another class than {percent(EDGE)} of the usual distance.",
     ),
     "extremes": Check("the class pairs with the largest and the smallest changes", check_extremes, ""),
 }

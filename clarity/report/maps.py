@@ -34,10 +34,7 @@ def pair_maps(views: Sequence[View]) -> list[dict[str, Any]]:
                 "doc": figure.doc,
                 "low": cell_text(low, figure.share, digits),
                 "high": cell_text(high, figure.share, digits),
-                "audits": [
-                    audit_map(view.facts.pairs[key], view.facts.pairs["pairs"], (low, high), figure.share, digits)
-                    for view in views
-                ],
+                "audits": [audit_map(view.facts.pairs[key], low, high, figure.share, digits) for view in views],
             }
         )
     return maps
@@ -54,25 +51,11 @@ def scale_of(values: np.ndarray, share: bool) -> tuple[float, float]:
     return (min(low, 0.8 * high), high) if high > 0 else (0.0, 1.0)
 
 
-def audit_map(
-    values: np.ndarray, pairs: np.ndarray, scale: tuple[float, float], share: bool, digits: int
-) -> dict[str, Any]:
-    """Texts and shades (0 to 100) of one audit's map (K, K), and its means by row and column, weighted by pairs."""
-    low, high = scale
+def audit_map(values: np.ndarray, low: float, high: float, share: bool, digits: int) -> dict[str, Any]:
+    """Texts and shades (0 to 100) of one audit's map (K, K)."""
     shades = np.clip(np.round(100 * (np.nan_to_num(values, nan=low) - low) / (high - low or 1.0)), 0, 100)
-    weight = np.where(np.isfinite(values), np.nan_to_num(pairs), 0.0)
-
-    def means(axis: int) -> list[str]:
-        total = weight.sum(axis)
-        sums = (weight * np.nan_to_num(values)).sum(axis)
-        return [cell_text(s / n if n else np.nan, share, digits) for s, n in zip(sums, total)]
-
-    return {
-        "text": [[cell_text(value, share, digits) for value in line] for line in values],
-        "shade": shades.astype(int).tolist(),
-        "row_means": means(1),
-        "column_means": means(0),
-    }
+    text = [[cell_text(value, share, digits) for value in line] for line in values]
+    return {"text": text, "shade": shades.astype(int).tolist()}
 
 
 def cell_text(value: float, share: bool, digits: int) -> str:

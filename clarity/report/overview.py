@@ -17,7 +17,7 @@ from clarity.report.tiles import Tiles
 from clarity.report.view import View
 
 #: Findings that are about images, so that the page links these and not class pairs.
-ABOUT_IMAGES = ("labels", "edge", "predictions", "confirmed", "fooled")
+ABOUT_IMAGES = ("labels", "predictions", "confirmed", "fooled")
 
 
 def dataset_name(dataset: dict[str, Any]) -> str:
@@ -166,7 +166,7 @@ def told_findings(
             "evidence": evidence(finding, views[i], embedded[i], images, sample, tiles),
             "pairs": [
                 {"source": s, "target": t, "text": f"{names[s]} → {names[t]}"}
-                for s, t in (() if finding.kind in ("labels", "edge") else finding.pairs[:6])
+                for s, t in (() if finding.kind == "labels" else finding.pairs[:6])
             ],
             "images": [image_id for image_id, _ in finding.examples[:6]] if finding.kind in ABOUT_IMAGES else [],
         }

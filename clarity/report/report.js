@@ -145,16 +145,15 @@ const FEW = 5;
 let fewSeen = false;
 function grid(a) {
   const audit = data.audits[a], picturesIn = metric.key === "change", map = picturesIn ? null : metric.audits[a];
-  const size = K > 28 ? " tiny" : K > 14 ? " dense" : "", totals = !picturesIn && K <= 28;
+  const size = K > 28 ? " tiny" : K > 14 ? " dense" : "";
   // Many classes: the whole map in sight, with as many of the names as have room.
   const side = Math.max(5, Math.min(9, Math.floor(($("map").clientWidth - 96) / K))), every = K > 28 ? Math.ceil(9 / side) : 1;
   // Short names of columns stand upright where they are too wide for a cell.
   const widest = Math.max(...labels.map((label) => label.length), 2), upright = K <= 28 && widest > (K > 14 ? 2 : 6) ? " upright" : "";
   const table = el("table", { class: "grid" + size + upright, style: `--side: ${side}px; --names: ${widest}ch`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
-  const head = el("tr", {}, el("td", { class: "corner mean" }, K > 28 ? "" : "source ↓ target →"),
-    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))), totals ? el("th", { scope: "col", title: "mean", "aria-label": "mean" }, "ø") : null);
+  const head = el("tr", {}, el("td", { class: "corner" }, K > 28 ? "" : "source ↓ target →"),
+    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))));
   const body = el("tbody");
-  const meanCell = (text) => el("td", { class: "mean" }, text.replace(" %", ""));
   for (let s = 0; s < K; s++) {
     const row = el("tr", {}, el("th", { scope: "row", title: names[s], "aria-label": names[s] }, s % every ? [] : labels[s]));
     for (let t = 0; t < K; t++) {
@@ -175,12 +174,7 @@ function grid(a) {
       }
       row.append(cell);
     }
-    if (totals) row.append(meanCell(map.row_means[s]));
     body.append(row);
-  }
-  if (totals) {
-    body.append(el("tr", {}, el("th", { scope: "row", title: "mean", "aria-label": "mean" }, "ø"),
-      map.column_means.map(meanCell), el("td", { class: "mean" })));
   }
   table.append(el("thead", {}, head), body);
   return el("div", { class: "map" }, data.audits.length > 1 ? el("h3", {}, audit.name) : null, el("div", { class: "scroller" }, table));

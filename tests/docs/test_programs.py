@@ -8,21 +8,27 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from jobfiles import load_job
 
 import clarity
 from clarity.audit.queries import connect
 from clarity.findings.finding import gather
 from clarity.findings.registry import Results, find
+from clarity.judges import build_judge
+from clarity.model import Model
+from clarity.search import SearchConfig
+from clarity.training.loops import Codes, EnsembleTraining
 
 DIGITS = tuple("0123456789")
-labels, shortcuts = load_job("labels", "docs"), load_job("shortcuts", "docs")
+labels, shortcuts, ablations = (load_job(name, "docs") for name in ("labels", "shortcuts", "ablations"))
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -47,6 +53,25 @@ def test_plant_marks_the_wanted_class_alone(kind: str) -> None:
     assert changed.tolist() == (marked.tolist() if kind != clean else [False] * 6)
     if kind == "patch":
         assert (made != plain)[0].any(0).sum() == 16
+
+
+def test_ablations_ask_every_variant_the_same(tiny_model: Model) -> None:
+    model = replace(tiny_model, judge=build_judge((1, 8, 12), 4).eval())
+    x, ids = torch.rand(3, 1, 8, 12, generator=torch.Generator().manual_seed(0)), ["a", "b", "c"]
+    pairs, image = ablations.questions(model, x, ids)
+    assert image.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and len(pairs) == 9
+    codes = Codes(pairs.z, pairs.log_var, pairs.target)
+    training = EnsembleTraining(epochs=1, min_updates=1, batch_size=4)
+    made = {name: (variant, asked, config) for name, variant, asked, config in ablations.variants(
+        model, codes, pairs, training
+    )}  # fmt: skip
+    assert list(made)[1:4] == ["from a sample", "M 1", "M 1, from a sample"] and {"eps 0", "eps 0.5"} <= set(made)
+    assert made["M 1"][0].ensemble.config.num_members == 1 and made["lambda 0.1"][2].distance_weight == 0.1
+    assert torch.equal(made["from a sample"][1].z, pairs.sample()) and made["gamma 0.9"][2].min_target_prob == 0.9
+    trained = [made[f"eps {eps}"][0].ensemble.weights[0] for eps in ("0", "0.5")]
+    assert not torch.equal(*trained) and made["eps 0"][0].ensemble.config == model.ensemble.config
+    cells = ablations.measure(*made["M 1"][:2], image, SearchConfig(max_steps=2))
+    assert len(cells) == len(ablations.COLUMNS) - 1 and cells[1] == "2" and "%" in cells[3]
 
 
 @pytest.mark.slow
