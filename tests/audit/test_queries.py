@@ -94,7 +94,7 @@ def test_views_agree_with_numpy() -> None:
     cell = con.sql("FROM class_pair_figures WHERE source = 1 AND target = 3").df().iloc[0]
     mine = pairs[(pairs.source == 1) & (pairs.target == 3)]
     assert cell.strict_validity == mine.converged.mean() and cell.median_steps == mine.steps[mine.converged].median()
-    agreement = con.sql("FROM agreement").df()
+    agreement = con.sql("FROM prediction_agreement").df()
     assert agreement.images.sum() == 120
     assert agreement.images[agreement.prediction == agreement.source].sum() == 115
 
@@ -102,4 +102,4 @@ def test_views_agree_with_numpy() -> None:
 def test_agreement_is_absent_without_predictions() -> None:
     tables = make_tables(40)
     con = connect(tables.codes, tables.counterfactuals)
-    assert "agreement" not in con.sql("SHOW TABLES").df().name.tolist()
+    assert "prediction_agreement" not in con.sql("SHOW TABLES").df().name.tolist()
