@@ -5,12 +5,12 @@ from __future__ import annotations
 from clarity.findings.finding import Facts, Finding, NotChecked, share_text
 from clarity.report.text import listed, percent, plural
 
-#: Share of pictures that change sides from which an attribute counts as not kept.
+#: Share of flips from which an attribute counts as not kept.
 MOST_FLIPPED = 0.1
 
 
 def check_kept(facts: Facts) -> list[Finding] | NotChecked:
-    """Pairs out of reach by the side of each kept attribute, and pictures that change sides all the same."""
+    """Pairs out of reach with and without each kept attribute, and pictures in which it flips all the same."""
     if not facts.keep:
         return NotChecked("no attribute was kept")
     if not facts.num_pairs:
@@ -41,9 +41,9 @@ def check_kept(facts: Facts) -> list[Finding] | NotChecked:
             f"Keeping {listed(list(facts.keep))} leaves {plural(missed, 'pair')} out of reach",
             f"With {plural(len(facts.keep), 'attribute')} kept, {percent(missed, facts.num_pairs)} of "
             f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Decoded and encoded again, "
-            f"pictures change sides: {listed(losses)}.",
-            f"Counted; pairs out of reach, for other images like these: {share_text(missed, facts.num_pairs)}. The "
-            "sides are those of the model's linear heads: an attribute is kept only as far as the code knows it.",
+            f"the kept attribute flips: {listed(losses)}.",
+            f"Counted; expected out of reach for similar images: {share_text(missed, facts.num_pairs)}. Flips "
+            "are those of the model's linear heads: an attribute is kept only as far as the code knows it.",
             figures={"missed": missed, "flipped": flips},
         )
     ]
