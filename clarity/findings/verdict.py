@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from clarity.findings.statistics import share_interval
@@ -41,7 +41,12 @@ class Verdict:
     sentence: str
     reasons: tuple[str, ...] = ()
     figures: tuple[tuple[str, str, str], ...] = ()
-    classes: tuple[tuple[str, str, str, str, str], ...] = field(default=())
+    classes: tuple[tuple[str, str, str, str, str], ...] = ()
+
+    @property
+    def unreachable(self) -> list[str]:
+        """Names of the classes out of reach."""
+        return [name for name, *_, note in self.classes if "out of reach" in note]
 
 
 def verdict(card: Mapping[str, Any]) -> Verdict:

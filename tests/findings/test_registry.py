@@ -69,6 +69,17 @@ def test_find_names_a_hard_pair_and_its_failures() -> None:
     assert all(target == 3 for _, target in found["unconverged"].examples)
 
 
+def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None:
+    per_class = {name: {"images": 50, "correct": 48} for name in ("ant", "bee", "cow", "dog")}
+    card = {"evaluation": {"images": 200, "correct": 192, "per_class": per_class}}
+    card["target_probs"] = {"median": [0.9] * 4, "p90": [0.99, 0.99, 0.99, 0.7]}
+    tables = make_tables()
+    failed = pa.array(tables.counterfactuals["target"].to_numpy() != 3)
+    found = told(replaced(tables, "counterfactuals", "converged", failed), card=card)["unconverged"]
+    assert "100 % of them are towards classes out of reach (dog)" in found.sentence and found.level == "look"
+    assert told(tables)["unconverged"].level == "alert"
+
+
 def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
     tables = make_tables()
     fails = (tables.counterfactuals["source"].to_numpy() == 2) & (tables.counterfactuals["target"].to_numpy() == 0)
