@@ -60,7 +60,6 @@ def new_parser() -> argparse.ArgumentParser:
     parser, number = driver.new_parser(__doc__), {"type": int, "metavar": "N"}
     group = driver.add_data_flags(parser, "train", "Part of the data to train on: train, validation, test or all")
     add = group.add_argument
-    add("--download", action="store_true", help="Download mnist into --data if it is missing.")
     about = "Part of the data to measure on: a split, none, or held-out: test, else validation (default: held-out)."
     add("--held-out", default="held-out", metavar="SPLIT", help=about)
     add = parser.add_argument_group("learning from your own model").add_argument
@@ -139,7 +138,7 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
     out = driver.job_path(args.out, f"runs/{args.dataset}/model", "--out")
     # The unlabelled images of a source teach the VAE, though not the classifiers.
-    dataset = driver.open_dataset(args, args.split, download=args.download, unlabelled=True)
+    dataset = driver.open_dataset(args, args.split, unlabelled=True)
     held_out = None if args.held_out == "none" else driver.open_dataset(args, args.held_out)
     return plan_training(
         out,

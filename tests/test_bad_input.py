@@ -320,19 +320,9 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("PNG cut in the middle", image(cut(PNG)), "error row", "truncated"),
     ("PNG with a changed byte", image(PNG[:900] + b"\xff\0\xff" + PNG[903:]), "error row", "found a broken one"),
     ("PNG header without pixels", image(PNG[:40]), "error row", "found bytes beginning with"),
-    (
-        "text named .png",
-        image(b"hello, world, this is text"),
-        "error row",
-        "found text beginning with b'hello, world'",
-    ),
+    ("text named .png", image(b"hello, world, this is text"), "error row", "found text beginning with b'hello, world'"),
     ("random bytes named .jpg", image(pixels(500).tobytes(), "jpg"), "error row", "found bytes beginning with"),
-    (
-        "EPS program named .png",
-        image(encoded(pixels(), "EPS")),
-        "error row",
-        "found text beginning with b'%!PS-Adobe",
-    ),
+    ("EPS program named .png", image(encoded(pixels(), "EPS")), "error row", "found text beginning with b'%!PS-Adobe"),
     ("PDF named .jpg", image(b"%PDF-1.7\n1 0 obj", "jpg"), "error row", "found text"),
     ("SVG named .png", image(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "error row", "found text"),
     ("broken link", odd_file(lambda path: path.symlink_to("x")), "error row", "No such file or directory"),
@@ -428,12 +418,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("text named .parquet", parquet(b"image,label\n"), "refused", "expected a whole Parquet file"),
     ("Parquet with zero rows", parquet(table([])), "refused", "expected images in split 'all'"),
     ("Parquet without a column image", parquet(pa.table({"img": [b"x"]})), "refused", "expected a column image"),
-    (
-        "column image of strings",
-        parquet(pa.table({"image": ["a.png"]})),
-        "refused",
-        "paths such as 'a.png'",
-    ),
+    ("column image of strings", parquet(pa.table({"image": ["a.png"]})), "refused", "paths such as 'a.png'"),
     ("column image of lists", parquet(pa.table({"image": [[1, 2]]})), "refused", "found list<"),
     ("column label of floats", parquet(table(label=[1.5, 2.5])), "refused", "column label of strings or whole numbers"),
     ("labels of -1", parquet(table(label=[-1, 0]), then="notes"), "read", "which is read as no label"),
@@ -443,12 +428,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("label unknown to the model", labels("dog", "cow", "99", None), "read", "[1, None, None, None]"),
     ("null image_id", parquet(table(image_id=["a", None])), "refused", "found null in 1: fill them"),
     ("duplicate image_id", parquet(table(image_id=["a", "a"])), "refused", "found 1 duplicates ('a')"),
-    (
-        "split that is neither train nor test",
-        parquet(SPLIT, split="train", then="left_out"),
-        "read",
-        "is none of",
-    ),
+    ("split that is neither train nor test", parquet(SPLIT, split="train", then="left_out"), "read", "is none of"),
     ("no row of the split asked for", parquet(SPLIT, split="test"), "refused", "expected one of train, all"),
     ("directory without Parquet files", lambda root: dataset("parquet", root), "refused", "*.parquet or *.pq, in"),
     ("row group with changed bytes", broken_row_group, "error row", "found it broken: restore it"),
@@ -482,12 +462,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("folder without --data", door("folder"), "refused", "data: expected where the images of folder lie"),
     ("URI of an unknown scheme", door("folder", "https://host/photos"), "refused", "found the scheme 'https'"),
     ("MNIST on an object store", door("mnist", "s3://bucket/mnist"), "refused", "expects a local directory"),
-    (
-        "password in a URI",
-        door("folder", "s3://me:secret@bucket/x"),
-        "refused",
-        "found some in s3://***@bucket/x",
-    ),
+    ("password in a URI", door("folder", "s3://me:secret@bucket/x"), "refused", "found some in s3://***@bucket/x"),
     ("unknown mode", lambda _: outcome_of(lambda: Preprocessing("CMYK", H, W)), "refused", "expected mode 'L'"),
     ("size of zero", lambda _: outcome_of(lambda: Preprocessing("L", 0, W)), "refused", "height in pixels, 1 to 8192"),
 ]
@@ -639,11 +614,7 @@ def refusal(model: Path, argv: list[str] | Callable[[Path], list[str]], root: Pa
     free = root / "free"
     more = argv(root) if callable(argv) else argv
     said, printed = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stderr(said),
-        contextlib.redirect_stdout(printed),
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         patch.setattr(job.driver, "start_ray", lambda *_: pytest.fail("Ray was started"))
         try:
             code = job.main(["--model", str(model), "--out", str(free), "--limit", "4", *more])

@@ -70,10 +70,7 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
     [
         ({"id": ["a"], "class": ["ant"]}, "expected columns image_id and class or probabilities, found id, class"),
         ({"image_id": ["a"]}, "found image_id: rename"),
-        (
-            {"image_id": ["a"], "score": [0.5]},
-            "or one for each class, found image_id, ",
-        ),
+        ({"image_id": ["a"], "score": [0.5]}, "or one for each class, found image_id, "),
         ({"image_id": [0.5], "class": ["ant"]}, "image_id as text or integers"),
         ({"image_id": ["a", None], "class": ["ant", "ant"]}, "found null in 1"),
         ({"image_id": ["a", "b", "a"], "class": ["ant"] * 3}, r"1 duplicates \('a'\)"),

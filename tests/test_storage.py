@@ -465,10 +465,7 @@ def test_copy_tree_goes_both_ways(store: ObjectStore, tmp_path: Path) -> None:
     assert (
         storage.list_files(tmp_path / "back")
         == storage.list_files(tmp_path / "a")
-        == [
-            FileInfo("sub/y.json", 13),
-            FileInfo("x.bin", 1),
-        ]
+        == [FileInfo("sub/y.json", 13), FileInfo("x.bin", 1)]
     )
 
 
@@ -542,12 +539,7 @@ def test_an_upload_cut_in_the_middle_leaves_no_object(size: int, store: ObjectSt
 
 def test_refusals_are_said_at_once_and_without_the_key(store: ObjectStore) -> None:
     store.faults += [Fault("403", method, times=10_000) for method in ("GET", "PUT", "HEAD")]
-    for action in (
-        lambda uri: storage.write_bytes(uri, b"x"),
-        storage.read_bytes,
-        storage.list_files,
-        storage.exists,
-    ):
+    for action in (lambda uri: storage.write_bytes(uri, b"x"), storage.read_bytes, storage.list_files, storage.exists):
         store.requests.clear()
         with pytest.raises(StorageError, match="rights to them") as error:
             action(store.uri("refused"))

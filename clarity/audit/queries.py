@@ -64,19 +64,13 @@ def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyC
     """Opens a DuckDB in memory with ``codes``, ``counterfactuals``, one table for each of ``others``, and the views.
 
     Each may be anything that DuckDB scans: an Arrow table or data set (so an audit on an object store works), a pandas
-    or Polars frame, or a list of Parquet paths. An Arrow data set of local files is read from its paths, which is
-    fastest.
+    or Polars frame.
     """
     con = duckdb.connect()
     con.execute("SET enable_progress_bar = false")  # it would be drawn into notebooks
     for name, table in {"codes": codes, "counterfactuals": counterfactuals, **others}.items():
-        table = local_paths(table)
         source = f'"stored {name}"'
-        if isinstance(table, list):
-            paths = ", ".join("'" + str(path).replace("'", "''") + "'" for path in table)
-            source = f"read_parquet([{paths}])"
-        else:
-            con.register(f"stored {name}", table)
+        con.register(f"stored {name}", table)
         added = missing_columns(con.sql(f"FROM {source}").columns) if name == "counterfactuals" else []
         con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(["*", *added])} FROM {source}')
     for name, view in load_views().items():
@@ -89,12 +83,6 @@ def missing_columns(stored: Sequence[str]) -> list[str]:
     """SQL of the columns of ``counterfactuals`` that a table lacks, as without kept attributes: null in every row."""
     added = {name: SQL_TYPES.get(column.type) for name, column in COUNTERFACTUALS.items() if name not in stored}
     return [f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in added.items() if kind]
-
-
-def local_paths(table: Any) -> Any:
-    """The paths of an Arrow data set of local files; anything else as it is."""
-    is_local = getattr(getattr(table, "filesystem", None), "type_name", None) == "local"
-    return list(table.files) if is_local and table.files else table
 
 
 def has_predictions(con: duckdb.DuckDBPyConnection) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from clarity import storage
-from clarity.audit.commits import commit_path, files_below, valid_commits
+from clarity.audit.commits import valid_commits
 from clarity.audit.plan import Plan, read_plan
 from clarity.audit.queries import connect, query
 from clarity.audit.summary import summarise
@@ -78,7 +77,7 @@ def read_audit(uri: str | Path) -> Audit:
     """
     uri = str(uri)
     plan = read_plan(uri)
-    commits = known_commits(uri, plan)
+    commits = valid_commits(uri, plan)
     files, path = storage.filesystem(uri)
 
     def table(name: str, expected: pa.Schema | None) -> pads.Dataset:
@@ -89,15 +88,3 @@ def read_audit(uri: str | Path) -> Audit:
 
     codes, pairs = table("codes", plan.codes_schema()), table("counterfactuals", plan.counterfactuals_schema())
     return Audit(uri, plan, commits, codes, pairs, table("traces", None))
-
-
-def known_commits(uri: str, plan: Plan) -> dict[int, dict[str, Any]]:
-    """The commits; of a finished audit from ``_SUCCESS``, which gathers them, where their records are still there."""
-    try:
-        done = json.loads(storage.read_bytes(storage.join(uri, "_SUCCESS")))
-        present = files_below(uri, "_commits")
-        if done["fingerprint"] == plan.fingerprint:
-            return {commit["shard"]: commit for commit in done["commits"] if commit_path(commit["shard"]) in present}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return valid_commits(uri, plan)

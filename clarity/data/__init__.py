@@ -41,7 +41,7 @@ from clarity.data.listing import (
     split_named,
     where_of,
 )
-from clarity.data.mnist import download_mnist, list_mnist, read_mnist
+from clarity.data.mnist import list_mnist, read_mnist
 from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
 from clarity.images import (
     Preprocessing,
@@ -63,7 +63,6 @@ def open_dataset(
     data: storage.URI | None = None,
     split: str = "train",
     *,
-    download: bool = False,
     attributes: Sequence[str] = (),
     unlabelled: bool = False,
     columns: Mapping[str, str] | None = None,
@@ -75,7 +74,6 @@ def open_dataset(
         data: where it lies; a local path is made absolute, for workers in other directories. None for digits.
         split: "train", "validation" or "test", by any usual name; "all"; or "held-out": test, and where the data has
             none, validation. Images that the data does not split are "train" or "test" by their ids.
-        download: mnist: fetch what is missing into ``data``.
         attributes: columns carried along: celeba_hair's 40 (1 or 0), integers and booleans of parquet; ("all",) is
             every one that there is.
         unlabelled: celeba_hair: list the faces without exactly one hair colour too, with a null label. Other sources
@@ -89,12 +87,10 @@ def open_dataset(
     if source not in SOURCES:
         raise ValueError(f"unknown data set {source!r}: expected one of {', '.join(SOURCES)}")
     kind = SOURCES[source]
-    if download and source != "mnist":
-        raise ValueError(f"download: expected mnist, got {source}: name where its data lies instead")
     if data is not None and not kind.needs_data:
         raise ValueError(f"data: expected none for {source}, which ships its own, got {storage.display(data)}")
     if kind.needs_data:
-        data = check_data(source, str(data or "").strip(), download)
+        data = check_data(source, str(data or "").strip())
     columns = dict(columns or {})
     if unknown := sorted(set(columns) - set(kind.columns)):
         choices = names_of(kind.columns)
@@ -151,8 +147,8 @@ def held_out_of(dataset: Dataset) -> Dataset:
     return replace(dataset, split=choose_split(replace(dataset, split="held-out")), unlabelled=False)
 
 
-def check_data(source: str, data: str, download: bool) -> str:
-    """The absolute location of the data, downloaded first if requested; ValueError if it is missing."""
+def check_data(source: str, data: str) -> str:
+    """The absolute location of the data; ValueError if it is missing."""
     doc = SOURCES[source].doc
     if not data:
         raise ValueError(f"data: expected where the images of {source} lie ({doc}), got nothing: name it")
@@ -161,8 +157,6 @@ def check_data(source: str, data: str, download: bool) -> str:
         data = os.path.abspath(os.path.expanduser(data))
     elif not SOURCES[source].remote:
         raise ValueError(f"{source} expects a local directory, found {storage.display(data)}: copy it here")
-    if download:
-        download_mnist(data)
     if not storage.exists(data):
         where = f"{storage.display(data)}: check the path, and that this machine can reach it"
         raise ValueError(f"{source} expects data ({doc}), found nothing at {where}")

@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 from shards import IDS, make_tables
 
-from clarity.audit.commits import (
-    claim,
-    commit_shard,
-)
+from clarity.audit.commits import claim, commit_shard
 from clarity.audit.plan import Plan, shard_table
 from clarity.audit.read import read_audit
 from clarity.audit.verify import verify

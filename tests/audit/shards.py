@@ -69,7 +69,4 @@ def make_tables(plan: Plan, shard: int) -> dict[str, pa.Table]:
     def table(columns: dict[str, Any], expected: pa.Schema) -> pa.Table:
         return pa.table([columns[name] for name in expected.names], schema=expected)
 
-    return {
-        "codes": table(codes, plan.codes_schema()),
-        "counterfactuals": table(pairs, plan.counterfactuals_schema()),
-    }
+    return {"codes": table(codes, plan.codes_schema()), "counterfactuals": table(pairs, plan.counterfactuals_schema())}

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 from shards import make_tables
 
-from clarity.audit.commits import (
-    begin_attempt,
-    claim,
-    commit_shard,
-    unreachable_paths,
-)
+from clarity.audit.commits import begin_attempt, claim, commit_shard, unreachable_paths
 from clarity.audit.lock import AuditBusy
 from clarity.audit.plan import Plan
 

@@ -16,9 +16,7 @@ import pytest
 
 from clarity import storage
 from clarity.audit import lock
-from clarity.audit.commits import (
-    claim,
-)
+from clarity.audit.commits import claim
 from clarity.audit.lock import AuditBusy, FileLock, Lease
 from clarity.audit.plan import Plan
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from audits import Planted, make_tables
+from pyarrow.dataset import dataset
 
 from clarity.audit.queries import connect, load_queries, query
 
@@ -45,9 +46,9 @@ def test_query_runs_and_is_documented(name: str) -> None:
 
 def test_query_answers_agree_with_pandas_and_polars(tmp_path: Path) -> None:
     tables = make_tables(planted=Planted(hard=(1, 3)))
-    path = tmp_path / "it's.parquet"
+    path = tmp_path / "pairs.parquet"
     pq.write_table(tables.counterfactuals, path)
-    con = connect(tables.codes, [path])
+    con = connect(tables.codes, dataset(path))
     nearest = query(con, "nearest_counterfactual", count=1000)
     frame = pandas.read_parquet(path)
     frame = frame[frame.converged].sort_values(["distance_z_l1", "target"]).groupby("image_id").first()

@@ -15,11 +15,7 @@ import pytest
 from shards import make_tables
 
 from clarity import storage
-from clarity.audit.commits import (
-    claim,
-    commit_shard,
-    to_parquet,
-)
+from clarity.audit.commits import claim, commit_shard, to_parquet
 from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
 from clarity.audit.summary import describe, summarise, unreached

@@ -13,10 +13,7 @@ import pytest
 from shards import make_tables
 
 from clarity import schema
-from clarity.audit.commits import (
-    commit_shard,
-    drop_commits,
-)
+from clarity.audit.commits import commit_shard, drop_commits
 from clarity.audit.plan import Plan
 from clarity.audit.read import read_audit
 from clarity.audit.verify import Shard, check_search, verify

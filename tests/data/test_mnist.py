@@ -1,11 +1,8 @@
-"""MNIST in torchvision's layout, and its download."""
+"""MNIST in torchvision's layout."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -48,40 +45,3 @@ def test_mnist_is_resized_when_asked(mnist: Path) -> None:
     preprocessing = data.infer_preprocessing(dataset, listing, image_size=32, mode="RGB")
     assert preprocessing == Preprocessing("RGB", 32, 32)
     assert data.read_images(dataset, listing, preprocessing)["error"].null_count == 7
-
-
-def test_mnist_downloads_only_when_asked_and_checks_what_it_got(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "server"
-    for stem, count in (("train", 7), ("t10k", 5)):
-        write_idx(source / f"{stem}-images-idx3-ubyte.gz", random_pixels(count, count, 28, 28))
-        write_idx(source / f"{stem}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8))
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source.iterdir()}
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write((source / self.path[1:]).read_bytes())
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr("clarity.data.mnist.MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
-        with pytest.raises(ValueError, match="found nothing at"):
-            data.open_dataset("mnist", tmp_path / "data")
-        assert not asked
-        with pytest.raises(ValueError, match="with sha256"):
-            data.open_dataset("mnist", tmp_path / "data", download=True)
-        assert not (tmp_path / "data").exists()
-        monkeypatch.setattr("clarity.data.mnist.MNIST_SHA256", sums)
-        listing = data.list_images(data.open_dataset("mnist", tmp_path / "data", download=True))
-        assert (len(listing), len(asked)) == (7, 5)
-        data.open_dataset("mnist", tmp_path / "data", download=True)
-        assert len(asked) == 5
-        server.shutdown()

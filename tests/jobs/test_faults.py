@@ -665,17 +665,14 @@ on_object_store(
     lambda fault: [fault("503", method, "audit", 6) for method in ("PUT", "GET", "HEAD")],
 )
 on_object_store(
-    "object store slow",
-    lambda fault: [fault("slow", "PUT", "audit", 12, 2.0), fault("slow", "GET", "audit", 6, 2.0)],
+    "object store slow", lambda fault: [fault("slow", "PUT", "audit", 12, 2.0), fault("slow", "GET", "audit", 6, 2.0)]
 )
 on_object_store(
     "object store cutting uploads in the middle",
     lambda fault: [fault("cut", "PUT", "counterfactuals", 2), fault("cut", "PUT", "_commits", 2)],
 )
 on_object_store(
-    "object store refusing uploads for a while",
-    lambda fault: [fault("403", "PUT", "codes/", 4)],
-    exits=(0, 1),
+    "object store refusing uploads for a while", lambda fault: [fault("403", "PUT", "codes/", 4)], exits=(0, 1)
 )
 
 
