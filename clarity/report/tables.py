@@ -31,7 +31,8 @@ def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
         note += f" Each image was explained by the one of {folds} ensembles that was not trained on it."
     elif view.facts.trained_on_labels:
         note += " The ensemble may have been trained on these images and then trusts their labels: train with folds."
-    return {"rows": rows, "confusion": confusion(view), "note": note}
+    counts = "SELECT label, source, count(*) FROM codes WHERE status = 'ok' AND label IS NOT NULL GROUP BY ALL"
+    return {"rows": rows, "agreement": agreement(view, view.rows(counts)), "note": note}
 
 
 def suspicious_labels(view: View, images: dict[str, Any], tiles: Tiles) -> list[dict[str, Any]]:
@@ -62,38 +63,40 @@ def suspicious_labels(view: View, images: dict[str, Any], tiles: Tiles) -> list[
     return rows
 
 
-def confusion(view: View) -> dict[str, Any] | None:
-    """Agreement by label, and the most frequent disagreements; None where nothing is labelled."""
-    counts = np.zeros((len(view.class_names),) * 2, np.int64)
-    for label, source, count in view.rows(
-        "SELECT label, source, count(*) FROM codes WHERE status = 'ok' AND label IS NOT NULL GROUP BY ALL"
-    ):
-        counts[label, source] = count
-    if not counts.any():
+def agreement(view: View, counts: list[tuple[int, int, int]], from_given: bool = False) -> dict[str, Any] | None:
+    """Agreement by a given class, lowest first, and the most frequent differences; None where there is no count.
+
+    Args:
+        view: the audit.
+        counts: (given class, seen class, images).
+        from_given: the explained model's class is the given one, so that class pairs start there.
+    """
+    images = np.zeros((len(view.class_names),) * 2, np.int64)
+    for given, seen, count in counts:
+        images[given, seen] = count
+    if not images.any():
         return None
-    by_label = [(k, int(counts[k].sum()), int(counts[k, k])) for k in range(len(counts)) if counts[k].any()]
-    by_label.sort(key=lambda row: row[2] / row[1])
-    wrong = counts - np.diag(np.diag(counts))
-    cells = [divmod(int(cell), len(counts)) for cell in np.argsort(-wrong, axis=None, kind="stable")[:8]]
-    return {
-        "recall": [share_row(view.class_names[k], count, agree) for k, count, agree in by_label],
-        "worst": [
-            {
-                "label": view.class_names[label],
-                "source": view.class_names[source],
-                "count": f"{wrong[label, source]:,}",
-                "pair": f"{source}-{label}" if view.facts.pairs["pairs"][source, label] > 0 else None,
-            }
-            for label, source in cells
-            if wrong[label, source]
-        ],
-    }
-
-
-def share_row(name: str, count: int, agree: int) -> dict[str, Any]:
-    """One class of a table of agreement."""
-    share, meter = f"{percent(agree, count)} ({interval(agree, count)})", round(100 * agree / count, 1)
-    return {"name": name, "count": f"{count:,}", "share": share, "meter": meter}
+    names, shares, worst = view.class_names, [], []
+    totals, same = images.sum(1), images.diagonal()
+    for k in sorted(np.flatnonzero(totals).tolist(), key=lambda k: same[k] / totals[k]):
+        share = f"{percent(same[k], totals[k])} ({interval(same[k], totals[k])})"
+        meter = round(100 * same[k] / totals[k], 1)
+        shares.append({"name": names[k], "count": f"{totals[k]:,}", "share": share, "meter": meter})
+    differing = images - np.diag(same)
+    for cell in np.argsort(-differing, axis=None, kind="stable")[:8].tolist():
+        given, seen = divmod(cell, len(images))
+        if differing[given, seen]:
+            pair = (given, seen) if from_given else (seen, given)
+            worst.append(
+                {
+                    "given": names[given],
+                    "seen": names[seen],
+                    "count": f"{differing[given, seen]:,}",
+                    "pair": f"{pair[0]}-{pair[1]}" if view.facts.pairs["pairs"][pair] > 0 else None,
+                    "text": f"{names[pair[0]]} → {names[pair[1]]}",
+                }
+            )
+    return {"total": int(totals.sum()), "same": int(same.sum()), "shares": shares, "worst": worst}
 
 
 def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Embedded) -> dict[str, Any] | None:
@@ -101,17 +104,20 @@ def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Em
     if not view.has_predictions:
         return None
     names = view.class_names
-    shares = view.rows(
-        "SELECT prediction, sum(images), coalesce(sum(images) FILTER (prediction = source), 0) AS agree "
-        "FROM prediction_agreement WHERE prediction IS NOT NULL GROUP BY 1 ORDER BY agree / sum(images), 1"
-    )
+    found = agreement(
+        view,
+        view.rows(
+            "SELECT prediction, source, sum(images) FROM prediction_agreement WHERE prediction IS NOT NULL GROUP BY ALL"
+        ),
+        from_given=view.facts.has_predictor,
+    ) or {"total": 0, "same": 0}
+    total, same = found["total"], found["same"]
     counts = view.rows(
         "SELECT sum(images) FILTER (prediction IS NULL), sum(images) FILTER (prediction + label IS NOT NULL), "
         "sum(images) FILTER (prediction = label), sum(images) FILTER (prediction IS NOT NULL AND source = label) "
         "FROM prediction_agreement"
     )[0]
     missing, labelled, theirs, ours = (count or 0 for count in counts)
-    total, same = sum(row[1] for row in shares), sum(row[2] for row in shares)
     note = (
         f"Your model's predictions for {plural(total, 'image')}: the ensemble predicts the same class for {same:,} "
         f"({percent(same, total)}; {interval(same, total)}). "
@@ -127,17 +133,9 @@ def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Em
         if view.facts.has_predictor
         else "The explained model is the ensemble: where the two differ, an explanation does not speak for your model."
     )
-    crossed = view.rows(
-        "SELECT prediction, source, sum(images) FROM prediction_agreement WHERE prediction <> source "
-        "GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT 8"
-    )
     return {
         "note": note,
-        "shares": [share_row(names[k], count, agree) for k, count, agree in shares],
-        "crossed": [
-            {"prediction": names[p], "seen": names[s], "count": f"{count:,}", **pair_link(view, s, p)}
-            for p, s, count in crossed
-        ],
+        "agreement": found,
         "rows": [
             {
                 "image_id": row["image_id"],
@@ -156,9 +154,3 @@ def predictions(view: View, sample: Sample, images: dict[str, Any], embedded: Em
         ],
         "more": f"{total - same - LISTED:,}" if total - same > LISTED else None,
     }
-
-
-def pair_link(view: View, seen: int, prediction: int) -> dict[str, str]:
-    """The class pair of two classes from that of the explained model, for a link to it."""
-    source, target = (prediction, seen) if view.facts.has_predictor else (seen, prediction)
-    return {"pair": f"{source}-{target}", "text": f"{view.class_names[source]} → {view.class_names[target]}"}
