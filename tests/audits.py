@@ -219,6 +219,39 @@ def make_tables(
     )
 
 
+def replaced(tables: Tables, table: str, column: str, values: pa.Array) -> Tables:
+    """The tables with one column replaced."""
+    old = getattr(tables, table)
+    setattr(tables, table, old.set_column(old.column_names.index(column), column, values))
+    return tables
+
+
+def with_predictor(tables: Tables, unlike: int = 9) -> Tables:
+    """The tables of an audit of a predictor, with which the ensemble disagrees on the first ``unlike`` images.
+
+    Of the pairs, in order: 12 are not confirmed, 24 further ones are not seen as the target by the held-out judge; the
+    reconstructions of the first four images are seen as a target.
+    """
+    codes, pairs = tables.codes, tables.counterfactuals
+    source = codes["source"].to_numpy()
+    seen = np.where(np.arange(len(source)) < unlike, (source + 1) % 4, source)
+    probs = (0.97 * np.eye(4) + 0.01)[seen].astype(np.float32)
+    tables = replaced(tables, "codes", "probs", pa.array(probs.tolist(), codes["probs"].type))
+    for name in ("source", "source_name"):
+        tables.codes = tables.codes.append_column(name.replace("source", "prediction"), codes[name])
+    target, number = pairs["target"].to_numpy(), np.arange(len(pairs))
+    images = np.array([int(name[4:]) for name in pairs["image_id"].to_pylist()])
+    for name, values in {
+        "confirmed": number >= 12,
+        "judge_class": np.where((number >= 12) & (number < 36), pairs["source"].to_numpy(), target),
+        "prediction_target_prob_initial": np.full(len(pairs), 0.01),
+        "prediction_target_prob_reconstruction": np.where(images < 4, 0.8, 0.01),
+        "prediction_target_prob_final": np.where(number >= 12, 0.9, 0.2),
+    }.items():
+        tables = replaced(tables, "counterfactuals", name, pa.array(values).cast(pairs[name].type))
+    return tables
+
+
 def write_audit(
     uri: Any,
     tables: Tables,

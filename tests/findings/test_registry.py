@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from audits import Planted, Tables, make_tables
+from audits import Planted, Tables, make_tables, replaced, with_predictor
 
 from clarity.audit.queries import connect
 from clarity.findings.differences import mean_differences
@@ -148,32 +148,6 @@ def test_find_compares_with_the_predictions_handed_in() -> None:
     assert whole.level == "fact" and "(100 %)" in whole.sentence and "Least agreement" not in whole.sentence
 
 
-def with_predictor(tables: Tables, unlike: int = 9) -> Tables:
-    """The tables of an audit of a predictor, with which the ensemble disagrees on the first ``unlike`` images.
-
-    Of the pairs, in order: 12 are not confirmed, 24 further ones are not seen as the target by the held-out judge; the
-    reconstructions of the first four images are seen as a target.
-    """
-    codes, pairs = tables.codes, tables.counterfactuals
-    source = codes["source"].to_numpy()
-    seen = np.where(np.arange(len(source)) < unlike, (source + 1) % 4, source)
-    probs = (0.97 * np.eye(4) + 0.01)[seen].astype(np.float32)
-    tables = replaced(tables, "codes", "probs", pa.array(probs.tolist(), codes["probs"].type))
-    for name in ("source", "source_name"):
-        tables.codes = tables.codes.append_column(name.replace("source", "prediction"), codes[name])
-    target, number = pairs["target"].to_numpy(), np.arange(len(pairs))
-    images = np.array([int(name[4:]) for name in pairs["image_id"].to_pylist()])
-    for name, values in {
-        "confirmed": number >= 12,
-        "judge_class": np.where((number >= 12) & (number < 36), pairs["source"].to_numpy(), target),
-        "prediction_target_prob_initial": np.full(len(pairs), 0.01),
-        "prediction_target_prob_reconstruction": np.where(images < 4, 0.8, 0.01),
-        "prediction_target_prob_final": np.where(number >= 12, 0.9, 0.2),
-    }.items():
-        tables = replaced(tables, "counterfactuals", name, pa.array(values).cast(pairs[name].type))
-    return tables
-
-
 def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
     found = told(with_predictor(make_tables()))
     agree = found["predictions"]
@@ -237,13 +211,6 @@ def test_mean_differences_are_those_of_a_loop() -> None:
             if rows.any():
                 np.testing.assert_allclose(found.mean[s, t], change[rows].mean(0), atol=1e-6)
     np.testing.assert_allclose(found.target_std[2], change[target == 2].std(0), atol=1e-6)
-
-
-def replaced(tables: Tables, table: str, column: str, values: pa.Array) -> Tables:
-    """The tables with one column replaced."""
-    old = getattr(tables, table)
-    setattr(tables, table, old.set_column(old.column_names.index(column), column, values))
-    return tables
 
 
 def nothing_converged(tables: Tables) -> Tables:

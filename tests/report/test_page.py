@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from audits import Planted, make_tables, write_audit
+from audits import Planted, make_tables, with_predictor, write_audit
 
 from clarity.report import overview
 from clarity.report.page import Report, write_report
@@ -186,6 +186,18 @@ def test_report_sets_the_predictions_handed_in_beside_the_ensemble(tmp_path: Pat
     assert sum(int(count) for _, count in shares) == 120
     _, html = write(tmp_path / "none")
     assert 'id="predictions"' not in html and "prediction_name" not in html
+
+
+def test_report_speaks_of_the_predictor_that_it_explains(tmp_path: Path) -> None:
+    html = Path(write_report([write_audit(tmp_path / "a", with_predictor(make_tables()))]).uri).read_text()
+    assert "Rows are the classes that your model predicts" in html and "Your own model is explained" in html
+    part = html[html.index('<section id="predictions"') :].split("</section>")[0]
+    assert "predicts the same class for 111 (92.5 %" in part and "your model is asked about every picture" in part
+    # Links start at the class of the model explained, which is the prediction; nine images of four classes differ.
+    assert "0-1" in re.findall(r'href="#pair=(\d-\d)"', part) and part.count("its counterfactual, ") == 9
+    data = data_of(html)
+    assert "confirmed_share" in [kind["key"] for kind in data["maps"]]
+    assert row_of(data, data["examples"]["0-2"][-1][0], 2)["predicted_prob"] == "0.01 → 0.90"
 
 
 def test_report_puts_audits_side_by_side(tmp_path: Path) -> None:
