@@ -42,8 +42,7 @@ from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_sha
 def new_parser() -> ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
-    group = driver.add_data_flags(parser, "held-out", "Part of the data: train, test, all, held-out")
-    add = group.add_argument
+    add = (group := driver.add_data_flags(parser, "held-out", "Split: train, test, all, held-out")).add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
     add("--limit", type=int, metavar="N", help="Explain only the first N of these images.")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to copy into codes, or all.")
@@ -91,8 +90,7 @@ def explain_all(args: Namespace) -> int:
     predictions = read_predictions(args.predictions, everything) if args.predictions else None
     listing, only = planning.choose(everything, args.where, args.limit)
     taught = ["--predictor", args.predictor] if args.predictor else []
-    may_train = not (args.model or args.dry_run)
-    driver.train_if_missing(model_uri, args.dataset, args.data, *taught, may_train=may_train)
+    driver.train_if_missing(model_uri, args.dataset, args.data, *taught, may_train=not (args.model or args.dry_run))
     model = load_model(model_uri)
     if predictions is not None:
         listing = add_predictions(listing, predictions, model.class_names)
