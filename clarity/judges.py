@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clarity.rows import in_blocks, require_eval, require_rows
+from clarity.rows import in_blocks, in_halves, require_eval, require_rows
 
 #: Widths of the blocks for images above 32 pixels.
 LARGE_CHANNELS = (16, 32, 64, 96)
@@ -74,7 +75,21 @@ def judge_rows(net: JudgeNet, x: Tensor) -> np.ndarray:
     """Class probabilities (B, K) of images (B, C, H, W) in [0, 1], each row independent of its batch (``rows``)."""
     require_eval(net)
     require_rows(x, net.config.image_shape)
-    return in_blocks(lambda block: net(block).softmax(1), x).cpu().numpy()
+    layers = [max_of_four if isinstance(layer, nn.MaxPool2d) else layer for layer in net.trunk]
+
+    def probs(block: Tensor) -> Tensor:
+        features = net.project(in_halves(layers, block.contiguous(memory_format=torch.channels_last)))
+        return net.head(features).softmax(1)
+
+    return in_blocks(probs, x).cpu().numpy()
+
+
+def max_of_four(h: Tensor) -> Tensor:
+    """The maximum of each 2x2 window of maps without negative values: max pooling, several times as fast on CPUs."""
+    if h.shape[2] % 2 or h.shape[3] % 2:
+        h = F.pad(h, (0, h.shape[3] % 2, 0, h.shape[2] % 2))
+    wide = torch.maximum(h[..., ::2], h[..., 1::2])
+    return torch.maximum(wide[:, :, ::2], wide[:, :, 1::2])
 
 
 def predict_probs(net: JudgeNet, images: np.ndarray, *, sigmoid: bool = False) -> np.ndarray:

@@ -85,6 +85,13 @@ def test_judge_rows_do_not_depend_on_the_batch(judge: JudgeNet) -> None:
     assert np.array_equal(judge_rows(judge, x[141:142]), together[141:142])
 
 
+@pytest.mark.parametrize("shape", [(1, 9, 14), (3, 40, 33)])
+def test_judge_rows_agree_with_the_network(shape: tuple[int, int, int]) -> None:
+    net, x = build_judge(shape, K).eval(), torch.rand(150, *shape)
+    with torch.inference_mode():
+        np.testing.assert_allclose(judge_rows(net, x), net(x).softmax(1).numpy(), atol=1e-5)
+
+
 def test_large_images_get_another_block() -> None:
     assert len(build_judge((C, 33, 12), K).config.channels) == len(build_judge((C, 32, 12), K).config.channels) + 1
 
