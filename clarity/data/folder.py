@@ -142,7 +142,8 @@ def split_folders(root: str) -> dict[str, str]:
         named, rest = ", ".join(f"{name}/" for name in splits), ", ".join(f"{name}/" for name in others[:3])
         raise ValueError(
             f"expected either splits or classes at the top of {storage.display(root)}, found {named} beside {rest}: if "
-            f"{named} are splits, move {rest} away or below them; if they are classes, give them other names"
+            f"{named} are splits, move {rest} away or below them; if they are classes, give them other names; "
+            "to read one folder alone, name it"
         )
     return splits
 
@@ -192,11 +193,11 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
         return []
     first, others = wrapping[0], len({*inner, *direct}) - 1
     below = f"({printable(first)}: {some(inner[first])})"
-    remedy = f"name {storage.display(storage.join(root, printable(first)))}"
-    count = sum(parts[depth] == first for parts in paths)
-    if others and count >= WRAPPED * len(paths):
+    inside = [parts for parts in paths if parts[depth] == first]
+    remedy = f"name {storage.display(storage.join(root, *map(printable, inside[0][: depth + 1])))}"
+    if others and len(inside) >= WRAPPED * len(paths):
         raise ValueError(
-            f"expected a folder for each class, found {count} of {len(paths)} images in folders below one of them "
+            f"expected a folder for each class, found {len(inside)} of {len(paths)} images in folders below one "
             f"{below}: if those are the classes, {remedy}; else put its images directly into it"
         )
     return [

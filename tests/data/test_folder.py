@@ -151,6 +151,9 @@ def test_folder_notes_a_folder_that_may_only_wrap_classes(tmp_path: Path) -> Non
     assert note.startswith("1 classes have all their images in folders below (Dataset: 0, 1), which are not read as")
     assert note.endswith(f"if they are, name {tmp_path}/Dataset")
     assert data.notes(data.list_images(data.open_dataset("folder", tmp_path / "Dataset", "all"))) == []
+    write_images(tmp_path / "split", "train/Images/0/1.png", "train/Images/1/2.png", "test/Images/0/3.png")
+    (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path / "split", "train")))
+    assert note.endswith(f"if they are, name {tmp_path}/split/train/Images")
 
 
 def test_folder_reads_rare_endings(tmp_path: Path) -> None:
