@@ -204,6 +204,14 @@ def make_checks(
     return checks
 
 
+def describe_kept(model: Model, keep: Sequence[str]) -> str:
+    """How well the heads of kept attributes know them, as text: what a head does not know is not kept."""
+    known = model.card.get("metrics", {}).get("attributes", {})
+    figures = {name: known.get(name, {}).get("balanced_accuracy") for name in keep}
+    told = [name if right is None else f"{name} (balanced accuracy {right:.1%})" for name, right in figures.items()]
+    return f"keeping    {', '.join(told)}, as far as the code knows them"
+
+
 def describe_predictor(predictor: Predictor, dataset: data.Dataset, listing: pa.Table) -> str:
     """What a predictor sees in the first image that can be read, so that a wrong preprocessing is seen, as text."""
     images = data.read_images(dataset, listing.slice(0, 8), predictor.preprocessing)

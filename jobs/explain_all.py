@@ -101,6 +101,8 @@ def explain_all(args: Namespace) -> int:
     flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where", "shard_rows")}
     checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
+    if args.keep:
+        print(planning.describe_kept(model, args.keep))
     if args.shard_rows is None:
         rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"].to_pylist(), rows))

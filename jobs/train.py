@@ -255,8 +255,8 @@ def describe(plan: TrainingPlan) -> str:
     heads = {name: about for name, about in metrics.get("attributes", {}).items() if about["accuracy"] is not None}
     if heads:
         worst = sorted(heads, key=lambda name: heads[name]["balanced_accuracy"])[:SHOWN_CLASSES]
-        shown = ", ".join(f"{name} {heads[name]['accuracy']:.2%}" for name in heads if name in worst)
-        lines.append(f"attributes {'worst: ' if len(heads) > len(worst) else ''}{shown}, held out")
+        shown = ", ".join(f"{name} {heads[name]['balanced_accuracy']:.2%}" for name in heads if name in worst)
+        lines.append(f"attributes {'worst: ' if len(heads) > len(worst) else ''}{shown}, balanced accuracy held out")
     measured = metrics.get("ensemble", {}).get("per_class", {})
     unseen = [name for name in card.get("class_names", []) if name not in measured]
     if lines and unseen:

@@ -21,6 +21,7 @@ from clarity.findings.finding import Finding, NotChecked, gather
 from clarity.findings.kept import check_kept
 from clarity.images import decode_png
 from clarity.model import Model, load_model, save_model
+from clarity.planning import describe_kept
 from clarity.report.page import write_report
 from clarity.rows import encode_rows
 from clarity.search import SearchConfig
@@ -140,6 +141,12 @@ def test_audit_and_report_tell_what_was_kept(tmp_path: Path) -> None:
     made = write_report([uri])
     assert "kept" in {finding.kind for finding in made.findings}
     assert "without changing Male, Young." in Path(made.uri).read_text()
+
+
+def test_a_run_says_how_well_the_heads_know_what_is_kept(heads_model: Model) -> None:
+    model = replace(heads_model, card={"metrics": {"attributes": {"red": {"balanced_accuracy": 0.808}}}})
+    told = describe_kept(model, ["red", "old"])
+    assert told == "keeping    red (balanced accuracy 80.8%), old, as far as the code knows them"
 
 
 def test_finding_counts_pairs_out_of_reach_and_pictures_that_change_sides() -> None:
