@@ -52,7 +52,7 @@ class Tiles:
     def width_at(self, height: float) -> int:
         """Width at which a tile is about ``height`` high; a whole multiple of its own where it is smaller."""
         scale = height / self.height
-        return round(self.width * (max(1, round(scale)) if scale > 1 else scale))
+        return round(self.width * (math.ceil(scale - 0.25) if scale > 1 else scale))
 
     def layout(self) -> dict[str, int]:
         """Size of a tile in pixels, and the columns and rows of a sheet."""
