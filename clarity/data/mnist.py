@@ -15,7 +15,7 @@ from PIL import Image
 from clarity import storage
 from clarity.data.listing import Content, Dataset, make_listing
 
-#: How torchvision fetches it; a directory takes the place of DATA.
+#: How torchvision fetches it; DATA stands for a directory.
 DOWNLOAD = "python -c \"from torchvision.datasets import MNIST; MNIST('DATA', download=True)\""
 
 
