@@ -21,7 +21,7 @@ from clarity.explainer import Explainer, explainer_of, quantise
 from clarity.images import Preprocessing, UnreadableImage, decode_png
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
-from clarity.planning import class_indices
+from clarity.planning import class_indices, class_thresholds
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
 
@@ -33,6 +33,7 @@ def explain(
     *,
     method: str = "clarity",
     config: SearchConfig | None = None,
+    min_target_prob: float | str | None = None,
     image_ids: Sequence[str] | None = None,
     **options: Any,
 ) -> pa.Table:
@@ -45,6 +46,7 @@ def explain(
         targets: all, or class names or indices; an image's own predicted class is left out.
         method: a key of METHODS.
         config: of the search.
+        min_target_prob: instead of the config's; auto for what real images of each class reach, at most the config's.
         image_ids: names for the rows; by default the paths of the files, else 0, 1, 2 ...
         **options: of the Explainer, such as ``keep=["Male"]``, or ``predictor``, a function of your own that is then
             explained.
@@ -61,6 +63,10 @@ def explain(
         image_ids = [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(images)]
     if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):
         raise ValueError(f"image_ids: expected {len(images)} distinct names, got {len(set(image_ids))}")
+    if min_target_prob == "auto":
+        options["min_target_probs"] = class_thresholds(model, (config or SearchConfig()).min_target_prob)
+    elif min_target_prob is not None:
+        config = replace(config or SearchConfig(), min_target_prob=min_target_prob)
     explainer = Explainer(model, method, config, targets=class_indices(targets, model.class_names), **options)
     count, pixels = len(images), prepare(images, image_ids, model.preprocessing)
     shard = pa.table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ def test_explain_takes_targets_by_name_or_index(model: Model) -> None:
     assert by_name.equals(clarity.explain(model, pixels, targets=[0, 3], config=CONFIG))
     assert set(by_name["target"].to_pylist()) <= {0, 3}
     assert clarity.explain(model, pixels, targets="dog", config=CONFIG)["target_name"].unique().to_pylist() == ["dog"]
+
+
+def test_explain_takes_a_threshold_or_what_real_images_of_each_class_reach(model: Model) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 12), np.uint8)
+    stricter = clarity.explain(model, pixels, config=replace(CONFIG, min_target_prob=0.4))
+    assert clarity.explain(model, pixels, config=CONFIG, min_target_prob=0.4).equals(stricter)
+    known = replace(model, card={"target_probs": {"p90": [0.9, 0.9, 0.6, 0.9]}})
+    by_class = clarity.explain(known, pixels, config=CONFIG, min_target_prob="auto")
+    # At most the config's, at least 0.5.
+    assert by_class.equals(clarity.explain(model, pixels, config=CONFIG, min_target_probs=[0.5] * 4))
+    with pytest.raises(ValueError, match="card lacks"):
+        clarity.explain(replace(model, card={}), pixels, min_target_prob="auto")
 
 
 @pytest.mark.parametrize(
