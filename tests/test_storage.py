@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore, copy_tree, leaks
+from object_store import ACCESS_KEY, SECRET_KEY, Fault, ObjectStore, leaks
 
 from clarity import storage
 from clarity.storage import FileInfo, StorageError
@@ -455,18 +455,6 @@ def test_objects_are_written_listed_read_and_deleted(store: ObjectStore) -> None
     storage.delete_tree(store.uri("tree"))
     storage.delete_tree(store.uri("tree"))
     assert not storage.exists(store.uri("tree"))
-
-
-def test_copy_tree_goes_both_ways(store: ObjectStore, tmp_path: Path) -> None:
-    storage.write_bytes(tmp_path / "a" / "x.bin", b"1")
-    storage.write_json(tmp_path / "a" / "sub" / "y.json", {"k": 1})
-    copy_tree(tmp_path / "a", store.uri("copied"))
-    copy_tree(store.uri("copied"), tmp_path / "back")
-    assert (
-        storage.list_files(tmp_path / "back")
-        == storage.list_files(tmp_path / "a")
-        == [FileInfo("sub/y.json", 13), FileInfo("x.bin", 1)]
-    )
 
 
 def test_the_endpoint_may_stand_in_the_environment(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,16 +36,6 @@ def test_claim_refuses_another_plan(plan: Plan, filled: str, model_dir: str) -> 
         pass
 
 
-def test_claim_refuses_what_is_no_audit(plan: Plan, model_dir: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").write_text("x")
-    for name, reason in (("file", "found a file"), ("photos", "found cat.png")):
-        with pytest.raises(ValueError, match=reason), claim(str(tmp_path / name), plan, model_dir):
-            pass
-    assert (tmp_path / "photos" / "cat.png").exists()
-
-
 def test_claim_refuses_a_damaged_plan(plan: Plan, filled: str, model_dir: str) -> None:
     path = Path(filled, "plan.json")
     path.write_text(path.read_text()[:50])

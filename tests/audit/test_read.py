@@ -67,12 +67,6 @@ def test_audit_query_answers_a_documented_question(filled: str) -> None:
         opened.query("closest")
 
 
-def test_read_audit_of_a_finished_one_follows_its_commits(filled: str) -> None:
-    assert read_audit(filled).complete
-    Path(filled, "_commits/shard-00001.json").unlink()
-    assert sorted(read_audit(filled).commits) == [0, 2]
-
-
 def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no plan.json in .*: check the path"):
         read_audit(tmp_path)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import HEIGHT, WIDTH, encoded, listed, pixels_of, random_pixels, write_images
-from PIL import Image
 
 from clarity import data
 from clarity.images import Preprocessing
@@ -244,14 +243,6 @@ def test_folder_of_mixed_sizes_and_modes_is_read(tmp_path: Path) -> None:
     assert data.infer_preprocessing(dataset, listing.slice(0, 1)) == Preprocessing("L", HEIGHT, WIDTH)
     shard = data.read_images(dataset, listing, Preprocessing("RGB", 6, 9))
     assert shard["error"].null_count == 3
-
-
-def test_inferred_size_is_that_after_turning(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    (tmp_path / "x.jpg").write_bytes(encoded(random_pixels(0, 8, 12, 3), "JPEG", exif=exif))
-    dataset = data.open_dataset("folder", tmp_path, "all")
-    assert data.infer_preprocessing(dataset, data.list_images(dataset)) == Preprocessing("RGB", 12, 8)
 
 
 def test_large_images_are_not_the_inferred_size(tmp_path: Path) -> None:
