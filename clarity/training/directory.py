@@ -59,7 +59,8 @@ def begin(plan: TrainingPlan) -> bool:
             f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
             "that one"
         )
-    if card is not None and begun != wanted:
+    searched_by_another = card is None and not storage.exists(file) and not plan.recipe
+    if searched_by_another or (card is not None and begun != wanted):
         storage.delete_tree(plan.file())
     storage.write_json(file, wanted)
     if card is not None:

@@ -160,9 +160,10 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
             listing = list_images(plan.dataset)
             some = relabel(some, original_probs(predictor, plan.dataset, listing, some, plan.preprocessing))
         judge = trained_judge(plan, worker, images() if predictor is None else some)
+        found = search_recipe(plan, some, judge, worker.device, worker.log)
         if predictor is None and plan.judge_training is not None:
             save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
-        storage.write_json(plan.file("recipe.json"), search_recipe(plan, some, judge, worker.device, worker.log))
+        storage.write_json(plan.file("recipe.json"), found)
     worker.wait_for_all()
 
 

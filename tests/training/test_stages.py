@@ -17,7 +17,7 @@ from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
 from clarity.training.directory import begin, finish
 from clarity.training.plan import TrainingPlan, plan_training
-from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, late_fall, run_stages
+from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, late_fall, run_stages, save_finished
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -195,6 +195,13 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     finish(plan)
     with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
         begin(plan_of(folder, tmp_path, vae_training=dataclasses.replace(SHORT_VAE, seed=1)))
+
+
+def test_judge_of_an_abandoned_search_is_not_taken(folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(folder, tmp_path)
+    save_finished(plan.file("judge.safetensors"), {})
+    begin(plan)
+    assert not STAGES["judge"].done(plan)
 
 
 def test_worker_that_does_not_see_the_model_directory_says_so(folder: Path, tmp_path: Path) -> None:
