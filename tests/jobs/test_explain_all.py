@@ -118,6 +118,25 @@ def test_job_refuses_another_plan(
     assert named in capsys.readouterr().err
 
 
+def test_job_keeps_attributes_and_refuses_to_keep_others_in_the_same_audit(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clarity.attributes import AttributeHeads
+    from clarity.model import load_model, save_model
+
+    model, out = load_model(tiny_digits_model), tmp_path / "audit"
+    model.heads = AttributeHeads(("thin", "tall", "old"), 5)
+    save_model(model, tmp_path / "model")
+    argv = flags(tmp_path / "model", out, "--keep", "old", "thin")
+    assert job.main(argv) == 0
+    assert "keeping    old, thin, as far as the code knows them" in capsys.readouterr().out
+    assert verify(out, redecode=redecoder(out)).ok
+    pairs = clarity.read_audit(out).counterfactuals.to_table()
+    assert pairs["kept_probs_final"].type.list_size == 2 and not pairs["kept_probs_final"].null_count
+    assert job.main([*argv, "tall"]) == 2
+    assert "checks.keep" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
