@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from clarity.classifiers import ImageEnsemble
+from clarity.classifiers import LEAST_OUTPUTS, ImageEnsemble
 from clarity.model import Model
 from clarity.objectives import LatentObjective, Rows, ensemble_terms, l1
 from clarity.rows import decode_rows, folded, logits_rows, require_eval
@@ -224,7 +225,13 @@ def decoder(model: Model) -> Callable[[Tensor], Tensor]:
     require_eval(model.vae)
     vae = copy.deepcopy(model.vae)
     vae.decoder_layers = folded(vae.decoder_layers)
-    return vae.requires_grad_(False).decode
+    vae.requires_grad_(False)
+    missing = LEAST_OUTPUTS - model.latent_dim
+    if missing <= 0:
+        return vae.decode
+    # The gradient by the code is a product whose outputs are the code's dimensions.
+    vae.decoder_input.weight = nn.Parameter(F.pad(vae.decoder_input.weight, (0, missing)), requires_grad=False)
+    return lambda z: vae.decode(F.pad(z, (0, missing)))
 
 
 def image_classifier(model: Model, which: str) -> Callable[[Tensor], Tensor]:

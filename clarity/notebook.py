@@ -66,7 +66,7 @@ def explain(
     if min_target_prob == "auto":
         options["min_target_probs"] = class_thresholds(model, (config or SearchConfig()).min_target_prob)
     elif min_target_prob is not None:
-        config = replace(config or SearchConfig(), min_target_prob=min_target_prob)
+        config = replace(config or SearchConfig(), min_target_prob=float(min_target_prob))
     explainer = Explainer(model, method, config, targets=class_indices(targets, model.class_names), **options)
     count, pixels = len(images), prepare(images, image_ids, model.preprocessing)
     shard = pa.table(
