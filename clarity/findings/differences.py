@@ -87,16 +87,19 @@ def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
     """The steady shift of the whole picture that makes up at least half of the mean change towards a target.
 
     Returns:
-        ``tint`` (C,), ``concentration``: its share of the mean change's squared sum, ``spread``: its standard deviation
-        over the pairs, relative to it; None where there is no such shift.
+        ``tint`` (C,), ``concentration``: its share of the mean change's squared sum, ``real``: the share that such a
+        shift has of the mean difference of real images, ``spread``: its standard deviation over the pairs, relative to
+        it; None where there is no such shift.
     """
     tint, std = differences.tint_mean[target], differences.tint_std[target]
     strongest = int(np.abs(tint).argmax())
-    share = share_of_change(differences.target_mean[target], np.broadcast_to(tint[:, None, None], (len(tint), 1, 1)))
+    share = share_of_change(differences.target_mean[target], tint[:, None, None])
+    real = differences.real_difference[target]
     if abs(tint[strongest]) < 0.04 or abs(tint[strongest]) < 2 * std[strongest] or share < 0.5:
         return None
     spread = float(std[strongest] / abs(tint[strongest]))
-    return {"tint": [float(value) for value in tint], "concentration": share, "spread": spread}
+    shifted = share_of_change(real, real.mean((1, 2), keepdims=True))
+    return {"tint": tint.tolist(), "concentration": share, "real": shifted, "spread": spread}
 
 
 def region_of(differences: Differences, target: int) -> dict[str, Any] | None:

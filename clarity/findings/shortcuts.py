@@ -16,8 +16,9 @@ from clarity.report.text import percent
 
 #: A region is hardly natural at the border if the counterfactuals in it vary by at most this much of full scale.
 MAX_VARIATION = 0.08
-#: A tint is hardly natural if it makes up this share of the mean change and varies by at most this share of itself.
-MIN_FLATNESS, MAX_SPREAD = 0.6, 0.35
+#: A tint is hardly natural if it makes up this share of the mean change and varies by at most this share of itself, and
+#: such a shift makes up this share of the difference of real images: a shortcut is in the data.
+MIN_FLATNESS, MAX_SPREAD, MIN_REAL = 0.6, 0.35, 0.3
 EVIDENCE = "A mean over the sampled pairs. That it decides is measured; whether it should is yours to judge{alarm}."
 
 
@@ -39,7 +40,7 @@ def check_shortcuts(facts: Facts) -> list[Finding] | NotChecked:
 
 def tint_finding(facts: Facts, target: int, found: dict[str, Any]) -> Finding:
     """States a tint."""
-    alarm = found["concentration"] >= MIN_FLATNESS and found["spread"] <= MAX_SPREAD
+    alarm = found["concentration"] >= MIN_FLATNESS and found["spread"] <= MAX_SPREAD and found["real"] >= MIN_REAL
     name = facts.name(target)
     shift = ", ".join(f"{value:+.2f}" for value in found["tint"])
     colours = "red, green, blue " if len(found["tint"]) == 3 else "brightness "
@@ -48,7 +49,8 @@ def tint_finding(facts: Facts, target: int, found: dict[str, Any]) -> Finding:
         0.95 if alarm else 0.35,
         f"{'Shortcut: a' if alarm else 'A'} tint decides for {name}",
         f"Counterfactuals towards {name} shift the whole picture by the same amount regardless of the start ({colours}"
-        f"{shift} of full scale), which is {percent(found['concentration'])} of their mean change."
+        f"{shift} of full scale), which is {percent(found['concentration'])} of their mean change. Of the mean "
+        f"difference between real images of {name} and the others, {percent(found['real'])} is such a shift."
         + (" The model may have learned a tint instead of the class." if alarm else ""),
         EVIDENCE.format(alarm="; so even a shift is hardly natural" if alarm else ""),
         pairs_towards(facts, target),

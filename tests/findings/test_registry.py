@@ -199,6 +199,15 @@ def test_shortcuts_name_a_tint(channels: int) -> None:
     assert finding.figures["tint"][0] == pytest.approx(0.25, abs=0.05)
 
 
+def test_tint_that_real_images_do_not_have_is_a_fact() -> None:
+    tables = make_tables(240)
+    towards = tables.counterfactuals["target"].to_numpy() == 1
+    tables.after[towards] = np.clip(tables.before[towards] + 0.3, 0, 1)
+    found = told(tables)
+    assert "shortcut" not in found and found["region"].figures["shape"] == "tint"
+    assert found["region"].level == "fact" and "is such a shift" in found["region"].sentence
+
+
 def test_mean_differences_are_those_of_a_loop() -> None:
     tables = make_tables(40, image_shape=(3, 8, 12))
     source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
