@@ -82,10 +82,11 @@ def new_parser() -> argparse.ArgumentParser:
     add("--image-size", nargs="+", **number, help=about)
     add("--mode", choices=["L", "RGB"], help="Grey or colour (default: from the data).")
     add("--center-crop", **number, help="Side of the centred square to crop to first.")
-    members, hidden = EnsembleConfig.num_members, EnsembleConfig.hidden
+    members = EnsembleConfig.num_members
     add("--num-members", default=members, **number, help=f"Members of the ensemble (default: {members}).")
-    about = f"Widths of the classifiers' hidden layers (default: {' '.join(map(str, hidden))})."
-    add("--hidden", nargs="*", default=hidden, **number, help=about)
+    widths = " ".join(map(str, EnsembleConfig.hidden))
+    about = f"Widths of the classifiers' hidden layers (default: {widths}; auto searches them)."
+    add("--hidden", nargs="*", **number, help=about)
     about = "Members of an image ensemble, for the methods that need one (default: 0)."
     add("--image-members", default=0, **number, help=about)
     about = "Ensembles that each leave out a part of the training split, to explain it with (default: 0)."

@@ -78,7 +78,7 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         found.append(cost("judge", 1, judge.updates, judge.batch_size, of_judge))
     if plan.searched:
         found.append(cost("search: VAEs", len(CODES), VAE_UPDATES, plan.vae_training.batch_size, of_vae))
-        trials = len(CODES) * len(STEPS) + 2
+        trials = len(CODES) * len(STEPS) + 3
         found.append(cost("search: ensembles", trials, ENSEMBLE_UPDATES, batch, lambda: of_members(MEMBERS)))
     found.append(cost("VAE", 1, updates(plan.vae_training, counted["images"]), plan.vae_training.batch_size, of_vae))
     ensembles, members = 1 + plan.num_folds, ensemble.num_members

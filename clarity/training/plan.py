@@ -164,7 +164,7 @@ def plan_training(
     architecture: str = "conv",
     vae_fields: Mapping[str, Any] | None = None,
     num_members: int = 50,
-    hidden: Sequence[int] = (16, 16),
+    hidden: Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     mode: str | None = None,
     center_crop: int | None = None,
@@ -182,7 +182,7 @@ def plan_training(
         architecture: a key of VAES.
         vae_fields: fields of VAEConfig that differ from the architecture's own; None means its own too.
         num_members: M of the latent ensemble.
-        hidden: widths of the classifiers' hidden layers.
+        hidden: widths of the classifiers' hidden layers; None takes the paper's, or what the recipe chooses.
         image_size: side of the images in the model, or (height, width); None looks at the data.
         mode: of the images in the model, "L" or "RGB"; None looks at the data.
         center_crop: side of the centred square that is taken of larger images; None takes the source's own, or all.
@@ -215,6 +215,8 @@ def plan_training(
         searched = [name for name in ("latent_dim", "beta") if name not in given]
         if not eps_given:
             searched.append("adversarial_eps")
+        if hidden is None:
+            searched.append("hidden")
         if architecture == "conv" and "channels" not in given:
             given["channels"] = channels_for(preprocessing.image_shape)
     vae = vae_config(architecture, preprocessing.image_shape, **given)
@@ -240,7 +242,8 @@ def plan_training(
             raise ValueError("image_members: expected images with labels, which an image ensemble needs; found none")
     if refit is not None:
         asked["refit"] = open_audit(refit, out, dataset, listing, class_names).plan.fingerprint
-    ensemble = EnsembleConfig(len(class_names), vae.latent_dim, tuple(hidden), num_members)
+    widths = EnsembleConfig.hidden if hidden is None else tuple(hidden)
+    ensemble = EnsembleConfig(len(class_names), vae.latent_dim, widths, num_members)
     return TrainingPlan(
         out,
         class_names,

@@ -42,6 +42,8 @@ from clarity.vae import VAE
 CODES = ((16, 1.0), (32, 0.2), (64, 0.2))
 #: Steps of the adversary that are tried, in standard deviations of the codes.
 STEPS = (0.05, 0.2, 0.5)
+#: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
+WIDE = (64, 64)
 #: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
 #: ensemble; members of an ensemble; images and targets of each whose counterfactuals are searched.
 IMAGES = 6_000
@@ -63,6 +65,7 @@ class Trial:
         latent_dim: D.
         beta: weight of the KL term.
         adversarial_eps: step of the adversary, in standard deviations of the codes.
+        hidden: widths of the classifiers' hidden layers.
         accuracy: of the ensemble.
         reached: share of the requested counterfactuals whose search reached 0.99.
         judged: share of them that were reached and in which the judge sees the target.
@@ -73,6 +76,7 @@ class Trial:
     latent_dim: int
     beta: float
     adversarial_eps: float
+    hidden: tuple[int, ...]
     accuracy: float
     reached: float
     judged: float
@@ -106,7 +110,9 @@ def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
     return replace(
         plan,
         vae=vae,
-        ensemble=replace(plan.ensemble, latent_dim=vae.latent_dim),
+        ensemble=replace(
+            plan.ensemble, latent_dim=vae.latent_dim, hidden=tuple(chosen.get("hidden", plan.ensemble.hidden))
+        ),
         ensemble_training=replace(plan.ensemble_training, adversarial_eps=chosen["adversarial_eps"]),
         searched=(),
         recipe=found,
@@ -119,13 +125,14 @@ def own_values(plan: TrainingPlan) -> dict[str, Any]:
         "latent_dim": plan.vae.latent_dim,
         "beta": plan.vae.beta,
         "adversarial_eps": plan.ensemble_training.adversarial_eps,
+        "hidden": list(plan.ensemble.hidden),
     }
 
 
 def recipe_key(plan: TrainingPlan) -> str:
     """Digest of everything that the search depends on."""
     described = {name: value for name, value in plan.describe().items() if name not in EXTRAS}
-    content = [described, sorted(plan.searched), CODES, STEPS, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
+    content = [described, sorted(plan.searched), CODES, STEPS, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -170,18 +177,20 @@ def search_recipe(
     for trial in run_trials(plan, judge, pixels["t"], torch.from_numpy(labels[~fold]), x, truth, device):
         trials.append(trial)
         log(
-            f"recipe: latent_dim {trial.latent_dim}, beta {trial.beta:g}, adversarial_eps {trial.adversarial_eps:g}: "
+            f"recipe: latent_dim {trial.latent_dim}, beta {trial.beta:g}, adversarial_eps {trial.adversarial_eps:g}, "
+            f"hidden {' '.join(map(str, trial.hidden))}: "
             f"accuracy {trial.accuracy:.1%}, judge sees the target in {trial.judged:.1%}"
         )
     best = max(trials, key=lambda trial: trial.score)
     why = (
-        f"latent_dim {best.latent_dim}, beta {best.beta:g}, adversarial_eps {best.adversarial_eps:g}: of "
+        f"latent_dim {best.latent_dim}, beta {best.beta:g}, adversarial_eps {best.adversarial_eps:g}, "
+        f"hidden {' '.join(map(str, best.hidden))}: of "
         f"{len(trials)} trials the largest product of accuracy ({best.accuracy:.1%}) and counterfactuals in which a "
         f"held-out judge sees the target ({best.judged:.1%})"
     )
     log(f"recipe: {why}")
     return found | {
-        "chosen": {name: getattr(best, name) for name in chosen},
+        "chosen": {name: getattr(best, name) for name in chosen} | {"hidden": list(best.hidden)},
         "why": why,
         "trials": [asdict(trial) for trial in trials],
         "judge": {"accuracy": accuracy, "images": len(truth)},
@@ -198,7 +207,7 @@ def run_trials(
     truth: np.ndarray,
     device: str | torch.device,
 ) -> Iterator[Trial]:
-    """Trains and measures every setting, then two more steps around the best one, with its code.
+    """Trains and measures every setting, two more steps around the best one, and the best one with wide layers.
 
     Args:
         plan: the values that are not searched.
@@ -213,15 +222,20 @@ def run_trials(
     codes = {(dim if open_dim else plan.vae.latent_dim, beta if open_beta else plan.vae.beta) for dim, beta in CODES}
     open_step = "adversarial_eps" in plan.searched
     found: list[Trial] = []
-    trial_of: dict[tuple[int, float], Callable[[float], Trial]] = {}
+    own = plan.ensemble.hidden
+    trial_of: dict[tuple[int, float], Callable[[float, tuple[int, ...]], Trial]] = {}
     for code in sorted(codes):
         trial_of[code] = trials_of_code(plan, *code, judge, pixels, labels, x, truth, device)
         for step in STEPS if open_step else (plan.ensemble_training.adversarial_eps,):
-            found.append(trial_of[code](step))
+            found.append(trial_of[code](step, own))
             yield found[-1]
     best = max(found, key=lambda trial: trial.score)
     for factor in (0.5, 1.6) if open_step else ():
-        yield trial_of[best.latent_dim, best.beta](round(best.adversarial_eps * factor, 3))
+        found.append(trial_of[best.latent_dim, best.beta](round(best.adversarial_eps * factor, 3), own))
+        yield found[-1]
+    if "hidden" in plan.searched:
+        best = max(found, key=lambda trial: trial.score)
+        yield trial_of[best.latent_dim, best.beta](best.adversarial_eps, WIDE)
 
 
 def trials_of_code(
@@ -234,8 +248,8 @@ def trials_of_code(
     x: Tensor,
     truth: np.ndarray,
     device: str | torch.device,
-) -> Callable[[float], Trial]:
-    """Trains a VAE and encodes the images, see ``run_trials``; a trial by the adversary's step."""
+) -> Callable[[float, tuple[int, ...]], Trial]:
+    """Trains a VAE and encodes the images, see ``run_trials``; a trial by the adversary's step and hidden layers."""
     started = time.monotonic()
     config = replace(plan.vae, latent_dim=latent_dim, beta=beta)
     vae_training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
@@ -249,9 +263,9 @@ def trials_of_code(
     reconstructed = float((judge_rows(judge, decode_rows(vae, z)).argmax(1) == truth).mean())
     vae_seconds = time.monotonic() - started
 
-    def trial(step: float) -> Trial:
+    def trial(step: float, hidden: tuple[int, ...]) -> Trial:
         started = time.monotonic()
-        ensemble_config = EnsembleConfig(len(plan.class_names), latent_dim, plan.ensemble.hidden, MEMBERS)
+        ensemble_config = EnsembleConfig(len(plan.class_names), latent_dim, hidden, MEMBERS)
         training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
         known = Codes(means, log_vars, labels)
         *_, last = train_latent_members(known, ensemble_config, training, range(MEMBERS), device=device)
@@ -261,7 +275,7 @@ def trials_of_code(
         reached, judged = judge_counterfactuals(model, x)
         accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == truth).mean())
         seconds = round(vae_seconds / len(STEPS) + time.monotonic() - started, 1)
-        return Trial(latent_dim, beta, step, accuracy, reached, judged, reconstructed, seconds)
+        return Trial(latent_dim, beta, step, hidden, accuracy, reached, judged, reconstructed, seconds)
 
     return trial
 

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of two codes and two steps, of a few updates each."""
     for name, value in {
-        "CODES": ((3, 1.0), (5, 0.5)), "STEPS": (0.1, 0.4), "VAE_UPDATES": 20, "ENSEMBLE_UPDATES": 30,
+        "CODES": ((3, 1.0), (5, 0.5)), "STEPS": (0.1, 0.4), "WIDE": (9, 8), "VAE_UPDATES": 20, "ENSEMBLE_UPDATES": 30,
         "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
     }.items():  # fmt: skip
         monkeypatch.setattr(recipe, name, value)
@@ -50,11 +50,11 @@ def plan_of(folder: Path, out: Path, **fields: Any) -> TrainingPlan:
 @pytest.mark.parametrize(
     ("fields", "searched"),
     [
-        ({}, {"latent_dim", "beta", "adversarial_eps"}),
-        ({"vae_fields": {"latent_dim": 7, "beta": None}}, {"beta", "adversarial_eps"}),
-        ({"ensemble_adversarial_eps": 0.3, "ensemble_seed": 4}, {"latent_dim", "beta"}),
-        ({"ensemble_seed": 4}, {"latent_dim", "beta", "adversarial_eps"}),
-        ({"ensemble_training": EnsembleTraining()}, {"latent_dim", "beta"}),
+        ({}, {"latent_dim", "beta", "adversarial_eps", "hidden"}),
+        ({"vae_fields": {"latent_dim": 7, "beta": None}}, {"beta", "adversarial_eps", "hidden"}),
+        ({"ensemble_adversarial_eps": 0.3, "ensemble_seed": 4}, {"latent_dim", "beta", "hidden"}),
+        ({"ensemble_seed": 4, "hidden": (16, 16)}, {"latent_dim", "beta", "adversarial_eps"}),
+        ({"ensemble_training": EnsembleTraining()}, {"latent_dim", "beta", "hidden"}),
         ({"recipe": "paper"}, set()),
         ({"architecture": "beta_vae"}, set()),
     ],
@@ -78,7 +78,9 @@ def test_larger_images_get_more_convolutions() -> None:
 
 
 def test_rule_is_the_product_of_accuracy_and_realism() -> None:
-    blurred = Trial(16, 1.0, 0.2, accuracy=0.779, reached=0.999, judged=0.974, judge_on_reconstructions=0.6, seconds=1)
+    blurred = Trial(
+        16, 1.0, 0.2, (16, 16), accuracy=0.779, reached=0.999, judged=0.974, judge_on_reconstructions=0.6, seconds=1
+    )
     hybrid = dataclasses.replace(blurred, latent_dim=64, accuracy=0.944, judged=0.632)
     both = dataclasses.replace(blurred, latent_dim=64, accuracy=0.943, judged=0.974)
     assert max((blurred, hybrid, both), key=lambda trial: trial.score) is both
@@ -96,7 +98,10 @@ def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, s
     around = {round(best["adversarial_eps"] * factor, 3) for factor in (0.5, 1.6)}
     assert settings == grid | {(best["latent_dim"], best["beta"], step) for step in around}
     best = max(found["trials"], key=lambda trial: trial["accuracy"] * trial["judged"])
-    assert found["chosen"] == {name: best[name] for name in ("latent_dim", "beta", "adversarial_eps")}
+    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 6 + [(9, 8)]
+    assert found["chosen"] == {name: best[name] for name in ("latent_dim", "beta", "adversarial_eps")} | {
+        "hidden": list(best["hidden"])
+    }
     assert lines[-1] == f"recipe: {found['why']}" and "product" in found["why"]
     json.dumps(found)
     assert search_recipe(plan, images, judge, "cpu", print)["chosen"] == found["chosen"]
@@ -133,6 +138,15 @@ def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, tmp_path.parent / "out")
     lines: list[str] = []
     found = search_recipe(plan, load_images(plan, plan.dataset), None, "cpu", lines.append)
-    assert found["chosen"] == {"latent_dim": 16, "beta": 1.0, "adversarial_eps": 0.2} and found["trials"] == []
+    assert (
+        found["chosen"]
+        == {
+            "latent_dim": 16,
+            "beta": 1.0,
+            "adversarial_eps": 0.2,
+            "hidden": [16, 16],
+        }
+        and found["trials"] == []
+    )
     assert "too few labelled images" in lines[0]
     assert np.isscalar(found["seconds"])
