@@ -204,6 +204,14 @@ def make_checks(
     return checks
 
 
+def describe_models(
+    model: Model, keep: Sequence[str], predictor: Predictor | None, dataset: data.Dataset, listing: pa.Table
+) -> list[str]:
+    """What a run says, before it starts, of the heads of kept attributes and of a predictor, where it has them."""
+    told = [describe_kept(model, keep)] if keep else []
+    return told if predictor is None else [*told, describe_predictor(predictor, dataset, listing)]
+
+
 def describe_kept(model: Model, keep: Sequence[str]) -> str:
     """How well the heads of kept attributes know them, as text: what a head does not know is not kept."""
     known = model.card.get("metrics", {}).get("attributes", {})

@@ -96,13 +96,11 @@ def explain_all(args: Namespace) -> int:
         listing = add_predictions(listing, predictions, model.class_names)
         print(describe_coverage(listing, predictions))
     predictor = load_predictor(args.predictor) if args.predictor else None
-    if predictor is not None:
-        print(planning.describe_predictor(predictor, dataset, listing))
     flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where", "shard_rows")}
     checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
-    if args.keep:
-        print(planning.describe_kept(model, args.keep))
+    for text in planning.describe_models(model, args.keep, predictor, dataset, listing):
+        print(text)
     if args.shard_rows is None:
         rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"].to_pylist(), rows))
