@@ -16,6 +16,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jobfiles
 import pytest
+from hypothesis import settings
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

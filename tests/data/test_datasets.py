@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pictures import HEIGHT, WIDTH, random_pixels, write_images
 
@@ -49,7 +49,6 @@ def test_fingerprint_sees_each_change_and_no_chunks() -> None:
     assert len({fingerprint, *map(data.listing_fingerprint, others)}) == 1 + len(others)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=4),
     st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=4),
