@@ -260,7 +260,7 @@ def describe(plan: TrainingPlan) -> str:
         lines.append(f"attributes {'worst: ' if len(heads) > len(worst) else ''}{shown}, balanced accuracy held out")
     measured = metrics.get("ensemble", {}).get("per_class", {})
     unseen = [name for name in card.get("class_names", []) if name not in measured]
-    if lines and unseen:
+    if measured and unseen:
         more = f" and {len(unseen) - SHOWN_CLASSES} more" if len(unseen) > SHOWN_CLASSES else ""
         lines.append(f"{'':<10} not measured, no held-out image: {', '.join(unseen[:SHOWN_CLASSES])}{more}")
     return "\n".join(lines) or "nothing was held out to measure on"

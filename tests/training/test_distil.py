@@ -159,11 +159,7 @@ def test_model_is_taught_without_labels_and_its_card_says_how_well(taught: Path)
     assert all(told[name]["agreement"] >= 0.8 for name in ("codes", "reconstructions", "reconstructing")), told
     assert 0 <= told["perturbed"]["agreement"] <= 1 and told["codes"]["kl"] > 0
     assert "ensemble" not in model.card["metrics"] and "evaluation" not in model.card
-    found = verdict(model.card)
-    assert (found.level, found.sentence) == (
-        "not checked",
-        "The model was not checked, because its images have no labels.",
-    )
+    assert verdict(model.card).level in ("sound", "with care")  # by its agreement with the predictor
 
 
 def test_classes_that_the_latent_space_loses_are_named(folder: Path, tmp_path: Path) -> None:
