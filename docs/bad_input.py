@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints the outcomes of bad input in reliability.md, from what really happens: ``python docs/bad_input.py``."""
+"""Prints what really happens with each bad input; reliability.md sums it up: ``python docs/bad_input.py``."""
 
 from __future__ import annotations
 

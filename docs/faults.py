@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs the faults, or those with a word given, and prints them by exit codes, as in reliability.md."""
+"""Runs the faults, or those with a word given, and prints them by exit codes; reliability.md sums them up."""
 
 from __future__ import annotations
 

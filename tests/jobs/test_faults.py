@@ -2,7 +2,7 @@
 
 After each fault every (image, target) must be there exactly once, no stray or torn file, the tables byte by byte those
 of a run that nothing disturbed, and the exit codes honest. A few faults are among the normal tests, all of them behind
-the marker ``faults``; ``python docs/faults.py`` runs them all and prints the table of reliability.md.
+the marker ``faults``; ``python docs/faults.py`` runs them all and prints what reliability.md sums up.
 """
 
 from __future__ import annotations
