@@ -26,10 +26,9 @@ JOBS = ("explain_all", "train", "verify", "report")
 TABLES = {"codes": CODES | PREDICTIONS, "counterfactuals": COUNTERFACTUALS, "traces": TRACES}
 
 
-def columns_table(columns: Mapping[str, Column]) -> str:
-    """The columns of a table, as Markdown."""
-    rows = [f"| `{name}` | {column.type} | {cell(column.doc)} |" for name, column in columns.items()]
-    return "\n".join(["| column | type | |", "|---|---|---|", *rows])
+def columns_list(columns: Mapping[str, Column]) -> str:
+    """The columns of a table, each with its type and what it holds."""
+    return "\n".join(f"- `{name}` {column.type}: {column.doc}" for name, column in columns.items())
 
 
 def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str], name: str) -> str:
@@ -69,14 +68,9 @@ def name_of(action: argparse.Action) -> str:
     return f"{name} {metavar} {'...' if action.nargs in ('+', '*') else ''}".rstrip() if metavar else name
 
 
-def cell(text: str) -> str:
-    """Text of one line in a cell."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def sections() -> dict[str, str]:
     """What each generated section says, by its heading."""
-    found = {f"### `{table}/*.parquet`": columns_table(columns) for table, columns in TABLES.items()}
+    found = {f"### `{table}/*.parquet`": columns_list(columns) for table, columns in TABLES.items()}
     known: dict[tuple[str, str], str] = {}
     for name in JOBS:
         spec = importlib.util.spec_from_file_location(f"reference_{name}", ROOT / "jobs" / f"{name}.py")
