@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +29,12 @@ TABLES = {"codes": CODES | PREDICTIONS, "counterfactuals": COUNTERFACTUALS, "tra
 
 def columns_list(columns: Mapping[str, Column]) -> str:
     """The columns of a table, each with its type and what it holds."""
-    return "\n".join(f"- `{name}` {column.type}: {column.doc}" for name, column in columns.items())
+    return "\n".join(item(f"`{name}` {column.type}: {column.doc}") for name, column in columns.items())
+
+
+def item(text: str) -> str:
+    """An item of a list in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str], name: str) -> str:
@@ -50,7 +56,7 @@ def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str
             if known.setdefault((flag, text), name) != name:
                 repeated.setdefault(known[flag, text], []).append(f"`{action.option_strings[0]}`")
             else:
-                lines.append(f"- {flag}")
+                lines.append(item(flag))
         title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title or "")
         if lines and title:
             parts.append(f"*{title[0].upper()}{title[1:]}*")
