@@ -21,7 +21,9 @@ from clarity.audit import queries
 
 ROOT = Path(__file__).parent.parent
 AUDIT = "runs/digits/audit"
-SHOWN = 3
+#: Rows of an answer that are shown, but for the README's question.
+SHOWN = 1
+SHOWN_OF = {"closest_to": 3}
 #: SQL that a question needs first.
 BEFORE = {"by_metadata": "CREATE VIEW metadata AS SELECT image_id, label_name AS segment FROM codes"}
 #: Questions that the audit of the digits cannot answer: why.
@@ -38,7 +40,7 @@ def question(con: Any, name: str) -> str:
     parts.append(f"```sql\n{query.sql}\n```")
     if name in UNANSWERED:
         return "\n\n".join([*parts, UNANSWERED[name]])
-    found = con.sql(query.sql, params=query.parameters).df().head(SHOWN)
+    found = con.sql(query.sql, params=query.parameters).df().head(SHOWN_OF.get(name, SHOWN))
     answer = (
         found.to_string(index=False, float_format="{:g}".format) if len(found) else "  ".join(found) + "\n(no rows)"
     )
