@@ -46,10 +46,14 @@ def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str
         name: of the job.
     """
     parts, repeated = [" ".join((parser.description or "").split("\n\n")[0].split())], dict[str, list[str]]()
+    said: dict[str, str] = {}
     for group in parser._action_groups:
         lines = []
         for action in group._group_actions:
             text = " ".join((action.help or "").replace("%%", "%").split())
+            meaning, default, value = text.partition(" (default:")
+            if (like := said.setdefault(meaning, name_of(action).split()[0])) not in name_of(action):
+                text = f"as {like}{default}{value}"
             flag = f"{name_of(action)}: {text}"
             if isinstance(action, argparse._HelpAction):
                 continue
