@@ -63,15 +63,15 @@ def new_parser() -> argparse.ArgumentParser:
     about = "Part of the data to measure on: a split, none, or held-out: test, else validation (default: held-out)."
     add("--held-out", default="held-out", metavar="SPLIT", help=about)
     add = parser.add_argument_group("learning from your own model").add_argument
-    about = "Your own model, FILE.onnx or module:function, whose probabilities the ensemble learns instead of labels."
+    about = "Your own model, FILE.onnx or module:function, to learn from instead of labels."
     add("--predictor", metavar="MODEL", help=about)
-    about = "Audit of images to train on by the model in --out: the predictor is asked about its pictures, too."
+    about = "Audit of training images by the model in --out, whose pictures the predictor labels, too."
     add("--refit", metavar="URI", help=about)
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
     about = (
-        "Values that are not given: the paper's, or (auto) searched on the training split: latent dimensions, KL "
-        "weight, adversary's step (default: paper for digits, mnist and beta_vae, else auto)."
+        "Latent dimensions, KL weight and adversary's step that are not given: the paper's, or (auto) searched "
+        "(default: paper for digits, mnist and beta_vae, else auto)."
     )
     add("--recipe", choices=RECIPES, help=about)
     add("--latent-dim", **number, help=f"Latent dimensions ({of_vaes('latent_dim')}).")
@@ -93,8 +93,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--folds", default=0, **number, help=about)
     about = "Updates of the held-out judge; 0: no judge (default: by the number of images)."
     add("--judge-updates", **number, help=about)
-    about = "Columns of two values, or all, for which linear heads on the codes are fitted; --keep of "
-    about += "jobs/explain_all.py holds them still."
+    about = "Columns of two values, or all, to fit linear heads for --keep of jobs/explain_all.py."
     add("--attributes", nargs="+", default=[], metavar="NAME", help=about)
     for prefix, training in TRAININGS.items():
         group = parser.add_argument_group(f"training of the {prefix}")

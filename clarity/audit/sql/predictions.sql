@@ -1,5 +1,4 @@
--- Images on which your own model and the ensemble differ, the ensemble's most certain first, and the distance from the
--- class of the explained model to that of the other.
+-- Images on which your own model and the ensemble differ, the ensemble's most certain first; distance between the two.
 -- Parameters: {"count": 10}
 WITH names AS (SELECT DISTINCT target, target_name FROM counterfactuals)
 SELECT codes.image_id, codes.label_name, prediction_name, names.target_name AS ensemble_name,
