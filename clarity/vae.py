@@ -195,7 +195,7 @@ VAES: dict[str, Architecture] = {
     "beta_vae": Architecture(
         beta_vae_layers,
         "the beta-VAE of PyTorch-VAE: the paper's network for CelebA",
-        # Beta for squared errors summed over pixels; with 1 the codes keep a third of the information (docs/faces.md).
+        # Beta for squared errors summed over pixels; with 1 linear codes of faces keep 76 nats instead of 222.
         {"channels": (32, 64, 128, 256, 512), "latent_dim": 128, "loss": "mse", "beta": 0.1},
     ),
 }
