@@ -60,6 +60,7 @@ def test_job_brings_gpu_workers_from_zero(cluster: dict[str, str], tiny_digits_m
     assert clarity.read_audit(out).counterfactuals.count_rows() == 12 * 9
 
 
+@pytest.mark.slow
 def test_job_is_told_how_many_nodes_may_come(cluster: dict[str, str], tiny_digits_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "audit"
     argv = ["jobs/explain_all.py", *flags(tiny_digits_model, out), "--gpus-per-actor", "0"]

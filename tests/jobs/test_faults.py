@@ -170,7 +170,6 @@ def watched(bench: Bench) -> Iterator[None]:
 #: Each breaks the job and lets it end; returns None, or rows expected, found and double where no audit is made.
 FAULTS: dict[str, Callable[[Bench], Any]] = {}
 FAST = (
-    "data, model and audit on an object store, driver SIGKILLed and resumed",
     "actor exits in the middle of a search",
     "writer exits between data and commit",
     "two drivers at once",

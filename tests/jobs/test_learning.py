@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import clarity
@@ -39,6 +40,7 @@ def write_images(directory: Path) -> None:
         Image.fromarray(x.astype(np.uint8)).save(file)
 
 
+@pytest.mark.slow
 def test_jobs_learn_from_a_predictor_explain_it_and_refit(tmp_path: Path, ray_local: Any) -> None:
     write_images(tmp_path / "bars")
     (tmp_path / "mine.py").write_text(MODULE)

@@ -156,6 +156,7 @@ def test_job_searches_the_recipe_once(folder: Path, tmp_path: Path, environment:
     assert again.returncode == 0 and again.stdout.startswith("already finished")
 
 
+@pytest.mark.slow
 def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     found = run(folder, tmp_path / "model", "--workers", "2", env=environment)
     assert found.returncode == 0, found.stderr
