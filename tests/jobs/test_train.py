@@ -144,6 +144,7 @@ def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(tmp_path: Pat
     assert (audit / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_job_searches_the_recipe_once(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """The folder is too small for trials, so the paper's values are taken, by the same path."""
     found = run(folder, tmp_path / "model", "--recipe", "auto", env=environment)
