@@ -148,7 +148,9 @@ def unreached(summary: Mapping[str, Any]) -> str:
     if not pairs or reach is None or converged >= 0.9 * pairs:
         return ""
     told = f"{share(pairs - converged, pairs)} of the targets are out of reach; 95 % of the pairs get {reach:.3f}"
-    return f"{told}: try --min-target-prob auto, or {max(0.01, reach - 0.005):.2f}"
+    # Below one half another class may be as likely: no threshold to recommend.
+    threshold = f", or {reach - 0.005:.2f}" if reach > 0.505 else ""
+    return f"{told}: try --min-target-prob auto{threshold}"
 
 
 def share(count: int, total: int) -> str:
