@@ -1,4 +1,4 @@
-"""A matplotlib figure that a notebook displays, and the style of all figures.
+"""A matplotlib figure that a notebook displays, with the style and the fonts of all figures.
 
 No global state of matplotlib is touched: no pyplot, no backend, no style outside the figure being drawn.
 """
@@ -6,17 +6,21 @@ No global state of matplotlib is touched: no pyplot, no backend, no style outsid
 from __future__ import annotations
 
 import functools
+import string
 import warnings
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any, Literal, TypeVar
 
-from matplotlib import style
+from matplotlib import font_manager, style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 
+FONT = "DejaVu Sans"  # comes with matplotlib
 STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": FONT,
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -48,10 +52,28 @@ class Picture(Figure):
         """The bytes of the figure as a png or pdf file, the same for equal figures."""
         metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}}[suffix]
         buffer = BytesIO()
+        for text in self.findobj(Text):
+            if lacking := set(text.get_text()) - characters(font_manager.findfont(FONT)):
+                text.set_fontfamily([FONT, *sorted(filter(None, map(font_with, lacking)))])
         with style.context(["default", STYLE]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font has the letter
             self.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.04, metadata=metadata)
         return buffer.getvalue()
+
+
+@functools.cache
+def characters(path: str) -> frozenset[str]:
+    """The characters that a font file can draw, and white space."""
+    return frozenset(map(chr, FT2Font(path).get_charmap())) | frozenset(string.whitespace)
+
+
+@functools.cache
+def font_with(letter: str) -> str | None:
+    """The first installed font, by name, that can draw a letter."""
+    fonts = sorted({(font.name, font.fname) for font in font_manager.fontManager.ttflist})
+    return next(
+        (name for name, path in fonts if not name.startswith("Last Resort") and letter in characters(path)), None
+    )
 
 
 Drawing = TypeVar("Drawing", bound=Callable[..., Picture])

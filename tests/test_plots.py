@@ -146,3 +146,11 @@ def test_picture_draws_long_names_and_formulas_as_they_are() -> None:
     titled.render()
     boxes = [ax.title.get_window_extent() for ax in titled.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_picture_takes_a_font_that_has_the_letters() -> None:
+    picture = plots.counterfactual(image(0.2), image(0.7), source="cat", target="\u1d81")  # STIX comes with matplotlib
+    picture.render("png")
+    title = picture.axes[1].title
+    assert title.get_fontfamily()[0] == "DejaVu Sans" and figure.font_with("\u1d81") in title.get_fontfamily()
+    assert figure.font_with("\U0010fffe") is None
