@@ -190,7 +190,10 @@ def describe_costs(found: Sequence[Cost]) -> list[str]:
         networks = f"{cost.networks} x " if cost.networks > 1 else ""
         lines.append(f"{cost.part:<18} {f'{networks}{cost.updates} updates':>20}  {cost.seconds:8.0f} s")
     minutes = sum(cost.seconds for cost in found) / 60
-    return [*lines, f"about {minutes:.0f} minutes by this machine's processor; measuring and searches not counted"]
+    return [
+        *lines,
+        f"about {minutes:.0f} minutes by this machine's processor; measuring and the trials' searches apart",
+    ]
 
 
 def choose(plan: TrainingPlan) -> TrainingPlan:

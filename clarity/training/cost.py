@@ -18,7 +18,7 @@ from clarity.training.judge import train_judge
 from clarity.training.loops import Codes, num_epochs, train_image_members, train_latent_members, train_vae
 from clarity.training.loops import updates_per_epoch as per_epoch
 from clarity.training.plan import TrainingPlan
-from clarity.training.recipe import CODES, ENSEMBLE_UPDATES, MEMBERS, STEPS, VAE_UPDATES
+from clarity.training.recipe import ENSEMBLE_UPDATES, MEMBERS, VAE_UPDATES, num_trials, searched_codes
 
 #: Rows of a timed update, and how many are timed; the first warms up.
 ROWS = 32
@@ -40,7 +40,8 @@ def costs(plan: TrainingPlan) -> list[Cost]:
 
     With ``searched`` values, the largest code that the search may choose is assumed.
     """
-    dim = max(dim for dim, _ in CODES) if "latent_dim" in plan.searched else plan.vae.latent_dim
+    codes_tried = searched_codes(plan) if plan.searched else []
+    dim = max((dim for dim, _ in codes_tried), default=plan.vae.latent_dim)
     vae, ensemble = replace(plan.vae, latent_dim=dim), replace(plan.ensemble, latent_dim=dim)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (ROWS, *vae.image_shape), generator=generator).to(torch.uint8)
@@ -77,9 +78,9 @@ def costs(plan: TrainingPlan) -> list[Cost]:
     if (judge := plan.judge_training) is not None and counted["labelled"]:
         found.append(cost("judge", 1, judge.updates, judge.batch_size, of_judge))
     if plan.searched:
-        found.append(cost("search: VAEs", len(CODES), VAE_UPDATES, plan.vae_training.batch_size, of_vae))
-        trials = len(CODES) * len(STEPS) + 3
-        found.append(cost("search: ensembles", trials, ENSEMBLE_UPDATES, batch, lambda: of_members(MEMBERS)))
+        found.append(cost("search: VAEs", len(codes_tried), VAE_UPDATES, plan.vae_training.batch_size, of_vae))
+        timed = cost("search: ensembles", num_trials(plan), ENSEMBLE_UPDATES, batch, lambda: of_members(MEMBERS))
+        found.append(timed)
     found.append(cost("VAE", 1, updates(plan.vae_training, counted["images"]), plan.vae_training.batch_size, of_vae))
     ensembles, members = 1 + plan.num_folds, ensemble.num_members
     found.append(

@@ -42,6 +42,8 @@ from clarity.vae import VAE
 CODES = ((16, 1.0), (32, 0.2), (64, 0.2))
 #: Steps of the adversary that are tried, in standard deviations of the codes.
 STEPS = (0.05, 0.2, 0.5)
+#: Further steps, as factors of the best one.
+FACTORS = (0.5, 1.6)
 #: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
 WIDE = (64, 64)
 #: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
@@ -82,6 +84,12 @@ class Trial:
     judged: float
     judge_on_reconstructions: float
     seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"latent_dim {self.latent_dim}, beta {self.beta:g}, adversarial_eps {self.adversarial_eps:g}, "
+            f"hidden {' '.join(map(str, self.hidden))}"
+        )
 
     @property
     def score(self) -> float:
@@ -176,17 +184,11 @@ def search_recipe(
     trials = []
     for trial in run_trials(plan, judge, pixels["t"], torch.from_numpy(labels[~fold]), x, truth, device):
         trials.append(trial)
-        log(
-            f"recipe: latent_dim {trial.latent_dim}, beta {trial.beta:g}, adversarial_eps {trial.adversarial_eps:g}, "
-            f"hidden {' '.join(map(str, trial.hidden))}: "
-            f"accuracy {trial.accuracy:.1%}, judge sees the target in {trial.judged:.1%}"
-        )
+        log(f"recipe: {trial}: accuracy {trial.accuracy:.1%}, judge sees the target in {trial.judged:.1%}")
     best = max(trials, key=lambda trial: trial.score)
     why = (
-        f"latent_dim {best.latent_dim}, beta {best.beta:g}, adversarial_eps {best.adversarial_eps:g}, "
-        f"hidden {' '.join(map(str, best.hidden))}: of "
-        f"{len(trials)} trials the largest product of accuracy ({best.accuracy:.1%}) and counterfactuals in which a "
-        f"held-out judge sees the target ({best.judged:.1%})"
+        f"{best}: of {len(trials)} trials the largest product of accuracy ({best.accuracy:.1%}) and counterfactuals in "
+        f"which a held-out judge sees the target ({best.judged:.1%})"
     )
     log(f"recipe: {why}")
     return found | {
@@ -196,6 +198,24 @@ def search_recipe(
         "judge": {"accuracy": accuracy, "images": len(truth)},
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def searched_codes(plan: TrainingPlan) -> list[tuple[int, float]]:
+    """(latent_dim, beta) of each code to try; a value that was given is kept."""
+    open_dim, open_beta = "latent_dim" in plan.searched, "beta" in plan.searched
+    codes = {(dim if open_dim else plan.vae.latent_dim, beta if open_beta else plan.vae.beta) for dim, beta in CODES}
+    return sorted(codes)
+
+
+def searched_steps(plan: TrainingPlan) -> tuple[float, ...]:
+    """The adversary's steps to try with each code."""
+    return STEPS if "adversarial_eps" in plan.searched else (plan.ensemble_training.adversarial_eps,)
+
+
+def num_trials(plan: TrainingPlan) -> int:
+    """How many ensembles the search trains."""
+    further = len(FACTORS) * ("adversarial_eps" in plan.searched) + ("hidden" in plan.searched)
+    return len(searched_codes(plan)) * len(searched_steps(plan)) + further
 
 
 def run_trials(
@@ -218,19 +238,16 @@ def run_trials(
         truth: their labels.
         device: to train on.
     """
-    open_dim, open_beta = "latent_dim" in plan.searched, "beta" in plan.searched
-    codes = {(dim if open_dim else plan.vae.latent_dim, beta if open_beta else plan.vae.beta) for dim, beta in CODES}
-    open_step = "adversarial_eps" in plan.searched
     found: list[Trial] = []
     own = plan.ensemble.hidden
     trial_of: dict[tuple[int, float], Callable[[float, tuple[int, ...]], Trial]] = {}
-    for code in sorted(codes):
+    for code in searched_codes(plan):
         trial_of[code] = trials_of_code(plan, *code, judge, pixels, labels, x, truth, device)
-        for step in STEPS if open_step else (plan.ensemble_training.adversarial_eps,):
+        for step in searched_steps(plan):
             found.append(trial_of[code](step, own))
             yield found[-1]
     best = max(found, key=lambda trial: trial.score)
-    for factor in (0.5, 1.6) if open_step else ():
+    for factor in FACTORS if "adversarial_eps" in plan.searched else ():
         found.append(trial_of[best.latent_dim, best.beta](round(best.adversarial_eps * factor, 3), own))
         yield found[-1]
     if "hidden" in plan.searched:
@@ -274,7 +291,7 @@ def trials_of_code(
         model = Model(vae, ensemble.to(device).eval(), plan.class_names, plan.preprocessing, judge=judge)
         reached, judged = judge_counterfactuals(model, x)
         accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == truth).mean())
-        seconds = round(vae_seconds / len(STEPS) + time.monotonic() - started, 1)
+        seconds = round(vae_seconds / len(searched_steps(plan)) + time.monotonic() - started, 1)
         return Trial(latent_dim, beta, step, hidden, accuracy, reached, judged, reconstructed, seconds)
 
     return trial

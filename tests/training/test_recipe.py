@@ -18,7 +18,7 @@ from clarity import data, storage
 from clarity.training import recipe
 from clarity.training.loops import EnsembleTraining
 from clarity.training.plan import TrainingPlan, channels_for, plan_training
-from clarity.training.recipe import Trial, search_recipe, with_recipe
+from clarity.training.recipe import Trial, num_trials, search_recipe, with_recipe
 from clarity.training.stages import Worker, load_images, run_stages, trained_judge
 
 
@@ -99,6 +99,7 @@ def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, s
     assert settings == grid | {(best["latent_dim"], best["beta"], step) for step in around}
     best = max(found["trials"], key=lambda trial: trial["accuracy"] * trial["judged"])
     assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 6 + [(9, 8)]
+    assert num_trials(plan) == len(found["trials"])
     assert found["chosen"] == {name: best[name] for name in ("latent_dim", "beta", "adversarial_eps")} | {
         "hidden": list(best["hidden"])
     }
