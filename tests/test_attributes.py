@@ -19,6 +19,7 @@ from clarity.audit.queries import connect
 from clarity.explainer import Explainer
 from clarity.findings.finding import NotChecked, gather
 from clarity.findings.kept import check_kept
+from clarity.findings.searches import check_unconverged
 from clarity.images import decode_png
 from clarity.model import Model, load_model, save_model
 from clarity.planning import describe_kept
@@ -159,7 +160,8 @@ def test_finding_counts_pairs_out_of_reach_and_pictures_that_change_sides() -> N
     final[index % 5 == 1, 1] = 0.8
     pairs = pairs.set_column(pairs.column_names.index("converged"), "converged", pa.array(converged))
     pairs, names = with_kept(pairs, initial, final), tables.class_names
-    findings = check_kept(gather(connect(tables.codes, pairs), names, keep=["Male", "Young"]))
+    kept, free = (gather(connect(tables.codes, pairs), names, keep=keep) for keep in (["Male", "Young"], []))
+    findings = check_kept(kept)
     assert not isinstance(findings, NotChecked)
     (found,) = findings
     assert found.level == "look"
@@ -167,3 +169,5 @@ def test_finding_counts_pairs_out_of_reach_and_pictures_that_change_sides() -> N
     assert found.figures["flipped"] == {"Male": 0.0, "Young": (index[converged] % 5 == 1).mean()}
     assert "20 % with “Male” and 0 % without “Male”" in found.sentence
     assert isinstance(check_kept(gather(connect(tables.codes, tables.counterfactuals), names)), NotChecked)
+    (failed,), (alarm,) = (check_unconverged(facts) for facts in (kept, free))  # type: ignore[misc]
+    assert failed.level == "look" and "kept Male and Young" in failed.sentence and alarm.level == "alert"

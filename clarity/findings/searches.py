@@ -70,6 +70,8 @@ def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
         if share_beyond
         else ""
     )
+    if facts.keep:
+        reason += f" The search kept {listed(list(facts.keep))}, which puts pairs out of reach."
     gamma, limit = facts.config.get("min_target_prob"), facts.config.get("max_steps")
     wanted = f"a target probability of {gamma:g}" if gamma is not None else "the wanted target probability"
     within = f" within {limit:,} steps" if limit is not None else ""
@@ -82,8 +84,8 @@ def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
     return [
         Finding(
             "unconverged",
-            # What is out of reach for real images too is worth a look, not probably wrong.
-            min(0.95 if share_beyond < 0.5 else 0.65, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
+            # What is out of reach for real images too, or is the price of kept attributes, is not probably wrong.
+            min(0.65 if share_beyond >= 0.5 or facts.keep else 0.95, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
             f"{plural(total, 'pair')} did not converge",
             f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}: "
             f"{where}.{reason}",
