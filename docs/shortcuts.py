@@ -24,6 +24,7 @@ from clarity import data, storage
 from clarity.audit.commits import commit_shard
 from clarity.explainer import Explainer
 from clarity.images import encode_png
+from clarity.model import Model
 from clarity.planning import make_plan
 from clarity.report.page import write_report
 from clarity.search import SearchConfig
@@ -74,19 +75,23 @@ def run(directory: Path, path: Path, **training: Any) -> Any:
     dataset = data.open_dataset("parquet", str(path), "train")
     model = train(dataset, str(directory / "model"), device="cpu", **training)
     test = data.open_dataset("parquet", str(path), "test")
-    listing = data.list_images(test)
-    place = str(directory / "audit")
-    plan = make_plan(model, test, listing, method="clarity", config=SearchConfig(), shard_rows=500)
+    explain(model, test, data.list_images(test), directory / "audit")
+    shutil.copytree(directory / "model", directory / "audit" / "model", dirs_exist_ok=True)
+    return write_report([str(directory / "audit")])
+
+
+def explain(model: Model, dataset: data.Dataset, listing: pa.Table, directory: Path) -> None:
+    """Explains the listed images into an audit, in this process."""
+    place = str(directory)
+    plan = make_plan(model, dataset, listing, method="clarity", config=SearchConfig(), shard_rows=500)
     storage.make_dir(place)
     storage.write_json(storage.join(place, "plan.json"), plan.to_json())
-    shutil.copytree(directory / "model", directory / "audit" / "model", dirs_exist_ok=True)
     explainer = Explainer(model, device="cpu")
     for number, part in enumerate(plan.shards):
-        shard = data.read_images(test, listing.slice(part["start"], part["stop"] - part["start"]), model.preprocessing)
-        explained = explainer.explain_shard(shard)
+        rows = listing.slice(part["start"], part["stop"] - part["start"])
+        explained = explainer.explain_shard(data.read_images(dataset, rows, model.preprocessing))
         tables = {"codes": explained.codes, "counterfactuals": explained.counterfactuals}
         commit_shard(place, plan, number, tables, explained.stats)
-    return write_report([place])
 
 
 def main() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,7 +84,6 @@ def test_readme_has_the_two_commands() -> None:
 
 def test_readme_query_runs_on_an_audit(tmp_path: Path) -> None:
     """The first screen's lines of Python, run where an audit of the same columns lies."""
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -99,3 +101,31 @@ def test_readme_query_runs_on_an_audit(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     answers = re.findall(r"│ ([abcd]) ", run.stdout)
     assert answers == ["a", "b", "c"]
+
+
+def test_readme_notebook_runs_on_the_shipped_digits(
+    tiny_digits_model: Path, load_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block as it is printed, beside a model and an audit where the first command leaves them."""
+    from PIL import Image
+
+    import clarity
+    from clarity import data
+
+    runs = tmp_path / "runs" / "digits"
+    shutil.copytree(tiny_digits_model, runs / "model")
+    code = section("From a notebook").split("```python\n")[1].split("```")[0]
+    ((image_id, target),) = re.findall(r'Counterfactual\(audit, "(.+?)", "(.)"\)', code)
+    dataset = data.open_dataset("digits", None, "test")
+    listing = data.list_images(dataset)
+    listing = listing.filter(pc.equal(listing["image_id"], image_id))
+    load_job("shortcuts", "docs").explain(clarity.load(str(runs / "model")), dataset, listing, runs / "audit")
+    shutil.copytree(runs / "model", runs / "audit" / "model")
+    for name in re.findall(r'"(\w+\.png)"', code):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28), np.uint8)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), made)
+    assert len(made["table"]) == 4 and made["pair"].row["target_name"] == target
+    with Image.open(tmp_path / "pair.png") as picture:
+        assert picture.width > picture.height > 50
