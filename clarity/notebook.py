@@ -105,13 +105,8 @@ def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", 
     """Images (B, C, H, W) uint8 of codes in an audit's tables, decoded by the model that the audit keeps.
 
     Gives the images of an audit without any, and those in the tables again to within one grey level. For image-space
-    methods, whose ``z_cf`` is the code of an image, it gives the reconstruction of that image.
-
-    Args:
-        source: an audit, or the URI of one.
-        rows: rows of counterfactuals, or of codes with ``column`` = z.
-        column: name of the column of codes.
-        device: where to decode.
+    methods, whose ``z_cf`` is the code of an image, it gives the reconstruction of that image. ``rows`` are rows of
+    counterfactuals, or of codes with ``column`` = z.
     """
     uri = source.uri if isinstance(source, Audit) else str(source)
     model = load_model(storage.join(uri, "model"), device)

@@ -34,10 +34,7 @@ from clarity.worker import pack
 def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
     """Select images of a listing; also returns which of them get pairs: ``all`` or the ``misclassified``.
 
-    Args:
-        listing: of ``data.list_images``.
-        where: conditions, all of which must hold: label=A,B (names), ids=FILE (one id a line), misclassified.
-        limit: keep at most the first so many.
+    ``where`` are conditions, all of which must hold: label=A,B (names), ids=FILE (one id a line), misclassified.
 
     Raises:
         ValueError: an unknown condition, label or id; or no image is left.
@@ -120,6 +117,10 @@ def make_plan(
         "attributes.safetensors": "keep" in checks,
     }
     sums = {name: about["sha256"] for name, about in model.card.get("files", {}).items() if needed.get(name)}
+
+    def digest_of(column: pa.ChunkedArray) -> str:
+        return hashlib.sha256(pack(pa.table({"": column.combine_chunks()}))).hexdigest()[:16]
+
     extra = [field for field in listing.schema if field.name not in data.LISTING_COLUMNS]
     return Plan(
         dataset={
@@ -129,7 +130,7 @@ def make_plan(
             "where": list(where),
             "num_images": len(listing),
             "listing": data.listing_fingerprint(listing.select(list(data.LISTING_COLUMNS))),
-            "extra": [[field.name, str(field.type), column_digest(listing[field.name])] for field in extra],
+            "extra": [[field.name, str(field.type), digest_of(listing[field.name])] for field in extra],
             "left_out": data.left_out(listing),
             "notes": data.notes(listing),
             **({"columns": dict(dataset.columns)} if dataset.columns else {}),
@@ -164,11 +165,9 @@ def make_plan(
 def shared_engine(engine: str, method: str, offered: Sequence[Sequence[str]], kept: str | None) -> str:
     """The engine of a run on several machines: builds of one engine round differently, and an audit takes one.
 
-    Args:
-        engine: what was asked for; anything but auto is returned.
-        method: a key of ``METHODS``; those on image classifiers have one engine, which auto finds.
-        offered: ``search.cpu_engines`` of each machine, fastest first; none where the search runs on GPUs.
-        kept: the engine of the shards that are there, which goes on where all machines have it.
+    ``offered`` are ``search.cpu_engines`` of each machine, fastest first; none where the search runs on GPUs. ``kept``
+    is the engine of the shards that are there, which goes on where all machines have it. Methods on image classifiers
+    have one engine, which auto finds.
     """
     if engine != "auto" or not offered or METHODS[method].classifier not in ("ensemble", "member"):
         return engine
@@ -258,17 +257,10 @@ def class_thresholds(model: Model, limit: float) -> list[float]:
 def probe(
     plan: Plan, model_uri: str, dataset: data.Dataset, listing: pa.Table, predictor: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Explain a few images to measure seconds and bytes per image, pairs per second, and the engine.
+    """Explain the images of a listing to measure seconds and bytes per image, pairs per second, and the engine.
 
-    A method that searches in pixels is measured by one update, extrapolated to a hundred per pair.
-
-    Args:
-        plan: what is asked of each image.
-        model_uri: a model directory.
-        dataset: the data set.
-        listing: the images to measure.
-        predictor: that of the plan, an ONNX file or module:function.
-        **options: engine and threads of the Explainer.
+    A method that searches in pixels is measured by one update, extrapolated to a hundred per pair. ``options`` are
+    engine and threads of the Explainer.
     """
     model = load_model(model_uri)
     steps = None if METHODS[plan.method].classifier in ("ensemble", "member") else 1
@@ -296,8 +288,3 @@ def raw_bytes_per_image(model: Model, num_targets: int) -> float:
     """Upper bound of the bytes of an image's rows before compression."""
     pixels = int(np.prod(model.image_shape))
     return (1 + num_targets) * (pixels + 4 * model.latent_dim + 160)
-
-
-def column_digest(column: pa.ChunkedArray) -> str:
-    """Digest of a column's values."""
-    return hashlib.sha256(pack(pa.table({"": column.combine_chunks()}))).hexdigest()[:16]

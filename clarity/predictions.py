@@ -103,10 +103,8 @@ def read_classes(uri: str, table: pa.Table) -> list[str] | None:
 def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
     """The listing with the columns of ``schema.PREDICTIONS``, null for an image without a prediction.
 
-    Args:
-        listing: the images of the audit.
-        predictions: of ``read_predictions``. Where a row has both, its class takes precedence over its probabilities.
-        class_names: of the explaining model, to which indices and probabilities refer.
+    Where a row of ``predictions`` has both, its class takes precedence over its probabilities. Indices and
+    probabilities refer to ``class_names``, those of the explaining model.
 
     Raises:
         ValueError: unknown classes, invalid probabilities, or no image has a prediction.

@@ -21,12 +21,8 @@ PREDICTOR_IMAGE = "predictor_image"
 
 
 class Column(NamedTuple):
-    """One column of a table.
-
-    Args:
-        type: an Arrow type, or ``float[K]``, ``float[D]`` and ``float[A]`` for a list of that length.
-        doc: what it holds, with shape and unit.
-        required: whether a null is rejected.
+    """One column: its Arrow type, or ``float[K]``, ``float[D]``, ``float[A]`` for a list of that length; what it holds,
+    with shape and unit; whether a null is rejected.
     """
 
     type: str
@@ -112,14 +108,9 @@ TRACES: dict[str, Column] = {
 
 
 def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = ()) -> pa.Schema:
-    """Schema of ``codes/*.parquet``, sorted by image_id.
+    """Schema of ``codes/*.parquet``, sorted by image_id; ``extra`` are further columns of the data's listing.
 
     Error rows carry null in every column but image_id, label, label_name, status, error and the extra ones.
-
-    Args:
-        num_classes: K.
-        latent_dim: D.
-        extra: further columns of the data's listing: attributes, the user's predictions.
     """
     schema = arrow_schema(CODES, K=num_classes, D=latent_dim)
     for field in extra:
@@ -133,9 +124,7 @@ def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = 
 def counterfactuals_schema(latent_dim: int, num_kept: int = 0) -> pa.Schema:
     """Schema of ``counterfactuals/*.parquet``; rows of a file are sorted by (target, image_id).
 
-    Args:
-        latent_dim: D.
-        num_kept: A; without kept attributes the table has no columns for them.
+    Without kept attributes the table has no columns for them.
     """
     columns = {name: column for name, column in COUNTERFACTUALS.items() if num_kept or column.type != "float[A]"}
     return arrow_schema(columns, D=latent_dim, A=num_kept)
@@ -147,13 +136,9 @@ def traces_schema(latent_dim: int) -> pa.Schema:
 
 
 def shard_schema(image_shape: tuple[int, int, int], attributes: Iterable[pa.Field] = ()) -> pa.Schema:
-    """Schema of the images of one shard, in the listing's order.
+    """Schema of the images of one shard, in the listing's order; ``attributes`` are carried into ``codes`` as they are.
 
     ``image`` holds the preprocessed pixels (C, H, W), uint8, null where ``error`` says why it could not be read.
-
-    Args:
-        image_shape: (C, H, W).
-        attributes: further columns of the listing, carried into ``codes`` as they are.
     """
     channels, height, width = image_shape
     return pa.schema(

@@ -7,6 +7,7 @@ never from a URI. Does not know what the bytes mean.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -27,8 +28,6 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-
-from clarity.local_files import read_local, unless_missing, write_local
 
 log = logging.getLogger(__name__)
 
@@ -214,13 +213,8 @@ def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
     """Write a file atomically, replacing what was there.
 
     On a disk: a temporary file, fsync, rename, with the rights that the user's umask gives. On an object store: one
-    object, which appears when its upload is complete.
-
-    Args:
-        uri: the file.
-        data: its content.
-        scratch: a directory of the same file system for the temporary file: then both directories must be there. By
-            default the temporary file lies hidden in the file's own directory, which is made when missing.
+    object, which appears when its upload is complete. The temporary file lies hidden in the file's own directory, which
+    is made when missing; or in ``scratch``, of the same file system: then both directories must be there.
     """
     fs, path = filesystem(uri)
 
@@ -293,10 +287,7 @@ def open_parquet(uri: URI) -> pq.ParquetFile:
 def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
     """Run an operation on a URI; transient errors are retried with growing pauses, others raised at once.
 
-    Args:
-        what: the verb of the message: "read", "write", "list".
-        uri: what it is done to.
-        action: what to do; done again from its start.
+    ``what`` is the verb of the message: "read", "write", "list"; ``action`` is done again from its start.
 
     Raises:
         StorageError: it failed for good, at each of ATTEMPTS attempts, or a server that never answered is not there.
@@ -439,3 +430,41 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_null(item) for item in value]
     return value
+
+
+def read_local(path: str) -> bytes:
+    """The content of a regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    with open(descriptor, "rb") as file:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.ENODEV, "no regular file", path)
+        return file.read()
+
+
+def write_local(path: str, data: bytes, scratch: str | None) -> None:
+    """Temporary file, fsync, rename, fsync of the directory."""
+    directory = os.path.dirname(path)
+    if scratch is None:
+        os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(scratch or directory, f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        unless_missing(os.unlink, temporary)
+        raise
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # so that the name survives a power cut too
+    finally:
+        os.close(descriptor)
+
+
+def unless_missing(remove: Callable[[str], Any], path: str) -> None:
+    """Remove a path if it exists."""
+    with contextlib.suppress(FileNotFoundError):
+        remove(path)

@@ -30,16 +30,14 @@ class Encoded:
 
     Args:
         model: with that ensemble.
-        image_id, label, label_name: columns of the shard.
-        extra: further columns for ``codes``.
-        pixels: (B, C, H, W) uint8; ``x`` the same in [0, 1].
+        image_id, label, label_name: columns of the shard; ``extra`` further ones for ``codes``.
+        pixels: (B, C, H, W) uint8; ``x`` and ``reconstruction`` in [0, 1].
         z, log_var: the posterior of the codes, (B, D).
         noise: (B, D), standard normal, of the image id alone.
-        reconstruction: (B, C, H, W) in [0, 1].
         prediction: of the ensemble at ``z``.
         source: (B,) int32, the class predicted for each image by the explained model.
-        predictor_probs: (B, K), of the predictor for the original images; None where there is none.
-        reconstruction_probs: (B, K), of the predictor for the reconstructions in 8 bits; None where there is none.
+        predictor_probs, reconstruction_probs: (B, K), of the predictor for the original images and for the
+            reconstructions in 8 bits; None where there is none.
     """
 
     model: Model
@@ -191,15 +189,8 @@ def pair_rows(
 ) -> pa.Table:
     """Rows of ``counterfactuals``.
 
-    Args:
-        method: a key of METHODS.
-        encoded: the images.
-        asked: the pairs.
-        results: their results.
-        initial: predictions of the method's classifier where the search of each image starts.
-        final: predictions of the method's classifier at the points found.
-        images: png, or none to leave the images out.
-        kept: heads of the kept attributes.
+    ``initial`` and ``final`` are predictions of the method's classifier, where the search of each image starts and at
+    the points found; ``images`` is png, or none to leave the images out; ``kept`` heads of the kept attributes.
     """
     found, written, target = results.found, results.written, asked.target.astype(np.int32)
     pair, nulls = np.arange(len(target)), [None] * len(target)

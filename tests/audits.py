@@ -7,13 +7,18 @@ moved; its distance and steps follow from a K x K table of how hard each class p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from clarity import schema
+from clarity import schema, storage
+from clarity.audit.commits import commit_shard
+from clarity.audit.plan import Plan, shard_table
 from clarity.images import encode_png
+from clarity.model import save_model
 
 
 @dataclass
@@ -33,24 +38,22 @@ class Planted:
     prediction_errors: int | None = None  # images on which the predictions handed in disagree; None: no such column
 
 
+EVERYTHING = Planted(hard=(1, 3), asymmetry=(0, 2), wrong_labels=4, edge=5, rising=2, lost=1, unreadable=2, nonfinite=1)
+CONFIG = {"min_target_prob": 0.99, "max_steps": 500}
+
+
 @dataclass
 class Tables:
+    """``before`` and ``after`` (P, C, H, W) are reconstruction and counterfactual of each pair."""
+
     codes: pa.Table
     counterfactuals: pa.Table
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     wrong_labels: list[str] = field(default_factory=list)
     edge: list[str] = field(default_factory=list)
-    before: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (P, C, H, W) reconstruction of each pair
+    before: np.ndarray = field(default_factory=lambda: np.zeros(0))
     after: np.ndarray = field(default_factory=lambda: np.zeros(0))
-
-    def config(self) -> dict[str, Any]:
-        return {"min_target_prob": 0.99, "max_steps": 500}
-
-
-def png(pictures: np.ndarray) -> list[bytes]:
-    """Pictures (B, C, H, W) in [0, 1] as PNG."""
-    return encode_png(np.round(pictures * 255).astype(np.uint8))
 
 
 def make_tables(
@@ -65,8 +68,9 @@ def make_tables(
     planted = planted or Planted()
     rng = np.random.default_rng(seed)
     num_classes, (channels, height, width) = len(class_names), image_shape
-    image_ids = [f"img-{i:05d}" for i in range(num_images)]
-    source = np.arange(num_images) % num_classes
+    image_ids = np.array([f"img-{i:05d}" for i in range(num_images)])
+    names, numbers = np.array(class_names), np.arange(num_images)
+    source = numbers % num_classes
 
     # Pictures: one blob a class, jittered; a patch or a tint on one class.
     centres = np.stack([rng.uniform(2, height - 2, num_classes), rng.uniform(3, width - 3, num_classes)], 1)
@@ -83,55 +87,53 @@ def make_tables(
             x[seen == planted.patch, :, :2, :2] = 0.95
         return np.clip(x, 0, 1).astype(np.float32)
 
+    def stored(pictures: np.ndarray) -> list[Any]:
+        return encode_png(np.round(pictures * 255).astype(np.uint8)) if images == "png" else [None] * len(pictures)
+
     # Small pictures of many classes: the class must not fix the place of every pixel, or each would be a shortcut.
     jitter = rng.normal(0, 1.5, (num_images, 2))
     contrast = rng.uniform(0.4, 1.0, num_images)
     x = np.clip(picture(source, jitter, contrast) + rng.normal(0, 0.02, (num_images, *image_shape)), 0, 1)
-    x_bytes = png(x)
 
     certain = rng.uniform(0.9, 0.999, num_images)
-    probs = np.full((num_images, num_classes), 0.0)
-    probs += ((1 - certain) / (num_classes - 1))[:, None]
-    probs[np.arange(num_images), source] = certain
+    probs = np.repeat(((1 - certain) / (num_classes - 1))[:, None], num_classes, 1)
+    probs[numbers, source] = certain
+    wrong, on_edge = numbers[3 : 3 + planted.wrong_labels], numbers[20 : 20 + planted.edge]
     label = source.copy()
-    wrong = list(range(3, 3 + planted.wrong_labels))
     label[wrong] = (label[wrong] + 1) % num_classes
     aleatoric = -(probs * np.log(probs)).sum(1) * 0.8
     epistemic = rng.uniform(0.01, 0.05, num_images)
-    unreadable = np.zeros(num_images, bool)
-    unreadable[num_images - planted.unreadable :] = planted.unreadable > 0
+    unreadable = numbers >= num_images - planted.unreadable
     z = rng.normal(0, 1, (num_images, latent_dim)).astype(np.float32)
-
-    def nulled(values: Any, kind: pa.DataType) -> pa.Array:
-        return pa.array([None if bad else value for value, bad in zip(values, unreadable)], kind)
-
-    names = np.array(class_names)
-    codes_schema = schema.codes_schema(num_classes, latent_dim)
-    columns_of = {
-        "image_id": pa.array(image_ids),
-        "label": nulled(label.tolist(), pa.int32()),
-        "label_name": pa.array(names[label].tolist()),
-        "source": nulled(source.tolist(), pa.int32()),
-        "source_name": nulled(names[source].tolist(), pa.string()),
-        "probs": nulled(probs.astype(np.float32).tolist(), pa.list_(pa.float32(), num_classes)),
-        "predictive": nulled((aleatoric + epistemic).tolist(), pa.float32()),
-        "aleatoric": nulled(aleatoric.tolist(), pa.float32()),
-        "epistemic": nulled(epistemic.tolist(), pa.float32()),
-        "z": nulled(z.tolist(), pa.list_(pa.float32(), latent_dim)),
-        "reconstruction_l1": nulled(rng.uniform(1, 3, num_images).tolist(), pa.float32()),
-        "status": pa.array(["error" if bad else "ok" for bad in unreadable]),
-        "error": pa.array(["truncated PNG" if bad else None for bad in unreadable], pa.string()),
-        "x": nulled(x_bytes if images == "png" else [None] * num_images, pa.binary()),
+    values: dict[str, Any] = {
+        "image_id": image_ids,
+        "label": label,
+        "label_name": names[label],
+        "source": source,
+        "source_name": names[source],
+        "probs": probs,
+        "predictive": aleatoric + epistemic,
+        "aleatoric": aleatoric,
+        "epistemic": epistemic,
+        "z": z,
+        "reconstruction_l1": rng.uniform(1, 3, num_images),
+        "status": np.where(unreadable, "error", "ok"),
+        "error": np.where(unreadable, "truncated PNG", None),
+        "x": stored(x),
     }
-    codes = pa.table({name: columns_of[name].cast(codes_schema.field(name).type) for name in columns_of})
     if planted.prediction_errors is not None:
-        prediction = source.copy()
-        prediction[: planted.prediction_errors] = (prediction[: planted.prediction_errors] + 1) % num_classes
-        codes = codes.append_column("prediction", nulled(prediction.tolist(), pa.int32()))
-        codes = codes.append_column("prediction_name", nulled(names[prediction].tolist(), pa.string()))
-        codes = codes.append_column(
-            "prediction_probs", nulled(np.eye(num_classes)[prediction].tolist(), pa.list_(pa.float32(), num_classes))
-        )
+        prediction = (source + (numbers < planted.prediction_errors)) % num_classes
+        values |= {"prediction": prediction, "prediction_name": names[prediction]}
+        values["prediction_probs"] = np.eye(num_classes)[prediction]
+    fields = list(schema.codes_schema(num_classes, latent_dim))
+    fields += schema.arrow_schema(schema.PREDICTIONS, K=num_classes)
+    always = ("image_id", "label_name", "status", "error")
+    codes = {}
+    for known in (known for known in fields if known.name in values):
+        column = list(values[known.name])
+        if known.name not in always:
+            column = [None if bad else value for value, bad in zip(column, unreadable)]
+        codes[known.name] = pa.array(column, known.type)
 
     # Pairs: a symmetric table of how hard each class pair is, with facts written over it.
     hardness = rng.uniform(8, 12, (num_classes, num_classes))
@@ -141,48 +143,32 @@ def make_tables(
     if planted.hard:
         hardness[planted.hard] = 40
         hardness[planted.hard[::-1]] = 38
-    image, target = np.nonzero((source[:, None] != np.arange(num_classes)) & ~unreadable[:, None])
-    order = np.lexsort((image, target))
-    image, target = image[order], target[order]
-    start = source[image]
-    num_pairs = len(image)
+    target, image = np.nonzero((source != np.arange(num_classes)[:, None]) & ~unreadable)
+    start, num_pairs = source[image], len(image)
     spread = rng.uniform(0.8, 1.2, num_pairs)
-    on_edge = list(range(20, 20 + planted.edge))
     spread[np.isin(image, on_edge)] *= 0.1
     distance = hardness[start, target] * spread
-    steps = np.maximum(1, (distance * 5).astype(int))
-    converged = np.ones(num_pairs, bool)
+    status = np.where(np.arange(num_pairs) < planted.nonfinite, "nonfinite", "ok")
+    converged = status == "ok"
     if planted.hard:
-        converged[((start == planted.hard[0]) & (target == planted.hard[1])).nonzero()[0][::5]] = False
-    status = np.full(num_pairs, "ok", dtype=object)
-    status[: planted.nonfinite] = "nonfinite"
-    converged[: planted.nonfinite] = False
-    steps[~converged] = 500
-    final = rng.uniform(0.991, 0.999, num_pairs)
-    final[~converged] = 0.4
-    epistemic_final = rng.uniform(0.005, 0.03, num_pairs)
-    if planted.rising is not None:
-        epistemic_final[target == planted.rising] += 0.3
-    reencoded = target.copy()
-    if planted.lost is not None:
-        away = target == planted.lost
-        reencoded[away] = start[away]
+        converged[np.flatnonzero((start == planted.hard[0]) & (target == planted.hard[1]))[::5]] = False
+    final = np.where(converged, rng.uniform(0.991, 0.999, num_pairs), 0.4)
+    epistemic_final = rng.uniform(0.005, 0.03, num_pairs) + 0.3 * (target == planted.rising)
+    reencoded = np.where(target == planted.lost, start, target)
     before = picture(start, jitter[image], contrast[image])
     after = picture(target, jitter[image] + rng.normal(0, 1.5, (num_pairs, 2)), rng.uniform(0.4, 1.0, num_pairs))
-    cf_schema = schema.counterfactuals_schema(latent_dim)
-    values: dict[str, Any] = {
-        "image_id": [image_ids[i] for i in image],
-        "label": label[image].tolist(),
-        "source": start.tolist(),
-        "source_name": names[start].tolist(),
-        "target": target.tolist(),
-        "target_name": names[target].tolist(),
+    values = {
+        "image_id": image_ids[image],
+        "label": label[image],
+        "source": start,
+        "source_name": names[start],
+        "target": target,
+        "target_name": names[target],
         "method": ["clarity"] * num_pairs,
-        "status": status.tolist(),
-        "converged": converged.tolist(),
-        "steps": steps.tolist(),
-        "confirmed": [None] * num_pairs,
-        "rungs": [0] * num_pairs,
+        "status": status,
+        "converged": converged,
+        "steps": np.where(converged, np.maximum(1, distance * 5), 500).astype(int),
+        "rungs": np.zeros(num_pairs, int),
         "target_prob_initial": probs[image, target],
         "target_prob_final": final,
         "predictive_initial": (aleatoric + epistemic)[image],
@@ -194,34 +180,24 @@ def make_tables(
         "distance_z_l1": distance,
         "distance_z_l2": distance / np.sqrt(latent_dim),
         "distance_x_l1": np.abs(after - before).sum((1, 2, 3)),
-        "reencoded_class": reencoded.tolist(),
+        "reencoded_class": reencoded,
         "reencoded_target_prob": np.where(reencoded == target, 0.98, 0.02),
-        "judge_class": [None] * len(target),
-        "judge_target_prob": [None] * len(target),
-        "prediction_target_prob_initial": [None] * num_pairs,
-        "prediction_target_prob_reconstruction": [None] * num_pairs,
-        "prediction_target_prob_final": [None] * num_pairs,
-        "z_cf": (z[image] + rng.normal(0, 1, (num_pairs, latent_dim))).astype(np.float32).tolist(),
-        "x_cf": png(after) if images == "png" else [None] * num_pairs,
+        "z_cf": (z[image] + rng.normal(0, 1, (num_pairs, latent_dim))).astype(np.float32),
+        "x_cf": stored(after),
     }
-    counterfactuals = pa.table(
-        {name: pa.array(values[name], cf_schema.field(name).type, from_pandas=True) for name in cf_schema.names}
-    )
-    return Tables(
-        codes,
-        counterfactuals,
-        class_names,
-        image_shape,
-        wrong_labels=[image_ids[i] for i in wrong],
-        edge=[image_ids[i] for i in on_edge],
-        before=before,
-        after=after,
-    )
+    pairs = {
+        known.name: pa.array(list(values.get(known.name, [None] * num_pairs)), known.type)
+        for known in schema.counterfactuals_schema(latent_dim)
+    }
+    ids = [image_ids[chosen].tolist() for chosen in (wrong, on_edge)]
+    return Tables(pa.table(codes), pa.table(pairs), class_names, image_shape, *ids, before, after)
 
 
-def replaced(tables: Tables, table: str, column: str, values: pa.Array) -> Tables:
+def replaced(tables: Tables, table: str, column: str, values: Any) -> Tables:
     """The tables with one column replaced."""
     old = getattr(tables, table)
+    if isinstance(values, np.ndarray):
+        values = pa.array(values).cast(old[column].type)
     setattr(tables, table, old.set_column(old.column_names.index(column), column, values))
     return tables
 
@@ -248,7 +224,7 @@ def with_predictor(tables: Tables, unlike: int = 9) -> Tables:
         "prediction_target_prob_reconstruction": np.where(images < 4, 0.8, 0.01),
         "prediction_target_prob_final": np.where(number >= 12, 0.9, 0.2),
     }.items():
-        tables = replaced(tables, "counterfactuals", name, pa.array(values).cast(pairs[name].type))
+        tables = replaced(tables, "counterfactuals", name, values)
     return tables
 
 
@@ -258,22 +234,13 @@ def write_audit(
     model: Any = None,
     num_shards: int = 3,
     leave_out: tuple[int, ...] = (),
-    traces: pa.Table | None = None,
     left_out: dict[str, int] | None = None,
     **plan_fields: Any,
 ) -> str:
     """An audit directory of such tables, as explain_all writes it; shards in ``leave_out`` stay uncommitted."""
-    from pathlib import Path
-
-    from clarity import storage
-    from clarity.audit.commits import commit_shard
-    from clarity.audit.plan import Plan, shard_table
-
     uri = str(uri)
     ids = tables.codes["image_id"].to_pylist()
-    known = schema.codes_schema(2, 2).names
-    extra = [(name, str(tables.codes[name].type)) for name in tables.codes.column_names if name not in known]
-    latent_dim = tables.codes["z"].type.list_size
+    extra = [(name, str(tables.codes[name].type)) for name in tables.codes.column_names if name not in schema.CODES]
     dataset = {"source": "synthetic", "data": None, "split": "test", "num_images": len(ids), "extra": extra}
     plan = Plan(
         dataset=dataset | {"left_out": left_out or {}},
@@ -281,28 +248,22 @@ def write_audit(
             "fingerprint": "none",
             "class_names": list(tables.class_names),
             "image_shape": list(tables.image_shape),
-            "latent_dim": latent_dim,
+            "latent_dim": tables.codes["z"].type.list_size,
             "num_folds": 0,
         },
-        config=tables.config(),
+        config=CONFIG,
         shards=shard_table(ids, -(-len(ids) // num_shards)),
         **{"method": "clarity", "targets": None, "images": "png", **plan_fields},
     )
     Path(uri).mkdir(parents=True, exist_ok=True)
     storage.write_json(storage.join(uri, "plan.json"), plan.to_json())
     if model is not None:
-        from clarity.model import save_model
-
         save_model(model, storage.join(uri, "model"))
-    codes = tables.codes.select([field.name for field in plan.codes_schema()]).cast(plan.codes_schema())
+    codes = tables.codes.select(plan.codes_schema().names).cast(plan.codes_schema())
     pairs = tables.counterfactuals.cast(plan.counterfactuals_schema())
     for shard, part in enumerate(plan.shards):
-        if shard in leave_out:
-            continue
-        mine = codes.slice(part["start"], part["stop"] - part["start"])
-        inside = pa.compute.is_in(pairs["image_id"], mine["image_id"])
-        parts = {"codes": mine, "counterfactuals": pairs.filter(inside)}
-        if traces is not None:
-            parts["traces"] = traces.filter(pa.compute.is_in(traces["image_id"], mine["image_id"]))
-        commit_shard(uri, plan, shard, parts, {})
+        if shard not in leave_out:
+            mine = codes.slice(part["start"], part["stop"] - part["start"])
+            parts = {"codes": mine, "counterfactuals": pairs.filter(pc.is_in(pairs["image_id"], mine["image_id"]))}
+            commit_shard(uri, plan, shard, parts, {})
     return uri

@@ -11,13 +11,16 @@ import pyarrow as pa
 from PIL import Image
 
 from clarity import data, schema
+from clarity.images import Preprocessing
 
 HEIGHT, WIDTH = 8, 12
+GREY = Preprocessing("L", HEIGHT, WIDTH)
 
 
-def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -25,7 +28,7 @@ def random_pixels(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape or (HEIGHT, WIDTH), dtype=np.uint8)
 
 
-def pixels_of(images: pa.Table, shape: tuple[int, int, int]) -> np.ndarray:
+def pixels_of(images: pa.Table, shape: tuple[int, int, int] = (1, HEIGHT, WIDTH)) -> np.ndarray:
     """The pixels (B, C, H, W) that ``data.read_images`` has read."""
     return schema.matrix(images["image"]).reshape(-1, *shape)
 
@@ -50,6 +53,12 @@ def write_shapes(root: Path, count: int, size: tuple[int, int]) -> None:
 def listed(root: Any, split: str = "all", source: str = "folder") -> dict[str, str | None]:
     listing = data.list_images(data.open_dataset(source, root, split))
     return dict(zip(listing["image_id"].to_pylist(), listing["label_name"].to_pylist(), strict=True))
+
+
+def read(root: Any, source: str = "folder", split: str = "all", **options: Any) -> pa.Table:
+    """The images of a data set as ``data.read_images`` reads them: grey, HEIGHT x WIDTH."""
+    dataset = data.open_dataset(source, root, split, **options)
+    return data.read_images(dataset, data.list_images(dataset), GREY)
 
 
 def parquet_table(count: int, **columns: Any) -> pa.Table:

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from levels above its own line; modules of one line may not import each other, those of one
 # package may.
 LEVELS = [
-    {"ids", "images", "local_files", "refine", "updates"},
+    {"ids", "images", "refine", "updates"},
     {"storage", "vae", "uncertainty", "schema", "report.text", "findings.statistics"},
     {"findings.verdict", "figure"},
     {"data", "classifiers", "audit", "kernels"},

@@ -17,8 +17,8 @@ from clarity import schema
 from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.audit.queries import connect
 from clarity.explainer import Explainer
+from clarity.findings.attributes import check_kept
 from clarity.findings.finding import NotChecked, gather
-from clarity.findings.kept import check_kept
 from clarity.findings.searches import check_unconverged
 from clarity.images import decode_png
 from clarity.model import Model, load_model, save_model

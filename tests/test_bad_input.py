@@ -28,6 +28,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobfiles import load_job
+from pictures import GREY, encoded, random_pixels
+from pictures import HEIGHT as H
+from pictures import WIDTH as W
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -36,21 +39,13 @@ sys.path.insert(0, str(ROOT))
 from clarity import data, storage  # noqa: E402
 from clarity.images import Preprocessing, UnreadableImage  # noqa: E402
 
-H, W = 8, 12
-GREY, COLOUR = Preprocessing("L", H, W), Preprocessing("RGB", H, W)
+COLOUR = Preprocessing("RGB", H, W)
 Outcome = tuple[str, str]  # refused, error row or read; and the reason or what was made of it
 Builder = Callable[[Path], Outcome]
 
 
 def pixels(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape or (H, W), dtype=np.uint8)
-
-
-def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
+    return random_pixels(seed, *shape)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -64,6 +59,9 @@ def png(width: int, height: int, *extra: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body + chunk(b"IEND", b"")
 
 
+CROPPED = Preprocessing("L", H, W, 100)
+NO_EXIF = encoded(pixels(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+BILEVEL = encoded(Image.fromarray(pixels()).convert("1"), "PPM")
 NANS, LARGE = np.full((H, W), np.nan, np.float32), np.full((H, W), 70_000, np.int32)
 PNG, JPEG = encoded(pixels(90, 90)), encoded(pixels(90, 90), "JPEG")
 DIGITS = pixels(3, 28, 28)
@@ -148,7 +146,7 @@ def circles(root: Path) -> Outcome:
 
 
 def odd_file(make: Callable[[Path], None]) -> Builder:
-    """Something odd called c/1.png between two good files; made after they were listed where that is the point."""
+    """Something odd called c/1.png between two good files."""
 
     def build(root: Path) -> Outcome:
         lay_out(root, "c/0.png", "c/z.png")
@@ -335,12 +333,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("gigapixel frame of a small GIF", image(big_gif(), "gif"), "error row", "at most 67108864 pixels"),
     ("PNG with 100 MB of packed text", image(lambda: with_text(100_000_000)), "error row", "found a broken one"),
     # Images of other kinds
-    (
-        "smaller than the centre crop",
-        image(PNG, "png", Preprocessing("L", H, W, 100)),
-        "error row",
-        "at least 100 x 100",
-    ),
+    ("smaller than the centre crop", image(PNG, preprocessing=CROPPED), "error row", "at least 100 x 100"),
     ("TIFF of floats with NaN", image(encoded(NANS, "TIFF"), "tif"), "error row", "96 of 96 NaN or infinite"),
     ("TIFF of integers over 65,535", image(encoded(LARGE, "TIFF"), "tif"), "error row", "in [0, 255], found 70000"),
     ("CMYK JPEG", image(encoded(Image.new("CMYK", (W, H)), "JPEG"), "jpg"), "read", "its colours converted"),
@@ -349,13 +342,8 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("palette with a transparent colour", image(with_transparent_colour), "read", "laid on white"),
     ("animated GIF", image(animated, "gif"), "read", "its first frame"),
     ("JPEG turned by EXIF", image(turned, "jpg"), "read", "turned upright"),
-    (
-        "JPEG with broken EXIF",
-        image(encoded(pixels(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), "jpg"),
-        "read",
-        "as it lies",
-    ),
-    ("bilevel PBM", image(encoded(Image.fromarray(pixels()).convert("1"), "PPM"), "pbm"), "read", "as black and white"),
+    ("JPEG with broken EXIF", image(NO_EXIF, "jpg"), "read", "as it lies"),
+    ("bilevel PBM", image(BILEVEL, "pbm"), "read", "as black and white"),
     ("JPEG named .PNG", image(JPEG, "PNG"), "read", "by its content"),
     ("image of another size", image(encoded(pixels(1, 300))), "read", "resized"),
     # Arrays
@@ -369,29 +357,14 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     # Folders
     ("empty folder", folder(), "refused", "expected images in split 'all'"),
     ("folder of other files", folder("c/a.txt", "c/b.md"), "refused", "2 files without an image's extension"),
-    (
-        "file in place of a folder",
-        lambda root: dataset("folder", written(root, b"x")),
-        "refused",
-        "found Parquet files (x.parquet): read them",
-    ),
+    ("file in place of a folder", lambda root: dataset("folder", written(root, b"x")), "refused", "Parquet files (x.p"),
     ("missing folder", lambda root: dataset("folder", root / "nowhere"), "refused", "found nothing at"),
     ("unreadable folder", as_nobody("c"), "refused", "Permission denied: give this user the right"),
     ("test/ asked of train/ alone", folder("train/c/1.png", split="test"), "refused", "expected one of train, all"),
-    (
-        "one class, for training",
-        folder("c/1.png", "c/2.png", then="class_names_of"),
-        "refused",
-        "two classes, found 'c'",
-    ),
+    ("one class, for training", folder("c/1.png", then="class_names_of"), "refused", "two classes, found 'c'"),
     ("no classes, for training", folder("1.png", "2.png", then="class_names_of"), "refused", "found no labels"),
     ("no classes, for explaining", folder("1.png", "2.png"), "read", "['1.png', '2.png']"),
-    (
-        "class without images",
-        folder("c/1.png", "d/a.txt", then="left_out"),
-        "read",
-        "'class folders without an image (d)': 1",
-    ),
+    ("class without images", folder("c/1.png", "d/a.txt", then="left_out"), "read", "without an image (d)': 1"),
     ("hidden files", folder("c/1.png", "c/._1.png", ".x/2.png", then="left_out"), "read", "'hidden files': 2"),
     ("circular links", circles, "read", "['a/1.png', 'a/2.png']"),
     ("usual names of splits", folder("Training/c/1.png", "val/c/2.png", split="held-out"), "read", "['val/c/2.png']"),
@@ -408,12 +381,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
         "found 9 of 10 images in folders below one (d: a, b): if those are the classes, name",
     ),
     ("archives", folder("train.tar.gz"), "refused", "found tar archives (train.tar.gz): unpack them"),
-    (
-        "spaces, unicode, newlines in names",
-        folder("ü ñ/a\nb .png", "c/猫.png"),
-        "read",
-        r"['c/猫.png', 'ü ñ/a\nb .png']",
-    ),
+    ("spaces, unicode, newlines in names", folder("ü ñ/a\nb .png", "c/猫.png"), "read", r"/猫.png', 'ü ñ/a\nb .png']"),
     ("file name that is not UTF-8", folder("c/caf\udce9.png"), "read", r"['c/caf\\xe9.png']"),
     # Parquet
     ("Parquet file cut short", parquet(cut(parquet_bytes())), "refused", "expected a whole Parquet file"),
@@ -436,12 +404,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("row group with changed bytes", broken_row_group, "error row", "found it broken: restore it"),
     ("Parquet file replaced after its listing", replaced_parquet, "error row", "found it broken: restore it"),
     # MNIST
-    (
-        "MNIST without its files",
-        lambda root: dataset("mnist", root, "train"),
-        "refused",
-        "train-images-idx3-ubyte[.gz]",
-    ),
+    ("MNIST without its files", lambda root: dataset("mnist", root, "train"), "refused", "train-images-idx3-ubyte[.gz"),
     ("idx file cut short", mnist(idx(DIGITS)[:-1]), "refused", "expected a whole idx file of 3 axes"),
     ("idx file of zero bytes", mnist(b""), "refused", "expected a whole idx file of 3 axes"),
     ("labels instead of images", mnist(idx(pixels(3))), "refused", "expected a whole idx file of 3 axes"),
@@ -517,11 +480,6 @@ def ids_file(content: str) -> Callable[[Path], list[str]]:
     return argv
 
 
-def closed(root: Path) -> list[str]:
-    """--out where this user may not write; the test itself may run as a user who may write everywhere."""
-    return ["--out", "/proc/nowhere/audit"]
-
-
 def below_the_data(root: Path) -> list[str]:
     (root / "photos").mkdir()
     return ["--dataset", "folder", "--data", str(root / "photos"), "--out", str(root / "photos" / "audit")]
@@ -559,22 +517,10 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("infinite learning rate", ["--learning-rate", "inf"], "--learning-rate: expected"),
     ("negative weight of the distance", ["--distance-weight", "-1"], "--distance-weight: expected"),
     ("step size of zero", ["--step-size", "0"], "--step-size: expected"),
-    (
-        "re-encoded probability of 1",
-        ["--min-reencoded-prob", "1"],
-        "--min-reencoded-prob: expected at least 0 and less",
-    ),
-    (
-        "auto threshold without held-out figures",
-        ["--min-target-prob", "auto"],
-        "--min-target-prob: auto needs the held-out",
-    ),
+    ("re-encoded probability of 1", ["--min-reencoded-prob", "1"], "--min-reencoded-prob: expected at least 0 and"),
+    ("auto threshold without held-out figures", ["--min-target-prob", "auto"], "auto needs the held-out"),
     ("predictor and predictions at once", ["--predictor", "a:b", "--predictions", "c"], "not allowed with argument"),
-    (
-        "predictor of an unknown kind",
-        ["--predictor", "model.pt"],
-        "expected a file ending in .onnx, or module:function",
-    ),
+    ("predictor of an unknown kind", ["--predictor", "model.pt"], "file ending in .onnx, or module:function"),
     ("predictor that cannot be imported", ["--predictor", "no.such:model"], "cannot be imported: ModuleNotFoundError"),
     ("predictor without its description", onnx_file(None), "model.onnx.json beside the model"),
     ("predictor without the order of its classes", onnx_file({"mode": "L"}), "expected an entry 'classes'"),
@@ -597,7 +543,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("output directory with a damaged plan", filled_with("plan.json"), "plan.json is damaged"),
     ("output path that is not UTF-8", ["--out", "/tmp/\udcff"], "expected a path in UTF-8; choose another --out"),
     ("output below the data", below_the_data, "--out: expected a directory outside the data"),
-    ("read-only output", closed, "cannot make /proc/nowhere"),
+    ("read-only output", ["--out", "/proc/nowhere/audit"], "cannot make /proc/nowhere"),
     ("output on an unknown kind of store", ["--out", "https://host/audit"], "found the scheme 'https'"),
     ("password in --out", ["--out", "s3://me:secret@bucket/audit"], "found some in s3://***@bucket/audit"),
 ]
@@ -657,12 +603,6 @@ def is_read_or_refused(content: bytes | np.ndarray) -> None:
             assert (found.shape, found.dtype) == (preprocessing.image_shape, np.uint8)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=300))
-def test_random_bytes_are_refused_with_a_reason(content: bytes) -> None:
-    is_read_or_refused(content)
-
-
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PICTURES), st.data())
 def test_damaged_images_are_read_or_refused_with_a_reason(content: bytes, draw: st.DataObject) -> None:
@@ -685,13 +625,6 @@ def test_any_array_is_read_or_refused_with_a_reason(kind: Any, shape: list[int],
     )
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=200))
-def test_random_bytes_as_parquet_are_refused(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as root, pytest.raises(ValueError, match="expected a whole Parquet file"):
-        data.list_images(data.open_dataset("parquet", written(Path(root), content), "all"))
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(), min_size=1, max_size=6, unique=True))
 def test_any_image_ids_come_back(image_ids: list[str]) -> None:
@@ -701,13 +634,8 @@ def test_any_image_ids_come_back(image_ids: list[str]) -> None:
         listing = data.list_images(listed)
         assert listing["image_id"].to_pylist() == image_ids
         assert data.read_images(listed, listing, GREY)["image_id"].to_pylist() == image_ids
-        splits = [data.open_dataset("parquet", path, split) for split in ("train", "test")]
-        found = [image_id for split in splits for image_id in _ids(split)]
+        found = []
+        for split in ("train", "test"):
+            with contextlib.suppress(ValueError):  # of no image
+                found += data.list_images(data.open_dataset("parquet", path, split))["image_id"].to_pylist()
         assert sorted(found) == sorted(image_ids)
-
-
-def _ids(dataset: data.Dataset) -> list[str]:
-    try:
-        return data.list_images(dataset)["image_id"].to_pylist()
-    except ValueError:
-        return []

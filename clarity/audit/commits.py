@@ -138,7 +138,12 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
         if held.pending:
             for name in ("_SUCCESS", "report.html"):  # what tells of an audit that was complete
                 storage.delete(storage.join(uri, name))
-        delete_uncommitted(held)
+        # Files that no valid commit names: a run died between writing and committing them.
+        named = {path for commit in held.commits.values() for path in commit["files"]}
+        named |= {commit_path(shard) for shard in held.commits}
+        for directory in (*TABLES, "_commits"):
+            for path in files_below(uri, directory).keys() - named:
+                storage.delete(storage.join(uri, path))
         yield held
     finally:
         with contextlib.suppress(OSError):  # where that fails, the next run removes it
@@ -150,15 +155,14 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
 def require_audit_or_empty(uri: str) -> None:
     """Raise ValueError if something other than an audit lies at ``uri``."""
     path = storage.display(uri)
-    if storage.exists(storage.join(uri, "plan.json")):
+    if storage.exists(storage.join(uri, "plan.json")) or not storage.exists(uri):
         return
-    if storage.is_remote(uri):
-        files = storage.list_files(uri) if storage.exists(uri) else []
-        present = {file.path.partition("/")[0] for file in files}
-    elif os.path.lexists(uri) and not os.path.isdir(uri):
+    if not storage.is_dir(uri):
         raise ValueError(f"out: expected a directory, found a file at {path}: choose another directory")
+    if storage.is_remote(uri):
+        present = {file.path.partition("/")[0] for file in storage.list_files(uri)}
     else:
-        present = set(os.listdir(uri)) if os.path.isdir(uri) else set()
+        present = set(os.listdir(uri))
     if present and not present & {"_lock", "_tmp", "_dead"}:
         some = ", ".join(sorted(present)[:3])
         raise ValueError(
@@ -209,16 +213,6 @@ def remove_scratch(uri: str, name: str) -> None:
         os.rmdir(storage.join(uri, "_tmp"))
 
 
-def delete_uncommitted(held: Claim) -> None:
-    """Delete the files that no valid commit names: a run died between writing and committing them."""
-    named = {path for commit in held.commits.values() for path in commit["files"]}
-    named |= {commit_path(shard) for shard in held.commits}
-    for directory in (*TABLES, "_commits"):
-        for path in files_below(held.uri, directory):
-            if path not in named:
-                storage.delete(storage.join(held.uri, path))
-
-
 def valid_commits(uri: str, plan: Plan) -> dict[int, dict[str, Any]]:
     """Commit records by shard: whole, of this plan, and naming files that are there in their size."""
     sizes = {path: size for name in TABLES for path, size in files_below(uri, name).items()}
@@ -260,13 +254,9 @@ def is_committed(uri: str, fingerprint: str, shard: int) -> bool:
 
 
 def begin_attempt(uri: str, run: str, shard: int, stage: str) -> int:
-    """Record that a stage of a shard begins; recorded before the work, so that the death of the process counts too.
+    """Record that a stage of a shard begins, before the work, so that the death of the process counts too.
 
-    Returns:
-        Which attempt of this run it is, from 1.
-
-    Raises:
-        GivenUp: it was begun MAX_ATTEMPTS times already.
+    Returns which attempt of this run it is, from 1; raises GivenUp if it was begun MAX_ATTEMPTS times already.
     """
     host = socket.gethostname()
     if unreachable_paths(uri, run):
@@ -298,13 +288,8 @@ def commit_shard(
 ) -> None:
     """Write a shard's data files, each atomically, then the commit record that makes them count.
 
-    Args:
-        uri: the audit directory.
-        plan: its plan.
-        shard: which shard.
-        tables: by name, of TABLES.
-        about: what the commit adds: engine, device, threads, seconds by stage.
-        scratch: the scratch directory of the run; once it is gone, nothing more of the shard is written.
+    ``about`` is what the commit adds: engine, device, threads, seconds by stage. Once ``scratch``, the scratch
+    directory of the run, is gone, nothing more of the shard is written.
     """
     files = {}
     for name, table in tables.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -33,7 +32,17 @@ class Query:
 @functools.cache
 def load_queries() -> dict[str, Query]:
     """Every question of sql/, by name."""
-    return {name: parse_query(text) for name, text in read_sql("sql").items()}
+    queries = {}
+    for name, text in read_sql("sql").items():
+        lines = text.splitlines()
+        comments = [line.removeprefix("-- ") for line in lines if line.startswith("--")]
+        parameters = [line.removeprefix("Parameters: ") for line in comments if line.startswith("Parameters: ")]
+        queries[name] = Query(
+            doc=" ".join(line for line in comments if not line.startswith("Parameters: ")),
+            sql="\n".join(line for line in lines if not line.startswith("--")),
+            parameters=json.loads(parameters[0]) if parameters else {},
+        )
+    return queries
 
 
 @functools.cache
@@ -48,18 +57,6 @@ def read_sql(directory: str) -> dict[str, str]:
     return {file.name[:-4]: file.read_text("utf-8") for file in sorted(files, key=str) if file.name.endswith(".sql")}
 
 
-def parse_query(text: str) -> Query:
-    """Splits a question's file into its first comments, its parameters and its SQL."""
-    lines = text.splitlines()
-    comments = [line.removeprefix("-- ") for line in lines if line.startswith("--")]
-    parameters = [line.removeprefix("Parameters: ") for line in comments if line.startswith("Parameters: ")]
-    return Query(
-        doc=" ".join(line for line in comments if not line.startswith("Parameters: ")),
-        sql="\n".join(line for line in lines if not line.startswith("--")),
-        parameters=json.loads(parameters[0]) if parameters else {},
-    )
-
-
 def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyConnection:
     """Opens a DuckDB in memory with ``codes``, ``counterfactuals``, one table for each of ``others``, and the views.
 
@@ -71,18 +68,16 @@ def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyC
     for name, table in {"codes": codes, "counterfactuals": counterfactuals, **others}.items():
         source = f'"stored {name}"'
         con.register(f"stored {name}", table)
-        added = missing_columns(con.sql(f"FROM {source}").columns) if name == "counterfactuals" else []
-        con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(["*", *added])} FROM {source}')
+        columns = ["*"]
+        if name == "counterfactuals":  # those of kept attributes may be lacking
+            lacking = set(COUNTERFACTUALS) - set(con.sql(f"FROM {source}").columns)
+            added = [(column, SQL_TYPES.get(COUNTERFACTUALS[column].type)) for column in COUNTERFACTUALS]
+            columns += [f'CAST(NULL AS {kind}) AS "{column}"' for column, kind in added if column in lacking and kind]
+        con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(columns)} FROM {source}')
     for name, view in load_views().items():
         if name != "prediction_agreement" or has_predictions(con):
             con.execute(view)
     return con
-
-
-def missing_columns(stored: Sequence[str]) -> list[str]:
-    """SQL of the columns of ``counterfactuals`` that a table lacks, as without kept attributes: null in every row."""
-    added = {name: SQL_TYPES.get(column.type) for name, column in COUNTERFACTUALS.items() if name not in stored}
-    return [f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in added.items() if kind]
 
 
 def has_predictions(con: duckdb.DuckDBPyConnection) -> bool:

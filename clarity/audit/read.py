@@ -48,11 +48,7 @@ class Audit:
         return {"verdict": asdict(found)} | summarise(self.plan, self.commits, self.codes, self.counterfactuals)
 
     def query(self, name: str, **parameters: Any) -> pa.Table:
-        """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``.
-
-        Raises:
-            ValueError: for an unknown question or parameter.
-        """
+        """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``."""
         return query(connect(self.codes, self.counterfactuals), name, **parameters)
 
     def __repr__(self) -> str:

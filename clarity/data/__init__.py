@@ -91,17 +91,11 @@ def open_dataset(
         raise ValueError(f"data: expected none for {source}, which ships its own, got {storage.display(data)}")
     if kind.needs_data:
         data = check_data(source, str(data or "").strip())
-    columns = dict(columns or {})
-    if unknown := sorted(set(columns) - set(kind.columns)):
+    renamed = tuple(sorted((columns or {}).items()))
+    if unknown := [name for name, _ in renamed if name not in kind.columns]:
         choices = names_of(kind.columns)
         raise ValueError(f"columns: expected names of {choices} for {source}, got {names_of(unknown)}: leave them out")
-    dataset = Dataset(
-        source,
-        data if data is None else str(data),
-        split,
-        unlabelled=unlabelled,
-        columns=tuple(sorted(columns.items())),
-    )
+    dataset = Dataset(source, None if data is None else str(data), split, unlabelled=unlabelled, columns=renamed)
     dataset = replace(dataset, split=choose_split(dataset))
     return with_attributes(dataset, attributes)
 
@@ -259,14 +253,8 @@ def infer_preprocessing(
     """The preprocessing for training: what is given, else the source's own, else looked up in 64 of the images.
 
     Looked up: grey if all of them are, else RGB; their size if all have one and no side is above 128, else 64 x 64;
-    what is white where images have more than 8 bits, in 1,024 of the images.
-
-    Args:
-        dataset: where the images are.
-        listing: its listing.
-        image_size: side, or (height, width), in pixels.
-        mode: "L" or "RGB".
-        center_crop: side of the centred square taken first.
+    what is white where images have more than 8 bits, in 1,024 of the images. ``image_size`` is a side, or (height,
+    width), in pixels; ``center_crop`` the side of the centred square taken first.
 
     Raises:
         ValueError: none of them can be read, or a value out of its range.
@@ -285,11 +273,8 @@ def infer_preprocessing(
 
 
 def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[tuple[int, int]], bool, int | None]:
-    """What some of the images are like.
-
-    Returns:
-        Their sizes (height, width), turned upright; whether all are grey; the largest value where some have more than
-        8 bits, else None.
+    """What some of the images are like: their sizes (height, width), turned upright; whether all are grey; the largest
+    value where some have more than 8 bits, else None.
     """
     indices = np.unique(np.linspace(0, len(listing) - 1, count).astype(int))
     sizes, grey, largest, deep, reasons = set(), True, None, list[int](), list[str]()
@@ -355,11 +340,7 @@ def clipped_of(images: pa.Table) -> int:
 def read_all(
     dataset: Dataset, listing: pa.Table, preprocessing: Preprocessing
 ) -> tuple[np.ndarray, list[str], list[str | None], dict[str, str]]:
-    """Every readable image, for training.
-
-    Returns:
-        Pixels uint8 (N, C, H, W), ids and label names of the N readable images; id -> reason of the others.
-    """
+    """Every readable image, for training: pixels (N, C, H, W), ids and label names; id -> reason of the others."""
     images = np.empty((len(listing), *preprocessing.image_shape), np.uint8)
     ids, label_names, errors = list[str](), list[str | None](), dict[str, str]()
     for start in range(0, len(listing), 1024):

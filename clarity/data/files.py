@@ -34,10 +34,7 @@ def read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]
 def read_file(uri: str, size: int | None, named_by: str = "") -> Content:
     """The bytes of a file, or why it has none; a source that fails as a whole raises StorageError.
 
-    Args:
-        uri: the file.
-        size: as it was listed.
-        named_by: a file that names this one, which was not listed itself.
+    ``size`` is as it was listed; ``named_by`` a file that names this one, which was not listed itself.
     """
     if (size or 0) > MAX_BYTES:
         return UnreadableImage(f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from clarity import storage
 from clarity.data.files import printable, quote
-from clarity.data.labels import Labels, read_labels, table_splits
+from clarity.data.labels import read_labels, table_splits
 from clarity.data.listing import (
     Dataset,
     add_notes,
@@ -50,7 +50,14 @@ def list_folder(dataset: Dataset) -> pa.Table:
     classes = {parts[depth] for file in images if len(parts := file.path.split("/")) > depth + 1}
     table = read_labels(dataset, list(tops), [file.path for file in images], len(classes) > 1)
     if dataset.split != "all":
-        splits = [split_in(file.path, tops, table) for file in images]
+        splits: list[str | None]
+        paths = [file.path for file in images]
+        if tops:
+            splits = [tops[path.split("/")[0]] for path in paths]
+        elif table and any(table.splits.values()):
+            splits = [table.splits.get(path) for path in paths]
+        else:
+            splits = [split_of(printable(path)) for path in paths]
         left_out["images for which the table of labels names no split"] = splits.count(None)
         images = [file for file, split in zip(images, splits) if split == dataset.split]
     folders = [storage.join(root, top) for top in tops if dataset.split in ("all", tops[top])] or [root]
@@ -204,15 +211,6 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
         f"{len(wrapping)} classes have all their images in folders below {below}, which are not read as classes; if "
         f"they are, {remedy}"
     ]
-
-
-def split_in(path: str, tops: dict[str, str], labels: Labels | None) -> str | None:
-    """The split of an image: that of its folder at the top, of its row in a table of labels, or by its id."""
-    if tops:
-        return tops[path.split("/")[0]]
-    if labels and any(labels.splits.values()):
-        return labels.splits.get(path)
-    return split_of(printable(path))
 
 
 def folders_without_images(roots: Iterable[str], classes: set[str]) -> tuple[list[str], list[str]]:

@@ -12,12 +12,7 @@ FEW_IMAGES = 50
 
 
 def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
-    """What is dropped or doubtful in the images to train on and to measure on.
-
-    Args:
-        listing: of the images to train on.
-        held_out: of those to measure on, or None.
-    """
+    """What is dropped or doubtful in the images to train on, and in those held out to measure on, if any."""
     lines = [f"left out: {count} {reason}" for reason, count in left_out(listing).items()]
     lines += [f"note: {note}" for note in notes(listing)]
     counts = count_labels(listing)

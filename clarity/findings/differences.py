@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-#: Pairs towards a target, and sources with five pairs, below which its mean change is not described.
-MIN_PAIRS, MIN_SOURCES = 20, 2
 #: Maps by class pair are kept up to this number of classes.
 MAX_MAPPED_CLASSES = 32
 
@@ -23,10 +21,8 @@ class Differences:
     Args:
         mean: (K, K, C, H, W) change by [source, target]; (0, 0, C, H, W) above MAX_MAPPED_CLASSES classes.
         count: (K, K) pairs.
-        target_mean: (K, C, H, W) change towards a target.
-        target_std: (K, C, H, W).
-        tint_mean: (K, C) change averaged over the pixels of a picture.
-        tint_std: (K, C).
+        target_mean, target_std: (K, C, H, W) change towards a target.
+        tint_mean, tint_std: (K, C) change averaged over the pixels of a picture.
         after_std: (K, C, H, W) of the counterfactuals themselves: near zero where they are the same whatever the start.
         real_difference: (K, C, H, W) mean reconstruction of a class minus that of the starts towards it.
     """
@@ -44,15 +40,7 @@ class Differences:
 def mean_differences(
     before: np.ndarray, after: np.ndarray, source: np.ndarray, target: np.ndarray, num_classes: int
 ) -> Differences:
-    """Averages changes by class pair and by target.
-
-    Args:
-        before: (P, C, H, W) in [0, 1], the reconstructions at which the searches start.
-        after: (P, C, H, W) in [0, 1], the counterfactuals.
-        source: (P,).
-        target: (P,).
-        num_classes: K.
-    """
+    """Averages changes from ``before`` to ``after`` (P, C, H, W) in [0, 1] by class pair and by target."""
     change = after - before
     shape = change.shape[1:]
     mapped = num_classes if num_classes <= MAX_MAPPED_CLASSES else 0
@@ -61,10 +49,8 @@ def mean_differences(
     np.add.at(count, (source, target), 1)
     target_mean, target_std, after_std, real_difference = np.zeros((4, num_classes, *shape), np.float32)
     tint_mean, tint_std = np.zeros((2, num_classes, shape[0]), np.float32)
-    for wanted in range(num_classes):
+    for wanted in np.unique(target):
         rows = target == wanted
-        if not rows.any():
-            continue
         for start in range(mapped):
             if count[start, wanted]:
                 mean[start, wanted] = change[rows & (source == start)].mean(0)
@@ -75,12 +61,6 @@ def mean_differences(
         if (own := source == wanted).any():
             real_difference[wanted] = before[own].mean(0) - before[rows].mean(0)
     return Differences(mean, count, target_mean, target_std, tint_mean, tint_std, after_std, real_difference)
-
-
-def described_targets(differences: Differences) -> list[int]:
-    """Targets with enough pairs from enough sources."""
-    enough = differences.count.sum(0) >= MIN_PAIRS
-    return np.flatnonzero(enough & ((differences.count >= 5).sum(0) >= MIN_SOURCES)).tolist()
 
 
 def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
@@ -95,11 +75,14 @@ def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
     strongest = int(np.abs(tint).argmax())
     share = share_of_change(differences.target_mean[target], tint[:, None, None])
     real = differences.real_difference[target]
-    if abs(tint[strongest]) < 0.04 or abs(tint[strongest]) < 2 * std[strongest] or share < 0.5:
+    if abs(tint[strongest]) < max(0.04, 2 * std[strongest]) or share < 0.5:
         return None
-    spread = float(std[strongest] / abs(tint[strongest]))
-    shifted = share_of_change(real, real.mean((1, 2), keepdims=True))
-    return {"tint": tint.tolist(), "concentration": share, "real": shifted, "spread": spread}
+    return {
+        "tint": tint.tolist(),
+        "concentration": share,
+        "real": share_of_change(real, real.mean((1, 2), keepdims=True)),
+        "spread": float(std[strongest] / abs(tint[strongest])),
+    }
 
 
 def region_of(differences: Differences, target: int) -> dict[str, Any] | None:
@@ -113,28 +96,22 @@ def region_of(differences: Differences, target: int) -> dict[str, Any] | None:
     """
     mean, std = differences.target_mean[target], differences.target_std[target]
     mark = ((np.abs(mean) >= 0.2) & (np.abs(mean) >= 2 * std)).any(0)
-    concentration = energy_in(mean, mark)
+    concentration = share_of_change(mean, mean * mark)
     if mark.sum() < 2 or mark.mean() > 0.12 or concentration < 0.4:
         return None
     rows, columns = np.flatnonzero(mark.any(1)), np.flatnonzero(mark.any(0))
-    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
     height, width = mark.shape
     outer = np.ones(mark.shape, bool)
     outer[round(0.2 * height) : round(0.8 * height), round(0.2 * width) : round(0.8 * width)] = False
+    real = differences.real_difference[target]
     return {
-        "box": [top, bottom, left, right],
+        "box": [int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1],
         "area": float(mark.mean()),
         "concentration": concentration,
-        "real": energy_in(differences.real_difference[target], mark),
+        "real": share_of_change(real, real * mark),
         "variation": float(np.median(differences.after_std[target][:, mark])),
         "border": bool(outer[mark].mean() > 0.5),
     }
-
-
-def energy_in(change: np.ndarray, mark: np.ndarray) -> float:
-    """Share of a change's squared sum that lies in a region."""
-    energy = (change**2).sum(0)
-    return float(energy[mark].sum() / energy.sum()) if energy.any() else 0.0
 
 
 def share_of_change(change: np.ndarray, part: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -35,8 +36,10 @@ def check_extremes(facts: Facts) -> list[Finding] | NotChecked:
         ("easiest", 0.15, "smallest", ranked(described, descending=False)),
     ):
         first = order[0]
-        beside = f" {plural(len(failing), 'class pair')} that mostly fail are not in this order: " if failing else ""
-        beside += f"{listed([facts.arrow(pair) for pair in failing[:3]])}." if failing else ""
+        beside = ""
+        if failing and kind == "hardest":
+            beside = f" {plural(len(failing), 'class pair')} that mostly fail are not in this order: "
+            beside += f"{listed([facts.arrow(pair) for pair in failing[:3]])}."
         found.append(
             Finding(
                 kind,
@@ -44,7 +47,7 @@ def check_extremes(facts: Facts) -> list[Finding] | NotChecked:
                 f"{adjective.capitalize()} change: {facts.arrow(first)}",
                 f"{facts.arrow(first)} has the {adjective} median latent distance of {len(order)} class pairs: "
                 f"{distance[first]:.1f} in {steps[first]:.0f} steps, against {usual:.1f} for the middle one. "
-                f"Next: {listed([facts.arrow(pair) for pair in order[1:4]])}.{beside if kind == 'hardest' else ''}",
+                f"Next: {listed([facts.arrow(pair) for pair in order[1:4]])}.{beside}",
                 "A description: no test says that class pairs next to each other in this order differ.",
                 tuple(order[:6]),
                 figures={"distance": float(distance[first]), "usual": usual},
@@ -64,12 +67,11 @@ def check_asymmetry(facts: Facts) -> list[Finding] | NotChecked:
     most = int(np.minimum(pairs, pairs.T).max())
     if not can_be_told(2 / math.comb(2 * most, most), 2 * num_compared):
         return NotChecked(f"{most} pairs in each direction are too few to compare {plural(num_compared, 'class pair')}")
-    medians, validity = facts.pairs["median_distance"], facts.pairs["strict_validity"]
     asymmetric = ranked(strength)
     if not asymmetric:
         return []
-    hard = asymmetric[0]
-    easy = hard[::-1]
+    medians, validity = facts.pairs["median_distance"], facts.pairs["strict_validity"]
+    hard, easy = asymmetric[0], asymmetric[0][::-1]
     ratio = float(medians[hard] / medians[easy])
     if strength[hard] > 10:
         severity = 0.5
@@ -106,12 +108,7 @@ def asymmetries(
 ) -> tuple[np.ndarray, int]:
     """Compares the two directions of every two classes by their distances and by their shares that converge.
 
-    Args:
-        source: (P,).
-        target: (P,).
-        converged: (P,) bool.
-        distance: (P,), read where converged.
-        num_classes: K.
+    Source, target, converged and distance are (P,); the distance is read where a pair converged.
 
     Returns:
         (K, K) by [source, target]: for the harder direction its ratio of median distances, or 10 plus its gap of shares
@@ -122,23 +119,22 @@ def asymmetries(
     cells, starts = np.unique(cell[order], return_index=True)
     rows = dict(zip(cells.tolist(), np.split(order, starts[1:])))
     candidates, p_values = [], []
-    for a in range(num_classes):
-        for b in range(a + 1, num_classes):
-            there, back = (rows.get(i * num_classes + j, np.empty(0, int)) for i, j in ((a, b), (b, a)))
-            if min(len(there), len(back)) < MIN_COMPARED:
-                continue
-            far = [distance[some][converged[some]] for some in (there, back)]
-            gap = float(converged[back].mean() - converged[there].mean())
-            ratio = float(np.median(far[0]) / np.median(far[1])) if min(map(len, far)) >= MIN_COMPARED else 1.0
-            candidates.append((a, b, gap, ratio))
-            # What is too small to be told keeps a p-value of 1, which only makes the others' correction stricter.
-            fails = further = 1.0
-            if abs(gap) >= MIN_GAP:
-                counts = [(int(converged[some].sum()), len(some)) for some in (there, back)]
-                fails = fisher_p(*counts[0], *counts[1])
-            if max(ratio, 1 / ratio) >= MIN_RATIO:
-                further = rank_sum_p(*far)
-            p_values += [fails, further]
+    for a, b in itertools.combinations(range(num_classes), 2):
+        there, back = (rows.get(i * num_classes + j, np.empty(0, int)) for i, j in ((a, b), (b, a)))
+        if min(len(there), len(back)) < MIN_COMPARED:
+            continue
+        far = [distance[some][converged[some]] for some in (there, back)]
+        gap = float(converged[back].mean() - converged[there].mean())
+        ratio = float(np.median(far[0]) / np.median(far[1])) if min(map(len, far)) >= MIN_COMPARED else 1.0
+        candidates.append((a, b, gap, ratio))
+        # What is too small to be told keeps a p-value of 1, which only makes the others' correction stricter.
+        fails = further = 1.0
+        if abs(gap) >= MIN_GAP:
+            counts = [(int(converged[some].sum()), len(some)) for some in (there, back)]
+            fails = fisher_p(*counts[0], *counts[1])
+        if max(ratio, 1 / ratio) >= MIN_RATIO:
+            further = rank_sum_p(*far)
+        p_values += [fails, further]
     strength = np.full((num_classes, num_classes), np.nan)
     for (a, b, gap, ratio), (often, far_off) in zip(candidates, holm(p_values).reshape(-1, 2)):
         if often:

@@ -76,14 +76,9 @@ def images_as_sure(
 ) -> np.ndarray | None:
     """Epistemic uncertainties of images whose odds are within a factor of two of 5 % to 95 % of the counterfactuals'.
 
-    Args:
-        prob: of the target, of the counterfactuals.
-        image_prob: (N,) of the predicted class, of the images.
-        epistemic: (N,).
-        own: (N,) images of the target, which are taken alone where there are enough.
-
-    Returns:
-        None where fewer than MIN_IMAGES are as sure.
+    ``prob`` is of the target, of the counterfactuals; ``image_prob`` (N,) of the predicted class, of the images, of
+    which those of the target, ``own`` (N,), are taken alone where there are enough. None where fewer than MIN_IMAGES
+    are as sure.
     """
     low, high = log_odds(np.quantile(prob, [0.05, 0.95])) + np.log([0.5, 2.0])
     alike = (log_odds(image_prob) >= low) & (log_odds(image_prob) <= high)

@@ -67,8 +67,8 @@ class Facts:
         class_names: K names.
         pairs: the columns of ``class_pair_figures`` as (K, K) arrays by [source, target], NaN where there is no pair.
         num_images: distinct images in the pairs; shares of pairs have intervals as if each image were one observation.
-        config: the search's configuration.
-        differences: what counterfactuals change; None without pictures.
+        config: the search's min_target_prob and max_steps, for the sentences.
+        differences: what counterfactuals change; None without pictures, and shortcuts are not looked for.
         suspicion: of ``suspicious_labels``.
         trained_on_labels: the ensemble may have been trained on the labels of these images.
         verdict: on the model.
@@ -98,10 +98,9 @@ class Facts:
         """All requested pairs, those that failed included."""
         return int(np.nansum(self.pairs["pairs"]))
 
-    @property
-    def tables(self) -> set[str]:
-        """Names of the tables and views."""
-        return {name for (name,) in self.rows("SHOW TABLES")}
+    def has_table(self, name: str) -> bool:
+        """Whether there is a table or view of this name."""
+        return (name,) in self.rows("SHOW TABLES")
 
     def rows(self, sql: str, parameters: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Runs a query."""
@@ -133,14 +132,7 @@ def gather(
 ) -> Facts:
     """Computes what the checks need.
 
-    Args:
-        con: of ``audit.queries.connect``, with ``attributes`` where these were measured.
-        class_names: K names.
-        config: the search's min_target_prob and max_steps, for the sentences.
-        card: the model's model.json; without its figures the verdict is "not checked".
-        differences: of ``mean_differences``; without them shortcuts are not looked for.
-        trained_on_labels: the ensemble may have been trained on the labels of these images.
-        keep: attributes that the search kept.
+    ``card`` is the model's model.json; without its figures the verdict is "not checked". The others are as in Facts.
     """
     columns = con.execute("FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
     pairs = {}

@@ -13,7 +13,7 @@ MIN_FOOLED = 0.01
 
 def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
     """How often the ensemble predicts what the user's model does, and what the reconstruction alone changes."""
-    if "prediction_agreement" not in facts.tables:
+    if not facts.has_table("prediction_agreement"):
         return NotChecked("the audit has no predictions of another model")
     rows = facts.rows(
         "SELECT prediction, sum(images), coalesce(sum(images) FILTER (prediction = source), 0) AS same "
@@ -26,15 +26,19 @@ def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
         "SELECT image_id, prediction, class FROM codes JOIN ensemble USING (image_id) WHERE prediction <> class "
         "ORDER BY prob DESC, image_id LIMIT 12"
     )
-    sentence = (
-        f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble predicts the class that your "
-        "model predicts; an explanation speaks for your model only there."
-    )
+    sentence = f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble"
     if facts.has_predictor:
-        sentence = (
-            f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble, whose gradient leads the "
-            f"search, predicts the class that your model predicts. {reconstructing(facts)}"
+        ((images, flipped),) = facts.rows(
+            "SELECT count(*), count(*) FILTER (flipped) FROM (SELECT max(prediction_target_prob_reconstruction) > 0.5 "
+            "AS flipped FROM counterfactuals GROUP BY image_id) WHERE flipped IS NOT NULL"
         )
+        sentence += (
+            ", whose gradient leads the search, predicts the class that your model predicts. The reconstruction alone "
+            f"changes your model's answer to a target on {flipped:,} of {plural(images, 'image')} "
+            f"({percent(flipped, images)}): there a flip proves nothing."
+        )
+    else:
+        sentence += " predicts the class that your model predicts; an explanation speaks for your model only there."
     if same < total:
         worst = [f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:3] if row[2] < row[1]]
         sentence += f" Least agreement where your model predicts {listed(worst)}."
@@ -60,18 +64,6 @@ def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
             {"agreement": same / total, "images": total},
         )
     ]
-
-
-def reconstructing(facts: Facts) -> str:
-    """On how many images the reconstruction alone makes the user's model see a target, in a sentence."""
-    ((images, flipped),) = facts.rows(
-        "SELECT count(*), count(*) FILTER (flipped) FROM (SELECT max(prediction_target_prob_reconstruction) > 0.5 AS "
-        "flipped FROM counterfactuals GROUP BY image_id) WHERE flipped IS NOT NULL"
-    )
-    return (
-        f"The reconstruction alone changes your model's answer to a target on {flipped:,} of {plural(images, 'image')} "
-        f"({percent(flipped, images)}): there a flip proves nothing."
-    )
 
 
 def check_confirmed(facts: Facts) -> list[Finding] | NotChecked:
@@ -104,7 +96,7 @@ def check_confirmed(facts: Facts) -> list[Finding] | NotChecked:
             f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
             f"Counted; expected for similar images: {facts.share_of_pairs(confirmed)} confirmed.",
             tuple(worst),
-            tuple((image_id, target) for image_id, target in examples),
+            tuple(examples),
             {"confirmed": confirmed, "pairs": checked, "stubborn": len(stubborn)},
         )
     ]
@@ -142,7 +134,7 @@ def check_fooled(facts: Facts) -> list[Finding] | NotChecked:
             f"Counted; expected for similar images: {facts.share_of_pairs(fooled)} of all pairs. Either may be wrong: "
             "look at the pictures.",
             tuple((s, t) for s, t, _, _ in cells),
-            tuple((image_id, target) for image_id, target in examples),
+            tuple(examples),
             {"fooled": fooled, "confirmed": confirmed},
         )
     ]

@@ -20,8 +20,7 @@ def check_unread(facts: Facts) -> list[Finding] | NotChecked:
         "SELECT coalesce(error, status), count(*), min(image_id) FROM codes WHERE status <> 'ok' "
         "GROUP BY 1 ORDER BY 2 DESC, 1"
     )
-    if rows:
-        failed = sum(count for _, count, _ in rows)
+    if failed := sum(row[1] for row in rows):
         reasons = listed([f"“{reason}” ({count:,})" for reason, count, _ in rows[:3]])
         found.append(
             Finding(
@@ -35,8 +34,7 @@ def check_unread(facts: Facts) -> list[Finding] | NotChecked:
             )
         )
     rows = facts.rows("SELECT status, count(*) FROM counterfactuals WHERE status <> 'ok' GROUP BY 1 ORDER BY 2 DESC, 1")
-    if rows:
-        broken = sum(count for _, count in rows)
+    if broken := sum(row[1] for row in rows):
         found.append(
             Finding(
                 "unread",
@@ -91,7 +89,7 @@ def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
             f"{where}.{reason}",
             f"Counted; expected for similar images: {facts.share_of_pairs(total)}.",
             tuple(worst),
-            tuple((image_id, target) for image_id, target in examples),
+            tuple(examples),
             {"pairs": total, "share": share},
         )
     ]

@@ -17,7 +17,7 @@ MAX_EXACT = 40
 
 
 def share_interval(successes: float, count: float, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share; ``count`` may be an effective number of observations, not an integer."""
+    """Clopper-Pearson interval of a share; ``count`` may be an effective number of observations."""
     tail = (1 - level) / 2
     low = special.betaincinv(successes, count - successes + 1, tail) if successes > 0 else 0.0
     high = special.betaincinv(successes + 1, count - successes, 1 - tail) if successes < count else 1.0
@@ -54,7 +54,7 @@ def signed_rank_p(differences: np.ndarray) -> float:
 
 @functools.cache
 def rank_sum_counts(n: int, m: int) -> np.ndarray:
-    """Number of arrangements with each value of Mann-Whitney's statistic: coefficients of the Gaussian binomial."""
+    """Arrangements with each value of Mann-Whitney's statistic: coefficients of the Gaussian binomial."""
     counts = np.zeros(n * m + 1)
     counts[0] = 1
     for i in range(1, n + 1):

@@ -140,14 +140,15 @@ def suspicions(scores: np.ndarray, label: np.ndarray, compared: np.ndarray) -> n
     evidence = np.full(len(label), -12.0)
     doubted = np.flatnonzero(seen != label)
     if len(doubted):
-        ordinary = np.array([0.5] * len(doubted))
-        for pair in np.unique(seen[doubted] * num_classes + label[doubted]):
+        pairs = seen[doubted] * num_classes + label[doubted]
+        ordinary = np.full(len(doubted), 0.5)
+        for pair in np.unique(pairs):
             other, given = divmod(int(pair), num_classes)
-            mine = np.flatnonzero((seen[doubted] == other) & (label[doubted] == given))
+            mine = np.flatnonzero(pairs == pair)
             own = np.sort(-log[compared & (seen == other) & (label == other), given])
             below = np.searchsorted(own, -log[doubted[mine], given])
             ordinary[mine] = (below + 0.5) / (len(own) + 1)
-        wrong = wrong_probabilities(ordinary, seen[doubted] * num_classes + label[doubted], num_classes**2)
+        wrong = wrong_probabilities(ordinary, pairs, num_classes**2)
         evidence[doubted] = np.log(wrong + 1e-5) - np.log(1 - wrong + 1e-5)
         # Of two equally ordinary images, the one whose label has the lower score.
         evidence += 0.25 * (against - np.median(against[doubted]))

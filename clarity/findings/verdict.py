@@ -54,25 +54,23 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
 
     No-go: the lower bound of the balanced accuracy is not above 1 / K, that of always naming the most frequent class;
     a predictor that sees fewer than MIN_RECONSTRUCTED of the reconstructions as it sees the images.
-    With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind
-    logistic regression on principal components; reconstructions with more than MAX_ERROR of the mean image's error;
-    a target out of reach; an agreement with the predictor below MIN_FIDELITY. Sound otherwise.
+    With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind logistic regression on
+    principal components; reconstructions with more than MAX_ERROR of the mean image's error; a target out of reach; an
+    agreement with the predictor below MIN_FIDELITY. Sound otherwise.
 
-    Args:
-        card: model.json, with ``evaluation`` and ``target_probs`` as ``training.evaluate.evaluation`` writes them, and
-            ``predictor`` as ``training.distil.fidelity`` does where the ensemble learned from one.
+    ``card`` is model.json, with ``evaluation``, ``target_probs`` and, where the ensemble learned from a predictor,
+    ``predictor``.
     """
     evaluation, told = card.get("evaluation") or {}, card.get("predictor") or {}
     per_class = {name: part for name, part in (evaluation.get("per_class") or {}).items() if part["images"]}
     if not per_class and "codes" not in told:
         return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
-    no_go, care = fidelity_reasons(told) if "codes" in told else ([], [])
-    figures = fidelity_rows(told) if "codes" in told else []
+    no_go, care, figures = judge_fidelity(told) if "codes" in told else ([], [], [])
     classes: list[tuple[str, str, str, str, str]] = []
     if per_class:
         chance = 1 / len(evaluation["per_class"])
         balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
-        low, high = balanced_interval(per_class)
+        low, high = balanced_interval(per_class, balanced)
         classes, guessed, unreachable = class_rows(card, per_class, chance)
         figures = [*figure_rows(card, balanced, low, high), *figures]
         if low <= chance:
@@ -115,34 +113,30 @@ def evaluation_reasons(evaluation: Mapping[str, Any], balanced: float, unreachab
     return care
 
 
-def fidelity_reasons(told: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Why a model cannot, or can only with care, speak for the predictor: no-go, and with care."""
+def judge_fidelity(
+    told: Mapping[str, Any],
+) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
+    """How far the ensemble may speak for the predictor: reasons for no-go, for with care, and figures."""
     same, agree = told["reconstructing"]["agreement"], told["codes"]["agreement"]
     lost = f"your model sees only {percent(same)} of the reconstructions as it sees the images"
     unlike = f"the ensemble predicts what your model does on only {percent(agree)} of the images"
-    return [lost] * (same < MIN_RECONSTRUCTED), (
-        [lost] * (MIN_RECONSTRUCTED <= same < MIN_FIDELITY) + [unlike] * (agree < MIN_FIDELITY)
+    perturbed = percent(told["perturbed"]["agreement"])
+    note = f"{plural(told['images'], 'image')}, KL {number(told['codes']['kl'])} nats; on perturbed codes {perturbed}"
+    no_go = [lost] if same < MIN_RECONSTRUCTED else []
+    care = [lost] if MIN_RECONSTRUCTED <= same < MIN_FIDELITY else []
+    care += [unlike] if agree < MIN_FIDELITY else []
+    return (
+        no_go,
+        care,
+        [
+            ("Agreement with your model", percent(agree), note),
+            ("Changed by the reconstruction", percent(1 - same), "your model's own answer"),
+        ],
     )
 
 
-def fidelity_rows(told: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """How far the ensemble may speak for the predictor."""
-    codes, perturbed = told["codes"], told["perturbed"]
-    flipped = 1 - told["reconstructing"]["agreement"]
-    return [
-        (
-            "Agreement with your model",
-            percent(codes["agreement"]),
-            f"{plural(told['images'], 'image')}, KL {number(codes['kl'])} nats; on perturbed codes "
-            f"{percent(perturbed['agreement'])}",
-        ),
-        ("Changed by the reconstruction", percent(flipped), "your model's own answer"),
-    ]
-
-
-def balanced_interval(per_class: Mapping[str, Mapping[str, int]], level: float = 0.95) -> tuple[float, float]:
+def balanced_interval(per_class: Mapping[str, Mapping[str, int]], balanced: float) -> tuple[float, float]:
     """Interval of a balanced accuracy: Clopper-Pearson on the number of images that would be as informative."""
-    balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
     variance = 0.0
     for part in per_class.values():
         shrunk = (part["correct"] + 1) / (part["images"] + 2)
@@ -150,7 +144,7 @@ def balanced_interval(per_class: Mapping[str, Mapping[str, int]], level: float =
     inside = min(max(balanced, 0.5 / len(per_class)), 1 - 1e-3)
     count = max(1.0, inside * (1 - inside) * len(per_class) ** 2 / variance) if variance else math.inf
     count = min(count, sum(part["images"] for part in per_class.values()))
-    return share_interval(balanced * count, count, level)
+    return share_interval(balanced * count, count)
 
 
 def class_rows(

@@ -36,13 +36,8 @@ def measure_claims(
 ) -> dict[str, Any]:
     """Accuracies, parameters, curves, gradients, uncertainty far from the data, and methods pair by pair.
 
-    Args:
-        model: whose classifiers are measured.
-        oracle: the held-out network.
-        images: evaluated images.
-        tables: scored results by name.
-        x: (N, C, H, W) uint8, all test images.
-        label: (N,), -1 where unknown.
+    ``oracle`` is the held-out network, ``images`` the evaluated ones, ``tables`` scored results by name; ``x`` (N, C,
+    H, W) uint8 and ``label`` (N,), -1 where unknown, are all test images.
     """
     return {
         "accuracy": accuracies(model, oracle, x, label),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from clarity import data, judges, schema, storage
@@ -29,7 +31,6 @@ from clarity.images import Preprocessing, decode_png, encode_png
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
 from clarity.paper import metrics
-from clarity.paper.cache import cached, key_of
 from clarity.paper.evaluators import Judges
 from clarity.rows import decode_rows, encode_rows, logits_rows, predict
 
@@ -371,3 +372,19 @@ def attribute_table(results: Results, jury: Judges) -> pa.Table:
 def parts(count: int, size: int = 4096) -> list[slice]:
     """Slices of ``size`` that cover ``count`` rows."""
     return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def cached(uri: str, key: str, make: Callable[[], pa.Table]) -> pa.Table:
+    """The table in ``uri``, made anew unless the file has this key."""
+    if storage.exists(uri):
+        kept = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+        if (kept.schema.metadata or {}).get(b"clarity.key") == key.encode():
+            return kept.replace_schema_metadata(None)
+    made = make()
+    storage.write_bytes(uri, to_parquet(made.replace_schema_metadata({"clarity.key": key})))
+    return made
+
+
+def key_of(*depends: Any) -> str:
+    """SHA-256 of what a result depends on."""
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()

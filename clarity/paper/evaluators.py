@@ -104,15 +104,12 @@ def train_judges(
 ) -> Iterator[dict[str, Any]]:
     """Trains every judge and yields metrics about ten times for each network: {net, update, updates, loss}.
 
-    Args:
-        judges: untrained.
-        images: (N, C, H, W) uint8, the judges' half of the training images.
-        labels: (N,) class indices, negative where unknown: such images serve the attribute net alone.
-        config: budget, of which each autoencoder gets a third, but 200 updates; ``JudgeTraining.for_images`` when None.
-        attributes: (N, A) of 0, 1, and negative where unknown; needed when the judges have an attribute net.
+    Images (N, C, H, W) uint8 are the judges' half of the training images; those with a negative label serve the
+    attribute net alone. Each autoencoder gets a third of the budget, but 200 updates. ``attributes`` (N, A) of 0, 1,
+    and negative where unknown are needed when the judges have an attribute net.
 
     Raises:
-        ValueError: when a class has no image.
+        ValueError: a class has no image.
     """
     config = config or JudgeTraining.for_images(len(images))
     counts = np.bincount(labels[labels >= 0], minlength=len(judges.class_names))
@@ -153,10 +150,7 @@ def evaluate_judges(judges: Judges, images: np.ndarray, labels: np.ndarray, attr
 def attribute_accuracies(names: Sequence[str], probs: np.ndarray, truth: np.ndarray) -> dict[str, dict[str, float]]:
     """Accuracy, balanced accuracy and share of each attribute that is known of an image.
 
-    Args:
-        names: A names.
-        probs: (B, A).
-        truth: (B, A) of 0, 1, and negative where unknown.
+    ``probs`` (B, A); ``truth`` (B, A) of 0, 1, and negative where unknown.
     """
     found = {}
     for name, prob, wanted in zip(names, probs.T, truth.T):

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clarity import plots
 from clarity.figure import Picture
@@ -36,47 +35,29 @@ GRID_2 = ("revise_e", "revise_e_latent", "clarity")
 GRID_EXAMPLES = ("fgsm", "schut", "revise", "revise_e", "latent", "clarity")
 #: Source and target of each row of the grids, by class name.
 TABLE_1 = (("3", "8"), ("0", "9"), ("4", "7"), ("8", "0"), ("2", "1"), ("9", "5"))
-TABLE_2 = (
-    ("blond", "black"),
-    ("black", "gray"),
-    ("black", "blond"),
-    ("brown", "gray"),
-    ("gray", "black"),
-    ("blond", "brown"),
-)
+TABLE_2 = [("blond", "black"), ("black", "gray"), ("black", "blond")]
+TABLE_2 += [("brown", "gray"), ("gray", "black"), ("blond", "brown")]
 EXAMPLES = (("5", "1"), ("6", "3"))
 #: Segments of Figures 5 and 7; the first is Figure 8's search, the last Figure 10's.
 SEGMENTS = (("3", "8"), ("5", "1"))
 
 
 def draw_tables(write: Write, class_names: Sequence[str], results: Mapping[str, Results]) -> None:
-    """The grids of Tables 1 and 2 and of the examples."""
+    """The grids of Tables 1 and 2 and of the examples: a row for each class pair that has an image."""
     known = named_pairs((*TABLE_1, *TABLE_2), class_names, 6)
-    draw_grid(write, "table1", class_names, results, known, GRID_1)
-    draw_grid(write, "table2", class_names, results, known, GRID_2, vae=True)
     shown = [pair for pair in EXAMPLES if set(pair) <= set(class_names)] or known[:2]
-    draw_grid(write, "examples", class_names, results, shown, GRID_EXAMPLES, differences=True)
-
-
-def draw_grid(
-    write: Write,
-    file: str,
-    class_names: Sequence[str],
-    results: Mapping[str, Results],
-    pairs: Iterable[tuple[str, str]],
-    methods: Sequence[str],
-    *,
-    vae: bool = False,
-    differences: bool = False,
-) -> None:
-    """A row for each class pair that has an image: the original, its reconstruction where asked for, the results."""
-    methods = [method for method in methods if method in results]
-    found = [(pair, row) for pair in pairs if (row := grid_row(class_names, results, methods, pair, vae))]
-    if found:
-        columns = ["original", *(["VAE"] if vae else []), *(NAMES[method] for method in methods)]
-        labels = [f"{source} → {target}" for (source, target), _ in found]
-        pictures, notes = [images for _, (images, _) in found], [notes for _, (_, notes) in found]
-        write(file, panels.image_grid(pictures, columns, labels, notes, differences=differences))
+    for file, pairs, wanted in (
+        ("table1", known, GRID_1),
+        ("table2", known, GRID_2),
+        ("examples", shown, GRID_EXAMPLES),
+    ):
+        methods, vae = [method for method in wanted if method in results], file == "table2"
+        found = {pair: row for pair in pairs if (row := grid_row(class_names, results, methods, pair, vae))}
+        if found:
+            columns = ["original", *(["VAE"] if vae else []), *(NAMES[method] for method in methods)]
+            labels = [f"{source} → {target}" for source, target in found]
+            pictures, notes = zip(*found.values())
+            write(file, panels.image_grid(pictures, columns, labels, notes, differences=file == "examples"))
 
 
 def grid_row(
@@ -90,7 +71,7 @@ def grid_row(
     source, target = (class_names.index(name) for name in pair)
     if not methods:
         return None
-    fewest = results[min(methods, key=lambda method: len(results[method].images.ids))].images
+    fewest = min((results[method].images for method in methods), key=lambda images: len(images.ids))
     if not (fewest.label == source).any():
         return None
     chosen = first_of(fewest, source)
@@ -113,9 +94,7 @@ def named_pairs(wanted: Iterable[tuple[str, str]], class_names: Sequence[str], c
 
 
 def first_of(images: Images, label: int) -> int:
-    """The first image of a class of which the model is sure (probability above 0.9); where there is none, the first
-    that it sees as such, or of the class.
-    """
+    """The first image of a class of which the model is sure (probability above 0.9), else sees as such, else any."""
     of_class = images.label == label
     agreed = of_class & (images.source == label)
     for wanted in (agreed & (images.certainty > 0.9), agreed, of_class):
@@ -134,13 +113,8 @@ def draw_searches(
 ) -> dict[str, Any]:
     """Figures 5, 7, 8 and, with a model of a 2-D latent space, 10; returns what Figure 10 measures.
 
-    Args:
-        write: takes each figure by name.
-        model: of the comparison; without image classifiers nothing is drawn.
-        config: of the searches.
-        images: evaluated images.
-        flat: the model with a 2-D latent space, where there is one.
-        tested: pixels, labels and ids of all test images.
+    ``write`` takes each figure by name; without image classifiers nothing is drawn. ``tested`` are pixels, labels and
+    ids of all test images.
     """
     names = list(model.class_names)
     segments = [
@@ -211,7 +185,9 @@ def draw_latent_map(
     extent = (-float(wide[0]), float(wide[0]), -float(wide[1]), float(wide[1]))
     z1, z2 = np.meshgrid(np.linspace(*extent[:2], 61), np.linspace(*extent[2:], 61))
     grid = torch.from_numpy(np.stack([z1.ravel(), z2.ravel()], axis=1).astype(np.float32))
-    logits = grid_logits(flat, grid)
+    assert flat.image_ensemble is not None
+    decoded = [logits_rows(flat.image_ensemble, decode_rows(flat.vae, grid[part])) for part in parts(len(grid), 512)]
+    logits = {"latent ensemble": logits_rows(flat.ensemble, grid), "image ensemble": torch.cat(decoded, dim=1)}
     maps = {name: decompose(values).epistemic.numpy().reshape(z1.shape) for name, values in logits.items()}
 
     first = first_of(images, source)
@@ -245,10 +221,3 @@ def draw_latent_map(
     points = [images.z[label == k] for k in (source, target)]
     write("figure10", panels.latent_paths(drawn, extent, points[0], points[1], source=pair[0], target=pair[1]))
     return ends
-
-
-def grid_logits(flat: Model, grid: Tensor) -> dict[str, Tensor]:
-    """Logits (M, N, K) of both ensembles at codes (N, 2)."""
-    assert flat.image_ensemble is not None
-    decoded = [logits_rows(flat.image_ensemble, decode_rows(flat.vae, grid[part])) for part in parts(len(grid), 512)]
-    return {"latent ensemble": logits_rows(flat.ensemble, grid), "image ensemble": torch.cat(decoded, dim=1)}

@@ -69,11 +69,9 @@ def l2(a: Array, b: Array) -> Array:
     return np.sqrt(((np.asarray(a, dtype=np.float64) - b) ** 2).reshape(len(a), -1).sum(axis=1))
 
 
-def sparsity(x_cf: Array, reconstruction: Array, moved: float = MOVED) -> Array:
-    """Share of pixels (B,) that moved by more than ``moved`` from the reconstruction; of several channels the largest
-    move counts.
-    """
-    return (np.abs(x_cf - reconstruction).max(axis=1) > moved).mean(axis=(1, 2))
+def sparsity(x_cf: Array, reconstruction: Array) -> Array:
+    """Share of pixels (B,) that moved by more than MOVED from the reconstruction, in the channel that moved most."""
+    return (np.abs(x_cf - reconstruction).max(axis=1) > MOVED).mean(axis=(1, 2))
 
 
 def im1(x_cf: Array, by_target: Array, by_source: Array) -> Array:
@@ -139,16 +137,16 @@ def jensen_shannon(p: Array, q: Array) -> Array:
     return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)
 
 
-def frechet_distance(a: Array, b: Array, minimum: int = FRECHET_MINIMUM) -> float | None:
+def frechet_distance(a: Array, b: Array) -> float | None:
     """Squared Frechet distance of the Gaussians with the moments of features a (N, F) and b (N', F).
 
     ||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) (Heusel et al. 2017, Eq. 6). None when either
-    side has fewer than ``minimum`` rows.
+    side has fewer than FRECHET_MINIMUM rows.
     """
-    if min(len(a), len(b)) < max(minimum, 2):
+    if min(len(a), len(b)) < FRECHET_MINIMUM:
         return None
     a, b = a.astype(np.float64), b.astype(np.float64)
-    cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     # The root's trace through a symmetric matrix with the same eigenvalues: nothing complex, and no division.
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -227,16 +225,9 @@ def judge_images(
 ) -> dict[str, Array]:
     """Everything that depends on images and judges alone, one entry a row; ``features`` (B, F) come along.
 
-    Args:
-        judges: trained judges.
-        real: what implausibility compares with.
-        x: originals (B, C, H, W) uint8, one for each row.
-        reconstruction: of the originals, uint8.
-        x_cf: results, uint8.
-        source: class that the classifier under test sees in x, (B,).
-        target: wanted class, (B,).
-        other_attributes: (A,) bool, attributes that should stay.
-        swapped: (B,) bool, rows for which COUT is taken, as it costs twenty times the rest.
+    Originals, their reconstructions and the results are (B, C, H, W) uint8; ``source`` (B,) is what the classifier
+    under test sees in x. ``other_attributes`` (A,) bool are those that should stay, ``swapped`` (B,) bool the rows for
+    which COUT is taken, as it costs twenty times the rest.
     """
     originals, drawn, results = (np.asarray(image, dtype=np.float32) / 255 for image in (x, reconstruction, x_cf))
     source, target = np.asarray(source, dtype=np.int64), np.asarray(target, dtype=np.int64)

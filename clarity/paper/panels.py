@@ -26,8 +26,7 @@ IMAGE_CURVE: dict[str, Any] = {"color": DARK, "ls": (0, (4, 1.5))}
 def probability_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
     """Figure 5: the target's probability along a segment, one thin line for each classifier, in one panel a segment.
 
-    Args:
-        panels: title -> (curves of image classifiers (M, T), curves of latent classifiers (M', T)).
+    ``panels``: title -> (curves of image classifiers (M, T), curves of latent classifiers (M', T)).
     """
     latent: dict[str, Any] = {"color": LIGHT, "lw": 0.7, "alpha": 0.6, "zorder": 2}
     image = {**IMAGE_CURVE, "lw": 0.6, "alpha": 0.7, "zorder": 3}
@@ -43,8 +42,7 @@ def probability_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
 def segment_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
     """Figure 7: the image ensemble's target probability on one segment, in the image space and in the latent space.
 
-    Args:
-        panels: title -> (curve in the image space (T,), curve in the latent space (T,)).
+    ``panels``: title -> (curve in the image space (T,), curve in the latent space (T,)).
     """
     latent: dict[str, Any] = {"color": MIDDLE}
     handles = [
@@ -85,13 +83,9 @@ def image_grid(
 ) -> Picture:
     """Images in R rows and Q columns, the original first in each row (Tables 1 and 2, Figures 1, 2, 4 and 9).
 
-    Args:
-        images: (C, H, W) each, uint8 or float in [0, 1]; None leaves the cell empty with a dash.
-        column_names: Q names, above.
-        row_names: R names, on the left.
-        notes: R x Q short texts under the images.
-        differences: under each row, each image minus the row's first: black where it lost light, white where it
-            gained, grey where nothing changed.
+    ``notes`` (R x Q) are short texts under the images; None leaves a cell empty with a dash. ``differences``: under
+    each row, each image minus the row's first: black where it lost light, white where it gained, grey where nothing
+    changed.
     """
     picture, axes = image_axes(images, len(images) * (1 + differences), len(column_names), CELL)
     for q, name in enumerate(column_names):
@@ -137,13 +131,8 @@ def latent_paths(
 ) -> Picture:
     """Figure 10: the paths of the methods in a 2-D latent space over the epistemic uncertainty of their classifier.
 
-    Args:
-        panels: name -> map and path.
-        extent: (z1 low, z1 high, z2 low, z2 high) of every map.
-        source_points: (N, 2) codes of test images of the source class.
-        target_points: (N', 2) of the target class.
-        source: name of the class.
-        target: name of the class.
+    ``extent`` (z1 low, z1 high, z2 low, z2 high) is that of every map; the points (N, 2) are codes of test images of
+    the two classes.
     """
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -94,14 +93,14 @@ def write_tables(out: str, rows: Sequence[Mapping[str, Any]], head: str, steps: 
     storage.write_bytes(storage.join(out, "comparison.parquet"), buffer.getvalue())
     overall = [row for row in rows if row["source"] is None]
     sizes = ", ".join(sorted({f"{row['num_images']} images, {row['num_pairs']} pairs" for row in overall}))
-    cells = pd.DataFrame(
-        {title_of(row): [cell(row, name) for name in present] for row in overall},
-        index=[name.replace("_", " ") for name in present],
-    )
+    titles = [NAMES.get(row["method"], row["method"]) for row in overall]
+    titles = [f"{name}, M = {row['members']}" if row["members"] else name for name, row in zip(titles, overall)]
+    lines = [["", *titles], ["---"] * (len(overall) + 1)]
+    lines += [[name.replace("_", " "), *(cell(row, name) for row in overall)] for name in present]
     text = [
         head,
         f"## The same images for all ({sizes})",
-        markdown(cells),
+        "\n".join(f"| {' | '.join(cells)} |" for cells in lines),
         "Intervals: 95 %, the pairs of an image taken together; of shares exact on the effective number of pairs. An "
         "empty cell is null: unknown, or of too small a sample.",
         "\n".join(f"- **{name.replace('_', ' ')}**: {doc_of(name)}" for name in present),
@@ -109,18 +108,6 @@ def write_tables(out: str, rows: Sequence[Mapping[str, Any]], head: str, steps: 
     if steps:
         text += ["## Time of a step", "\n".join(f"- {describe_step(row)}" for row in steps)]
     storage.write_bytes(storage.join(out, "comparison.md"), ("\n\n".join(text) + "\n").encode())
-
-
-def title_of(row: Mapping[str, Any]) -> str:
-    """A method's name with its number of members; the name of a control or of what was made elsewhere."""
-    name = NAMES.get(row["method"], row["method"])
-    return f"{name}, M = {row['members']}" if row["members"] else name
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A frame of texts as a Markdown table, its index on the left."""
-    lines = ["| | " + " | ".join(frame.columns) + " |", "|---|" + "---|" * len(frame.columns)]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(values) + " |" for name, *values in frame.itertuples()])
 
 
 def introduction(

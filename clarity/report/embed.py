@@ -61,30 +61,25 @@ def read_picture(picture: bytes | None, view: View) -> np.ndarray | None:
 
 
 def embed_images(views: Sequence[View], image_ids: Sequence[str], tiles: Tiles) -> dict[str, dict[str, Any]]:
-    """What the page says of each image, by the first audit that holds it."""
+    """What the page says of each image, by the first audit that holds it, with the ten most probable classes."""
     images: dict[str, dict[str, Any]] = {}
     for view in views:
         for code in codes_of(view, image_ids):
             if code["image_id"] not in images:
-                images[code["image_id"]] = embed_image(code, read_picture(code["x"], view), tiles)
+                probs = np.array(code["probs"] or [])
+                likely = np.argsort(-probs, kind="stable")[:10].tolist()
+                images[code["image_id"]] = {
+                    **{name: code.get(name) for name in ("label", "label_name", "source", "error", "prediction")},
+                    **{name: text_of(code[name]) for name in ("aleatoric", "epistemic", "reconstruction_l1")},
+                    "probs": [[k, round(float(probs[k]), 4), probability(probs[k])] for k in likely],
+                    "x": tiles.add(read_picture(code["x"], view)),
+                }
     return images
-
-
-def embed_image(code: dict[str, Any], picture: np.ndarray | None, tiles: Tiles) -> dict[str, Any]:
-    """One row of ``codes``, with the ten most probable classes."""
-    probs = np.array(code["probs"] or [])
-    likely = np.argsort(-probs, kind="stable")[:10].tolist()
-    return {
-        **{name: code.get(name) for name in ("label", "label_name", "source", "error", "prediction")},
-        **{name: text_of(code[name]) for name in ("aleatoric", "epistemic", "reconstruction_l1")},
-        "probs": [[k, round(float(probs[k]), 4), probability(probs[k])] for k in likely],
-        "x": tiles.add(picture),
-    }
 
 
 def codes_of(view: View, image_ids: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of ``codes`` in the order of their ids."""
-    view.con.register("wanted_images", pa.table({"image_id": pa.array(image_ids, pa.string())}))
+    view.facts.con.register("wanted_images", pa.table({"image_id": pa.array(image_ids, pa.string())}))
     return view.table("SELECT * FROM codes SEMI JOIN wanted_images USING (image_id) ORDER BY image_id").to_pylist()
 
 
@@ -92,7 +87,7 @@ def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
     """Decodes what the audit does not store, and adds its pictures to the tiles."""
     keys = list(sample.frames)
     ids, targets = pa.array([key[0] for key in keys], pa.string()), pa.array([key[1] for key in keys], pa.int32())
-    view.con.register("wanted", pa.table({"image_id": ids, "target": targets}))
+    view.facts.con.register("wanted", pa.table({"image_id": ids, "target": targets}))
     rows = view.table(
         "SELECT * FROM counterfactuals SEMI JOIN wanted USING (image_id, target) "
         "ORDER BY image_id, converged DESC, distance_z_l1, target"
@@ -128,7 +123,11 @@ def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
                 *paths.get(key, ([], [], [])),
             ]
         )
-    return Embedded(by_image, pictures, reconstructions, embed_change(view, tiles))
+    differences, classes, change = view.facts.differences, range(len(view.class_names)), None
+    if differences is not None and len(classes) <= MAX_CHANGE_CLASSES:
+        mean, count = differences.mean, differences.count
+        change = [[tiles.add_change(mean[s, t]) if count[s, t] else -1 for t in classes] for s in classes]
+    return Embedded(by_image, pictures, reconstructions, change)
 
 
 def counterfactual_tiles(view: View, rows: list[dict[str, Any]], tiles: Tiles) -> dict[tuple[str, int], int]:
@@ -143,16 +142,6 @@ def counterfactual_tiles(view: View, rows: list[dict[str, Any]], tiles: Tiles) -
         key = (row["image_id"], row["target"])
         found[key] = tiles.add(decoded[key] if key in decoded else read_picture(row["x_cf"], view))
     return found
-
-
-def embed_change(view: View, tiles: Tiles) -> list[list[int]] | None:
-    """Tiles of the mean changes by class pair, -1 where there is none."""
-    differences, classes = view.facts.differences, range(len(view.class_names))
-    if differences is None or len(classes) > MAX_CHANGE_CLASSES:
-        return None
-    return [
-        [tiles.add_change(differences.mean[s, t]) if differences.count[s, t] else -1 for t in classes] for s in classes
-    ]
 
 
 def embed_paths(

@@ -16,7 +16,7 @@ from clarity.report.view import View
 
 
 def pair_maps(views: Sequence[View]) -> list[dict[str, Any]]:
-    """Every map that has figures as the script draws it, with one entry of ``audits`` for each."""
+    """Every map that has figures as the script draws it: texts and shades (0 to 100) of each audit's cells (K, K)."""
     maps = []
     for key, figure in PAIR_FIGURES.items():
         # Before and after share one scale, as do audits side by side, so that they can be compared.
@@ -26,6 +26,11 @@ def pair_maps(views: Sequence[View]) -> list[dict[str, Any]]:
             continue
         low, high = scale_of(values[np.isfinite(values)], figure.share)
         digits = 0 if key == "pairs" else decimals(high)
+        audits = []
+        for pairs in (view.facts.pairs[key] for view in views):
+            shades = np.clip(np.round(100 * (np.nan_to_num(pairs, nan=low) - low) / (high - low or 1.0)), 0, 100)
+            text = [[cell_text(value, figure.share, digits) for value in line] for line in pairs]
+            audits.append({"text": text, "shade": shades.astype(int).tolist()})
         maps.append(
             {
                 "key": key,
@@ -34,7 +39,7 @@ def pair_maps(views: Sequence[View]) -> list[dict[str, Any]]:
                 "doc": figure.doc,
                 "low": cell_text(low, figure.share, digits),
                 "high": cell_text(high, figure.share, digits),
-                "audits": [audit_map(view.facts.pairs[key], low, high, figure.share, digits) for view in views],
+                "audits": audits,
             }
         )
     return maps
@@ -49,13 +54,6 @@ def scale_of(values: np.ndarray, share: bool) -> tuple[float, float]:
         return min(0.95, np.floor(low * 20) / 20), 1.0
     # The scale starts at the smallest value, which shows differences, but spans a fifth, which keeps small ones small.
     return (min(low, 0.8 * high), high) if high > 0 else (0.0, 1.0)
-
-
-def audit_map(values: np.ndarray, low: float, high: float, share: bool, digits: int) -> dict[str, Any]:
-    """Texts and shades (0 to 100) of one audit's map (K, K)."""
-    shades = np.clip(np.round(100 * (np.nan_to_num(values, nan=low) - low) / (high - low or 1.0)), 0, 100)
-    text = [[cell_text(value, share, digits) for value in line] for line in values]
-    return {"text": text, "shade": shades.astype(int).tolist()}
 
 
 def cell_text(value: float, share: bool, digits: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from clarity.findings.statistics import share_interval
 from clarity.report.embed import Embedded, text_of
 from clarity.report.sample import Sample
 from clarity.report.text import interval as bounds
-from clarity.report.text import listed, percent, plural, probability
+from clarity.report.text import percent, plural, probability
 from clarity.report.tiles import Tiles
 from clarity.report.view import View
 
@@ -25,14 +24,6 @@ def dataset_name(dataset: dict[str, Any]) -> str:
     source, data, split = (str(dataset.get(name) or "") for name in ("source", "data", "split"))
     name = storage.name(data).rsplit(".", 1)[0] if source in ("folder", "parquet") and data else source
     return f"{name or 'images'}, {split}" if split else name or "images"
-
-
-def headline(views: Sequence[View]) -> str:
-    """The title of the page."""
-    what = dataset_name(views[0].audit.plan.dataset)
-    if len(views) > 1:
-        return f"{what}: {listed([view.name for view in views])}"
-    return f"{what}: what would each image need to be another class?"
 
 
 def problem(view: View, named: bool) -> dict[str, Any] | None:
@@ -68,7 +59,7 @@ def interval(part: float, whole: float) -> str:
 
 def totals(view: View) -> dict[str, Any]:
     """Counts and medians over all rows of the audit."""
-    (row,) = view.table(
+    return view.table(
         """
         SELECT * FROM (
             SELECT count(*) AS images, count(*) FILTER (status <> 'ok') AS failed,
@@ -76,115 +67,75 @@ def totals(view: View) -> dict[str, Any]:
                    count(*) FILTER (status = 'ok' AND label = source) AS agree
             FROM codes
         ), (
-            SELECT pairs, converged, nonfinite, reencoded_as_target AS survived, median_steps AS steps,
-                   median_distance AS distance, epistemic_initial, epistemic_final
+            SELECT pairs, converged, nonfinite, reencoded_as_target, median_steps, median_distance, epistemic_initial,
+                   epistemic_final, judged, judged_as_target
             FROM class_pair_figures WHERE source IS NULL
         ), (
-            SELECT median(reencoded_target_prob) AS reencoded,
-                   count(confirmed) AS checked, count(*) FILTER (confirmed) AS confirmed,
-                   count(*) FILTER (rungs > 0) AS went_on,
-                   count(judge_class) AS judged, count(*) FILTER (judge_class = target) AS judged_as_target
+            SELECT median(reencoded_target_prob) AS reencoded, count(confirmed) AS checked,
+                   count(*) FILTER (confirmed) AS confirmed, count(*) FILTER (rungs > 0) AS went_on
             FROM counterfactuals
         )
         """
-    ).to_pylist()
-    return row
+    ).to_pylist()[0]
 
 
-def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[dict[str, str]]:
-    """The figures of the first screen, each with a line that explains it.
+def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[tuple[str, str, str]]:
+    """The figures of the first screen: name, value, and a line that explains it.
 
     Shares of pairs have intervals as if the pairs of an image were one observation; ``num_images`` have pairs.
     """
-    each = total["pairs"] / max(num_images, 1)
-    failed, broken, lost = total["failed"], total["nonfinite"], total["pairs"] - total["converged"]
-    others, after = total["labelled"] - total["agree"], total["epistemic_final"]
-    distance = f"median latent distance {text_of(total['distance'])}" if total["converged"] else "nothing converged"
-    before = f"median after; before {text_of(total['epistemic_initial'])}" if after else "a single classifier has none"
+    pairs, failed, broken, after = (total[name] for name in ("pairs", "failed", "nonfinite", "epistemic_final"))
+    each, lost, others = pairs / max(num_images, 1), pairs - total["converged"], total["labelled"] - total["agree"]
+
+    def share_of_pairs(name: str, of: str, note: str) -> tuple[str, str]:
+        part, whole = total[name], total[of]
+        return percent(part, whole), f"{interval(part / each, whole / each)}; {note}" if whole else "no pairs yet"
+
     figures = []
     if total["judged"]:
-        agree, judged = total["judged_as_target"], total["judged"]
-        note = f"{interval(agree / each, judged / each)}; by a held-out network"
-        figures.append(("Judge sees the target", percent(agree, judged), note))
+        found = share_of_pairs("judged_as_target", "judged", "by a held-out network")
+        figures.append(("Judge sees the target", *found))
     if total["checked"]:
-        note = (
-            f"{interval(total['confirmed'] / each, total['checked'] / each)}; passed every check, {total['went_on']:,} "
-        )
-        note += "after a further search"
-        figures.append(("Confirmed", percent(total["confirmed"], total["checked"]), note))
+        note = f"passed every check, {total['went_on']:,} after a further search"
+        figures.append(("Confirmed", *share_of_pairs("confirmed", "checked", note)))
+    note = (
+        f"still the target once encoded again, with a median probability of {text_of(total['reencoded'], probability)}"
+    )
+    distance = f"median latent distance {text_of(total['median_distance'])}"
+    before = f"median after; before {text_of(total['epistemic_initial'])}"
     figures += [
         ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
-        ("Counterfactuals", f"{total['pairs']:,}", f"{broken:,} not finite" if broken else "all finite"),
-        (
-            "Strict validity",
-            percent(total["converged"], total["pairs"]),
-            f"{interval(total['converged'] / each, num_images)}; {f'{lost:,} did not' if lost else 'all converged'}"
-            if total["pairs"]
-            else "no pairs yet",
-        ),
-        (
-            "Re-encoded agreement",
-            percent(total["survived"], total["pairs"]),
-            f"{interval(total['survived'] / each, num_images)}; still the target once encoded again, with a median "
-            f"probability of {text_of(total['reencoded'], probability)}"
-            if total["pairs"]
-            else "no pairs yet",
-        ),
-        ("Median steps", text_of(total["steps"]), distance),
-        ("Epistemic, nats", text_of(after), before),
+        ("Counterfactuals", f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),
+        ("Strict validity", *share_of_pairs("converged", "pairs", f"{lost:,} did not" if lost else "all converged")),
+        ("Re-encoded agreement", *share_of_pairs("reencoded_as_target", "pairs", note)),
+        ("Median steps", text_of(total["median_steps"]), distance if total["converged"] else "nothing converged"),
+        ("Epistemic, nats", text_of(after), before if after else "a single classifier has none"),
     ]
     if total["labelled"]:
         differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not, by "
-        differ += explained
-        figures.append(("Classified as labelled", percent(total["agree"], total["labelled"]), differ))
-    return [{"name": name, "value": value, "sub": sub} for name, value, sub in figures]
-
-
-def plan_text(view: View) -> str:
-    """The plan as JSON, without its long table of shards."""
-    plan = view.audit.plan.to_json()
-    plan["shards"] = f"{len(view.audit.plan.shards)} shards, {len(view.audit.commits)} committed"
-    return json.dumps(plan, indent=2, ensure_ascii=False)
+        figures.append(("Classified as labelled", percent(total["agree"], total["labelled"]), differ + explained))
+    return figures
 
 
 def told_findings(
     views: Sequence[View], embedded: Sequence[Embedded], images: dict[str, Any], sample: Sample, tiles: Tiles
-) -> list[dict[str, Any]]:
-    """The findings of all audits, most severe first, with pictures and links."""
-    ranked = [(finding, i) for i, view in enumerate(views) for finding in view.findings]
+) -> list[tuple[Finding, str, list[Any]]]:
+    """The findings of all audits, most severe first, each with the name of its audit and pictures beside it."""
+    ranked = [(finding, view, each) for view, each in zip(views, embedded) for finding in view.results.findings]
     ranked.sort(key=lambda entry: -entry[0].severity)
-    names = views[0].class_names
-    return [
-        {
-            "kind": finding.kind,
-            "level": finding.level,
-            "title": finding.title,
-            # A class pair stays on one line.
-            "sentence": finding.sentence.replace(" → ", "\u00a0→\u00a0"),
-            "basis": finding.evidence.replace(" → ", "\u00a0→\u00a0"),
-            "audit": views[i].name,
-            "evidence": evidence(finding, views[i], embedded[i], images, sample, tiles),
-            "pairs": [
-                {"source": s, "target": t, "text": f"{names[s]} → {names[t]}"}
-                for s, t in (() if finding.kind == "labels" else finding.pairs[:6])
-            ],
-            "images": [image_id for image_id, _ in finding.examples[:6]] if finding.kind in ABOUT_IMAGES else [],
-        }
-        for finding, i in ranked
-    ]
+    return [(found, view.name, evidence(found, view, each, images, sample, tiles)) for found, view, each in ranked]
 
 
 def evidence(
     finding: Finding, view: View, embedded: Embedded, images: dict[str, Any], sample: Sample, tiles: Tiles
-) -> list[dict[str, Any]]:
-    """Pictures beside a finding: its examples, else an example of each of its class pairs."""
+) -> list[tuple[list[dict[str, Any]], str]]:
+    """Pictures beside a finding with a caption: its examples, else an example of each of its class pairs."""
     names, shown = view.class_names, []
     if finding.kind in ("shortcut", "region") and view.facts.differences is not None:
         target = finding.figures["target"]
         caption = f"mean change towards {names[target]}"
         tile = tiles.add_change(view.facts.differences.target_mean[target])
-        picture = {"tile": tile, "alt": caption, "size": tiles.width_at(84), "signed": True}
-        shown.append({"pictures": [picture], "caption": caption})
+        shown.append(([{"tile": tile, "alt": caption, "size": tiles.width_at(84), "signed": True}], caption))
     examples = [example for example in finding.examples if example[1] >= 0][:4] or [
         (sample.examples[pair][0][0], pair[1]) for pair in finding.pairs[:3] if pair in sample.examples
     ]
@@ -200,7 +151,6 @@ def evidence(
         if finding.kind == "labels":
             caption = f"{image_id}: labelled {names[target]}, classified as {source}"
         if any(tile >= 0 for tile, _ in pictures):
-            size = tiles.width_at(46)
-            drawn = [{"tile": tile, "alt": alt, "size": size, "signed": False} for tile, alt in pictures]
-            shown.append({"pictures": drawn, "caption": caption})
+            drawn = [{"tile": tile, "alt": alt, "size": tiles.width_at(46), "signed": False} for tile, alt in pictures]
+            shown.append((drawn, caption))
     return shown

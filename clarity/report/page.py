@@ -22,7 +22,7 @@ from clarity.report import overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
 from clarity.report.sample import MAX_EXAMPLES, Sample, choose
-from clarity.report.text import percent, plural, short_names
+from clarity.report.text import listed, percent, plural, probability, short_names
 from clarity.report.tiles import Tiles
 from clarity.report.view import View, open_views
 
@@ -48,10 +48,10 @@ def write_report(
     pairs: Sequence[tuple[str, str]] = (),
     max_tiles: int = 10_000,
 ) -> Report:
-    """Writes the page of one audit, or of several side by side.
+    """Writes the page of one audit, or of several side by side, whose class names and image shape are the same.
 
     Args:
-        audits: their URIs; several must share class names and image shape. The first one's sample is shown of all.
+        audits: their URIs. The first one's sample is shown of all.
         out: URI of the page; report.html in the first audit by default.
         images: ids of images to embed besides the sample, each with its counterfactuals to every class.
         pairs: (source, target) class names whose examples are embedded first, where not all fit.
@@ -67,7 +67,11 @@ def write_report(
     first = views[0]
     tiles = Tiles(first.audit.plan.image_shape)
     budget = min(max_tiles, max(2_000, 8_000_000 // (tiles.height * tiles.width)))
-    sample = choose(views, budget, images, [class_pair(pair, first.audit.class_names) for pair in pairs])
+    names = first.audit.class_names
+    if unknown := [(name, pair) for pair in pairs for name in pair if name not in names]:
+        name, pair = unknown[0]
+        raise ValueError(f"pairs: unknown class {name!r} in {':'.join(pair)}; choose from {', '.join(names)}")
+    sample = choose(views, budget, images, [(names.index(source), names.index(target)) for source, target in pairs])
     embedded = [embed_audit(view, sample, tiles) for view in views]
     html = render(views, sample, embedded, embed_images(views, sample.image_ids, tiles), tiles, budget)
     uri, data = out or storage.join(first.audit.uri, "report.html"), html.encode()
@@ -78,17 +82,9 @@ def write_report(
         tiles=len(tiles),
         seconds=time.perf_counter() - start,
         verdicts=[view.facts.verdict for view in views],
-        findings=[finding for view in views for finding in view.findings],
+        findings=[finding for view in views for finding in view.results.findings],
         complete=all(view.audit.complete for view in views),
     )
-
-
-def class_pair(pair: tuple[str, str], names: Sequence[str]) -> tuple[int, int]:
-    """Indices of the classes of a pair."""
-    for name in pair:
-        if name not in names:
-            raise ValueError(f"pairs: unknown class {name!r} in {':'.join(pair)}; choose from {', '.join(names)}")
-    return names.index(pair[0]), names.index(pair[1])
 
 
 def render(
@@ -103,27 +99,42 @@ def render(
     first, several = views[0], len(views) > 1
     files = resources.files("clarity.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"plural": plural, "percent": percent, "display": storage.display}
+    environment.filters |= {"plural": plural, "percent": percent, "probability": probability}
+    # A class pair stays on one line.
+    environment.filters |= {"display": storage.display, "unbroken": lambda text: text.replace(" → ", "\u00a0→\u00a0")}
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
 
     def named(texts: Callable[[View], Iterable[str]]) -> list[str]:
         return [f"{view.name}: {text}" if several else text for view in views for text in texts(view)]
 
-    sections = {
-        "findings": overview.told_findings(views, embedded, images, sample, tiles),
-        "clear": named(lambda view: [text for _, text in view.results.clear]),
-        "not_checked": named(lambda view: [text for _, text in view.results.not_checked]),
-        "warnings": named(lambda view: warnings(view.audit.plan, view.audit.commits, view.con)),
-        "labels": tables.labels(first, images, tiles),
-        "predictions": tables.predictions(first, sample, images, embedded[0]),
-    }
+    def plan_of(view: View) -> str:
+        """The plan as JSON, without its long table of shards."""
+        shards = f"{len(view.audit.plan.shards)} shards, {len(view.audit.commits)} committed"
+        return json.dumps(view.audit.plan.to_json() | {"shards": shards}, indent=2, ensure_ascii=False)
+
+    findings = overview.told_findings(views, embedded, images, sample, tiles)
+    labels = tables.labels(first, images, tiles)
     script = script_data(views, sample, embedded, images, tiles)
+    data = json.dumps(script, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    # No text in it can end its script element.
+    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     totals = [overview.totals(view) for view in views]
+    title = overview.dataset_name(first.audit.plan.dataset)
+    told = listed([view.name for view in views]) if several else "what would each image need to be another class?"
     return template.render(
-        **sections,
+        findings=findings,
+        about_images=overview.ABOUT_IMAGES,
+        clear=named(lambda view: [text for _, text in view.results.clear]),
+        not_checked=named(lambda view: [text for _, text in view.results.not_checked]),
+        warnings=named(lambda view: warnings(view.audit.plan, view.audit.commits, view.facts.con)),
+        labels=labels,
+        predictions=tables.predictions(first),
+        names=first.class_names,
+        images=images,
+        tiles=embedded[0].tiles,
         version=__version__,
-        title=overview.dataset_name(first.audit.plan.dataset),
-        headline=overview.headline(views),
+        title=title,
+        headline=f"{title}: {told}",
         first=first,
         total=totals[0],
         sample=sample,
@@ -137,7 +148,7 @@ def render(
                 "uri": view.audit.uri,
                 "verdict": view.facts.verdict,
                 "figures": overview.key_figures(total, view.facts.num_images, view.facts.explained),
-                "plan": overview.plan_text(view),
+                "plan": plan_of(view),
             }
             for view, total in zip(views, totals)
         ],
@@ -147,7 +158,7 @@ def render(
         },
         css=markupsafe.Markup((files / "report.css").read_text("utf-8")),
         js=markupsafe.Markup((files / "report.js").read_text("utf-8")),
-        data=markupsafe.Markup(embedded_json(script)),
+        data=markupsafe.Markup(data),
         sheets=tiles.sheets(),
     )
 
@@ -179,12 +190,6 @@ def script_data(
         "command": f"python jobs/report.py {uris}",
         "tile": tiles.layout(),
     }
-
-
-def embedded_json(value: Any) -> str:
-    """JSON that no text in it can end the script element of."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def views_sql(uri: str) -> str:

@@ -48,11 +48,7 @@ class Sample:
 def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Sample:
     """Chooses from the first audit, of at most ``budget`` pictures.
 
-    Args:
-        views: the page's audits.
-        budget: pictures to embed.
-        images: ids to look up besides those chosen.
-        pairs: class pairs whose examples come first.
+    ``images`` are ids to look up besides those chosen; the examples of class pairs in ``pairs`` come first.
     """
     first = views[0]
     ranked = ranked_examples(first)
@@ -60,7 +56,7 @@ def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Seq
     lookup = choose_images(views, images, budget - used)
     disagreements = choose_disagreements(first)
     frames = {(row["image_id"], row["target"]): row["frames"] for row in chosen}
-    others = [example for view in views for finding in view.findings for example in finding.examples[:6]]
+    others = [example for view in views for finding in view.results.findings for example in finding.examples[:6]]
     others += [(row["image_id"], row["other"]) for row in disagreements]
     others += [(image_id, target) for image_id in lookup for target in range(len(first.class_names))]
     for key in others:
@@ -113,7 +109,7 @@ def fitting_examples(
     Class pairs asked for come first, then those of findings, then the nearest. All get the most generous choice that
     fits them all; where none does, as many as fit get the smallest.
     """
-    told = [pair for view in views for finding in view.findings for pair in finding.pairs]
+    told = [pair for view in views for finding in view.results.findings for pair in finding.pairs]
     distance = np.nan_to_num(views[0].facts.pairs["median_distance"], nan=np.inf)
     near = sorted(ranked, key=lambda pair: (distance[pair], pair))
     order = [pair for pair in dict.fromkeys([*pairs, *told[:24], *near]) if pair in ranked]
@@ -134,10 +130,15 @@ def fitting_examples(
 def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> list[str]:
     """Images embedded with all their counterfactuals: those asked for, of findings, then some of each class."""
     first = views[0]
-    asked = known_images(first, images)
+    asked = list(dict.fromkeys(images))
+    first.facts.con.register("asked", pa.table({"image_id": pa.array(asked, pa.string())}))
+    if missing := first.facts.rows("SELECT image_id FROM asked ANTI JOIN codes USING (image_id) ORDER BY 1"):
+        some = ", ".join(row[0] for row in first.facts.rows("SELECT image_id FROM codes ORDER BY 1 LIMIT 5"))
+        uri = storage.display(first.audit.uri)
+        raise ValueError(f"images: no image {missing[0][0]!r} in {uri}; its ids look like {some}")
     number = max(len(asked), min(MAX_IMAGES, room // (2 + (len(first.class_names) - 1) * len(views))))
-    told = [example[0] for view in views for finding in view.findings for example in finding.examples[:6]]
-    spread = first.rows(
+    told = [example[0] for view in views for finding in view.results.findings for example in finding.examples[:6]]
+    spread = first.facts.rows(
         """
         WITH turns AS (
             SELECT image_id, source, row_number() OVER (PARTITION BY source ORDER BY md5(image_id), image_id) AS turn
@@ -149,18 +150,6 @@ def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> li
     )
     chosen = dict.fromkeys([*asked, *told, *(row[0] for row in spread)])
     return list(chosen)[:number]
-
-
-def known_images(view: View, images: Sequence[str]) -> list[str]:
-    """The ids without repetition; raises ValueError for one that the audit does not hold."""
-    view.con.register("asked", pa.table({"image_id": pa.array(images, pa.string())}))
-    found = {row[0] for row in view.rows("SELECT image_id FROM codes SEMI JOIN asked USING (image_id)")}
-    if missing := [image for image in images if image not in found]:
-        some = ", ".join(row[0] for row in view.rows("SELECT image_id FROM codes ORDER BY 1 LIMIT 5"))
-        raise ValueError(
-            f"images: no image {missing[0]!r} in {storage.display(view.audit.uri)}; its ids look like {some}"
-        )
-    return list(dict.fromkeys(images))
 
 
 def choose_disagreements(view: View) -> list[dict[str, Any]]:

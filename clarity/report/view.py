@@ -20,7 +20,7 @@ from clarity import storage
 from clarity.audit.queries import connect
 from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
 from clarity.findings.differences import Differences, mean_differences
-from clarity.findings.finding import Facts, Finding, gather
+from clarity.findings.finding import Facts, gather
 from clarity.findings.registry import Results, find
 from clarity.images import decode_png
 from clarity.report.text import short_names
@@ -76,15 +76,9 @@ class View:
 
     name: str
     audit: Audit
-    con: duckdb.DuckDBPyConnection
     decoder: Decoder | None
     facts: Facts
     results: Results
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Most severe first."""
-        return self.results.findings
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -96,13 +90,9 @@ class View:
         """Whether the audit has predictions of the user's own model."""
         return "prediction" in self.audit.codes.schema.names
 
-    def rows(self, sql: str, parameters: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
-        """Runs a query over the views ``codes`` and ``counterfactuals``."""
-        return self.con.execute(sql, parameters or {}).fetchall()
-
     def table(self, sql: str, parameters: dict[str, Any] | None = None) -> pa.Table:
-        """Runs a query, as an Arrow table."""
-        return self.con.sql(sql, params=parameters or {}).to_arrow_table()
+        """Runs a query over the views ``codes`` and ``counterfactuals``."""
+        return self.facts.con.sql(sql, params=parameters or {}).to_arrow_table()
 
 
 def open_views(uris: Sequence[str]) -> list[View]:
@@ -132,9 +122,9 @@ def names_of(audits: Sequence[Audit]) -> list[str]:
 def open_view(audit: Audit, name: str) -> View:
     """Opens one audit; without a model in its directory the page has tables only."""
     attributes, model = (storage.join(audit.uri, part) for part in (ATTRIBUTES_FILE, "model"))
-    others = (
-        {"attributes": pq.read_table(io.BytesIO(storage.read_bytes(attributes)))} if storage.exists(attributes) else {}
-    )
+    others = {}
+    if storage.exists(attributes):
+        others["attributes"] = pq.read_table(io.BytesIO(storage.read_bytes(attributes)))
     con = connect(audit.codes, audit.counterfactuals, **others)
     decoder = None
     if storage.exists(storage.join(model, "model.json")):
@@ -147,15 +137,11 @@ def open_view(audit: Audit, name: str) -> View:
         config=audit.plan.config,
         card=decoder.model.card if decoder is not None else None,
         differences=mean_changes(con, audit, decoder),
-        trained_on_labels=trained_on_labels(audit),
+        # No folds, and no held-out split.
+        trained_on_labels=audit.plan.dataset.get("split") in ("train", "all") and not audit.plan.model.get("num_folds"),
         keep=audit.plan.keep,
     )
-    return View(name, audit, con, decoder, facts, find(facts))
-
-
-def trained_on_labels(audit: Audit) -> bool:
-    """Whether the ensemble may have been trained on the labels of these images: no folds, and no held-out split."""
-    return audit.plan.dataset.get("split") in ("train", "all") and not audit.plan.model.get("num_folds")
+    return View(name, audit, decoder, facts, find(facts))
 
 
 def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder | None) -> Differences | None:
@@ -184,8 +170,9 @@ def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder 
     _, first, row_of = np.unique(ids, return_index=True, return_inverse=True)
     own = table.take(pa.array(first))
     # The search starts from the reconstruction, so its code comes before the stored image.
-    before = pictures(own["z"], own["x"], decoder, audit.plan.image_shape, decode=True)
-    after = pictures(table["z_cf"], table["x_cf"], decoder, audit.plan.image_shape, decode=False)
+    stored = own["x"] if decoder is None else pa.chunked_array([pa.nulls(len(own))])
+    before = pictures(own["z"], stored, decoder, audit.plan.image_shape)
+    after = pictures(table["z_cf"], table["x_cf"], decoder, audit.plan.image_shape)
     if before is None or after is None:
         return None
     source, target = table["source"].to_numpy(), table["target"].to_numpy()
@@ -193,16 +180,9 @@ def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder 
 
 
 def pictures(
-    codes: pa.ChunkedArray,
-    stored: pa.ChunkedArray,
-    decoder: Decoder | None,
-    image_shape: tuple[int, int, int],
-    *,
-    decode: bool,
+    codes: pa.ChunkedArray, stored: pa.ChunkedArray, decoder: Decoder | None, image_shape: tuple[int, int, int]
 ) -> np.ndarray | None:
-    """Pictures (P, C, H, W) in [0, 1]: decoded if asked or if some are not stored; None where neither is possible."""
-    if decoder is not None and (decode or stored.null_count):
-        return decoder.pictures(np.array(codes.to_pylist(), np.float32))
-    if stored.null_count:
-        return None
-    return decode_png(stored.combine_chunks(), image_shape).astype(np.float32) / 255
+    """Pictures (P, C, H, W) in [0, 1]: decoded if some are not stored; None where neither is possible."""
+    if not stored.null_count:
+        return decode_png(stored.combine_chunks(), image_shape).astype(np.float32) / 255
+    return None if decoder is None else decoder.pictures(np.array(codes.to_pylist(), np.float32))

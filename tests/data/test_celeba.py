@@ -77,18 +77,3 @@ def test_celeba_reads_both_sizes_and_carries_attributes(celeba: Path) -> None:
     content = (celeba / "img_align_celeba/000002.jpg").read_bytes()
     as_is = np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1)
     assert np.array_equal(pixels_of(shard, (3, 64, 64))[1], as_is)
-
-
-def test_celeba_missing_and_broken_files_are_error_rows(celeba: Path) -> None:
-    (celeba / "img_align_celeba/000001.jpg").unlink()
-    path = celeba / "img_align_celeba/000006.jpg"
-    path.write_bytes(path.read_bytes()[:300])
-    dataset = data.open_dataset("celeba_hair", celeba, "all")
-    listing = data.list_images(dataset)
-    assert listing["size"].to_pylist()[::3] == [None, 300]
-    shard = data.read_images(dataset, listing, data.infer_preprocessing(dataset, listing))
-    errors = shard["error"].to_pylist()
-    assert errors[0] == "expected a file, found none that can be read (No such file or directory): restore it"
-    assert "broken" in errors[3]
-    assert errors[1:3] == [None, None]
-    assert shard["image"].is_null().to_pylist() == [True, False, False, True]

@@ -80,13 +80,6 @@ def test_labels_count_what_does_not_meet(tmp_path: Path) -> None:
     ]
 
 
-def test_labels_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
-    write_images(tmp_path, "1.png", "2.png")
-    write_table(tmp_path, "file_name,label\n1.png,cat\n1.png,dog\n")
-    with pytest.raises(ValueError, match=r"one label for each image in labels.csv, found 'cat' and 'dog' for 1.png"):
-        listed(tmp_path)
-
-
 def test_labels_of_a_table_count_more_than_folders_and_it_is_said(tmp_path: Path) -> None:
     write_images(tmp_path, "a/1.png", "b/2.png")
     write_table(tmp_path, "file_name,label\na/1.png,cat\nb/2.png,dog\n")
@@ -108,8 +101,17 @@ def test_labels_in_a_table_of_another_name_are_noted(tmp_path: Path) -> None:
     assert note == "train.csv is not read: a table of labels is called labels.csv (file_name,label)"
 
 
-def test_labels_in_no_text_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"file_name,label\n1.png,cat\n1.png,dog\n", "for each image in labels.csv, found 'cat' and 'dog' for 1.png"),
+        (b"\xff\xfe\x00", "found none that can be read .*: save it as CSV in UTF-8"),
+    ],
+)
+def test_labels_that_contradict_themselves_or_are_no_text_are_refused(
+    content: bytes, said: str, tmp_path: Path
+) -> None:
     write_images(tmp_path, "1.png")
-    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"found none that can be read .*: save it as CSV in UTF-8"):
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
         listed(tmp_path)

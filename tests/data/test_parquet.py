@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pictures import HEIGHT, WIDTH, encoded, listed, parquet_table, pixels_of, random_pixels, write_images
+from pictures import GREY, HEIGHT, WIDTH, encoded, listed, parquet_table, pixels_of, random_pixels, read, write_images
 
 from clarity import data, storage
-from clarity.images import Preprocessing
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,11 +37,13 @@ def test_parquet_has_optional_labels_ids_and_splits(tmp_path: Path) -> None:
     assert data.left_out(listing) == {"rows whose split is none of train, validation and test": 1}
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_parquet_images_may_be_plain_bytes(kind: pa.DataType, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": pa.array([encoded(random_pixels(0)), None], kind)}), tmp_path / "x.parquet")
-    dataset = data.open_dataset("parquet", tmp_path / "x.parquet", "all")
-    shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
+    ids = pa.array(["x", "y"], pa.string_view())
+    images = pa.array([encoded(random_pixels(0)), None], kind)
+    pq.write_table(pa.table({"image": images, "image_id": ids}), tmp_path / "x.parquet")
+    shard = read(tmp_path, "parquet")
+    assert shard["image_id"].to_pylist() == ["x", "y"]
     assert shard["error"].to_pylist() == [None, "expected the bytes of an image, found null: fill or drop the row"]
 
 
@@ -57,9 +58,9 @@ def test_parquet_directory_is_one_data_set(tmp_path: Path) -> None:
     listing = data.list_images(dataset)
     assert listing["image_id"].to_pylist()[2:4] == ["a/c.parquet#00000002", "b.parquet#00000000"]
     assert listing["label_name"].to_pylist() == ["1", "1", "1", "0", "0"]
-    shard = data.read_images(dataset, listing.take([4, 1, 3, 0]), Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, listing.take([4, 1, 3, 0]), GREY)
     expected = [random_pixels(1), random_pixels(1), random_pixels(0), random_pixels(0)]
-    assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], expected)
+    assert np.array_equal(pixels_of(shard)[:, 0], expected)
 
 
 def test_parquet_carries_integers_and_booleans_as_they_are(tmp_path: Path) -> None:
@@ -68,13 +69,9 @@ def test_parquet_carries_integers_and_booleans_as_they_are(tmp_path: Path) -> No
     dataset = data.open_dataset("parquet", tmp_path / "x.parquet", "all", attributes=("all",))
     assert dataset.attributes == ("old", "wild", "year", "w")
     listing = data.list_images(dataset)
-    shard = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
-    assert [shard.schema.field(name).type for name in dataset.attributes] == [
-        pa.int64(),
-        pa.bool_(),
-        pa.uint16(),
-        pa.int64(),
-    ]
+    shard = data.read_images(dataset, listing, GREY)
+    types = [shard.schema.field(name).type for name in dataset.attributes]
+    assert types == [pa.int64(), pa.bool_(), pa.uint16(), pa.int64()]
     assert shard.select(dataset.attributes).to_pylist() == [
         {"old": 3, "wild": True, "year": 1999, "w": 1 << 40},
         {"old": None, "wild": False, "year": 2024, "w": 2},
@@ -96,12 +93,9 @@ def test_parquet_reads_only_the_row_groups_it_needs(tmp_path: Path, monkeypatch:
         return read(self, *arguments, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
-    shard = data.read_images(dataset, listing.take([39, 12, 30, 19]), Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, listing.take([39, 12, 30, 19]), GREY)
     assert asked == [([1], ["image.bytes"]), ([3], ["image.bytes"])]
-    assert np.array_equal(
-        pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0],
-        [random_pixels(39), random_pixels(12), random_pixels(30), random_pixels(19)],
-    )
+    assert np.array_equal(pixels_of(shard)[:, 0], [random_pixels(number) for number in (39, 12, 30, 19)])
 
 
 @pytest.fixture
@@ -129,15 +123,15 @@ def long_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dat
 def test_parquet_goes_on_where_a_store_failed(long_row_group: tuple[data.Dataset, list[int]]) -> None:
     dataset, batches = long_row_group
     rows = data.list_images(dataset).take([2_400, 3, 1_030, 2_499, 1_023])
-    shard = data.read_images(dataset, rows, Preprocessing("L", HEIGHT, WIDTH))
-    assert pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0, 0, 0].tolist() == [150, 3, 30, 249, 23]
+    shard = data.read_images(dataset, rows, GREY)
+    assert pixels_of(shard)[:, 0, 0, 0].tolist() == [150, 3, 30, 249, 23]
     assert batches == [0, 1_024, 0, 1_024, 2_048]
 
 
 def test_parquet_stops_at_the_last_row_it_needs(long_row_group: tuple[data.Dataset, list[int]]) -> None:
     dataset, batches = long_row_group
-    shard = data.read_images(dataset, data.list_images(dataset).take([7, 2]), Preprocessing("L", HEIGHT, WIDTH))
-    assert pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0, 0, 0].tolist() == [7, 2]
+    shard = data.read_images(dataset, data.list_images(dataset).take([7, 2]), GREY)
+    assert pixels_of(shard)[:, 0, 0, 0].tolist() == [7, 2]
     assert batches == [0]
 
 
@@ -253,7 +247,7 @@ def test_parquet_columns_of_other_names(tmp_path: Path) -> None:
     listing = data.list_images(dataset)
     assert listing["label_name"].to_pylist() == ["bear", "apple"]
     assert dataset.attributes == ("coarse",)
-    assert data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].null_count == 2
+    assert data.read_images(dataset, listing, GREY)["error"].null_count == 2
     with pytest.raises(ValueError, match=r"columns: expected kind in .*, found columns img, fine_label, coarse"):
         data.list_images(data.open_dataset("parquet", tmp_path, "all", columns={"image": "img", "label": "kind"}))
     with pytest.raises(ValueError, match=r"names of image, label, image_id, split for parquet, got size"):
@@ -278,15 +272,6 @@ def test_parquet_labels_of_any_type_of_text_or_whole_numbers(labels: pa.Array, t
     assert list(listed(tmp_path, source="parquet").values()) == ["1", "2", None]
 
 
-def test_parquet_images_and_ids_may_be_views(tmp_path: Path) -> None:
-    images = pa.array([encoded(random_pixels(0)), None], pa.binary_view())
-    pq.write_table(pa.table({"image": images, "image_id": pa.array(["x", "y"], pa.string_view())}), tmp_path / "x.pq")
-    dataset = data.open_dataset("parquet", tmp_path, "all")
-    shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
-    assert shard["image_id"].to_pylist() == ["x", "y"]
-    assert shard["error"].is_null().to_pylist() == [True, False]
-
-
 @pytest.mark.parametrize("struct", [True, False])
 def test_parquet_paths_are_followed_where_the_files_are(struct: bool, tmp_path: Path) -> None:
     write_images(tmp_path, "files/0.png", "files/sub/1.png")
@@ -295,10 +280,9 @@ def test_parquet_paths_are_followed_where_the_files_are(struct: bool, tmp_path: 
     images = pa.array([{"bytes": None, "path": path} for path in paths], kind) if struct else pa.array(paths)
     pq.write_table(pa.table({"image": images}), tmp_path / "files/x.parquet")
     for where in (tmp_path, tmp_path / "files/x.parquet"):
-        dataset = data.open_dataset("parquet", where, "all")
-        shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
+        shard = read(where, "parquet")
         assert shard["error"].is_null().to_pylist() == [True, True, True, False]
-        found = pixels_of(shard.slice(0, 3), (1, HEIGHT, WIDTH))[:, 0]
+        found = pixels_of(shard.slice(0, 3))[:, 0]
         assert np.array_equal(found, [random_pixels(0), random_pixels(1), random_pixels(0)])
     pq.write_table(pa.table({"image": images.slice(3)}), tmp_path / "files/x.parquet")
     with pytest.raises(ValueError, match=r"found paths such as 'gone.png', with no file there: store the bytes"):
@@ -310,9 +294,8 @@ def test_parquet_follows_a_path_only_where_bytes_are_null(tmp_path: Path) -> Non
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = [{"bytes": encoded(random_pixels(5)), "path": "0.png"}, {"bytes": None, "path": "0.png"}]
     pq.write_table(pa.table({"image": pa.array([*rows, None], kind)}), tmp_path / "x.parquet")
-    dataset = data.open_dataset("parquet", tmp_path, "all")
-    shard = data.read_images(dataset, data.list_images(dataset), Preprocessing("L", HEIGHT, WIDTH))
-    found = pixels_of(shard.slice(0, 2), (1, HEIGHT, WIDTH))[:, 0]
+    shard = read(tmp_path, "parquet")
+    found = pixels_of(shard.slice(0, 2))[:, 0]
     assert np.array_equal(found, [random_pixels(5), random_pixels(0)])
     assert shard["error"].to_pylist()[2] == "expected the bytes of an image, found null: fill or drop the row"
 

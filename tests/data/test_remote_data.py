@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from object_store import Fault, ObjectStore, copy_tree
-from pictures import HEIGHT, WIDTH, encoded, parquet_table, pixels_of, random_pixels, write_images
+from pictures import GREY, encoded, parquet_table, pixels_of, random_pixels, write_images
 
 from clarity import data, storage
-from clarity.images import Preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pat
     for place in (tmp_path, store.uri("photos")):
         dataset = data.open_dataset("folder", place)
         listing = data.list_images(dataset)
-        tables.append((listing, data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))))
+        tables.append((listing, data.read_images(dataset, listing, GREY)))
     assert tables[0][0].equals(tables[1][0])
     assert tables[0][1].equals(tables[1][1])
     assert tables[0][1]["error"].null_count == 2
@@ -54,7 +53,7 @@ def test_parquet_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pa
         for place in (f"{tmp_path}{suffix}", store.uri(f"tables{suffix}")):
             dataset = data.open_dataset("parquet", place, "all")
             listing = data.list_images(dataset)
-            tables.append((listing, data.read_images(dataset, listing.slice(7, 15), Preprocessing("L", HEIGHT, WIDTH))))
+            tables.append((listing, data.read_images(dataset, listing.slice(7, 15), GREY)))
         assert tables[0][0].equals(tables[1][0])
         assert tables[0][1].equals(tables[1][1])
 
@@ -66,39 +65,28 @@ def test_reading_survives_a_store_that_fails_for_a_while(kind: str, store: Objec
     dataset = data.open_dataset("parquet", store.uri("x.parquet"), "all")
     listing = data.list_images(dataset)
     store.faults.append(Fault(kind, "GET", "x.parquet", times=4))
-    shard = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    shard = data.read_images(dataset, listing, GREY)
     assert shard["error"].null_count == 25
-    assert np.array_equal(pixels_of(shard, (1, HEIGHT, WIDTH))[:, 0], [random_pixels(number) for number in range(25)])
+    assert np.array_equal(pixels_of(shard)[:, 0], [random_pixels(number) for number in range(25)])
     assert not store.faults[0].times
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])
-def test_a_store_that_is_down_is_not_the_images_fault(source: str, store: ObjectStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "match", "said"), [("503", "", "try again later"), ("403", "a/2", "rights to them")])
+def test_a_store_that_is_down_or_refuses_is_not_the_images_fault(
+    source: str, kind: str, match: str, said: str, store: ObjectStore, tmp_path: Path
+) -> None:
     """The shard fails and is read again later; no row says that its image is broken."""
-    place = store.uri(f"down/{source}")
-    storage.write_bytes(storage.join(place, "a/1.png"), encoded(random_pixels(0)))
-    pq.write_table(parquet_table(3), tmp_path / "x.parquet")
-    storage.write_bytes(storage.join(place, "x.parquet"), (tmp_path / "x.parquet").read_bytes())
-    dataset = data.open_dataset(source, place, "all")
-    listing = data.list_images(dataset)
-    store.faults += [Fault("503", method, times=10_000) for method in ("GET", "HEAD")]
-    with pytest.raises(storage.StorageError, match="try again later") as error:
-        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
-    assert error.value.transient
-
-
-@pytest.mark.parametrize("source", ["folder", "parquet"])
-def test_a_store_that_refuses_is_not_the_images_fault(source: str, store: ObjectStore, tmp_path: Path) -> None:
-    uri = store.uri(f"rights/{source}")
+    uri = store.uri(f"{kind}/{source}")
     for name in ("a/1.png", "a/2.png"):
         storage.write_bytes(storage.join(uri, name), encoded(random_pixels(0)))
     pq.write_table(parquet_table(3), tmp_path / "x.parquet")
     storage.write_bytes(storage.join(uri, "a/2.parquet"), (tmp_path / "x.parquet").read_bytes())
     dataset = data.open_dataset(source, uri, "all")
     listing = data.list_images(dataset)
-    store.faults += [Fault("403", "HEAD", "a/2", times=10_000), Fault("403", "GET", "a/2", times=10_000)]
-    with pytest.raises(storage.StorageError, match="rights to them") as error:
-        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+    store.faults += [Fault(kind, method, match, times=10_000) for method in ("GET", "HEAD")]
+    with pytest.raises(storage.StorageError, match=said) as error:
+        data.read_images(dataset, listing, GREY)
     assert error.value.transient
 
 
@@ -108,7 +96,7 @@ def test_an_object_that_was_deleted_is_an_error_row(store: ObjectStore) -> None:
     dataset = data.open_dataset("folder", store.uri("deleted"), "all")
     listing = data.list_images(dataset)
     storage.delete(store.uri("deleted/a/2.png"))
-    errors = data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].to_pylist()
+    errors = data.read_images(dataset, listing, GREY)["error"].to_pylist()
     assert errors[0] is None and "No such file" in errors[1]
 
 
@@ -124,11 +112,11 @@ def test_a_share_that_was_unmounted_is_not_the_images_fault(source: str, gone: s
     (root / gone).rename(tmp_path / "elsewhere")
     (root / gone).mkdir()  # the empty directory on which it was mounted
     with pytest.raises(storage.StorageError, match="No such file") as error:
-        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+        data.read_images(dataset, listing, GREY)
     assert error.value.transient
     (root / gone).rmdir()
     (tmp_path / "elsewhere").rename(root / gone)
-    assert data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))["error"].null_count == len(listing)
+    assert data.read_images(dataset, listing, GREY)["error"].null_count == len(listing)
 
 
 def test_a_device_that_fails_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,4 +130,4 @@ def test_a_device_that_fails_is_not_the_images_fault(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(storage, "read_local", read_local)
     with pytest.raises(storage.StorageError, match="not connected"):
-        data.read_images(dataset, listing, Preprocessing("L", HEIGHT, WIDTH))
+        data.read_images(dataset, listing, GREY)

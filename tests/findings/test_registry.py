@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from audits import Planted, Tables, make_tables, replaced, with_predictor
+from audits import CONFIG, Planted, Tables, make_tables, replaced, with_predictor
 
 from clarity.audit.queries import connect
 from clarity.findings.differences import mean_differences
@@ -35,8 +36,22 @@ def results_of(tables: Tables, differences: bool = True, **others: Any) -> Resul
     con = connect(tables.codes, tables.counterfactuals, **others)
     source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
     changes = mean_differences(tables.before, tables.after, source, target, len(tables.class_names))
-    config = tables.config()
-    return find(gather(con, tables.class_names, config=config, differences=changes if differences else None, **facts))
+    return find(gather(con, tables.class_names, config=CONFIG, differences=changes if differences else None, **facts))
+
+
+def failing(tables: Tables, *, source: int | None = None, target: int, every: int = 1, first: int = 10_000) -> Tables:
+    """The tables in which the search fails for some pairs of a class pair, or of a target."""
+    pairs = tables.counterfactuals
+    mine = (pairs["target"].to_numpy() == target) & (True if source is None else pairs["source"].to_numpy() == source)
+    converged = np.ones(len(pairs), bool)
+    converged[np.flatnonzero(mine)[::every][:first]] = False
+    return replaced(tables, "counterfactuals", "converged", converged)
+
+
+def card_of(correct: int, **figures: Any) -> dict[str, Any]:
+    """A model card with 50 held-out images of each class, of which so many are classified as labelled."""
+    per_class = {name: {"images": 50, "correct": correct} for name in ("ant", "bee", "cow", "dog")}
+    return {"evaluation": {"images": 200, "correct": 4 * correct, "per_class": per_class, **figures}}
 
 
 def told(tables: Tables, **others: Any) -> dict[str, Finding]:
@@ -70,22 +85,15 @@ def test_find_names_a_hard_pair_and_its_failures() -> None:
 
 
 def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None:
-    per_class = {name: {"images": 50, "correct": 48} for name in ("ant", "bee", "cow", "dog")}
-    card = {"evaluation": {"images": 200, "correct": 192, "per_class": per_class}}
-    card["target_probs"] = {"median": [0.9] * 4, "p90": [0.99, 0.99, 0.99, 0.7]}
-    tables = make_tables()
-    failed = pa.array(tables.counterfactuals["target"].to_numpy() != 3)
-    found = told(replaced(tables, "counterfactuals", "converged", failed), card=card)["unconverged"]
+    card = card_of(48) | {"target_probs": {"median": [0.9] * 4, "p90": [0.99, 0.99, 0.99, 0.7]}}
+    tables = failing(make_tables(), target=3)
+    found = told(tables, card=card)["unconverged"]
     assert "100 % of them are towards classes out of reach (dog)" in found.sentence and found.level == "look"
     assert told(tables)["unconverged"].level == "alert"
 
 
 def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
-    tables = make_tables()
-    fails = (tables.counterfactuals["source"].to_numpy() == 2) & (tables.counterfactuals["target"].to_numpy() == 0)
-    place = tables.counterfactuals.column_names.index("converged")
-    tables.counterfactuals = tables.counterfactuals.set_column(place, "converged", pa.array(~fails))
-    found = told(tables)
+    found = told(failing(make_tables(), source=2, target=0))
     assert found["unconverged"].pairs == ((2, 0),) and found["unconverged"].level == "alert"
     assert (2, 0) not in found["hardest"].pairs and found["hardest"].level == "fact"
     assert "1 class pair that mostly fail" in found["hardest"].sentence
@@ -99,25 +107,12 @@ def test_find_tells_which_way_is_harder() -> None:
 
 
 def test_find_tells_that_one_way_fails() -> None:
-    tables = make_tables()
-    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
-    fails = (source == 0) & (target == 3) & (np.arange(len(source)) % 2 == 0)
-    place = tables.counterfactuals.column_names.index("converged")
-    tables.counterfactuals = tables.counterfactuals.set_column(place, "converged", pa.array(~fails))
-    finding = told(tables)["asymmetry"]
+    finding = told(failing(make_tables(), source=0, target=3, every=2))["asymmetry"]
     assert finding.pairs[0] == (0, 3) and "dog → ant converges in 100 % of its pairs" in finding.sentence
 
 
 def test_find_calls_no_way_harder_that_may_be_so_by_chance() -> None:
-    tables = make_tables(60)
-    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
-    pair = np.flatnonzero((source == 0) & (target == 3))
-    assert len(pair) == 15
-    converged = np.ones(len(source), bool)
-    converged[pair[:3]] = False
-    place = tables.counterfactuals.column_names.index("converged")
-    tables.counterfactuals = tables.counterfactuals.set_column(place, "converged", pa.array(converged))
-    assert "asymmetry" not in told(tables)
+    assert "asymmetry" not in told(failing(make_tables(60), source=0, target=3, first=3))  # of fifteen
 
 
 def test_find_tells_where_epistemic_uncertainty_rises() -> None:
@@ -165,11 +160,6 @@ def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
     assert found["labels"].figures["images"] == 9
 
 
-def test_find_says_that_no_predictor_was_asked() -> None:
-    sentences = dict(results_of(make_tables()).not_checked)
-    assert "no predictor was asked" in sentences["fooled"] and "no check" in sentences["confirmed"]
-
-
 def test_find_tells_which_attribute_drifts() -> None:
     tables = make_tables()
     pairs = tables.counterfactuals.select(["image_id", "target"])
@@ -186,16 +176,13 @@ def test_find_tells_which_attribute_drifts() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_shortcuts_name_a_patch(channels: int) -> None:
-    finding = told(make_tables(240, image_shape=(channels, 8, 12), planted=Planted(patch=3)))["shortcut"]
-    assert finding.figures["target"] == 3 and finding.figures["shape"] == "patch"
+def test_shortcuts_name_a_patch_and_a_tint(channels: int) -> None:
+    tables = make_tables(240, image_shape=(channels, 8, 12), planted=Planted(patch=3))
+    finding = told(tables)["shortcut"]
+    assert (finding.figures["target"], finding.figures["shape"]) == (3, "patch")
     assert finding.figures["box"] == [0, 2, 0, 2] and "at the top-left" in finding.sentence
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_shortcuts_name_a_tint(channels: int) -> None:
     finding = told(make_tables(240, image_shape=(channels, 8, 12), planted=Planted(tint=1)))["shortcut"]
-    assert finding.figures["target"] == 1 and finding.figures["shape"] == "tint"
+    assert (finding.figures["target"], finding.figures["shape"]) == (1, "tint")
     assert finding.figures["tint"][0] == pytest.approx(0.25, abs=0.05)
 
 
@@ -222,18 +209,10 @@ def test_mean_differences_are_those_of_a_loop() -> None:
     np.testing.assert_allclose(found.target_std[2], change[target == 2].std(0), atol=1e-6)
 
 
-def nothing_converged(tables: Tables) -> Tables:
-    count = tables.counterfactuals.num_rows
-    return replaced(tables, "counterfactuals", "converged", pa.array([False] * count))
-
-
-def no_labels(tables: Tables) -> Tables:
-    return replaced(tables, "codes", "label", pa.nulls(tables.codes.num_rows, pa.int32()))
-
-
-def one_classifier(tables: Tables) -> Tables:
-    nothing = pa.nulls(tables.counterfactuals.num_rows, pa.float32())
-    return replaced(tables, "counterfactuals", "epistemic_final", nothing)
+def without(tables: Tables, table: str, column: str) -> Tables:
+    """The tables with nothing in one column."""
+    kind = getattr(tables, table)[column].type
+    return replaced(tables, table, column, pa.nulls(len(getattr(tables, table)), kind))
 
 
 def one_target(tables: Tables) -> Tables:
@@ -243,66 +222,82 @@ def one_target(tables: Tables) -> Tables:
     return tables
 
 
-@pytest.mark.parametrize(
-    ("change", "kinds", "reason"),
-    [
-        (no_labels, {"labels"}, "no image has a label"),
-        (one_classifier, {"epistemic"}, "a single classifier has no epistemic uncertainty"),
-        (one_target, {"asymmetry"}, "no two classes have 8 pairs in each direction"),
-        (nothing_converged, {"epistemic", "reencoding"}, "no search converged"),
-    ],
-)
-def test_find_says_what_it_did_not_check(change: Any, kinds: set[str], reason: str) -> None:
-    results = results_of(change(make_tables(200, planted=Planted(patch=3))))
+def many_classes() -> Tables:
+    return make_tables(240, tuple(f"class-{i}" for i in range(30)))
+
+
+def nothing_converged() -> Tables:
+    tables = make_tables()
+    return replaced(tables, "counterfactuals", "converged", np.zeros(len(tables.counterfactuals), bool))
+
+
+NOT_CHECKED: list[tuple[Callable[[], Tables], dict[str, Any], dict[str, str]]] = [
+    (lambda: without(make_tables(), "codes", "label"), {}, {"labels": "no image has a label"}),
+    (
+        lambda: without(make_tables(), "counterfactuals", "epistemic_final"),
+        {},
+        {"epistemic": "a single classifier has no epistemic uncertainty"},
+    ),
+    (
+        lambda: one_target(make_tables(200)),
+        {},
+        {
+            "asymmetry": "no two classes have 8 pairs in each direction",
+            "fooled": "no predictor was asked",
+            "confirmed": "no check of the written pictures",
+            "predictions": "the audit has no predictions",
+            "attributes": "the attributes of the pictures were not measured",
+        },
+    ),
+    (nothing_converged, {}, {"epistemic": "no search converged", "reencoding": "no search converged"}),
+    (
+        lambda: make_tables(24),
+        {"differences": False},
+        {
+            "labels": "24 images have a label, 40 are needed",
+            "epistemic": "fewer than 40 images are as sure",
+            "shortcut": "the audit has neither pictures",
+        },
+    ),
+    (many_classes, {}, {"asymmetry": "8 pairs in each direction are too few to compare 435 class pairs"}),
+    (
+        lambda: make_tables(100, planted=Planted(wrong_labels=15)),
+        {},
+        {"labels": "the ensemble predicts 85 % of the labels"},
+    ),
+    (lambda: make_tables(100, ("ant", "bee")), {}, {"shortcut": "no class is the target of 20 pairs from 2 other"}),
+    (
+        lambda: make_tables(200),
+        {"trained_on_labels": True},
+        {"labels": "the ensemble was trained on these labels"},
+    ),
+    (
+        lambda: make_tables(240, planted=Planted(patch=3, wrong_labels=5)),
+        {"card": card_of(12)},
+        dict.fromkeys(("labels", "shortcut"), "the model is not good enough for an audit"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "reasons"), NOT_CHECKED, ids=[str(list(row[2])) for row in NOT_CHECKED])
+def test_find_says_what_it_did_not_check(
+    make: Callable[[], Tables], options: dict[str, Any], reasons: dict[str, str]
+) -> None:
+    results = results_of(make(), **options)
     sentences = dict(results.not_checked)
-    assert all(f"not checked, because {reason}" in sentences[kind] for kind in kinds)
-    assert not kinds & {kind for kind, _ in results.clear}
+    assert all(f"not checked, because {reason}" in sentences[kind] for kind, reason in reasons.items()), sentences
+    assert not reasons.keys() & {kind for kind, _ in results.clear}
 
 
-def test_find_says_that_few_images_were_not_checked() -> None:
-    sentences = dict(results_of(make_tables(24), differences=False).not_checked)
-    assert "24 images have a label, 40 are needed" in sentences["labels"]
-    assert "fewer than 40 images are as sure" in sentences["epistemic"]
-    assert "neither pictures" in sentences["shortcut"] and "predictions" in sentences and "attributes" in sentences
-
-
-def test_directions_of_many_classes_need_enough_pairs() -> None:
-    names = tuple(f"class-{i}" for i in range(30))
-    sentences = dict(results_of(make_tables(240, names), differences=False).not_checked)
-    assert "8 pairs in each direction are too few to compare 435 class pairs" in sentences["asymmetry"]
-
-
-def test_labels_are_not_cleared_by_the_ensemble_that_learned_them() -> None:
-    results = results_of(make_tables(200), trained_on_labels=True)
-    assert "trained on these labels" in dict(results.not_checked)["labels"]
+def test_wrong_labels_are_told_of_labels_that_the_ensemble_learned() -> None:
     wrong = told(make_tables(200, planted=Planted(wrong_labels=5)), trained_on_labels=True)["labels"]
     assert "others may be missed" in wrong.sentence
 
 
-def test_labels_are_withheld_below_an_agreement_of_nine_in_ten() -> None:
-    results = results_of(make_tables(100, planted=Planted(wrong_labels=15)))
-    assert "the ensemble predicts 85 % of the labels" in dict(results.not_checked)["labels"]
-
-
-def test_findings_that_need_a_good_model_are_withheld_from_a_no_go() -> None:
-    per_class = {name: {"images": 50, "correct": 12} for name in ("ant", "bee", "cow", "dog")}
-    card = {"evaluation": {"images": 200, "correct": 48, "per_class": per_class}}
-    tables = make_tables(240, planted=Planted(patch=3, wrong_labels=5))
-    withheld = dict(results_of(tables, card=card).not_checked)
-    assert all("is not good enough for an audit" in withheld[kind] for kind in ("labels", "shortcut"))
-
-
 def test_findings_that_need_a_good_model_are_lowered_under_reservations() -> None:
-    per_class = {name: {"images": 50, "correct": 45} for name in ("ant", "bee", "cow", "dog")}
-    baseline = {"components": 9, "balanced_accuracy": 0.99}
-    card = {"evaluation": {"images": 200, "correct": 180, "per_class": per_class, "baseline": baseline}}
+    card = card_of(45, baseline={"components": 9, "balanced_accuracy": 0.99})
     found = told(make_tables(240, planted=Planted(patch=3, wrong_labels=5)), card=card)
     assert all(found[kind].level == "look" and "lowered" in found[kind].evidence for kind in ("shortcut", "labels"))
-
-
-def test_shortcut_of_one_source_is_not_checked() -> None:
-    tables = make_tables(100, ("ant", "bee"), planted=Planted(patch=1))
-    assert "from 2 other classes" in dict(results_of(tables).not_checked)["shortcut"]
 
 
 def test_region_that_varies_is_a_fact_beside_the_real_difference() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from audits import Planted, make_tables
+from audits import Planted, make_tables, replaced
 
 from clarity import schema
 from clarity.audit.queries import connect
@@ -83,9 +83,7 @@ def test_suspicious_labels_asks_a_bounded_number_of_images(monkeypatch: pytest.M
 
 def test_suspicious_labels_leaves_out_what_has_no_label() -> None:
     tables = make_tables(40, planted=Planted(unreadable=2))
-    place = tables.codes.column_names.index("label")
-    labels = [None if i < 5 else value for i, value in enumerate(tables.codes["label"].to_pylist())]
-    codes = tables.codes.set_column(place, "label", pa.array(labels, pa.int32()))
-    assert suspicious_labels(connect(codes, tables.counterfactuals)).num_rows == 33
-    none = tables.codes.set_column(place, "label", pa.nulls(40, pa.int32()))
-    assert suspicious_labels(connect(none, tables.counterfactuals)).num_rows == 0
+    labels = tables.codes["label"].to_pylist()
+    for known, count in (([None] * 5 + labels[5:], 33), ([None] * 40, 0)):
+        tables = replaced(tables, "codes", "label", pa.array(known, pa.int32()))
+        assert suspicious_labels(connect(tables.codes, tables.counterfactuals)).num_rows == count

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +31,12 @@ from clarity.planning import make_plan
 from clarity.report.page import write_report
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
+from clarity.vae import VAE
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
 ROOT = Path(__file__).parents[2]
 COUNT, METHODS_TRIED = 10, ("clarity", "revise_e", "fgsm", "schut", "latent", "revise", "revise_e_latent")
 CONFIG = SearchConfig(max_steps=6, min_target_prob=0.4)
-
-
-def job() -> Any:
-    return load_job("compare")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nets this small lose time to a second thread, and lose much of it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +238,19 @@ def test_outside_images_are_judged_in_the_same_table(bench: Bench, root: Path, t
     assert "strict_validity" not in theirs.column_names
 
 
-def test_outside_images_that_cannot_be_judged_are_refused(bench: Bench, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"image": None}, "missing: image"), ({"target": "eleven"}, "eleven"), ({"image_id": "x"}, "no counterfactual")],
+)
+def test_outside_images_that_cannot_be_judged_are_refused(
+    change: dict[str, Any], message: str, bench: Bench, root: Path, tmp_path: Path
+) -> None:
     like = bench.results(root, "clarity")
-    uri = tmp_path / "theirs.npz"
-    image = np.zeros((1, 28, 28), np.uint8)
-    np.savez(uri, image_id=np.array(["a"]), target=np.array([1]))
-    with pytest.raises(ValueError, match="missing: image"):
-        compare.external_results("theirs", str(uri), like, bench.model)
-    np.savez(uri, image_id=np.array([like.images.ids[0]]), target=np.array(["eleven"]), image=image)
-    with pytest.raises(ValueError, match="eleven"):
-        compare.external_results("theirs", str(uri), like, bench.model)
-    np.savez(uri, image_id=np.array(["nobody"]), target=np.array([1]), image=image)
-    with pytest.raises(ValueError, match="no counterfactual"):
-        compare.external_results("theirs", str(uri), like, bench.model)
+    good = {"image_id": like.images.ids[0], "target": "1", "image": np.zeros((28, 28), np.uint8)}
+    content = {name: np.array([value]) for name, value in (good | change).items() if value is not None}
+    np.savez(tmp_path / "theirs.npz", **content)
+    with pytest.raises(ValueError, match=message):
+        compare.external_results("theirs", str(tmp_path / "theirs.npz"), like, bench.model)
 
 
 def test_summary_weighs_class_pairs_by_their_pairs(bench: Bench, root: Path) -> None:
@@ -289,16 +276,6 @@ def test_paired_difference_is_over_shared_pairs() -> None:
     found = claims.paired_difference({"a": a, "b": b}, "a", "b")
     assert found is not None and found["pairs"] == 2 and found["steps"][0] == pytest.approx((2 + 0.5) / 2)
     assert claims.paired_difference({"a": a}, "a", "b") is None
-
-
-def test_one_member_of_either_ensemble_has_the_same_parameters(bench: Bench) -> None:
-    hidden = {"num_classes": 10, "latent_dim": 5, "hidden": (6, 7)}
-    model = bench.model
-    assert model.image_ensemble is not None and dataclasses.asdict(model.image_ensemble.config) | hidden == (
-        dataclasses.asdict(model.ensemble.config) | hidden | {"num_members": 2}
-    )
-    counts = claims.parameters_of_one_member(model)
-    assert counts["latent"] == counts["image"] > 1000
 
 
 def test_trace_search_follows_the_search(bench: Bench, root: Path) -> None:
@@ -331,26 +308,22 @@ def test_member_gradients_are_those_of_each_alone(bench: Bench) -> None:
 def test_segments_hold_their_ends(bench: Bench) -> None:
     a, b = torch.zeros(5), torch.arange(5.0)
     points = claims.along_segment(a, b, 5)
-    assert torch.equal(points[0], a) and torch.equal(points[-1], b) and torch.allclose(points[1], b / 4)
+    assert torch.equal(points[[0, -1]], torch.stack([a, b])) and torch.allclose(points[1], b / 4)
     curves = claims.target_curves(bench.model.ensemble, points, 7)
     probs = torch.softmax(bench.model.ensemble(points), -1)[..., 7]
     assert curves.shape == (3, 5) and np.allclose(curves, probs.detach().numpy(), atol=1e-6)
 
 
-def test_timed_works_take_turns_and_count_their_units(bench: Bench) -> None:
+def test_timed_works_take_turns_and_count_their_units() -> None:
     turns = []
 
-    def slow() -> int:
-        turns.append("slow")
-        time.sleep(0.02)
-        return 2
+    def work(name: str, seconds: float, units: int) -> int:
+        turns.append(name)
+        time.sleep(seconds)
+        return units
 
-    def fast() -> int:
-        turns.append("fast")
-        time.sleep(0.002)
-        return 1
-
-    found = timings.seconds_in_turns({"slow": slow, "fast": fast}, repeats=3, at_least=0.03)
+    works = {name: functools.partial(work, name, *of) for name, of in {"slow": (0.02, 2), "fast": (0.002, 1)}.items()}
+    found = timings.seconds_in_turns(works, repeats=3, at_least=0.03)
     assert found["slow"].shape == found["fast"].shape == (3,)
     assert (found["slow"] >= 0.01).all() and (found["fast"] >= 0.002).all()
     changes = [name for name, before in zip(turns, ["", *turns]) if name != before]
@@ -385,15 +358,9 @@ def test_job_judges_given_audits_and_draws(root: Path, tmp_path: Path, capsys: A
         "--out", str(out), "--audit", *audits, "--external", f"theirs={theirs}",
         "--max-steps", "6", "--min-target-prob", "0.4",
     ]  # fmt: skip
-    flat = checkpoints.load_model(root / "model")
-    flat_vae = dataclasses.replace(flat.vae.config, latent_dim=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        flat.vae = untrained_vae(flat_vae)
-        flat.ensemble = type(flat.ensemble)(dataclasses.replace(flat.ensemble.config, latent_dim=2)).eval()
-    flat.image_ensemble = None
+    flat = dataclasses.replace(flattened(checkpoints.load_model(root / "model")), image_ensemble=None)
     checkpoints.save_model(flat, tmp_path / "flat", card={})
-    module = job()
+    module = load_job("compare")
     assert module.main(command) == 0, capsys.readouterr().err
     table = pq.read_table(out / "comparison.parquet")
     names = table["method"].unique().to_pylist()
@@ -419,10 +386,13 @@ def test_job_judges_given_audits_and_draws(root: Path, tmp_path: Path, capsys: A
     assert (out / "comparison.parquet").read_bytes() == first
 
 
-def untrained_vae(config: Any) -> Any:
-    from clarity.vae import VAE
-
-    return VAE(config).eval()
+def flattened(model: Any) -> Any:
+    """The model with an untrained VAE and ensemble of a 2-D latent space."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        vae = VAE(dataclasses.replace(model.vae.config, latent_dim=2)).eval()
+        ensemble = type(model.ensemble)(dataclasses.replace(model.ensemble.config, latent_dim=2)).eval()
+    return dataclasses.replace(model, vae=vae, ensemble=ensemble)
 
 
 @pytest.mark.parametrize(
@@ -435,12 +405,12 @@ def untrained_vae(config: Any) -> Any:
     ],
 )
 def test_job_refuses_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
-    assert job().main(["--out", str(tmp_path / "out"), *arguments]) == 2
+    assert load_job("compare").main(["--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_flat_model_must_be_flat_and_of_the_same_data(root: Path) -> None:
-    model, module = checkpoints.load_model(root / "model"), job()
+    model, module = checkpoints.load_model(root / "model"), load_job("compare")
     args = module.new_parser().parse_args(["--flat-model", str(root / "model")])
     with pytest.raises(ValueError, match="Figure 10 needs 2"):
         module.flat_model(args, model, "unused")
@@ -448,11 +418,7 @@ def test_flat_model_must_be_flat_and_of_the_same_data(root: Path) -> None:
 
 def test_paths_end_inside_the_cloud_or_not(root: Path, bench: Bench) -> None:
     """Starts are test images of the source; a search that makes no step ends where it started, outside."""
-    config = dataclasses.replace(bench.model.vae.config, latent_dim=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        ensemble = type(bench.model.ensemble)(dataclasses.replace(bench.model.ensemble.config, latent_dim=2)).eval()
-        flat = dataclasses.replace(bench.model, vae=untrained_vae(config), ensemble=ensemble)
+    flat = flattened(bench.model)
     rng = np.random.default_rng(0)
     label = np.array([5] * 12 + [1] * 40)
     x = rng.integers(0, 3, (52, 1, 28, 28)).astype(np.uint8)
@@ -474,14 +440,14 @@ def test_paths_end_inside_the_cloud_or_not(root: Path, bench: Bench) -> None:
 
 
 def test_job_asks_for_image_classifiers_where_they_lack(tiny_digits_model: Path, tmp_path: Path, capsys: Any) -> None:
-    assert job().main(["--model", str(tiny_digits_model), "--out", str(tmp_path / "out")]) == 2
+    assert load_job("compare").main(["--model", str(tiny_digits_model), "--out", str(tmp_path / "out")]) == 2
     assert "--methods clarity latent" in capsys.readouterr().err
 
 
 def test_job_passes_on_how_another_job_ended(root: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     command = ["--model", str(root / "model"), "--judges", str(root / "judges"), "--out", str(tmp_path / "out")]
-    assert job().main([*command, "--methods", "clarity", "--images", "10"]) == 1
+    assert load_job("compare").main([*command, "--methods", "clarity", "--images", "10"]) == 1
     assert "explain_all.py ended with exit code 1" in capsys.readouterr().err
     assert (tmp_path / "out" / "sample-10.parquet").exists()
 

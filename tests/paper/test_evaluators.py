@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,6 @@ from clarity.paper.evaluators import Judges, load_judges, save_judges, train_jud
 from clarity.training.judge import JudgeTraining
 
 C, H, W, K = 3, 8, 12, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Nets this small lose time to a second thread, and lose much of it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 SHORT = JudgeTraining(updates=40, batch_size=16, shift=0.02, turn=0.05, scale=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from audits import Planted, make_tables, write_audit
+from audits import EVERYTHING, Planted, make_tables, write_audit
 
 from clarity.report.page import write_report
 
-EVERYTHING = Planted(hard=(1, 3), asymmetry=(0, 2), wrong_labels=4, edge=5, rising=2, lost=1, unreadable=2, nonfinite=1)
+FITS = "return document.documentElement.scrollWidth <= innerWidth"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_page_loads_without_complaint_or_request(chromium: Any, page: str) -> No
     open_page(chromium, page)
     assert slips(chromium) == []
     assert complaints(chromium) == [] and requests(chromium, page) == []
-    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert chromium.execute_script(FITS)
 
 
 def painted(driver: Any, selector: str) -> bool:
@@ -185,7 +186,7 @@ def test_page_shows_audits_side_by_side(chromium: Any, tmp_path: Path, tiny_mode
     # As many figures under each heading of the first screen, whichever the audit.
     rows = chromium.find_elements("css selector", ".masthead tbody tr")
     assert len({len(row.find_elements("css selector", "td")) for row in rows}) == 1
-    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert chromium.execute_script(FITS)
 
 
 def test_page_marks_the_cells_of_few_pairs(chromium: Any, tmp_path: Path) -> None:
@@ -197,15 +198,33 @@ def test_page_marks_the_cells_of_few_pairs(chromium: Any, tmp_path: Path) -> Non
         assert slips(chromium) == []
 
 
+@contextlib.contextmanager
+def window(driver: Any, width: int) -> Iterator[None]:
+    """A window of another width."""
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        yield
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @pytest.mark.parametrize("width", [360, 820, 2200])
 def test_page_fits_every_width(chromium: Any, page: str, width: int) -> None:
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    try:
+    with window(chromium, width):
         open_page(chromium, page)
-        assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    finally:
-        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert chromium.execute_script(FITS)
+
+
+@pytest.mark.parametrize("width", [360, 1300])
+def test_page_of_long_names_keeps_its_width(chromium: Any, tmp_path: Path, tiny_model: Any, width: int) -> None:
+    names = ("x" * 300, "automobile_red", "automobile_blue", "a name of several words that goes on and on " * 4)
+    audit = write_audit(tmp_path / "a", make_tables(class_names=names, planted=EVERYTHING), tiny_model)
+    with window(chromium, width):
+        open_page(chromium, Path(write_report([audit]).uri).as_uri())
+        assert chromium.execute_script(FITS)
+        heads = chromium.find_elements("css selector", "#map thead th[scope=col]")
+        assert len({head.text for head in heads[:4]}) == 4
 
 
 def test_page_names_everything_for_a_screen_reader(chromium: Any, page: str) -> None:
@@ -231,19 +250,4 @@ def test_page_of_a_hundred_classes_is_quickly_there(chromium: Any, tmp_path: Pat
     assert chromium.execute_script("return performance.getEntriesByName('clarity-interactive')[0].startTime") < 8000
     chromium.execute_script('document.querySelector(\'#map td[data-s="3"][data-t="70"]\').click()')
     assert chromium.find_element("id", "gallery-title").text == "class number 3 → class number 70"
-    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-
-
-@pytest.mark.parametrize("width", [360, 1300])
-def test_page_of_long_names_keeps_its_width(chromium: Any, tmp_path: Path, tiny_model: Any, width: int) -> None:
-    names = ("x" * 300, "automobile_red", "automobile_blue", "a name of several words that goes on and on " * 4)
-    audit = write_audit(tmp_path / "a", make_tables(class_names=names, planted=EVERYTHING), tiny_model)
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    try:
-        open_page(chromium, Path(write_report([audit]).uri).as_uri())
-        assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-        heads = chromium.find_elements("css selector", "#map thead th[scope=col]")
-        assert len({head.text for head in heads[:4]}) == 4
-    finally:
-        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert chromium.execute_script(FITS)
