@@ -75,7 +75,7 @@ def test_query_refuses_what_it_does_not_know() -> None:
 
 
 def test_views_agree_with_numpy() -> None:
-    tables = make_tables(planted=Planted(hard=(1, 3), nonfinite=2, prediction_errors=5))
+    tables = make_tables(planted=Planted(hard=(1, 3), lost=3, nonfinite=2, prediction_errors=5))
     con = connect(tables.codes, tables.counterfactuals)
     pairs = tables.counterfactuals.to_pandas()
     total = con.sql("FROM class_pair_figures WHERE source IS NULL").df().iloc[0]
@@ -84,7 +84,17 @@ def test_views_agree_with_numpy() -> None:
     assert total.median_distance == np.median(good.distance_z_l1) and total.mean_steps == pairs.steps.mean()
     cell = con.sql("FROM class_pair_figures WHERE source = 1 AND target = 3").df().iloc[0]
     mine = pairs[(pairs.source == 1) & (pairs.target == 3)]
-    assert cell.strict_validity == mine.converged.mean() and cell.median_steps == mine.steps[mine.converged].median()
+    good = mine[mine.converged]
+    expected = {
+        "pairs": len(mine),
+        "strict_validity": mine.converged.mean(),
+        "reencoded_agreement": (mine.reencoded_class == mine.target).mean(),
+        "median_steps": good.steps.median(),
+        "median_distance": good.distance_z_l1.median(),
+        "epistemic_initial": mine.epistemic_initial.median(),
+        "epistemic_final": mine.epistemic_final.median(),
+    }
+    assert {name: cell[name] for name in expected} == pytest.approx(expected)
     agreement = con.sql("FROM prediction_agreement").df()
     assert agreement.images.sum() == 120
     assert agreement.images[agreement.prediction == agreement.source].sum() == 115
