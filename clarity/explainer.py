@@ -41,7 +41,16 @@ from clarity.judges import judge_rows
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model, load_model
 from clarity.predictor import load_predictor
-from clarity.rows import Prediction, decode_rows, encode_rows, logits_rows, mean_probs, one_thread, predict
+from clarity.rows import (
+    Uncertainties,
+    decode_rows,
+    encode_rows,
+    logits_rows,
+    mean_probs,
+    one_thread,
+    predict,
+    uncertainties,
+)
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.tables import (
     Asked,
@@ -422,12 +431,12 @@ class Explainer:
             self.search(encoded.model, asked.pairs.select(index), on_step=on_step)
         return pa.concat_tables(tables)
 
-    def predict_points(self, model: Model, points: Tensor) -> Prediction:
-        """What the method's own classifier predicts at points of its space."""
-        return predict(classifier_logits(model, self.method, points))
+    def predict_points(self, model: Model, points: Tensor) -> Uncertainties:
+        """Uncertainties of the method's own classifier at points of its space."""
+        return uncertainties(classifier_logits(model, self.method, points))
 
-    def predict_start(self, encoded: Encoded) -> Prediction:
-        """Predictions of the method's own classifier at the start of each image's search."""
+    def predict_start(self, encoded: Encoded) -> Uncertainties:
+        """Uncertainties of the method's own classifier at the start of each image's search."""
         if self.method == "clarity":
             return encoded.prediction
         target = torch.zeros(len(encoded.source), dtype=torch.int64, device=self.device)

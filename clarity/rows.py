@@ -193,25 +193,32 @@ def logits_rows(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor) -> Ten
 
 
 @dataclass
-class Prediction:
-    """What an ensemble predicts at B points: mean probabilities (B, K) and uncertainties (B,) in nats."""
+class Uncertainties:
+    """Uncertainties of an ensemble at B points, (B,) in nats."""
 
-    probs: np.ndarray
     predictive: np.ndarray
     aleatoric: np.ndarray
     epistemic: np.ndarray
 
 
+@dataclass
+class Prediction(Uncertainties):
+    """What an ensemble predicts at B points: mean probabilities (B, K) and uncertainties."""
+
+    probs: np.ndarray
+
+
 def predict(logits: Tensor) -> Prediction:
     """Mean probabilities and uncertainties of logits (M, B, K)."""
+    return Prediction(**vars(uncertainties(logits)), probs=mean_probs(logits))
 
-    def evaluate(block: Tensor) -> Tensor:
-        return torch.cat([block.softmax(-1).mean(1), torch.stack(decompose(block.transpose(0, 1)), 1)], 1)
 
-    values = in_blocks(evaluate, logits.transpose(0, 1)).cpu().numpy()
-    return Prediction(values[:, :-3], *np.ascontiguousarray(values[:, -3:].T))
+def uncertainties(logits: Tensor) -> Uncertainties:
+    """Uncertainties alone of logits (M, B, K), at a third of the time of ``predict``."""
+    values = in_blocks(lambda block: torch.stack(decompose(block.transpose(0, 1)), 1), logits.transpose(0, 1))
+    return Uncertainties(*np.ascontiguousarray(values.cpu().numpy().T))
 
 
 def mean_probs(logits: Tensor) -> np.ndarray:
-    """The ``probs`` of ``predict`` alone, (B, K), at a fraction of its time."""
+    """Mean probabilities alone, (B, K), of logits (M, B, K)."""
     return in_blocks(lambda block: block.softmax(-1).mean(1), logits.transpose(0, 1)).cpu().numpy()

@@ -20,7 +20,7 @@ from clarity import data, schema
 from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
-from clarity.rows import Prediction
+from clarity.rows import Prediction, Uncertainties
 from clarity.search import Counterfactuals
 
 
@@ -182,14 +182,14 @@ def pair_rows(
     encoded: Encoded,
     asked: Asked,
     results: Results,
-    initial: Prediction,
-    final: Prediction,
+    initial: Uncertainties,
+    final: Uncertainties,
     images: str,
     kept: AttributeHeads | None = None,
 ) -> pa.Table:
     """Rows of ``counterfactuals``.
 
-    ``initial`` and ``final`` are predictions of the method's classifier, where the search of each image starts and at
+    ``initial`` and ``final`` are uncertainties of the method's classifier, where the search of each image starts and at
     the points found; ``images`` is png, or none to leave the images out; ``kept`` heads of the kept attributes.
     """
     found, written, target = results.found, results.written, asked.target.astype(np.int32)

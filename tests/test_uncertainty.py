@@ -68,6 +68,27 @@ def test_decompose_keeps_the_digits_of_a_tiny_epistemic_part() -> None:
     assert found.epistemic.item() == pytest.approx(entropy(sum(p) / 2) - (entropy(p[0]) + entropy(p[1])) / 2, rel=1e-3)
 
 
+def by_logarithms(logits: torch.Tensor) -> list[torch.Tensor]:
+    """The decomposition as it is written in the literature, from the logarithms of all probabilities."""
+    log_probs = torch.log_softmax(logits.double(), -1)
+    log_mean = torch.logsumexp(log_probs, 0) - math.log(len(logits))
+
+    def entropy(logs: torch.Tensor) -> torch.Tensor:
+        return -(logs.exp() * logs).nan_to_num(nan=0.0).sum(-1).clamp_max(0)
+
+    aleatoric, predictive = entropy(log_probs).mean(0), entropy(log_mean)
+    epistemic = (predictive - aleatoric).clamp_min(0)
+    return [aleatoric + epistemic, aleatoric, epistemic]
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1e3])
+def test_decompose_agrees_with_the_plain_formula_in_float64(scale: float) -> None:
+    logits = torch.randn(5, 128, 7, generator=torch.Generator().manual_seed(0)) * scale
+    logits[0, 0, 0], logits[:, 1], logits[2, 2, 3] = -math.inf, math.nan, math.inf
+    for ours, exact in zip(decompose(logits), by_logarithms(logits)):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-12)
+
+
 def test_decompose_rejects_probabilities_without_members() -> None:
     with pytest.raises(ValueError, match=r"logits of shape \(M, B, K\), got \(3, 4\)"):
         decompose(torch.zeros(3, 4))

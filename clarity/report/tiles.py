@@ -71,6 +71,8 @@ class Tiles:
             sheet = sheet.reshape(lines * self.height, self.columns * self.width, self.channels)
             image = Image.fromarray(sheet[:, :, 0] if self.channels == 1 else sheet).convert("RGB")
             buffer = io.BytesIO()
-            image.save(buffer, "WEBP", lossless=self.channels == 1, quality=85, method=3)
+            # The quality of exact pictures is the effort: 85 takes four times as long for 0.1 % fewer bytes.
+            lossless = self.channels == 1
+            image.save(buffer, "WEBP", lossless=lossless, quality=30 if lossless else 85, method=3)
             sheets.append("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
         return sheets
