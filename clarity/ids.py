@@ -1,6 +1,6 @@
-"""Everything that is decided by an image id alone: split, fold, half of the held-out networks, noise.
+"""Everything that is decided by an image id alone: split, fold, half of the held-out networks, sample, noise.
 
-Each is a hash of the id under a prefix of its own, so the four are independent of each other, of the order of the
+Each is a hash of the id under a prefix of its own, so these are independent of each other, of the order of the
 images and of the number of machines. Does not know where ids come from.
 """
 
@@ -12,16 +12,19 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def number_of(purpose: str, image_id: str) -> int:
+    """A number of 64 bits."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{image_id}".encode()).digest()[:8], "big")
+
+
 def split_of(image_id: str) -> str:
     """The split of an image whose source has no splits: "test" for one id in ten, "train" for the others."""
-    digest = hashlib.sha256(b"split:" + image_id.encode()).digest()
-    return "test" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
+    return "test" if number_of("split", image_id) % 10 == 0 else "train"
 
 
 def fold_of(image_id: str, num_folds: int) -> int:
     """The cross-validation fold, 0 ... num_folds - 1, whose ensemble is trained without this image."""
-    digest = hashlib.sha256(b"fold:" + image_id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % num_folds
+    return number_of("fold", image_id) % num_folds
 
 
 def in_judges_half(image_ids: Sequence[str]) -> np.ndarray:
@@ -29,10 +32,16 @@ def in_judges_half(image_ids: Sequence[str]) -> np.ndarray:
     return np.array([hashlib.sha256(f"judges/{name}".encode()).digest()[0] < 128 for name in image_ids], dtype=bool)
 
 
-def noise(image_ids: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
-    """Standard normal noise (B, dim) float32; each row is a function of its image id and the seed (Box-Muller)."""
+def sample(image_ids: Sequence[str], count: int) -> list[int]:
+    """Indices of a fixed sample of at most ``count`` images, in their order; a larger sample contains a smaller one."""
+    numbers = [number_of("sample", name) for name in image_ids]
+    return sorted(sorted(range(len(numbers)), key=numbers.__getitem__)[:count])
+
+
+def noise(image_ids: Sequence[str], dim: int) -> np.ndarray:
+    """Standard normal noise (B, dim) float32; each row is a function of its image id (Box-Muller)."""
     pairs = (dim + 1) // 2
-    stream = b"".join(hashlib.shake_256(f"noise:{seed}:{name}".encode()).digest(16 * pairs) for name in image_ids)
+    stream = b"".join(hashlib.shake_256(f"noise:0:{name}".encode()).digest(16 * pairs) for name in image_ids)
     uniform = ((np.frombuffer(stream, "<u8") >> np.uint64(11)) + 0.5) / 2.0**53
     first, second = uniform.reshape(len(image_ids), 2, pairs).transpose(1, 0, 2)
     radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second

@@ -22,9 +22,10 @@ import clarity
 from clarity import data, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import Plan, shard_table
-from clarity.checks import Requirements, require_judge
-from clarity.explainer import explainer_of, kept_heads, require_classifier
-from clarity.methods import METHODS
+from clarity.checks import Requirements, kept_heads, require_judge
+from clarity.explainer import explainer_of
+from clarity.ids import sample
+from clarity.methods import METHODS, ensemble_of
 from clarity.model import Model, load_model
 from clarity.predictor import BATCH_TOLERANCE, Predictor, batch_difference
 from clarity.search import SearchConfig
@@ -35,6 +36,7 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
     """Select images of a listing; also returns which of them get pairs: ``all`` or the ``misclassified``.
 
     ``where`` are conditions, all of which must hold: label=A,B (names), ids=FILE (one id a line), misclassified.
+    ``limit`` keeps a fixed sample of so many of what they leave.
 
     Raises:
         ValueError: an unknown condition, label or id; or no image is left.
@@ -58,7 +60,8 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
             raise ValueError(f"where: expected label=NAME[,NAME...], ids=FILE or misclassified, got {condition!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1, got {limit}")
-    listing = listing.slice(0, limit)
+    if limit is not None:
+        listing = listing.take(sample(listing["image_id"].to_pylist(), limit))
     if not len(listing):
         raise ValueError("where: no image is left; drop a condition")
     return listing, only
@@ -105,7 +108,7 @@ def make_plan(
     ``checks`` are those of ``make_checks``. Where the model has folds, each image of the training split is explained by
     the ensemble of the fold that has not seen it.
     """
-    require_classifier(model, method)
+    ensemble_of(model, method)  # or ValueError
     checks = dict(checks or {})
     kept_heads(model, method, checks.get("keep", ()))
     indices = class_indices(targets, model.class_names)

@@ -44,7 +44,7 @@ def new_parser() -> ArgumentParser:
     parser = driver.new_parser(__doc__)
     add = (group := driver.add_data_flags(parser, "held-out", "Split: train, test, all, held-out")).add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
-    add("--limit", type=int, metavar="N", help="Explain the first N images; by path, so often of one class.")
+    add("--limit", type=int, metavar="N", help="Explain a fixed sample of N images.")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to copy into codes, or all.")
     add = group.add_mutually_exclusive_group().add_argument
     add("--predictions", metavar="FILE", help="Your model's classes or probabilities by image_id, Parquet or CSV.")

@@ -2,7 +2,8 @@
 """Train a model on Ray Train: the VAE on all workers together, then the ensemble's members divided among them.
 
 The same command resumes an interrupted run, with any number of workers, and adds what a finished model lacks
-(--image-members, --folds). Exit codes: 0 finished, 1 interrupted (run it again), 2 bad input.
+(--image-members, --folds, --attributes) to what it has. Exit codes: 0 finished, 1 interrupted (run it again), 2 bad
+input.
 """
 
 from __future__ import annotations
@@ -243,11 +244,7 @@ def describe(plan: TrainingPlan) -> str:
                 f"{name:<10} accuracy {found['accuracy']:.2%} held out, members {found['member_accuracy_mean']:.2%}, "
                 f"balanced {found['balanced_accuracy']:.2%}, calibration error {found['calibration_error']:.3f}"
             )
-            per_class = found["per_class"]
-            # Of hundreds of classes the worst are what one has to know.
-            worst = sorted(per_class, key=per_class.__getitem__)[:SHOWN_CLASSES]
-            shown = ", ".join(f"{label} {per_class[label]:.2%}" for label in per_class if label in worst)
-            lines.append(f"{'':<10} {'worst: ' if len(per_class) > len(worst) else ''}{shown}")
+            lines.append(f"{'':<10} {shares(found['per_class'])}")
     if baseline := evaluation.get("baseline"):
         lines.append(f"baseline   accuracy {baseline['accuracy']:.2%}, logistic regression on principal components")
     if told := card.get("predictor"):
@@ -257,15 +254,21 @@ def describe(plan: TrainingPlan) -> str:
         lines.append(f"judge      accuracy {judge['accuracy']:.2%} held out, {again:.2%} on reconstructions")
     heads = {name: about for name, about in metrics.get("attributes", {}).items() if about["accuracy"] is not None}
     if heads:
-        worst = sorted(heads, key=lambda name: heads[name]["balanced_accuracy"])[:SHOWN_CLASSES]
-        shown = ", ".join(f"{name} {heads[name]['balanced_accuracy']:.2%}" for name in heads if name in worst)
-        lines.append(f"attributes {'worst: ' if len(heads) > len(worst) else ''}{shown}, balanced accuracy held out")
+        balanced = shares({name: about["balanced_accuracy"] for name, about in heads.items()})
+        lines.append(f"attributes {balanced}, balanced accuracy held out")
     measured = metrics.get("ensemble", {}).get("per_class", {})
     unseen = [name for name in card.get("class_names", []) if name not in measured]
     if measured and unseen:
         more = f" and {len(unseen) - SHOWN_CLASSES} more" if len(unseen) > SHOWN_CLASSES else ""
         lines.append(f"{'':<10} not measured, no held-out image: {', '.join(unseen[:SHOWN_CLASSES])}{more}")
     return "\n".join(lines) or "nothing was held out to measure on"
+
+
+def shares(figures: Mapping[str, float]) -> str:
+    """Figures by name, as text; of hundreds the worst."""
+    worst = sorted(figures, key=figures.__getitem__)[:SHOWN_CLASSES]
+    shown = ", ".join(f"{name} {figures[name]:.2%}" for name in figures if name in worst)
+    return f"worst: {shown}" if len(figures) > len(worst) else shown
 
 
 def describe_fidelity(told: Mapping[str, Any]) -> list[str]:

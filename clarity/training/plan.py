@@ -28,6 +28,7 @@ from clarity.data import (
 )
 from clarity.data.review import review
 from clarity.images import Preprocessing
+from clarity.model import read_card
 from clarity.predictor import load_predictor
 from clarity.training.attributes import choose_attributes
 from clarity.training.distil import COPIES, open_audit
@@ -244,7 +245,7 @@ def plan_training(
         asked["refit"] = open_audit(refit, out, dataset, listing, class_names).plan.fingerprint
     widths = EnsembleConfig.hidden if hidden is None else tuple(hidden)
     ensemble = EnsembleConfig(len(class_names), vae.latent_dim, widths, num_members)
-    return TrainingPlan(
+    plan = TrainingPlan(
         out,
         class_names,
         preprocessing,
@@ -259,6 +260,18 @@ def plan_training(
         asked=asked,
         **fields,
     )
+    return keep_extras(plan)
+
+
+def keep_extras(plan: TrainingPlan) -> TrainingPlan:
+    """The plan with what a finished model in its directory has beside the ensemble, where nothing else is asked for."""
+    known = (read_card(plan.out) or {}).get("plan") or {}
+    names = [name for name in ("image_members", "num_folds", "judge_updates") if known.get(name)]
+    kept = {name: known[name] for name in names if getattr(plan, name) == getattr(TrainingPlan, name)}
+    if "image_members" in kept:
+        kept["image_training"] = EnsembleTraining(**known["image_training"], min_updates=0)
+    attributes = dict.fromkeys([*known.get("attributes", ()), *plan.attributes])
+    return replace(plan, attributes=tuple(attributes), **kept)
 
 
 def channels_for(image_shape: tuple[int, int, int]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bars import SHORT, SHORT_VAE, bars
+from bars import SHORT_VAE, arguments, bars, files_of
 
 import clarity
 from clarity.data import open_dataset
@@ -18,15 +18,7 @@ from clarity.images import encode_png
 from clarity.model import load_model
 from clarity.training.attributes import choose_attributes
 
-FIELDS: dict[str, Any] = {
-    "vae_fields": {"latent_dim": 5, "channels": (6, 7)},
-    "num_members": 2,
-    "hidden": (6, 7),
-    "vae_training": dataclasses.replace(SHORT_VAE, epochs=30),
-    "ensemble_training": SHORT,
-    "judge_updates": 0,
-    "recipe": "paper",
-}
+FIELDS = arguments(num_members=2, vae_training=dataclasses.replace(SHORT_VAE, epochs=30), judge_updates=0)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +39,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def files_of(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
-
-
 def test_heads_are_added_to_a_finished_model_and_say_how_good_they_are(data: Path, tmp_path: Path) -> None:
     before = clarity.train("parquet", tmp_path / "model", data=data, **FIELDS)
     files = files_of(tmp_path / "model")
@@ -64,8 +52,20 @@ def test_heads_are_added_to_a_finished_model_and_say_how_good_they_are(data: Pat
     assert found["low"]["share"] == pytest.approx(1 / 3, abs=0.02)
     # Nothing is trained again, and nothing is lost, where the same is asked for once more.
     content = files_of(tmp_path / "model")
-    again = clarity.train("parquet", tmp_path / "model", data=data, attributes=("low", "noise"), **FIELDS)
+    again = clarity.train("parquet", tmp_path / "model", data=data, attributes=("noise",), **FIELDS)
     assert again.heads is not None and files_of(tmp_path / "model") == content
+
+
+def test_finished_model_keeps_what_it_has_when_more_is_asked_for(data: Path, tmp_path: Path) -> None:
+    fields = FIELDS | {"vae_training": SHORT_VAE}
+    extras: list[dict[str, Any]] = [{"attributes": ("low",)}, {"image_members": 2}, {}]
+    for more in [*extras, {"num_folds": 2}]:
+        model = clarity.train("parquet", tmp_path / "model", data=data, **fields | more)
+    assert model.heads is not None and model.heads.names == ("low",) and len(model.folds) == 2
+    assert model.image_ensemble is not None and model.image_ensemble.config.num_members == 2
+    before = files_of(tmp_path / "model")
+    clarity.train("parquet", tmp_path / "model", data=data, **fields)
+    assert files_of(tmp_path / "model") == before
 
 
 @pytest.mark.parametrize(
