@@ -1,6 +1,6 @@
 """A real S3 server for tests: moto's, in a process of its own on loopback, behind a small proxy that breaks requests.
 
-Use it as a context manager; nothing of it outlives the block::
+Use it as a context manager; no object of it outlives the block::
 
     with ObjectStore() as store:
         store.faults.append(Fault("503", "PUT", times=2))
@@ -10,6 +10,8 @@ Use it as a context manager; nothing of it outlives the block::
 
 from __future__ import annotations
 
+import atexit
+import functools
 import http.client
 import os
 import re
@@ -53,6 +55,28 @@ def copy_tree(source: str | Path, destination: str | Path) -> None:
         storage.write_bytes(storage.join(destination, file.path), storage.read_bytes(storage.join(source, file.path)))
 
 
+@functools.cache
+def moto_port() -> int:
+    """The port of moto's server, which starts with the first store and ends with this process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    command = "import ctypes; ctypes.CDLL(None).prctl(1, 9)\n" if sys.platform == "linux" else ""  # dies with us
+    command += f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, "-c", command], **quiet)
+    atexit.register(server.kill)
+    end = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            return port
+        except OSError:
+            if time.monotonic() > end or server.poll() is not None:
+                raise
+            time.sleep(0.05)
+
+
 @dataclass
 class Fault:
     """What befalls requests of ``method`` whose path matches ``match``, ``times`` times.
@@ -88,35 +112,17 @@ class ObjectStore:
         )
         for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
             os.environ.pop(name, None)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        command = "import ctypes; ctypes.CDLL(None).prctl(1, 9)\n" if sys.platform == "linux" else ""  # dies with us
-        command += f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{self._port}'])"
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self._port = moto_port()
         self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._proxy.daemon_threads = True
         threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
-        end = time.monotonic() + 60
-        while True:
-            try:
-                self.forward("PUT", f"/{self.bucket}", b"", {})
-                break
-            except OSError:
-                if time.monotonic() > end or self._server.poll() is not None:
-                    self.__exit__()
-                    raise
-                time.sleep(0.05)
-        self.requests.clear()
+        self.forward("POST", "/moto-api/reset", b"", {})
+        self.forward("PUT", f"/{self.bucket}", b"", {})
         return self
 
     def __exit__(self, *_: object) -> None:
         self._proxy.shutdown()
         self._proxy.server_close()
-        self._server.kill()
-        self._server.wait()
         os.environ.clear()
         os.environ.update(self._environ)
 

@@ -15,7 +15,7 @@ from predictors import as_predictor, constant
 from clarity import schema
 from clarity.checks import Check
 from clarity.classifiers import LatentEnsemble
-from clarity.explainer import Explainer, quantise
+from clarity.explainer import Explained, Explainer, quantise
 from clarity.ids import fold_of, noise
 from clarity.images import decode_png
 from clarity.judges import build_judge, predict_probs
@@ -26,11 +26,7 @@ from clarity.search import SearchConfig
 from clarity.uncertainty import decompose
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
-
-
 ROWS = 9
-
-
 IDS = ["i0", "i1", "i10", "i2", "nn", "o", "pp", "q", "r33"]
 
 
@@ -51,6 +47,14 @@ def shard_of(model: Model, ids: list[str], broken: tuple[str, ...] = ()) -> pa.T
     )
 
 
+def explain(
+    model: Model, method: str = "clarity", config: SearchConfig = CONFIG, ids: list[str] = IDS, **options: Any
+) -> Explained:
+    """The tables of one shard."""
+    broken = options.pop("broken", ())
+    return Explainer(model, method, config, threads=1, **options).explain_shard(shard_of(model, ids, broken))
+
+
 def rows_of(table: pa.Table, keys: tuple[str, ...]) -> dict[Any, Any]:
     return {tuple(row[key] for key in keys): row for row in table.to_pylist()}
 
@@ -59,7 +63,7 @@ def keys_of(name: str) -> tuple[str, ...]:
     return ("image_id",) if name == "codes" else ("target", "image_id")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["clarity", "revise_e", "schut"])
 def test_explainer_rows_do_not_depend_on_their_shard(model: Model, method: str) -> None:
     explainer = Explainer(model, method, CONFIG, threads=1)
     whole = explainer.explain_shard(shard_of(model, IDS))
@@ -93,7 +97,7 @@ def test_explainer_rows_do_not_depend_on_the_number_of_threads(model: Model) -> 
 
 @pytest.fixture
 def explained(model: Model) -> Any:
-    return Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard_of(model, IDS, broken=("q",)))
+    return explain(model, broken=("q",))
 
 
 def test_codes_say_what_the_ensemble_sees(model: Model, explained: Any) -> None:
@@ -175,14 +179,14 @@ def test_judge_sees_the_written_images_in_any_shard(model: Model) -> None:
     alone = explainer.explain_shard(shard_of(model, IDS[:1])).counterfactuals
     first = pairs.filter(pc.equal(pairs["image_id"], IDS[0]))
     assert alone["judge_target_prob"].equals(first["judge_target_prob"])
-    without = Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
+    without = explain(model).counterfactuals
     assert without["judge_class"].null_count == len(without)
     assert without.drop(["judge_class", "judge_target_prob"]).equals(pairs.drop(["judge_class", "judge_target_prob"]))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_converged_is_what_the_probability_says(model: Model, method: str) -> None:
-    pairs = Explainer(model, method, CONFIG, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
+    pairs = explain(model, method).counterfactuals
     final, converged = pairs["target_prob_final"].to_numpy(), pairs["converged"].to_numpy()
     assert (converged == (final > np.float32(CONFIG.min_target_prob))).all()
     assert 0 < converged.sum() < len(pairs) or METHODS[method].classifier.startswith("image")
@@ -193,7 +197,7 @@ def test_converged_is_what_the_probability_says(model: Model, method: str) -> No
 
 
 def test_initial_values_of_a_sampled_start_are_those_of_the_sample(model: Model) -> None:
-    explained = Explainer(model, "revise_e", CONFIG, threads=1).explain_shard(shard_of(model, IDS))
+    explained = explain(model, "revise_e")
     codes = explained.codes
     x = torch.tensor(decode_png(codes["x"], model.image_shape)) / 255
     z, log_var = encode_rows(model.vae, x)
@@ -206,7 +210,7 @@ def test_initial_values_of_a_sampled_start_are_those_of_the_sample(model: Model)
 
 
 def test_image_space_methods_keep_the_code_of_their_image(model: Model) -> None:
-    pairs = Explainer(model, "fgsm", CONFIG, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
+    pairs = explain(model, "fgsm").counterfactuals
     shown = torch.tensor(decode_png(pairs["x_cf"], model.image_shape)) / 255
     assert (schema.matrix(pairs["z_cf"]) == encode_rows(model.vae, shown)[0].numpy()).all()
 
@@ -223,7 +227,7 @@ def test_explainer_asks_only_for_what_is_wanted(model: Model) -> None:
 
 
 def test_explainer_asks_only_for_the_misclassified(model: Model) -> None:
-    explained = Explainer(model, "clarity", CONFIG, only="misclassified", threads=1).explain_shard(shard_of(model, IDS))
+    explained = explain(model, only="misclassified")
     wrong = {
         row["image_id"]
         for row in explained.codes.to_pylist()
@@ -244,7 +248,7 @@ def test_explainer_survives_a_shard_of_unreadable_images_and_an_empty_one(model:
 
 def test_explainer_marks_a_row_that_is_not_finite(model: Model) -> None:
     model.ensemble.biases[-1].data[0, 2] = torch.nan
-    explained = Explainer(model, "clarity", CONFIG, targets=[1], threads=1).explain_shard(shard_of(model, ["a", "b"]))
+    explained = explain(model, ids=["a", "b"], targets=[1])
     row = explained.counterfactuals.to_pylist()[0]
     assert (row["status"], row["converged"]) == ("nonfinite", False)
     assert row["target_prob_final"] is None  # NaN would pass for a number in some readers
@@ -321,9 +325,7 @@ def test_explainer_leaves_the_model_and_the_threads_of_its_caller(model: Model) 
 
 def test_thresholds_of_classes_decide_convergence(model: Model) -> None:
     thresholds = [0.3, 0.4, 0.5, 0.999]
-    explained = Explainer(model, "clarity", CONFIG, min_target_probs=thresholds, threads=1).explain_shard(
-        shard_of(model, IDS)
-    )
+    explained = explain(model, min_target_probs=thresholds)
     rows = explained.counterfactuals.to_pylist()
     for row in rows:
         assert row["converged"] == (row["target_prob_final"] > np.float32(thresholds[row["target"]]))

@@ -25,7 +25,7 @@ from clarity import kernels
 from clarity.objectives import LatentObjective
 from clarity.search import SearchConfig, descend
 
-BUILDS = kernels.native_builds()
+BUILDS = list(kernels.native_modules())
 CONFIG = SearchConfig(min_target_prob=0.6, max_steps=120)
 SIZES = [
     (2, (5, 6, 7, 4)),
@@ -58,33 +58,21 @@ def make_rows(layers: Layers, rows: int, seed: int = 2) -> tuple[Tensor, Tensor]
     return codes, torch.randint(0, layers[-1][0].shape[2], (rows,), generator=noise)
 
 
-def problem_of(
-    layers: Layers, z: Tensor, target: Tensor, config: SearchConfig = CONFIG, **change: Any
-) -> kernels.LatentSearch:
-    """The problem that ``descend`` makes of the same arguments, with z as the reference."""
-    return kernels.LatentSearch(
-        layers,
-        z,
-        change.get("reference", z),
-        target,
-        change.get("min_target_prob", torch.full((len(z),), config.min_target_prob, device=z.device)),
-        change.get("fixed"),
-        config.max_steps,
-        config.distance_weight,
-        config.learning_rate,
-    )
+def arguments_of(layers: Layers, z: Tensor, target: Tensor, config: SearchConfig = CONFIG, **change: Any) -> Any:
+    """What ``descend`` hands to a kernel for the same arguments, with z as the reference."""
+    thresholds = torch.full((len(z),), config.min_target_prob, device=z.device)
+    rows = {"target": target, "reference": z, "min_target_prob": thresholds}
+    rows = {name: change.get(name, values) for name, values in rows.items()}
+    objective = LatentObjective(layers, config.distance_weight, change.get("fixed"))
+    return objective, z, rows, config.max_steps, config.learning_rate
 
 
-def run_native(
-    layers: Layers,
-    z: Tensor,
-    target: Tensor,
-    config: SearchConfig = CONFIG,
-    threads: int = 1,
-    build: str | None = None,
-    **change: Any,
-) -> dict[str, Tensor]:
-    return kernels.native_search(problem_of(layers, z, target, config, **change), threads, build or BUILDS[0])
+def run_native(*args: Any, threads: int = 1, build: str | None = None, **change: Any) -> dict[str, Tensor]:
+    return kernels.native_search(*arguments_of(*args, **change), threads, build or BUILDS[0])
+
+
+def run_triton(*args: Any, **change: Any) -> dict[str, Tensor]:
+    return kernels.triton_search(*arguments_of(*args, **change))
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -133,7 +121,6 @@ def raising_after(seconds: float) -> Iterator[None]:
 @native
 def test_native_builds_end_in_the_build_that_every_processor_runs() -> None:
     assert BUILDS[-1] == "base"
-    assert kernels.native_builds()
 
 
 @native
@@ -358,7 +345,7 @@ def test_native_modules_leave_denormal_numbers_alone() -> None:
 
 def test_native_search_without_a_build_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "native_modules", dict)
-    assert not kernels.native_builds()
+    assert not kernels.native_modules()
     layers = make_layers(2, (5, 6, 7, 4))
     with pytest.raises(ValueError, match="pip install"):
         run_native(layers, *make_rows(layers, 3), build="base")
@@ -388,27 +375,14 @@ with_triton = pytest.mark.skipif(not kernels.triton_available(), reason="triton 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_triton_search_in_the_interpreter() -> None:
     """Triton decides when it is imported whether to interpret, so its CPU tests have a process of their own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "interpreted_",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        command,
-        env=environment,
+        [*command, "-k", "interpreted_"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=600,
-        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
@@ -420,26 +394,21 @@ def test_interpreted_search_agrees_with_the_plain_one(members: int, sizes: tuple
     layers = make_layers(members, sizes)
     z, target = make_rows(layers, 70)
     config = replace(CONFIG, min_target_prob=0.42, max_steps=14)
-    assert_agrees_with_plain(kernels.triton_search(problem_of(layers, z, target, config)), layers, z, target, config)
+    assert_agrees_with_plain(run_triton(layers, z, target, config), layers, z, target, config)
 
 
 @interpreted
-@pytest.mark.parametrize(("members", "sizes"), [(2, (5, 6, 7, 4)), (1, (70, 2)), (1, (1, 2))])
-@pytest.mark.parametrize("directions", [0, 1, 3])
+@pytest.mark.parametrize(("members", "sizes", "directions"), [(2, (5, 6, 7, 4), 3), (1, (70, 2), 1), (1, (1, 2), 0)])
 def test_interpreted_search_knows_thresholds_and_fixed_directions(
     members: int, sizes: tuple[int, ...], directions: int
 ) -> None:
-    if directions >= sizes[0]:
-        return
     layers = make_layers(members, sizes)
     z, target = make_rows(layers, 70)
     noise = torch.Generator().manual_seed(4)
     fixed = torch.linalg.qr(torch.randn(sizes[0], directions, generator=noise))[0] if directions else None
     thresholds = torch.linspace(0.3, 0.7, 70)
     config = replace(CONFIG, max_steps=14)
-    found = kernels.triton_search(
-        problem_of(layers, z, target, config, min_target_prob=thresholds, fixed=fixed),
-    )
+    found = run_triton(layers, z, target, config, min_target_prob=thresholds, fixed=fixed)
     rows = {"target": target, "reference": z, "min_target_prob": thresholds}
     plain = descend(LatentObjective(layers, config.distance_weight, fixed), z, rows, config, engine="plain")
     assert len(plain.steps.unique()) > 2
@@ -449,8 +418,8 @@ def test_interpreted_search_knows_thresholds_and_fixed_directions(
     if fixed is not None:
         assert ((found["point"] - z) @ fixed).abs().max() < 5e-6
     some = torch.tensor([69, 3, 40])
-    alone = problem_of(layers, z[some], target[some], config, min_target_prob=thresholds[some], fixed=fixed)
-    assert_same_bits(kernels.triton_search(alone), take(found, some))
+    alone = run_triton(layers, z[some], target[some], config, min_target_prob=thresholds[some], fixed=fixed)
+    assert_same_bits(alone, take(found, some))
 
 
 @interpreted
@@ -459,12 +428,12 @@ def test_interpreted_row_keeps_its_result_in_any_batch() -> None:
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 70)
     config = replace(CONFIG, max_steps=6)
-    found = kernels.triton_search(problem_of(layers, z, target, config))
+    found = run_triton(layers, z, target, config)
     some = torch.tensor([69, 3, 40])
-    assert_same_bits(kernels.triton_search(problem_of(layers, z[some], target[some], config)), take(found, some))
+    assert_same_bits(run_triton(layers, z[some], target[some], config), take(found, some))
     broken = z.clone()
     broken[5] = torch.nan
-    beside = kernels.triton_search(problem_of(layers, broken, target, config, reference=z))
+    beside = run_triton(layers, broken, target, config, reference=z)
     others = torch.arange(70) != 5
     assert not beside["finite"][5]
     assert beside["steps"][5] == 0
@@ -477,13 +446,11 @@ def test_interpreted_search_pulls_towards_the_reference_and_accepts_no_rows() ->
     z = torch.zeros(2, 3)
     reference = torch.tensor([[1.0, -1.0, 0.0], [-2.0, 0.0, 3.0]])
     config = SearchConfig(min_target_prob=0.9, max_steps=4, distance_weight=0.5, learning_rate=0.01)
-    found = kernels.triton_search(problem_of(layers, z, torch.tensor([0, 3]), config, reference=reference))
+    found = run_triton(layers, z, torch.tensor([0, 3]), config, reference=reference)
     assert torch.allclose(found["point"], 0.04 * reference.sign(), atol=1e-6)
     assert (found["steps"] == 4).all()
     assert found["finite"].all()
-    assert (
-        len(kernels.triton_search(problem_of(layers, z[:0], torch.zeros(0, dtype=torch.int64), config))["steps"]) == 0
-    )
+    assert len(run_triton(layers, z[:0], torch.zeros(0, dtype=torch.int64), config)["steps"]) == 0
 
 
 @with_triton
@@ -523,7 +490,7 @@ def test_triton_search_says_what_it_cannot_hold() -> None:
     layers = make_layers(2, (5, 65, 4))
     z, target = make_rows(layers, 3)
     with pytest.raises(ValueError, match="codes up to 512, widths up to 64 and 100 classes, got 5, 65 and 4"):
-        kernels.triton_search(problem_of(layers, z, target, CONFIG))
+        run_triton(layers, z, target, CONFIG)
 
 
 def test_triton_search_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,7 +499,7 @@ def test_triton_search_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -
     layers = make_layers(2, (5, 6, 7, 4))
     z, target = make_rows(layers, 3)
     with pytest.raises(ValueError, match="needs the package triton"):
-        kernels.triton_search(problem_of(layers, z, target, CONFIG))
+        run_triton(layers, z, target, CONFIG)
 
 
 @pytest.mark.gpu
@@ -543,5 +510,5 @@ def test_triton_search_agrees_with_the_plain_one_on_a_gpu(members: int, sizes: t
     z, target = make_rows(layers, 5003)
     config = replace(CONFIG, min_target_prob=0.6 if sizes[-1] < 20 else 0.2)
     moved = [(weight.cuda(), bias.cuda()) for weight, bias in layers]
-    found = kernels.triton_search(problem_of(moved, z.cuda(), target.cuda(), config))
+    found = run_triton(moved, z.cuda(), target.cuda(), config)
     assert_agrees_with_plain({name: values.cpu() for name, values in found.items()}, layers, z, target, config)

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,14 +249,6 @@ def test_tensors_are_no_pickle(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(pickle.dumps(1))
     with pytest.raises(ValueError, match="is a pickle"):
         load_tensors(tmp_path / "t")
-
-
-def test_model_loads_without_ray(tiny_model: Model, tmp_path: Path) -> None:
-    save_model(tiny_model, tmp_path)
-    code = f"import sys, clarity; clarity.load({str(tmp_path)!r}); print('ray' in sys.modules)"
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert run.stdout.strip() == "False"
 
 
 def test_model_repr_is_a_few_readable_lines(full_model: Model) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import assert_same_bits, make_layers, make_rows, problem_of
+from test_kernels import assert_same_bits, make_layers, make_rows
 from torch import Tensor
 
 from clarity import kernels
@@ -18,7 +18,7 @@ from clarity.refine import log_ratio, refine, sum_rows
 from clarity.rows import one_thread
 from clarity.search import Counterfactuals, SearchConfig, descend
 
-NATIVE = [f"native-{build}" for build in kernels.native_builds()]
+NATIVE = [f"native-{build}" for build in kernels.native_modules()]
 ENGINES = [*NATIVE, "batched", "plain"]
 CONFIG = SearchConfig(max_steps=40, learning_rate=0.1)
 # Members, and widths from the codes to the classes; the smallest sizes, and sizes that fill no vector.
@@ -155,7 +155,7 @@ def test_refined_search_that_continues_shrinks_towards_the_reference() -> None:
     assert (after <= before).all() and after.sum() < 0.9 * before.sum()
 
 
-@pytest.mark.parametrize("build", kernels.native_builds())
+@pytest.mark.parametrize("build", kernels.native_modules())
 @pytest.mark.parametrize(("members", "sizes"), [*SIZES, (7, (16, 16, 16, 10))])
 def test_native_value_and_grad_is_that_of_autograd(build: str, members: int, sizes: tuple[int, ...]) -> None:
     layers = make_layers(members, sizes)
@@ -235,8 +235,3 @@ def test_descend_refuses_thresholds_that_are_no_probabilities(thresholds: Tensor
     objective, z, rows = case(2, (5, 4), 3, 0)
     with pytest.raises(ValueError, match=message):
         descend(objective, z, {**rows, "min_target_prob": thresholds}, CONFIG)
-
-
-def test_problem_without_directions_has_none() -> None:
-    layers = make_layers(2, (5, 4))
-    assert problem_of(layers, *make_rows(layers, 3)).directions().shape == (0, 5)

@@ -102,7 +102,7 @@ def assert_same_bits(found: Counterfactuals, expected: Counterfactuals) -> None:
 CPU_ENGINES = [
     "plain",
     "batched",
-    *(f"native-{build}" for build in kernels.native_builds()),
+    *(f"native-{build}" for build in kernels.native_modules()),
 ]
 
 

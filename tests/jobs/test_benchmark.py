@@ -70,7 +70,7 @@ def test_benchmark_writes_figures_and_goals(
         "batched autograd",
         "plain",
         "batched",
-        *(["native"] if kernels.native_builds() else []),
+        *(["native"] if kernels.native_modules() else []),
     ):
         run = first["engines"][name]
         assert run["gflops"] == pytest.approx(run["search_steps_per_second"] * 134.4e-6)

@@ -192,6 +192,7 @@ def test_silent_core_hears_nothing_and_gives_stderr_back(capfd: pytest.CaptureFi
     assert capfd.readouterr().err == "error: ours\n"
 
 
+@pytest.mark.slow
 def test_workers_of_a_ray_started_here_wait_passively(tmp_path_factory: pytest.TempPathFactory) -> None:
     program = """
 import os

@@ -90,30 +90,6 @@ def test_a_report_that_was_cut_is_written_by_the_next_run(
     assert not (out / "report.html").exists()
 
 
-def test_job_names_the_images_of_another_limit(
-    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["--model", str(tiny_digits_model), "--out", str(tmp_path / "audit"), *FLAGS, "--no-report"]
-    assert job.main(command) == 0
-    assert job.main([*command, "--limit", "7"]) == 2
-    error = capsys.readouterr().err
-    assert "another plan: data: 9 images in the audit, 7 in this run. Ask" in error
-
-
-def test_verify_says_that_an_unfinished_audit_is_incomplete(
-    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "audit"
-    assert job.main(["--model", str(tiny_digits_model), "--out", str(out), *FLAGS, "--no-report"]) == 0
-    for shard in (0, 2):
-        (out / "_commits" / f"shard-0000{shard}.json").unlink()
-    capsys.readouterr()
-    assert load_job("verify").main([str(out)]) == 1
-    printed = capsys.readouterr().out
-    assert printed.endswith("incomplete, 1 of 3 shards: run jobs/explain_all.py again\n")
-    assert "problem" not in printed and "NOT SOUND" not in printed
-
-
 def test_a_source_that_vanishes_costs_shards_and_no_image(
     job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,7 +102,7 @@ def test_job_redoes_exactly_what_is_missing(
         (["--method", "latent"], "method"),
         (["--images", "none"], "images"),
         (["--shard-rows", "8"], "shards.count"),
-        (["--limit", "39"], "images in the audit, "),
+        (["--limit", "39"], "another plan: data: 40 images in the audit, 39 in this run. Ask"),
         (["--targets", "3", "5"], "targets"),
     ],
 )
@@ -201,18 +201,15 @@ def test_job_refuses_a_mixture_of_engines(
     job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "audit"
-    assert job.main(flags(tiny_digits_model, out, "--engine", "plain")) == 0
-    for shard in (0, 1):
-        (out / f"_commits/shard-0000{shard}.json").unlink()
-    assert job.main(flags(tiny_digits_model, out, "--engine", "batched")) == 2
+    few = flags(tiny_digits_model, out, "--limit", "14")
+    assert job.main([*few, "--engine", "plain"]) == 0
+    (out / "_commits/shard-00000.json").unlink()
+    assert job.main([*few, "--engine", "batched"]) == 2
     assert "engine: expected plain, which searched the shards before, got batched" in capsys.readouterr().err
-    assert len(clarity.read_audit(out).commits) <= 5
-    assert job.main(flags(tiny_digits_model, out)) == 0, "auto goes on with the engine of the audit"
+    assert len(clarity.read_audit(out).commits) == 1
+    assert job.main(few) == 0, "auto goes on with the engine of the audit"
     assert set(json.loads((out / "summary.json").read_text())["engines"]) == {"plain"}
     assert verify(out, redecode=redecoder(out)).ok
-
-
-# ---- deaths of workers ---------------------------------------------------------------------------------------------
 
 
 def test_job_gives_up_a_shard_that_always_fails_and_finishes_the_others(
@@ -254,11 +251,22 @@ def test_job_gives_up_a_shard_that_always_fails_and_finishes_the_others(
     assert not (out / "_failures").exists()
 
 
-def test_verify_job_tells_sound_from_unsound(undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_verify_job_tells_sound_from_unsound_and_incomplete(
+    undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = load_job("verify")
     out = tmp_path / "audit"
     shutil.copytree(undisturbed[0], out)
     assert job.main([str(out)]) == 0
+    commit = out / "_commits/shard-00000.json"
+    kept = commit.read_text()
+    commit.unlink()
+    capsys.readouterr()
+    assert job.main([str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("incomplete, 5 of 6 shards: run jobs/explain_all.py again\n")
+    assert "problem" not in printed and "NOT SOUND" not in printed
+    commit.write_text(kept)
     path = out / "codes/shard-00002.parquet"
     data = bytearray(path.read_bytes())
     data[200] ^= 1

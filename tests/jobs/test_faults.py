@@ -171,7 +171,6 @@ def watched(bench: Bench) -> Iterator[None]:
 FAULTS: dict[str, Callable[[Bench], Any]] = {}
 FAST = (
     "actor exits in the middle of a search",
-    "writer exits between data and commit",
     "two drivers at once",
     "driver SIGKILLed between commit and _SUCCESS",
 )

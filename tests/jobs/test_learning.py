@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from bars import write_bars
 
 import clarity
 
@@ -29,20 +28,9 @@ SMALL = ["--latent-dim", "5", "--channels", "6", "7", "--hidden", "9", "--num-me
 BUDGET = ["--vae-epochs", "8", "--ensemble-epochs", "4"]
 
 
-def write_images(directory: Path) -> None:
-    """90 pictures of bars in two splits, without labels."""
-    generator = np.random.default_rng(0)
-    for i in range(90):
-        x = generator.integers(0, 60, (8, 12))
-        x[1 + 2 * (i % 3) : 3 + 2 * (i % 3), 2:10] += 180
-        file = directory / ("test" if i % 4 == 0 else "train") / f"{i:03d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(x.astype(np.uint8)).save(file)
-
-
 @pytest.mark.slow
 def test_jobs_learn_from_a_predictor_explain_it_and_refit(tmp_path: Path, ray_local: Any) -> None:
-    write_images(tmp_path / "bars")
+    write_bars(tmp_path / "bars", 90, lambda i, _: "train" if i % 4 else "test")
     (tmp_path / "mine.py").write_text(MODULE)
     address = ray_local.get_runtime_context().gcs_address
     env = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}

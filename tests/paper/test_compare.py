@@ -382,7 +382,7 @@ def test_job_judges_given_audits_and_draws(root: Path, tmp_path: Path, capsys: A
         assert list(paths) == ["FGSM", "Schut", "REVISE-E", "Clarity"]
         assert all(0 <= row["end_in_cloud"] <= 1 <= row["paths"] for row in paths.values())
     first = (out / "comparison.parquet").read_bytes()
-    assert module.main(command) == 0
+    assert module.main([*command, "--no-figures"]) == 0
     assert (out / "comparison.parquet").read_bytes() == first
 
 

@@ -9,28 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bars import bars
+from bars import write_bars
 from pictures import write_images
-from PIL import Image
 
 import clarity
 from clarity import data, storage
 from clarity.training import recipe
 from clarity.training.loops import EnsembleTraining
 from clarity.training.plan import TrainingPlan, channels_for, plan_training
-from clarity.training.recipe import Trial, num_trials, search_recipe, with_recipe
+from clarity.training.recipe import Trial, best_of, num_trials, search_recipe, with_recipe
 from clarity.training.stages import Worker, load_images, run_stages, trained_judge
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """240 pictures of bars in three class folders."""
-    images, labels = bars(240)
-    for i, (x, k) in enumerate(zip(images, labels)):
-        file = tmp_path / "bars" / f"bar{k}" / f"{i:03d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(x[0].numpy()).save(file)
-    return tmp_path / "bars"
+    return write_bars(tmp_path / "bars", 240)
 
 
 @pytest.fixture
@@ -83,7 +77,7 @@ def test_rule_is_the_product_of_accuracy_and_realism() -> None:
     )
     hybrid = dataclasses.replace(blurred, latent_dim=64, accuracy=0.944, judged=0.632)
     both = dataclasses.replace(blurred, latent_dim=64, accuracy=0.943, judged=0.974)
-    assert max((blurred, hybrid, both), key=lambda trial: trial.score) is both
+    assert best_of((blurred, hybrid, both)) is both
 
 
 def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
@@ -139,15 +133,7 @@ def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, tmp_path.parent / "out")
     lines: list[str] = []
     found = search_recipe(plan, load_images(plan, plan.dataset), None, "cpu", lines.append)
-    assert (
-        found["chosen"]
-        == {
-            "latent_dim": 16,
-            "beta": 1.0,
-            "adversarial_eps": 0.2,
-            "hidden": [16, 16],
-        }
-        and found["trials"] == []
-    )
+    assert found["chosen"] == {"latent_dim": 16, "beta": 1.0, "adversarial_eps": 0.2, "hidden": [16, 16]}
+    assert found["trials"] == []
     assert "too few labelled images" in lines[0]
     assert np.isscalar(found["seconds"])
