@@ -9,13 +9,18 @@ Shapes: P pairs, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from clarity.attributes import AttributeHeads
+from clarity.methods import METHODS, Pairs
 from clarity.model import Model
-from clarity.tables import Written
+from clarity.search import Counterfactuals, SearchConfig
+from clarity.tables import Asked, Results, Written, select, to_numpy
 
 MAX_RUNGS = 3
 
@@ -44,30 +49,63 @@ class Requirements:
 Check = Callable[[Written, np.ndarray], np.ndarray]
 
 
-def reencoded(min_prob: float) -> Check:
-    """The ensemble, on the written image encoded again, gives the target at least this probability."""
-    return lambda written, target: written.probs[np.arange(len(target)), target] >= np.float32(min_prob)
+def at_least(probs: str, least: float, likeliest: bool = False) -> Check:
+    """The model behind this field of ``Written`` gives the target at least this probability.
 
-
-def confirmed_by_judge(min_prob: float) -> Check:
-    """The held-out judge, on the written image, gives the target at least this probability."""
+    With ``likeliest`` it gives no other class a higher one.
+    """
 
     def check(written: Written, target: np.ndarray) -> np.ndarray:
-        assert written.judge_probs is not None
-        return written.judge_probs[np.arange(len(target)), target] >= np.float32(min_prob)
+        found = getattr(written, probs)
+        passed = found[np.arange(len(target)), target] >= np.float32(least)
+        return passed & (found.argmax(1) == target) if likeliest else passed
 
     return check
 
 
-def confirmed_by_predictor(min_prob: float) -> Check:
-    """The predictor, on the written image, gives the target at least this probability, and none a higher one."""
+def passes(checks: Sequence[Check], written: Written, target: np.ndarray) -> np.ndarray:
+    """Whether each written image (P,) passes every check."""
+    return np.logical_and.reduce([check(written, target) for check in checks])
 
-    def check(written: Written, target: np.ndarray) -> np.ndarray:
-        assert written.predictor_probs is not None
-        probs = written.predictor_probs[np.arange(len(target)), target]
-        return (written.predictor_probs.argmax(1) == target) & (probs >= np.float32(min_prob))
 
-    return check
+def climb(
+    results: Results,
+    asked: Asked,
+    config: SearchConfig,
+    checks: Sequence[Check],
+    search: Callable[[Pairs, SearchConfig], Counterfactuals],
+    write: Callable[[Asked, Tensor], Written],
+) -> Results:
+    """Search pairs that failed a check again, on up to ``MAX_RUNGS`` rungs, and write their images.
+
+    Where no rung passes all checks, the first result stays. A rung is not taken beyond ``max_steps`` in all.
+    """
+    assert results.confirmed is not None
+    point, steps, finite = results.found.point.clone(), results.found.steps.clone(), results.found.finite
+    thresholds = np.full(len(steps), config.min_target_prob, np.float32)
+    if asked.pairs.min_target_prob is not None:
+        thresholds = to_numpy(asked.pairs.min_target_prob)
+    rows = np.flatnonzero(~results.confirmed & to_numpy(finite & (steps < config.max_steps)))
+    for rung in range(1, MAX_RUNGS + 1):
+        if not len(rows):
+            break
+        thresholds, results.rungs[rows] = next_threshold(thresholds), rung
+        limit = torch.from_numpy(thresholds[rows]).to(point.device)
+        pairs = replace(asked.pairs.select(rows), point=point[rows], min_target_prob=limit)
+        # The largest budget left serves all: a row that needs more than its own is dropped below.
+        left = config.max_steps - int(steps[rows].min())
+        again = search(pairs, replace(config, max_steps=left, distance_weight=0.0))
+        point[rows], steps[rows] = again.point, steps[rows] + again.steps
+        reached = to_numpy(again.converged & (steps[rows] <= config.max_steps))
+        again, rows = select(replace(again, steps=steps[rows]), reached), rows[reached]
+        if not len(rows):
+            break
+        part = asked.select(rows)
+        written = write(part, again.point)
+        passed = passes(checks, written, part.target)
+        results = results.updated(rows[passed], select(again, passed), select(written, passed))
+        rows = rows[~passed]
+    return results
 
 
 def require_judge(model: Model, min_judge_prob: float) -> None:
@@ -80,3 +118,22 @@ def next_threshold(threshold: np.ndarray) -> np.ndarray:
     """The threshold of the next rung: its distance to 1 divided by 3, and less than 1 in float32."""
     below_one = np.nextafter(np.float32(1), np.float32(0))
     return np.minimum(1 - (1 - threshold.astype(np.float64)) / 3, below_one).astype(np.float32)
+
+
+def kept_heads(model: Model, method: str, keep: Sequence[str]) -> AttributeHeads | None:
+    """The heads of the attributes to keep; None where there are none.
+
+    Raises:
+        ValueError: the model has no such heads, or the method does not search codes, or nothing would be left to move.
+    """
+    if not keep:
+        return None
+    if isinstance(keep, str):
+        raise ValueError(f"keep: expected a list of attributes, got {keep!r}")
+    if METHODS[method].space != "latent":
+        raise ValueError(f"keep: method {method!r} changes pixels; choose one that searches codes")
+    if model.heads is None:
+        raise ValueError("keep: this model has no heads for attributes; train them with attributes")
+    heads = model.heads.select(keep)
+    heads.directions()
+    return heads

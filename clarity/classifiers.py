@@ -53,7 +53,37 @@ class EnsembleConfig:
         return (self.latent_dim, *self.hidden, self.num_classes)
 
 
-class LatentEnsemble(nn.Module):
+Some = TypeVar("Some", bound="Ensemble")
+
+
+class Ensemble(nn.Module):
+    """What the ensembles share: members along the first axis of each tensor, of which some can be taken."""
+
+    config: EnsembleConfig
+
+    def like(self: Some, num_members: int) -> Some:
+        """An untrained ensemble of so many members."""
+        raise NotImplementedError
+
+    def select(self: Some, members: Sequence[int]) -> Some:
+        """The ensemble of the members with these indices, in this order."""
+        total = self.config.num_members
+        if not len(members) or not all(0 <= m < total for m in members):
+            raise ValueError(f"members must be one or more of 0 ... {total - 1}, got {list(members)}")
+        state = self.state_dict()
+        for name, tensor in state.items():
+            if tensor.ndim:
+                state[name] = tensor.unflatten(0, (total, -1))[list(members)].flatten(0, 1)
+        chosen = self.like(len(members)).to(next(self.parameters()).device)
+        chosen.load_state_dict(state)
+        return chosen.train(self.training)
+
+    def member(self: Some, m: int) -> Some:
+        """The ensemble that consists of member m."""
+        return self.select([m])
+
+
+class LatentEnsemble(Ensemble):
     """M multilayer perceptrons on latent codes; ``weights.{i}`` is (M, in, out), ``biases.{i}`` (M, out)."""
 
     def __init__(self, config: EnsembleConfig) -> None:
@@ -72,17 +102,12 @@ class LatentEnsemble(nn.Module):
             for weight, bias in zip(self.weights, self.biases)
         ]
 
-    def select(self, members: Sequence[int]) -> LatentEnsemble:
-        """The ensemble of the members with these indices, in this order."""
-        config = require_members(self.config, members)
-        return copy_members(self, members, LatentEnsemble(config))
-
-    def member(self, m: int) -> LatentEnsemble:
-        """The ensemble that consists of member m."""
-        return self.select([m])
+    def like(self, num_members: int) -> LatentEnsemble:
+        """An untrained ensemble of so many members."""
+        return LatentEnsemble(replace(self.config, num_members=num_members))
 
 
-class ImageEnsemble(nn.Module):
+class ImageEnsemble(Ensemble):
     """M convolutional classifiers, the paper's CNN: the VAE's encoder up to its mean, then the latent classifier.
 
     The members' convolutions are one grouped convolution, with the channels of each tensor ordered by member.
@@ -119,35 +144,19 @@ class ImageEnsemble(nn.Module):
         z = affine(h, self.mean_weight.transpose(1, 2), self.mean_bias)
         return perceptron_logits(z, zip(self.weights, self.biases))
 
-    def select(self, members: Sequence[int]) -> ImageEnsemble:
-        """The ensemble of the members with these indices, in this order."""
-        config = require_members(self.config, members)
-        return copy_members(self, members, ImageEnsemble(config, self.vae_config))
-
-    def member(self, m: int) -> ImageEnsemble:
-        """The ensemble that consists of member m."""
-        return self.select([m])
+    def like(self, num_members: int) -> ImageEnsemble:
+        """An untrained ensemble of so many members."""
+        return ImageEnsemble(replace(self.config, num_members=num_members), self.vae_config)
 
 
-Ensemble = TypeVar("Ensemble", LatentEnsemble, ImageEnsemble)
-
-
-def stack_members(ensembles: Sequence[Ensemble]) -> Ensemble:
+def stack_members(ensembles: Sequence[Some]) -> Some:
     """One ensemble of the members of all given ones, in their order."""
-    first = ensembles[0]
-    config = replace(first.config, num_members=sum(ensemble.config.num_members for ensemble in ensembles))
-    if isinstance(first, ImageEnsemble):
-        stacked: nn.Module = ImageEnsemble(config, first.vae_config)
-    else:
-        stacked = LatentEnsemble(config)
+    stacked = ensembles[0].like(sum(ensemble.config.num_members for ensemble in ensembles))
     states = [ensemble.state_dict() for ensemble in ensembles]
-    stacked.load_state_dict(
-        {
-            name: tensor if tensor.ndim == 0 else torch.cat([state[name] for state in states])
-            for name, tensor in states[0].items()
-        }
-    )
-    return stacked.train(first.training)  # type: ignore[return-value]
+    state = {name: tensor for name, tensor in states[0].items() if tensor.ndim == 0}
+    state |= {name: torch.cat([other[name] for other in states]) for name in states[0].keys() - state.keys()}
+    stacked.load_state_dict(state)
+    return stacked.train(ensembles[0].training)
 
 
 def stacked_perceptrons(config: EnsembleConfig) -> tuple[nn.ParameterList, nn.ParameterList]:
@@ -198,24 +207,3 @@ def grouped(layer: nn.Module, members: int) -> nn.Module:
     if not list(layer.parameters()):
         return layer
     raise ValueError(f"no grouped form is known for the layer {type(layer).__name__}")
-
-
-def require_members(config: EnsembleConfig, members: Sequence[int]) -> EnsembleConfig:
-    """The config of an ensemble of these members; raises ValueError for indices that do not exist."""
-    if not len(members) or not all(0 <= m < config.num_members for m in members):
-        raise ValueError(f"members must be one or more of 0 ... {config.num_members - 1}, got {list(members)}")
-    return replace(config, num_members=len(members))
-
-
-def copy_members(ensemble: Ensemble, members: Sequence[int], target: Ensemble) -> Ensemble:
-    """Copy these members' weights from an ensemble into ``target``, and return it."""
-    device = next(ensemble.parameters()).device
-    index = torch.as_tensor(list(members), device=device)
-    state = {
-        name: tensor
-        if tensor.ndim == 0
-        else tensor.unflatten(0, (ensemble.config.num_members, -1))[index].flatten(0, 1)
-        for name, tensor in ensemble.state_dict().items()
-    }
-    target.load_state_dict(state)
-    return target.train(ensemble.training).to(device)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,14 @@ import torch
 from torch import Tensor
 
 from clarity import data, schema
-from clarity.attributes import AttributeHeads
 from clarity.audit.plan import Plan
-from clarity.checks import (
-    MAX_RUNGS,
-    Requirements,
-    confirmed_by_judge,
-    confirmed_by_predictor,
-    next_threshold,
-    reencoded,
-    require_judge,
-)
+from clarity.checks import Requirements, at_least, climb, kept_heads, passes, require_judge
 from clarity.classifiers import LatentEnsemble
 from clarity.ids import fold_of
 from clarity.ids import noise as draw_noise
 from clarity.images import encode_png_column
 from clarity.judges import judge_rows
-from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.methods import METHODS, Pairs, classifier_logits, ensemble_of
 from clarity.model import Model, load_model
 from clarity.predictor import load_predictor
 from clarity.rows import (
@@ -64,7 +56,6 @@ from clarity.tables import (
     pair_rows,
     prediction_columns,
     quantise,
-    select,
     sort,
     to_float,
     to_numpy,
@@ -166,7 +157,7 @@ class Explainer:
         self.targets = tuple(range(model.num_classes)) if targets is None else tuple(sorted(set(targets)))
         if bad := [target for target in self.targets if not 0 <= target < model.num_classes]:
             raise ValueError(f"targets {bad}: expected class indices below {model.num_classes}")
-        require_classifier(model, method)
+        ensemble_of(model, method)  # or ValueError
         self.kept = kept_heads(model, method, keep)
         self.fixed = None if self.kept is None else self.kept.directions()
         if min_target_probs is not None and len(min_target_probs) != model.num_classes:
@@ -175,12 +166,12 @@ class Explainer:
         self.min_target_probs = min_target_probs
         Requirements(min_reencoded_prob, min_judge_prob, min_predictor_prob)
         require_judge(model, min_judge_prob)
-        self.checks = [reencoded(min_reencoded_prob)] if min_reencoded_prob else []
-        if min_judge_prob:
-            self.checks.append(confirmed_by_judge(min_judge_prob))
         self.predictor = None if predictor is None else load_predictor(predictor, device).ordered(model.class_names)
+        self.checks = [at_least("probs", min_reencoded_prob)] if min_reencoded_prob else []
+        if min_judge_prob:
+            self.checks.append(at_least("judge_probs", min_judge_prob))
         if self.predictor is not None:
-            self.checks.append(confirmed_by_predictor(min_predictor_prob))
+            self.checks.append(at_least("predictor_probs", min_predictor_prob, likeliest=True))
 
     def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """Explain a shard (``schema.shard_schema``): its codes sorted by image_id, its pairs by (target, image_id).
@@ -217,7 +208,7 @@ class Explainer:
                 asked = self.ask(encoded)
                 if not len(asked.target):
                     continue
-                results = self.climb(encoded, asked, clock)
+                results = self.find(encoded, asked, clock)
                 engine = results.found.engine
                 with clock("predict"):
                     initial = self.predict_start(encoded)
@@ -309,83 +300,48 @@ class Explainer:
         images = [np.flatnonzero(chosen & (encoded.source != target)) for target in self.targets]
         image = np.concatenate([np.zeros(0, np.int64), *images])
         target = np.repeat(np.array(self.targets, np.int64), [len(rows) for rows in images])
-        index = torch.from_numpy(image).to(self.device)
-        x, z, log_var, noise = (tensor[index] for tensor in (encoded.x, encoded.z, encoded.log_var, encoded.noise))
+        x, z, log_var, noise = (tensor[image] for tensor in (encoded.x, encoded.z, encoded.log_var, encoded.noise))
         pairs = Pairs(x, z, log_var, noise, torch.from_numpy(target).to(self.device))
         if self.min_target_probs is not None:
             thresholds = np.array(self.min_target_probs, np.float32)[target]
             pairs = replace(pairs, min_target_prob=torch.from_numpy(thresholds).to(self.device))
         return Asked(image, target, pairs)
 
-    def climb(self, encoded: Encoded, asked: Asked, clock: Clock) -> Results:
-        """Search pairs and write their images; those that fail a check continue on up to ``MAX_RUNGS`` rungs.
+    def find(self, encoded: Encoded, asked: Asked, clock: Clock) -> Results:
+        """Search pairs and write their images; those that fail a check continue, see ``checks.climb``."""
 
-        Where no rung passes all checks, the first result stays. A rung is not taken beyond ``max_steps`` in all.
-        """
-        with clock("search"):
-            found = self.search(encoded.model, asked.pairs)
-        written = self.write(encoded, asked, found.point, clock)
-        rungs = np.zeros(len(asked.target), np.int32)
+        def search(pairs: Pairs, config: SearchConfig) -> Counterfactuals:
+            with clock("search"):
+                return self.search(encoded.model, pairs, config)
+
+        found = search(asked.pairs, self.config)
+        write = partial(self.write, encoded, clock)
+        results = Results(found, write(asked, found.point), None, np.zeros(len(asked.target), np.int32))
         if not self.checks:
-            return Results(found, written, None, rungs)
-        confirmed = self.passes(written, asked.target)
+            return results
+        confirmed = passes(self.checks, results.written, asked.target)
         if self.predictor is not None:
             # Where the ensemble predicts the target at the start, the first search proves nothing.
             confirmed &= encoded.prediction.probs.argmax(1)[asked.image] != asked.target
-        results = Results(found, written, confirmed, rungs)
-        point, steps = found.point.clone(), to_numpy(found.steps).copy()
-        thresholds = np.full(len(steps), self.config.min_target_prob, np.float32)
-        if asked.pairs.min_target_prob is not None:
-            thresholds = to_numpy(asked.pairs.min_target_prob)
-        rows = np.flatnonzero(~confirmed & to_numpy(found.finite) & (steps < self.config.max_steps))
-        for rung in range(1, MAX_RUNGS + 1):
-            if not len(rows):
-                break
-            thresholds, index = next_threshold(thresholds), torch.from_numpy(rows).to(self.device)
-            rungs[rows] = rung
-            pairs = replace(
-                asked.pairs.select(index),
-                point=point[index],
-                min_target_prob=torch.from_numpy(thresholds[rows]).to(self.device),
-            )
-            # The largest budget left serves all: a row that needs more than its own is dropped below.
-            left = int(self.config.max_steps - steps[rows].min())
-            with clock("search"):
-                again = self.search(encoded.model, pairs, replace(self.config, max_steps=left, distance_weight=0.0))
-            point[index], steps[rows] = again.point, steps[rows] + to_numpy(again.steps)
-            reached = to_numpy(again.converged) & (steps[rows] <= self.config.max_steps)
-            rows, again = rows[reached], select(again, torch.from_numpy(np.flatnonzero(reached)).to(self.device))
-            if not len(rows):
-                break
-            part = asked.select(rows)
-            images = self.write(encoded, part, again.point, clock)
-            passed = self.passes(images, part.target)
-            results = results.updated(rows, passed, replace(again, steps=torch.from_numpy(steps[rows])), images)
-            rows = rows[~passed]
-        return results
+        return climb(replace(results, confirmed=confirmed), asked, self.config, self.checks, search, write)
 
-    def passes(self, written: Written, target: np.ndarray) -> np.ndarray:
-        """Whether each written image (P,) passes every check."""
-        return np.logical_and.reduce([check(written, target) for check in self.checks])
-
-    def search(self, model: Model, pairs: Pairs, config: SearchConfig | None = None, **run: Any) -> Counterfactuals:
+    def search(self, model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
         """Search pairs by the explainer's method and engine."""
         run = {"engine": self.engine, "threads": self.threads} | run
         if self.fixed is not None:
             run["fixed"] = self.fixed
-        return METHODS[self.method].search(model, pairs, config or self.config, **run)
+        return METHODS[self.method].search(model, pairs, config, **run)
 
-    def write(self, encoded: Encoded, asked: Asked, points: Tensor, clock: Clock) -> Written:
+    def write(self, encoded: Encoded, clock: Clock, asked: Asked, points: Tensor) -> Written:
         """Decode points to 8-bit images, and predict what those show; a few pairs at a time."""
         latent = METHODS[self.method].space == "latent"
-        image = torch.from_numpy(asked.image).to(self.device)
         judge, pixels, distances, codes, probs, judge_probs = self.model.judge, [], [], [], [], []
         for start in range(0, len(points), CHUNK):
             rows = slice(start, start + CHUNK)
             with clock("decode"):
                 x_cf = decode_rows(self.model.vae, points[rows]) if latent else points[rows]
                 pixels.append(quantise(x_cf))
-                distances.append(l1(x_cf, encoded.reconstruction[image[rows]]))
+                distances.append(l1(x_cf, encoded.reconstruction[asked.image[rows]]))
             with clock("reencode"):
                 codes.append(encode_rows(self.model.vae, to_float(pixels[-1], self.device))[0])
                 probs.append(mean_probs(logits_rows(encoded.model.ensemble, codes[-1])))
@@ -407,7 +363,6 @@ class Explainer:
     def trace_rows(self, encoded: Encoded, asked: Asked, image_ids: set[str]) -> pa.Table:
         """Rows of ``traces``: pairs of some images, searched again by the plain engine, which shows its steps."""
         chosen = np.flatnonzero(np.isin(encoded.image_id.to_pylist(), sorted(image_ids))[asked.image])
-        index = torch.from_numpy(chosen).to(self.device)
         expected = schema.traces_schema(self.model.latent_dim)
         tables = [expected.empty_table()]
 
@@ -428,7 +383,7 @@ class Explainer:
             tables.append(to_table(expected, columns))
 
         if len(chosen):
-            self.search(encoded.model, asked.pairs.select(index), on_step=on_step)
+            self.search(encoded.model, asked.pairs.select(chosen), self.config, on_step=on_step)
         return pa.concat_tables(tables)
 
     def predict_points(self, model: Model, points: Tensor) -> Uncertainties:
@@ -464,30 +419,3 @@ def explainer_of(plan: Plan, model: Model, predictor: Any = None, **options: Any
     planned = {"targets": plan.targets, "images": plan.images, "only": plan.only, **checks}
     planned["by_fold"] = bool(plan.model.get("num_folds"))
     return Explainer(model, plan.method, SearchConfig(**plan.config), **(planned | options))
-
-
-def require_classifier(model: Model, method: str) -> None:
-    """Raise ValueError when a method needs image classifiers and the model has none."""
-    if METHODS[method].classifier.startswith("image") and model.image_ensemble is None:
-        raise ValueError(
-            f"method {method!r} needs image classifiers, which this model lacks; train it with image_members above 0"
-        )
-
-
-def kept_heads(model: Model, method: str, keep: Sequence[str]) -> AttributeHeads | None:
-    """The heads of the attributes to keep; None where there are none.
-
-    Raises:
-        ValueError: the model has no such heads, or the method does not search codes, or nothing would be left to move.
-    """
-    if not keep:
-        return None
-    if isinstance(keep, str):
-        raise ValueError(f"keep: expected a list of attributes, got {keep!r}")
-    if METHODS[method].space != "latent":
-        raise ValueError(f"keep: method {method!r} changes pixels; choose one that searches codes")
-    if model.heads is None:
-        raise ValueError("keep: this model has no heads for attributes; train them with attributes")
-    heads = model.heads.select(keep)
-    heads.directions()
-    return heads

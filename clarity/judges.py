@@ -109,11 +109,11 @@ def probs_of_features(net: JudgeNet, features: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def in_batches(function: Callable[[Tensor], Tensor], images: np.ndarray, batch_size: int = 512) -> np.ndarray:
+def in_batches(function: Callable[[Tensor], Tensor], images: np.ndarray) -> np.ndarray:
     """A function of images in [0, 1], applied to uint8 or float images some at a time."""
     parts = []
-    for start in range(0, max(1, len(images)), batch_size):
-        batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+    for start in range(0, max(1, len(images)), 512):
+        batch = torch.from_numpy(np.array(images[start : start + 512]))
         x = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
         parts.append(function(x).float().numpy())
     return np.concatenate(parts)

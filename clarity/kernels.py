@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clarity.objectives import LatentObjective, Rows
+
 try:
     import triton
     import triton.language as tl
@@ -32,37 +34,6 @@ Layers = Sequence[tuple[Tensor, Tensor]]
 
 #: The builds of native/search.cpp by instruction set, fastest first.
 BUILDS = ("avx512", "avx2", "base")
-
-
-@dataclass(frozen=True)
-class LatentSearch:
-    """Algorithm 1 with Adam on Eq. 6 for B rows: everything that a kernel needs.
-
-    Args:
-        layers: of the classifiers.
-        start: (B, D) float32, where each row starts.
-        reference: (B, D) float32, what the distance is measured to.
-        target: (B,) int64.
-        min_target_prob: (B,) float32, what each row must exceed.
-        fixed: (D, k) float32, orthonormal directions along which no update moves; None for none.
-        max_steps: the most updates of a row.
-        distance_weight: of the L1 distance.
-        learning_rate: of Adam.
-    """
-
-    layers: Layers
-    start: Tensor
-    reference: Tensor
-    target: Tensor
-    min_target_prob: Tensor
-    fixed: Tensor | None
-    max_steps: int
-    distance_weight: float
-    learning_rate: float
-
-    def directions(self) -> Tensor:
-        """``fixed`` as (k, D), with k = 0 for None."""
-        return self.start.new_zeros(0, self.start.shape[1]) if self.fixed is None else self.fixed.t()
 
 
 def import_build(build: str) -> ModuleType | None:
@@ -82,11 +53,6 @@ def native_modules() -> dict[str, ModuleType]:
     return {build: module for build, module in found.items() if module is not None}
 
 
-def native_builds() -> tuple[str, ...]:
-    """The builds of the compiled search that can run here, fastest first; () where there is none."""
-    return tuple(native_modules())
-
-
 def native_module(build: str) -> ModuleType:
     """The compiled module of a build; raises ValueError where it cannot run."""
     modules = native_modules()
@@ -96,10 +62,19 @@ def native_module(build: str) -> ModuleType:
     return modules[build]
 
 
-def native_search(problem: LatentSearch, threads: int, build: str) -> dict[str, Tensor]:
-    """Run a search in compiled code, on ``threads`` threads of its own and without the GIL.
+def native_search(
+    objective: LatentObjective,
+    start: Tensor,
+    rows: Rows,
+    max_steps: int,
+    learning_rate: float,
+    threads: int,
+    build: str,
+) -> dict[str, Tensor]:
+    """Search in compiled code, on ``threads`` threads of its own and without the GIL.
 
-    A row's bits depend on the row, the other fields of the problem and the build alone.
+    A row's bits depend on the row, the objective, the two parameters and the build alone. ``rows`` are target (B,)
+    int64, reference (B, D) and min_target_prob (B,), which each row must exceed.
 
     Returns:
         point (B, D), steps (B,) int32, target_prob_initial and target_prob_final (B,), finite (B,) bool: False where
@@ -108,39 +83,41 @@ def native_search(problem: LatentSearch, threads: int, build: str) -> dict[str, 
     Raises:
         ValueError: shapes do not agree, or the build cannot run here.
     """
-    module = native_module(build)
-    rows, latent = problem.start.shape
     found = {
-        "point": np.empty((rows, latent), np.float32),
-        "steps": np.empty(rows, np.int32),
-        "target_prob_initial": np.empty(rows, np.float32),
-        "target_prob_final": np.empty(rows, np.float32),
-        "finite": np.empty(rows, np.bool_),
+        "point": np.empty(tuple(start.shape), np.float32),
+        "steps": np.empty(len(start), np.int32),
+        "target_prob_initial": np.empty(len(start), np.float32),
+        "target_prob_final": np.empty(len(start), np.float32),
+        "finite": np.empty(len(start), np.bool_),
     }
-    module.search(
-        weights=[as_array(weight) for weight, _ in problem.layers],
-        biases=[as_array(bias) for _, bias in problem.layers],
-        start=as_array(problem.start),
-        reference=as_array(problem.reference),
-        target=as_array(problem.target, torch.int64),
-        min_target_prob=as_array(problem.min_target_prob),
-        fixed=as_array(problem.directions()),
+    native_module(build).search(
+        weights=[as_array(weight) for weight, _ in objective.layers],
+        biases=[as_array(bias) for _, bias in objective.layers],
+        start=as_array(start),
+        reference=as_array(rows["reference"]),
+        target=as_array(rows["target"], torch.int64),
+        min_target_prob=as_array(rows["min_target_prob"]),
+        fixed=as_array(directions_of(objective, start)),
         **found,
-        max_steps=problem.max_steps,
-        distance_weight=problem.distance_weight,
-        learning_rate=problem.learning_rate,
+        max_steps=max_steps,
+        distance_weight=objective.distance_weight,
+        learning_rate=learning_rate,
         threads=threads,
     )
     return {name: torch.from_numpy(values) for name, values in found.items()}
+
+
+def directions_of(objective: LatentObjective, start: Tensor) -> Tensor:
+    """The objective's fixed directions as (k, D), with k = 0 for none."""
+    return start.new_zeros(0, start.shape[1]) if objective.fixed is None else objective.fixed.t()
 
 
 def native_value_and_grad(
     layers: Layers, points: Tensor, target: Tensor, threads: int, build: str
 ) -> tuple[Tensor, Tensor]:
     """Mean target probability (B,) of codes (B, D) and its gradient (B, D), computed as in ``native_search``."""
-    module = native_module(build)
     target_prob, gradient = np.empty(len(points), np.float32), np.empty(tuple(points.shape), np.float32)
-    module.value_and_grad(
+    native_module(build).value_and_grad(
         weights=[as_array(weight) for weight, _ in layers],
         biases=[as_array(bias) for _, bias in layers],
         points=as_array(points),
@@ -373,19 +350,19 @@ class Layout:
         return torch.cat(weights, dim=1).contiguous(), torch.cat(biases, dim=1).contiguous()
 
 
-def triton_search(problem: LatentSearch) -> dict[str, Tensor]:
-    """Run a search in one kernel on a GPU: a block of searches stays on the chip through all members and steps.
+def triton_search(
+    objective: LatentObjective, start: Tensor, rows: Rows, max_steps: int, learning_rate: float
+) -> dict[str, Tensor]:
+    """Search in one kernel on a GPU: a block of searches stays on the chip through all members and steps.
 
     Returns what ``native_search`` returns, on the device of ``start``. Products are tf32x3, whose error is that of
     float32. Raises ValueError for sizes that the kernel does not hold.
     """
     if triton is None:
         raise ValueError("the Triton kernel needs the package triton; use engine batched")
-    start, total = problem.start, len(problem.start)
-    device = start.device
-    directions = problem.directions()
+    total, device, directions = len(start), start.device, directions_of(objective, start)
     # Triton's interpreter, which runs on a CPU, has float32 products only.
-    layout = Layout.of(problem.layers, "tf32x3" if device.type == "cuda" else "ieee", len(directions))
+    layout = Layout.of(objective.layers, "tf32x3" if device.type == "cuda" else "ieee", len(directions))
     found = {
         "point": torch.empty_like(start, memory_format=torch.contiguous_format),
         "steps": torch.zeros(total, dtype=torch.int32, device=device),
@@ -396,20 +373,20 @@ def triton_search(problem: LatentSearch) -> dict[str, Tensor]:
     if total > 2**30:
         raise ValueError(f"start: the Triton kernel takes up to 2**30 rows, got {total}; search in parts")
     if total:
-        weights, biases = layout.pack(problem.layers)
+        weights, biases = layout.pack(objective.layers)
         padding = layout.constants["TILES"] * layout.constants["TILE"] - start.shape[1]
         # From about 17,000 updates on the corrections are 1 in float32.
-        updates = torch.arange(1, min(problem.max_steps, 20_000) + 2, dtype=torch.float64)
-        rates = (problem.learning_rate / (1 - 0.9**updates)).float().to(device)
+        updates = torch.arange(1, min(max_steps, 20_000) + 2, dtype=torch.float64)
+        rates = (learning_rate / (1 - 0.9**updates)).float().to(device)
         roots = (1 - 0.999**updates).rsqrt().float().to(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         programs = min(-(-total // layout.constants["BLOCK"]), 4 * processors)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             search_kernel[(programs,)](
-                weights, biases, start.contiguous(), problem.reference.contiguous(), problem.target.contiguous(),
-                problem.min_target_prob.contiguous(), functional.pad(directions.float(), (0, padding)).contiguous(),
+                weights, biases, start.contiguous(), rows["reference"].contiguous(), rows["target"].contiguous(),
+                rows["min_target_prob"].contiguous(), functional.pad(directions.float(), (0, padding)).contiguous(),
                 rates, roots, *found.values(), torch.zeros(1, dtype=torch.int32, device=device), total,
-                problem.max_steps, len(updates), problem.distance_weight,
+                max_steps, len(updates), objective.distance_weight,
                 **layout.constants, num_warps=layout.warps,
             )  # fmt: skip
     found["finite"] = found["finite"].bool()

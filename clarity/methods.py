@@ -11,14 +11,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clarity.classifiers import LEAST_OUTPUTS, ImageEnsemble
+from clarity.classifiers import LEAST_OUTPUTS, ImageEnsemble, LatentEnsemble
 from clarity.model import Model
 from clarity.objectives import LatentObjective, Rows, ensemble_terms, l1
 from clarity.rows import decode_rows, folded, logits_rows, require_eval
@@ -57,7 +58,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.target)
 
-    def select(self, index: Tensor) -> Pairs:
+    def select(self, index: Tensor | np.ndarray) -> Pairs:
         """The pairs with these indices."""
         rows: dict[str, Any] = {name: None if values is None else values[index] for name, values in vars(self).items()}
         return Pairs(**rows)
@@ -71,11 +72,11 @@ def search(
     objective: Callable[..., Any], start: Tensor, pairs: Pairs, config: SearchConfig, *args: Any, **run: Any
 ) -> Counterfactuals:
     """``descend`` from the method's start, or from where the pairs continue; distances are the same for both."""
-    rows = {"target": pairs.target, "reference": start, "x": pairs.x, "z": pairs.z}
+    rows = {"target": pairs.target, "reference": start}
+    if isinstance(objective, ImageObjective):
+        rows |= {"x": pairs.x, "z": pairs.z}
     if pairs.min_target_prob is not None:
         rows["min_target_prob"] = pairs.min_target_prob
-    if isinstance(objective, LatentObjective):
-        rows = {name: values for name, values in rows.items() if name not in ("x", "z")}
     return descend(objective, start if pairs.point is None else pairs.point, rows, config, *args, **run)
 
 
@@ -87,12 +88,9 @@ def clarity(
     return search(objective, pairs.z, pairs, config, **run)
 
 
-def latent(
-    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
-) -> Counterfactuals:
+def latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
     """Eq. 5: Eq. 6 with one latent classifier, member 0."""
-    objective = LatentObjective(model.ensemble.member(0).layers(), config.distance_weight, fixed)
-    return search(objective, pairs.z, pairs, config, **run)
+    return clarity(replace(model, ensemble=model.ensemble.member(0)), pairs, config, **run)
 
 
 @dataclass(frozen=True)
@@ -102,15 +100,15 @@ class ImageObjective:
     Args:
         classify: logits (M, B, K) of images.
         decode: images of points; the identity for searches over pixels.
-        distance_weight: lambda.
         distance: x for the L1 distance of the image to the row's x, z for that of the point to the row's z.
+        distance_weight: lambda.
         fixed: (D, k), orthonormal directions along which no update moves; None for none.
     """
 
     classify: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
-    distance_weight: float
     distance: str
+    distance_weight: float
     fixed: Tensor | None = None
 
     def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,31 +122,40 @@ class ImageObjective:
         return cross_entropy + self.distance_weight * distance, target_prob, logits
 
 
-def revise(
-    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
+def search_images(
+    model: Model,
+    which: str,
+    decode: Any,
+    distance: str,
+    start: Tensor,
+    pairs: Pairs,
+    config: SearchConfig,
+    *update: str,
+    fixed: Tensor | None = None,
+    **run: Any,
 ) -> Counterfactuals:
+    """``search`` with an ImageObjective of the image ensemble or its member 0; "" for no distance."""
+    weight = config.distance_weight if distance else 0.0
+    objective = ImageObjective(image_classifier(model, which), decode, distance, weight, fixed)
+    return search(objective, start, pairs, config, *update, slots=slots(model, which), **run)
+
+
+def revise(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
     """Eq. 3 (Joshi et al. 2019): one image classifier's cross-entropy at decode(z') + distance_weight * L1(x, x').
 
     From a sample of the posterior. The classifier is member 0, the optimiser the paper's Adam.
     """
-    objective = ImageObjective(image_classifier(model, "member"), decoder(model), config.distance_weight, "x", fixed)
-    return search(objective, pairs.sample(), pairs, config, slots=slots(model, "member"), **run)
+    return search_images(model, "member", decoder(model), "x", pairs.sample(), pairs, config, **run)
 
 
-def revise_e(
-    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
-) -> Counterfactuals:
+def revise_e(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
     """Eq. 4: the image ensemble's mean cross-entropy at decode(z') + distance_weight * L1(x, x')."""
-    objective = ImageObjective(image_classifier(model, "ensemble"), decoder(model), config.distance_weight, "x", fixed)
-    return search(objective, pairs.sample(), pairs, config, slots=slots(model, "ensemble"), **run)
+    return search_images(model, "ensemble", decoder(model), "x", pairs.sample(), pairs, config, **run)
 
 
-def revise_e_latent(
-    model: Model, pairs: Pairs, config: SearchConfig, fixed: Tensor | None = None, **run: Any
-) -> Counterfactuals:
+def revise_e_latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
     """Eq. 4 with the penalty in the latent space: distance_weight * L1(z, z'), z the posterior mean."""
-    objective = ImageObjective(image_classifier(model, "ensemble"), decoder(model), config.distance_weight, "z", fixed)
-    return search(objective, pairs.sample(), pairs, config, slots=slots(model, "ensemble"), **run)
+    return search_images(model, "ensemble", decoder(model), "z", pairs.sample(), pairs, config, **run)
 
 
 def fgsm(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
@@ -157,8 +164,7 @@ def fgsm(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counte
     "fgsm" is the paper's name for it: not the one-step attack, but Adam on Eq. 1 over a classifier trained
     adversarially, on FGSM examples. The classifier is member 0.
     """
-    objective = ImageObjective(image_classifier(model, "member"), lambda x_cf: x_cf, config.distance_weight, "x")
-    return search(objective, pairs.x, pairs, config, bounds=PIXELS, slots=slots(model, "member"), **run)
+    return search_images(model, "member", nn.Identity(), "x", pairs.x, pairs, config, bounds=PIXELS, **run)
 
 
 def schut(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
@@ -167,8 +173,7 @@ def schut(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Count
     Follows the equation where the authors' code differs from it (cross-entropy of the mean logits, one stop for a
     batch), and their code where the paper is silent: a pixel changes at most five times.
     """
-    objective = ImageObjective(image_classifier(model, "ensemble"), lambda x_cf: x_cf, 0.0, "x")
-    return search(objective, pairs.x, pairs, config, "jsma", bounds=PIXELS, slots=slots(model, "ensemble"), **run)
+    return search_images(model, "ensemble", nn.Identity(), "", pairs.x, pairs, config, "jsma", bounds=PIXELS, **run)
 
 
 @dataclass(frozen=True)
@@ -201,23 +206,18 @@ METHODS: dict[str, Method] = {
 
 
 def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
-    """Logits (M, B, K) of a method's own classifier at its points, by batch-independent inference.
-
-    Args:
-        model: the model searched with.
-        method: a key of ``METHODS``.
-        points: codes (B, D) or images (B, C, H, W), after the method's space.
-    """
+    """Logits (M, B, K) of a method's own classifier at points of its space, by batch-independent inference."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    space, classifier = METHODS[method].space, METHODS[method].classifier
-    if classifier == "ensemble":
-        return logits_rows(model.ensemble, points)
-    if classifier == "member":
-        return logits_rows(model.ensemble.member(0), points)
-    x = decode_rows(model.vae, points) if space == "latent" else points
-    ensemble = require_image_ensemble(model)
-    return logits_rows(ensemble if classifier == "image_ensemble" else ensemble.member(0), x)
+    classifier, ensemble = METHODS[method].classifier, ensemble_of(model, method)
+    if classifier.startswith("image") and METHODS[method].space == "latent":
+        points = decode_rows(model.vae, points)
+    return logits_rows(ensemble.member(0) if classifier.endswith("member") else ensemble, points)
+
+
+def ensemble_of(model: Model, method: str) -> LatentEnsemble | ImageEnsemble:
+    """The ensemble that a method asks; raises ValueError where the model has none."""
+    return require_image_ensemble(model) if METHODS[method].classifier.startswith("image") else model.ensemble
 
 
 def decoder(model: Model) -> Callable[[Tensor], Tensor]:
@@ -261,7 +261,9 @@ def computed_apart(model: Model) -> bool:
 def require_image_ensemble(model: Model) -> ImageEnsemble:
     """The model's image ensemble; raises ValueError where it has none."""
     if model.image_ensemble is None:
-        raise ValueError("this method needs classifiers of images, and the model has none; train it with image_members")
+        raise ValueError(
+            "this method needs image classifiers, which the model lacks; train it with image_members above 0"
+        )
     return model.image_ensemble
 
 

@@ -292,21 +292,11 @@ def batched_search(objective: Objective, start: Tensor, rows: Rows, config: Sear
 def kernel_search(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: Run) -> Counterfactuals:
     """The compiled search of a LatentObjective on a CPU, or the Triton kernel on a GPU."""
     assert isinstance(objective, LatentObjective)
-    problem = kernels.LatentSearch(
-        objective.layers,
-        start,
-        rows["reference"],
-        rows["target"],
-        rows["min_target_prob"],
-        objective.fixed,
-        config.max_steps,
-        objective.distance_weight,
-        config.learning_rate,
-    )
+    given = objective, start, rows, config.max_steps, config.learning_rate
     if run.engine == "triton":
-        found = kernels.triton_search(problem)
+        found = kernels.triton_search(*given)
     else:
-        found = kernels.native_search(problem, run.workers, run.engine.removeprefix("native-"))
+        found = kernels.native_search(*given, run.workers, run.engine.removeprefix("native-"))
     final, finite = found["target_prob_final"], found["finite"]
     return Counterfactuals(**found, converged=(final > rows["min_target_prob"]) & finite, engine=run.engine)
 
@@ -459,7 +449,7 @@ def value_and_grad(objective: Objective, points: Tensor, rows: Rows, run: Run) -
 
 def cpu_engines() -> list[str]:
     """The engines that can search over latent classifiers on this machine's CPU, fastest first."""
-    return [*(f"native-{build}" for build in kernels.native_builds()), "batched", "plain"]
+    return [*(f"native-{build}" for build in kernels.native_modules()), "batched", "plain"]
 
 
 def choose_engine(engine: str, objective: Objective, fits: bool, device: str) -> str:
@@ -483,7 +473,7 @@ def why_not(engine: str, objective: LatentObjective, device: str) -> str:
     if engine.startswith("native-"):
         if device != "cpu":
             return f"runs on a CPU, not on {device}"
-        builds = kernels.native_builds()
+        builds = kernels.native_modules()
         if engine.removeprefix("native-") in builds:
             return ""
         have = ", ".join(f"native-{build}" for build in builds)

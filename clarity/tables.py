@@ -7,6 +7,7 @@ Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,9 +68,7 @@ class Asked:
 
     def select(self, rows: np.ndarray) -> Asked:
         """The pairs with these indices."""
-        return Asked(
-            self.image[rows], self.target[rows], self.pairs.select(torch.from_numpy(rows).to(self.pairs.z.device))
-        )
+        return Asked(self.image[rows], self.target[rows], self.pairs.select(rows))
 
 
 @dataclass(frozen=True)
@@ -109,40 +108,33 @@ class Results:
     confirmed: np.ndarray | None
     rungs: np.ndarray
 
-    def updated(self, rows: np.ndarray, passed: np.ndarray, found: Counterfactuals, written: Written) -> Results:
-        """These results with other ones, which confirm the pair, in those rows that passed."""
+    def updated(self, rows: np.ndarray, found: Counterfactuals, written: Written) -> Results:
+        """These results with other ones, which confirm the pair, in these rows."""
         assert self.confirmed is not None
         confirmed = self.confirmed.copy()
-        confirmed[rows[passed]] = True
-        new, old = torch.from_numpy(np.flatnonzero(passed)), torch.from_numpy(rows[passed])
+        confirmed[rows] = True
         # What is known of the start stays.
-        found = replace(found, target_prob_initial=self.found.target_prob_initial[torch.from_numpy(rows)])
-        return replace(
-            self,
-            found=merge(self.found, old, found, new),
-            written=merge(self.written, old, written, new),
-            confirmed=confirmed,
-        )
+        found = replace(found, target_prob_initial=self.found.target_prob_initial[rows])
+        parts = {"found": merge(self.found, rows, found), "written": merge(self.written, rows, written)}
+        return replace(self, confirmed=confirmed, **parts)
 
 
-def merge(results: Any, rows: Tensor, others: Any, chosen: Tensor) -> Any:
-    """A dataclass of columns with the ``chosen`` rows of another one in its ``rows``."""
-    columns: dict[str, Any] = {}
-    for name, values in vars(results).items():
-        other = getattr(others, name)
-        if isinstance(values, Tensor):
-            columns[name] = values.clone()
-            columns[name][rows.to(values.device)] = other[chosen.to(other.device)].to(values.device)
-        elif isinstance(values, np.ndarray):
-            columns[name] = values.copy()
-            columns[name][rows.numpy()] = other[chosen.numpy()]
+def columns_of(results: Any) -> dict[str, Any]:
+    """The fields of a dataclass that hold a row for each pair."""
+    return {name: values for name, values in vars(results).items() if isinstance(values, Tensor | np.ndarray)}
+
+
+def merge(results: Any, rows: np.ndarray, others: Any) -> Any:
+    """A dataclass of columns with those of another one in these rows."""
+    columns = {name: copy.deepcopy(values) for name, values in columns_of(results).items()}
+    for name, values in columns.items():
+        values[rows] = getattr(others, name)
     return replace(results, **columns)
 
 
-def select(results: Any, rows: Tensor) -> Any:
-    """The rows with these indices of a dataclass of columns."""
-    columns = {name: values[rows] for name, values in vars(results).items() if isinstance(values, Tensor)}
-    return replace(results, **columns)
+def select(results: Any, rows: np.ndarray) -> Any:
+    """The rows with these indices, or where this is true, of a dataclass of columns."""
+    return replace(results, **{name: values[rows] for name, values in columns_of(results).items()})
 
 
 def code_rows(encoded: Encoded, images: str) -> pa.Table:

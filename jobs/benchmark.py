@@ -109,7 +109,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "device": args.device,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native": list(kernels.native_builds()),
+        "native": list(kernels.native_modules()),
         "triton": kernels.triton_available(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -109,15 +109,10 @@ def add_resource_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     return group
 
 
-def config_from(args: argparse.Namespace, config: type[Config], prefix: str = "", **fixed: Any) -> Config:
+def config_from(args: argparse.Namespace, config: type[Config], **fixed: Any) -> Config:
     """The config dataclass from the flags of ``add_config_flags``; ``fixed`` fields have no flag."""
     names = [field.name for field in dataclasses.fields(config) if field.name not in fixed]  # type: ignore[arg-type]
-    values = {name: getattr(args, f"{prefix}{name}".replace("-", "_")) for name in names}
-    try:
-        return config(**values, **fixed)
-    except ValueError as error:
-        stem = prefix.replace("-", "_")
-        raise ValueError(re.sub(rf"^(?:{config.__name__}\.)?(\w+):", rf"{stem}\1:", str(error))) from None
+    return config(**{name: getattr(args, name) for name in names}, **fixed)
 
 
 def field_help(config: type) -> dict[str, str]:

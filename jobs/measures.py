@@ -61,7 +61,7 @@ def fast_engines(device: str) -> list[str]:
 
 def native_engines() -> list[str]:
     """The build of the native engine that this machine runs by default, where it was compiled."""
-    return [f"native-{build}" for build in kernels.native_builds()[:1]]
+    return [f"native-{build}" for build in list(kernels.native_modules())[:1]]
 
 
 def check_engines(name: str, layers: Layers, codes: Tensor, target: Tensor, device: str) -> list[dict[str, Any]]:

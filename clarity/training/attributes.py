@@ -58,24 +58,15 @@ def fit_heads(
     dataset: Dataset,
     held_out: Dataset | None,
     attributes: Sequence[str],
-    seed: int = 0,
 ) -> tuple[AttributeHeads, dict[str, Any]]:
-    """Fit a logistic regression for each attribute to codes drawn from the posteriors of a split.
-
-    Args:
-        vae: frozen.
-        preprocessing: of its images.
-        dataset: the training split.
-        held_out: to measure on, or None.
-        attributes: of ``choose_attributes``.
-        seed: of the draw.
+    """Fit a logistic regression for each attribute to codes drawn from the posteriors of the training split.
 
     Returns:
         The heads, and for each attribute ``share`` of the training images where it is set, and on the held-out images
         ``accuracy`` and ``balanced_accuracy``, null where it is not known of any.
     """
     mean, log_var, values = encode_split(vae, preprocessing, dataset, attributes)
-    noise = np.random.default_rng(seed).standard_normal(mean.shape, np.float32)
+    noise = np.random.default_rng(0).standard_normal(mean.shape, np.float32)
     codes = mean + np.exp(log_var / 2) * noise
     heads = AttributeHeads(attributes, mean.shape[1])
     figures: dict[str, Any] = {}

@@ -6,8 +6,9 @@ Does not know files; reads no image.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,46 +50,36 @@ def costs(plan: TrainingPlan) -> list[Cost]:
     codes = Codes(torch.randn(len(images), dim, generator=generator), torch.zeros(len(images), dim), labels)
     short: dict[str, Any] = {"epochs": TIMED, "min_updates": 0, "batch_size": len(images)}
 
-    def of_vae() -> float:
-        return seconds(train_vae(images, vae, replace(plan.vae_training, **short)))
-
-    def of_members(count: int) -> float:
-        training = replace(plan.ensemble_training, **short)
-        return seconds(train_latent_members(codes, replace(ensemble, num_members=count), training, range(count)))
-
-    def of_image_member() -> float:
-        one = replace(plan.image_ensemble, num_members=1)
-        return seconds(train_image_members(images, labels, one, vae, replace(plan.image_training, **short), [0]))
-
-    def of_judge() -> float:
-        assert plan.judge_training is not None
-        net, training = build_judge(vae.image_shape, ensemble.num_classes), plan.judge_training
-        training = replace(training, updates=TIMED, batch_size=len(images))
-        return seconds(train_judge(net, images.numpy(), labels.numpy(), training))
-
-    def cost(part: str, networks: int, updates: int, batch: int, timed: Callable[[], float]) -> Cost:
-        return Cost(part, networks, updates, networks * updates * timed() * batch / len(images))
+    def cost(part: str, networks: int, updates: int, batch: int, timed: Iterable[Any]) -> Cost:
+        return Cost(part, networks, updates, networks * updates * seconds(timed) * batch / len(images))
 
     def updates(training: Any, rows: int) -> int:
         return num_epochs(training, rows) * per_epoch(rows, training.batch_size)
 
-    counted, batch = plan.data, plan.ensemble_training.batch_size
+    def members(count: int) -> Iterable[Any]:
+        training = replace(plan.ensemble_training, **short)
+        return train_latent_members(codes, replace(ensemble, num_members=count), training, range(count))
+
+    counted, ensemble_training, vae_training = plan.data, plan.ensemble_training, plan.vae_training
+    one_vae = partial(train_vae, images, vae, replace(vae_training, **short))
     rows = counted["labelled"] if plan.predictor is None else counted["codes"]
     found = []
     if (judge := plan.judge_training) is not None and counted["labelled"]:
-        found.append(cost("judge", 1, judge.updates, judge.batch_size, of_judge))
+        net, timed = build_judge(vae.image_shape, ensemble.num_classes), replace(judge, updates=TIMED, batch_size=ROWS)
+        loop = train_judge(net, images.numpy(), labels.numpy(), timed)
+        found.append(cost("judge", 1, judge.updates, judge.batch_size, loop))
     if plan.searched:
-        found.append(cost("search: VAEs", len(codes_tried), VAE_UPDATES, plan.vae_training.batch_size, of_vae))
-        timed = cost("search: ensembles", num_trials(plan), ENSEMBLE_UPDATES, batch, lambda: of_members(MEMBERS))
-        found.append(timed)
-    found.append(cost("VAE", 1, updates(plan.vae_training, counted["images"]), plan.vae_training.batch_size, of_vae))
-    ensembles, members = 1 + plan.num_folds, ensemble.num_members
-    found.append(
-        cost("ensembles", ensembles, updates(plan.ensemble_training, rows), batch, lambda: of_members(members))
-    )
+        found.append(cost("search: VAEs", len(codes_tried), VAE_UPDATES, vae_training.batch_size, one_vae()))
+        trials, batch = num_trials(plan), ensemble_training.batch_size
+        found.append(cost("search: ensembles", trials, ENSEMBLE_UPDATES, batch, members(MEMBERS)))
+    found.append(cost("VAE", 1, updates(vae_training, counted["images"]), vae_training.batch_size, one_vae()))
+    count, all_members = updates(ensemble_training, rows), members(ensemble.num_members)
+    found.append(cost("ensembles", 1 + plan.num_folds, count, ensemble_training.batch_size, all_members))
     if plan.image_members:
         training, count = plan.image_training, updates(plan.image_training, counted["labelled"])
-        found.append(cost("image ensemble", plan.image_members, count, training.batch_size, of_image_member))
+        one = replace(plan.image_ensemble, num_members=1)
+        member = train_image_members(images, labels, one, vae, replace(training, **short), [0])
+        found.append(cost("image ensemble", plan.image_members, count, training.batch_size, member))
     return found
 
 

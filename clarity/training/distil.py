@@ -51,12 +51,7 @@ def original_probs(
 ) -> Tensor:
     """Probabilities (N, K) of images as the predictor sees the original files, NaN where it cannot read one.
 
-    Args:
-        predictor: to ask.
-        dataset: of the images.
-        listing: with a row for each of them, and maybe others.
-        images: as the model sees them.
-        preprocessing: of the model.
+    ``images`` are as the model sees them, by its ``preprocessing``; ``listing`` has a row for each, and maybe others.
     """
     if predictor.preprocessing == preprocessing:
         return ask(predictor, images.pixels.numpy())
@@ -136,21 +131,13 @@ def audit_codes(audit: Audit, rows: int) -> Iterator[tuple[list[str], Tensor]]:
 
 def relabel(images: LabelledImages, probs: Tensor) -> LabelledImages:
     """Images with the predictor's class as their label; -1 where it could not be asked."""
-    labels = torch.where(probs.isnan().any(1), -1, probs.argmax(1))
-    return replace(images, labels=labels)
+    return replace(images, labels=torch.where(probs.isnan().any(1), -1, probs.argmax(1)))
 
 
-def fidelity(
-    model: Model, predictor: Predictor, images: LabelledImages, probs: Tensor, seed: int = 0
-) -> dict[str, Any]:
+def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: Tensor) -> dict[str, Any]:
     """How far the ensemble may speak for the predictor, on held-out images.
 
-    Args:
-        model: the trained model.
-        predictor: answers in the order of its classes.
-        images: held out.
-        probs: what the predictor says of their original files (N, K); images with NaN are left out.
-        seed: of the perturbed codes.
+    ``probs`` (N, K) is what the predictor says of their original files; images with NaN are left out.
 
     Returns:
         images: how many were asked about.
@@ -165,12 +152,10 @@ def fidelity(
     probs, pixels = probs[known], images.pixels[known]
     parts = [encode_rows(model.vae, part.to(model.device).float() / 255)[0] for part in pixels.split(1024)]
     z = torch.cat(parts).cpu()
-    around = perturb(z, torch.Generator().manual_seed(seed), copies=1)
-    asked = {
-        name: code_probs(predictor, model.vae, codes.to(model.device)) for name, codes in (("z", z), ("p", around))
-    }
+    around = perturb(z, torch.Generator().manual_seed(0), copies=1)
+    reconstructed, perturbed = (code_probs(predictor, model.vae, codes.to(model.device)) for codes in (z, around))
     of_code, of_perturbed = (ensemble_probs(model, codes) for codes in (z, around))
-    names, before, after = model.class_names, probs.argmax(1), asked["z"].argmax(1)
+    names, before, after = model.class_names, probs.argmax(1), reconstructed.argmax(1)
     confused = []
     for k in before.unique().tolist():
         shares = torch.bincount(after[before == k], minlength=len(names)).double() / (before == k).sum()
@@ -182,9 +167,9 @@ def fidelity(
     return {
         "images": len(z),
         "codes": agreement(probs, of_code),
-        "reconstructions": agreement(asked["z"], of_code),
-        "perturbed": agreement(asked["p"], of_perturbed),
-        "reconstructing": agreement(probs, asked["z"]),
+        "reconstructions": agreement(reconstructed, of_code),
+        "perturbed": agreement(perturbed, of_perturbed),
+        "reconstructing": agreement(probs, reconstructed),
         "confused": sorted(confused, key=lambda entry: -entry[2]),
     }
 

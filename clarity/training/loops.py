@@ -155,16 +155,10 @@ def run_epochs(
     state: Mapping[str, Tensor] | None,
     updates_of: Callable[[int, int], Iterator[dict[str, Tensor]]],
 ) -> Iterator[Epoch]:
-    """Adam under a schedule, from where ``state`` ends.
+    """Adam under a schedule, for a network on its device, which has the weights of the checkpoint ``state``.
 
-    Args:
-        network: on its device, with the weights of ``state``.
-        training: how.
-        num_rows: of the training set.
-        schedule_of: of the learning rate, over a number of updates.
-        state: checkpoint to continue from.
-        updates_of: given an epoch and its number of updates, sets the gradients of one update after the other and
-            yields metrics, the loss among them.
+    ``updates_of``, given an epoch and its number of updates, sets the gradients of one update after the other and
+    yields metrics, the loss among them.
     """
     total, updates = num_epochs(training, num_rows), updates_per_epoch(num_rows, training.batch_size)
     adam = Adam(network.named_parameters(), training.learning_rate)
@@ -204,16 +198,8 @@ def train_vae(
     All ranks draw the same order and noise and take their share of each batch; gradients are averaged by ``wrap`` and
     BatchNorm's moments over all ranks, so the result depends on the number of ranks only by rounding.
 
-    Args:
-        images: uint8 (N, C, H, W), the same on every rank; moved to the device as a whole.
-        config: of the VAE.
-        training: how.
-        state: checkpoint to continue from.
-        rank: of this process.
-        world: number of processes.
-        wrap: makes the module data-parallel.
-        device: to train on.
-        precision: one of PRECISIONS.
+    ``images`` are uint8 (N, C, H, W), the same on every rank, and moved to the device as a whole; ``state`` is a
+    checkpoint to continue from; ``wrap`` makes the module data-parallel.
 
     Yields:
         An Epoch each, with loss, reconstruction and kl in nats.
@@ -282,19 +268,12 @@ def train_latent_members(
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[Epoch]:
-    """Trains members of the latent ensemble as one stack.
+    """Trains the members of the latent ensemble with these numbers as one stack.
 
     The loss is the cross-entropy of codes drawn from the posterior, with labels or with a predictor's probabilities,
     plus that of the same codes after an FGSM step. On CPU the bits of a member depend on its number, the codes and the
-    training, not on the other members of the stack.
-
-    Args:
-        codes: the training set.
-        config: of the ensemble.
-        training: how.
-        members: their numbers.
-        states: checkpoints of these members, all of one epoch, to continue from.
-        device: to train on.
+    training, not on the other members of the stack. ``states`` are checkpoints of these members, all of one epoch, to
+    continue from.
 
     Yields:
         An Epoch each, with loss and accuracy (on clean codes); its state is a stack, see ``member_states``.
@@ -313,7 +292,7 @@ def train_latent_members(
     one = replace(config, num_members=1)
     stack = stack_members([seeded(lambda: LatentEnsemble(one), training.seed, "latent", m) for m in members])
     eps = training.adversarial_eps * codes.std()
-    yield from train_members(stack, members, labels, training, draw, eps, states=states, device=device)
+    yield from train_members(stack, members, labels, training, draw, eps, None, states, device)
 
 
 def train_image_members(
@@ -328,19 +307,7 @@ def train_image_members(
     device: str | torch.device = "cpu",
     precision: str = "auto",
 ) -> Iterator[Epoch]:
-    """Trains members of the image ensemble as one stack: cross-entropy of images, plus that after an FGSM step.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,).
-        config: of the ensemble.
-        vae_config: whose encoder is the members' architecture.
-        training: how.
-        members: their numbers.
-        states: checkpoints of these members, all of one epoch, to continue from.
-        device: to train on.
-        precision: one of PRECISIONS.
-    """
+    """``train_latent_members`` for the image ensemble, on images uint8 (N, C, H, W) with labels int64 (N,)."""
     device = torch.device(device)
     images, labels = images.to(device), labels.to(device)
 
@@ -351,10 +318,8 @@ def train_image_members(
     one = replace(config, num_members=1)
     stack = stack_members([seeded(lambda: ImageEnsemble(one, vae_config), training.seed, "image", m) for m in members])
     stack.to(memory_format=torch.channels_last)
-    eps = training.adversarial_eps
-    yield from train_members(
-        stack, members, labels, training, draw, eps, (0.0, 1.0), states=states, device=device, precision=precision
-    )
+    eps, limits = training.adversarial_eps, (0.0, 1.0)
+    yield from train_members(stack, members, labels, training, draw, eps, limits, states, device, precision)
 
 
 def seeded(build: Callable[[], Any], seed: int, purpose: str, member: int) -> Any:
@@ -371,25 +336,15 @@ def train_members(
     training: EnsembleTraining,
     draw: Callable[[Tensor, list[torch.Generator]], tuple[Tensor, Tensor]],
     eps: float,
-    limits: tuple[float, float] | None = None,
-    *,
+    limits: tuple[float, float] | None,
     states: Mapping[int, Mapping[str, Tensor]] | None,
     device: torch.device,
     precision: str = "fp32",
 ) -> Iterator[Epoch]:
-    """Trains a stack of members with Adam under a cosine decay, see ``train_latent_members``.
+    """Trains an untrained stack with Adam under a cosine decay, see ``train_latent_members``.
 
-    Args:
-        stack: the untrained members.
-        members: their numbers.
-        labels: int64 (N,).
-        training: how.
-        draw: inputs and targets (labels or probabilities) of the given rows (M, B), one generator for each member.
-        eps: FGSM step in units of the inputs; 0 is none.
-        limits: range of the inputs after the step, or None.
-        states: checkpoints to continue from.
-        device: to train on.
-        precision: one of PRECISIONS.
+    ``draw`` gives inputs and targets (labels or probabilities) of rows (M, B), with one generator for each member;
+    ``eps`` is the FGSM step in units of the inputs, 0 for none; ``limits`` is the range of the inputs after it.
     """
     state = None if states is None else join_states([states[m] for m in members])
     if state is not None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from clarity.updates import BETA1, BETA2, EPS
+
 
 class Adam(torch.optim.Optimizer):
     """Adam (Kingma and Ba 2015) from individually rounded operations.
@@ -21,15 +23,9 @@ class Adam(torch.optim.Optimizer):
     the bits of a parameter depend on its offset in the stack. Here they do not.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[tuple[str, Tensor]],
-        learning_rate: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], learning_rate: float) -> None:
         self.named = dict(parameters)
-        super().__init__(self.named.values(), {"lr": learning_rate, "betas": betas, "eps": eps})
+        super().__init__(self.named.values(), {"lr": learning_rate})
         self.count = 0
         for parameter in self.named.values():
             self.state[parameter] = {"first": torch.zeros_like(parameter), "second": torch.zeros_like(parameter)}
@@ -56,18 +52,16 @@ class Adam(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the parameters' ``grad``."""
         self.count += 1
-        group = self.param_groups[0]
-        beta1, beta2 = group["betas"]
-        rate = group["lr"] / (1 - beta1**self.count)
-        root = math.sqrt(1 - beta2**self.count)
-        for parameter in group["params"]:
+        rate = self.param_groups[0]["lr"] / (1 - BETA1**self.count)
+        root = math.sqrt(1 - BETA2**self.count)
+        for parameter in self.named.values():
             gradient = parameter.grad
             if gradient is None:
                 continue
             first, second = self.state[parameter]["first"], self.state[parameter]["second"]
-            first.mul_(beta1).add_(gradient * (1 - beta1))
-            second.mul_(beta2).add_(gradient.square().mul_(1 - beta2))
-            parameter.sub_((first * rate).div_(second.sqrt().div_(root).add_(group["eps"])))
+            first.mul_(BETA1).add_(gradient * (1 - BETA1))
+            second.mul_(BETA2).add_(gradient.square().mul_(1 - BETA2))
+            parameter.sub_((first * rate).div_(second.sqrt().div_(root).add_(EPS)))
 
 
 def one_cycle(adam: Adam, total: int) -> OneCycleLR:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -91,11 +91,6 @@ class Trial:
             f"hidden {' '.join(map(str, self.hidden))}"
         )
 
-    @property
-    def score(self) -> float:
-        """What the rule maximises."""
-        return self.accuracy * self.judged
-
 
 def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
     """The plan with the values that an earlier search chose, the plan itself where nothing is searched; None before.
@@ -104,23 +99,17 @@ def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
     """
     if not plan.searched:
         return plan
-    card = read_card(plan.out)
+    file, card = plan.file("recipe.json"), read_card(plan.out)
     if card is not None:
         found = card.get("recipe") or {}
-    elif storage.exists(plan.file("recipe.json")):
-        found = storage.read_json(plan.file("recipe.json"))
-        if found["key"] != recipe_key(plan):
-            return None
-    else:
+    elif not storage.exists(file) or (found := storage.read_json(file))["key"] != recipe_key(plan):
         return None
-    chosen = found.get("chosen") or own_values(plan)
-    vae = replace(plan.vae, latent_dim=chosen["latent_dim"], beta=chosen["beta"])
+    chosen = own_values(plan) | found.get("chosen", {})
+    dim = chosen["latent_dim"]
     return replace(
         plan,
-        vae=vae,
-        ensemble=replace(
-            plan.ensemble, latent_dim=vae.latent_dim, hidden=tuple(chosen.get("hidden", plan.ensemble.hidden))
-        ),
+        vae=replace(plan.vae, latent_dim=dim, beta=chosen["beta"]),
+        ensemble=replace(plan.ensemble, latent_dim=dim, hidden=tuple(chosen["hidden"])),
         ensemble_training=replace(plan.ensemble_training, adversarial_eps=chosen["adversarial_eps"]),
         searched=(),
         recipe=found,
@@ -175,27 +164,26 @@ def search_recipe(
         found["why"] = f"too few labelled images for a search ({len(labels)}); the paper's values are taken"
         log(f"recipe: {found['why']}")
         return found | {"seconds": 0.0}
-    judge.to(device).eval()
-    pixels = {name: images.pixels[torch.from_numpy(rows)] for name, rows in (("v", validation), ("t", ~fold))}
-    x = pixels["v"].to(device).float() / 255
-    truth = labels[validation]
-    accuracy = float((judge_rows(judge, x).argmax(1) == truth).mean())
-    log(f"recipe: the judge sees {accuracy:.1%} of {len(truth)} validation images right")
-    trials = []
-    for trial in run_trials(plan, judge, pixels["t"], torch.from_numpy(labels[~fold]), x, truth, device):
-        trials.append(trial)
+    x = images.pixels[torch.from_numpy(validation)].to(device).float() / 255
+    train = images.take(np.flatnonzero(~fold))
+    trials = Trials(plan, judge.to(device).eval(), train, x, labels[validation], device)
+    accuracy = trials.accuracy_of_judge(x)
+    log(f"recipe: the judge sees {accuracy:.1%} of {len(x)} validation images right")
+    tried = []
+    for trial in trials.run():
+        tried.append(trial)
         log(f"recipe: {trial}: accuracy {trial.accuracy:.1%}, judge sees the target in {trial.judged:.1%}")
-    best = max(trials, key=lambda trial: trial.score)
+    best = best_of(tried)
     why = (
-        f"{best}: of {len(trials)} trials the largest product of accuracy ({best.accuracy:.1%}) and counterfactuals in "
+        f"{best}: of {len(tried)} trials the largest product of accuracy ({best.accuracy:.1%}) and counterfactuals in "
         f"which a held-out judge sees the target ({best.judged:.1%})"
     )
     log(f"recipe: {why}")
     return found | {
         "chosen": {name: getattr(best, name) for name in chosen} | {"hidden": list(best.hidden)},
         "why": why,
-        "trials": [asdict(trial) for trial in trials],
-        "judge": {"accuracy": accuracy, "images": len(truth)},
+        "trials": [asdict(trial) for trial in tried],
+        "judge": {"accuracy": accuracy, "images": len(x)},
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -218,83 +206,83 @@ def num_trials(plan: TrainingPlan) -> int:
     return len(searched_codes(plan)) * len(searched_steps(plan)) + further
 
 
-def run_trials(
-    plan: TrainingPlan,
-    judge: JudgeNet,
-    pixels: Tensor,
-    labels: Tensor,
-    x: Tensor,
-    truth: np.ndarray,
-    device: str | torch.device,
-) -> Iterator[Trial]:
-    """Trains and measures every setting, two more steps around the best one, and the best one with wide layers.
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The rule."""
+    return max(trials, key=lambda trial: trial.accuracy * trial.judged)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trains and measures settings of a plan.
 
     Args:
         plan: the values that are not searched.
-        judge: held out.
-        pixels: training images, uint8 (N, C, H, W).
-        labels: of them.
-        x: validation images in [0, 1].
+        judge: held out, on the device.
+        train: training images.
+        x: validation images in [0, 1], on the device.
         truth: their labels.
         device: to train on.
     """
-    found: list[Trial] = []
-    own = plan.ensemble.hidden
-    trial_of: dict[tuple[int, float], Callable[[float, tuple[int, ...]], Trial]] = {}
-    for code in searched_codes(plan):
-        trial_of[code] = trials_of_code(plan, *code, judge, pixels, labels, x, truth, device)
-        for step in searched_steps(plan):
-            found.append(trial_of[code](step, own))
+
+    plan: TrainingPlan
+    judge: JudgeNet
+    train: LabelledImages
+    x: Tensor
+    truth: np.ndarray
+    device: str | torch.device
+
+    def run(self) -> Iterator[Trial]:
+        """Every setting, two more steps around the best one, and the best one with wide layers."""
+        found: list[Trial] = []
+        own, searched = self.plan.ensemble.hidden, self.plan.searched
+        trial_of = {}
+        for code in searched_codes(self.plan):
+            trial_of[code] = self.of_code(*code)
+            for step in searched_steps(self.plan):
+                found.append(trial_of[code](step, own))
+                yield found[-1]
+        best = best_of(found)
+        for factor in FACTORS if "adversarial_eps" in searched else ():
+            found.append(trial_of[best.latent_dim, best.beta](round(best.adversarial_eps * factor, 3), own))
             yield found[-1]
-    best = max(found, key=lambda trial: trial.score)
-    for factor in FACTORS if "adversarial_eps" in plan.searched else ():
-        found.append(trial_of[best.latent_dim, best.beta](round(best.adversarial_eps * factor, 3), own))
-        yield found[-1]
-    if "hidden" in plan.searched:
-        best = max(found, key=lambda trial: trial.score)
-        yield trial_of[best.latent_dim, best.beta](best.adversarial_eps, WIDE)
+        if "hidden" in searched:
+            best = best_of(found)
+            yield trial_of[best.latent_dim, best.beta](best.adversarial_eps, WIDE)
 
+    def of_code(self, latent_dim: int, beta: float) -> Callable[[float, tuple[int, ...]], Trial]:
+        """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
+        started, plan = time.monotonic(), self.plan
+        config = replace(plan.vae, latent_dim=latent_dim, beta=beta)
+        training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
+        *_, last = train_vae(self.train.pixels, config, training, device=self.device, precision=plan.precision)
+        vae = VAE(config)
+        vae.load_state_dict(weights_of(last.state()))
+        vae.to(self.device).eval()
+        encoded = [encode_rows(vae, part.to(self.device).float() / 255) for part in self.train.pixels.split(1024)]
+        means, log_vars = (torch.cat(parts).cpu() for parts in zip(*encoded))
+        codes = Codes(means, log_vars, self.train.labels)
+        z, _ = encode_rows(vae, self.x)
+        reconstructed = self.accuracy_of_judge(decode_rows(vae, z))
+        vae_seconds = time.monotonic() - started
 
-def trials_of_code(
-    plan: TrainingPlan,
-    latent_dim: int,
-    beta: float,
-    judge: JudgeNet,
-    pixels: Tensor,
-    labels: Tensor,
-    x: Tensor,
-    truth: np.ndarray,
-    device: str | torch.device,
-) -> Callable[[float, tuple[int, ...]], Trial]:
-    """Trains a VAE and encodes the images, see ``run_trials``; a trial by the adversary's step and hidden layers."""
-    started = time.monotonic()
-    config = replace(plan.vae, latent_dim=latent_dim, beta=beta)
-    vae_training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
-    *_, last = train_vae(pixels, config, vae_training, device=device, precision=plan.precision)
-    vae = VAE(config)
-    vae.load_state_dict(weights_of(last.state()))
-    vae.to(device).eval()
-    encoded = [encode_rows(vae, part.to(device).float() / 255) for part in pixels.split(1024)]
-    means, log_vars = (torch.cat(parts).cpu() for parts in zip(*encoded))
-    z, _ = encode_rows(vae, x)
-    reconstructed = float((judge_rows(judge, decode_rows(vae, z)).argmax(1) == truth).mean())
-    vae_seconds = time.monotonic() - started
+        def trial(step: float, hidden: tuple[int, ...]) -> Trial:
+            started = time.monotonic()
+            config = EnsembleConfig(len(plan.class_names), latent_dim, hidden, MEMBERS)
+            training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
+            *_, last = train_latent_members(codes, config, training, range(MEMBERS), device=self.device)
+            ensemble = LatentEnsemble(config)
+            ensemble.load_state_dict(weights_of(last.state()))
+            model = Model(vae, ensemble.to(self.device).eval(), plan.class_names, plan.preprocessing, judge=self.judge)
+            reached, judged = judge_counterfactuals(model, self.x)
+            accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == self.truth).mean())
+            seconds = round(vae_seconds / len(searched_steps(plan)) + time.monotonic() - started, 1)
+            return Trial(latent_dim, beta, step, hidden, accuracy, reached, judged, reconstructed, seconds)
 
-    def trial(step: float, hidden: tuple[int, ...]) -> Trial:
-        started = time.monotonic()
-        ensemble_config = EnsembleConfig(len(plan.class_names), latent_dim, hidden, MEMBERS)
-        training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
-        known = Codes(means, log_vars, labels)
-        *_, last = train_latent_members(known, ensemble_config, training, range(MEMBERS), device=device)
-        ensemble = LatentEnsemble(ensemble_config)
-        ensemble.load_state_dict(weights_of(last.state()))
-        model = Model(vae, ensemble.to(device).eval(), plan.class_names, plan.preprocessing, judge=judge)
-        reached, judged = judge_counterfactuals(model, x)
-        accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == truth).mean())
-        seconds = round(vae_seconds / len(searched_steps(plan)) + time.monotonic() - started, 1)
-        return Trial(latent_dim, beta, step, hidden, accuracy, reached, judged, reconstructed, seconds)
+        return trial
 
-    return trial
+    def accuracy_of_judge(self, x: Tensor) -> float:
+        """Of validation images, or their reconstructions."""
+        return float((judge_rows(self.judge, x).argmax(1) == self.truth).mean())
 
 
 def judge_counterfactuals(model: Model, x: Tensor) -> tuple[float, float]:
