@@ -22,6 +22,7 @@ from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.data import Dataset, list_images, read_images, with_attributes
 from clarity.images import Preprocessing
 from clarity.rows import encode_rows
+from clarity.training.evaluate import evenly
 from clarity.vae import VAE
 
 #: Images that the heads are fitted to, and measured on, at most: spread evenly over the split.
@@ -102,8 +103,7 @@ def encode_split(
     """Posterior means and log-variances (N, D) of readable images, and their attributes (N, A), NaN where unknown."""
     dataset = replace(dataset, attributes=tuple(attributes))
     listing = list_images(dataset)
-    rows = np.unique(np.linspace(0, len(listing) - 1, min(MAX_IMAGES, len(listing))).astype(int))
-    listing, parts = listing.take(rows), []
+    listing, parts = listing.take(evenly(len(listing), MAX_IMAGES)), []
     for start in range(0, len(listing), CHUNK):
         shard = read_images(dataset, listing.slice(start, CHUNK), preprocessing)
         shard = shard.filter(pc.is_valid(shard["image"]))

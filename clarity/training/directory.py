@@ -18,12 +18,11 @@ from clarity.model import Model, load_model, load_tensors, read_card, save_model
 from clarity.rows import logits_rows
 from clarity.training.attributes import fit_heads
 from clarity.training.distil import MEASURED_IMAGES, fidelity, original_probs
-from clarity.training.evaluate import BASELINE_IMAGES, evaluate
+from clarity.training.evaluate import BASELINE_IMAGES, evaluate, evenly
 from clarity.training.loops import join_states, member_states, weights_of
 from clarity.training.plan import EXTRAS, TEACHERS, TrainingPlan
 from clarity.training.stages import (
     STAGES,
-    evenly,
     load_codes,
     load_images,
     load_network,
@@ -120,6 +119,8 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
         measured["metrics"]["attributes"] = heads_metrics
     if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
         measured["metrics"]["out_of_fold"] = {"accuracy": out_of_fold_accuracy(plan, folds)}
+    elif folds and (known := (read_card(plan.out) or {}).get("metrics", {}).get("out_of_fold")):
+        measured["metrics"]["out_of_fold"] = known
     if (predictor := plan_predictor(plan)) is not None:
         refit = None if plan.refit is None else storage.display(plan.refit)
         measured["predictor"] = {"name": predictor.name, "digest": predictor.digest, "refit": refit}

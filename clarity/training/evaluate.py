@@ -52,6 +52,11 @@ class LabelledImages:
         return LabelledImages(self.pixels[rows], ids, self.labels[rows])
 
 
+def evenly(count: int, limit: int) -> np.ndarray:
+    """Indices of at most ``limit`` of ``count`` rows, spread evenly."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
+
+
 def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_out: LabelledImages) -> dict[str, Any]:
     """What model.json says of a model on images that it was not trained on.
 
@@ -230,7 +235,7 @@ def flat(pixels: Tensor) -> np.ndarray:
 def fit_linear(training: LabelledImages, latent_dim: int) -> LinearBaseline:
     """Fits the baseline to labelled images, the components to some of them."""
     pixels, labels = training.pixels, training.labels.numpy()
-    chosen = np.unique(np.linspace(0, len(pixels) - 1, min(COMPONENT_IMAGES, len(pixels))).astype(int))
+    chosen = evenly(len(pixels), COMPONENT_IMAGES)
     limit = min(len(chosen), pixels[0].numel())
     pca = PCA(min(max(BASELINE_COMPONENTS, latent_dim), limit), svd_solver="randomized", random_state=0)
     pca.fit(flat(pixels[chosen]))

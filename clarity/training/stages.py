@@ -29,7 +29,7 @@ from clarity.model import load_tensors, save_tensors
 from clarity.predictor import Predictor
 from clarity.rows import encode_rows
 from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
-from clarity.training.evaluate import LabelledImages
+from clarity.training.evaluate import LabelledImages, evenly
 from clarity.training.judge import JudgeTraining, train_judge
 from clarity.training.loops import (
     Codes,
@@ -93,11 +93,6 @@ def load_images(
     pixels, ids, names, errors = read_all(dataset, listing, plan.preprocessing)
     labels = label_indices(pa.array(names, pa.string()), plan.class_names).fill_null(-1).to_numpy(zero_copy_only=False)
     return LabelledImages(torch.from_numpy(pixels), ids, torch.from_numpy(labels.astype(np.int64)), errors)
-
-
-def evenly(count: int, limit: int) -> np.ndarray:
-    """Indices of at most ``limit`` of ``count`` rows, spread evenly."""
-    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
 
 
 #: Images of the training split, read when they are first asked for.

@@ -59,9 +59,10 @@ def test_heads_are_added_to_a_finished_model_and_say_how_good_they_are(data: Pat
 def test_finished_model_keeps_what_it_has_when_more_is_asked_for(data: Path, tmp_path: Path) -> None:
     fields = FIELDS | {"vae_training": SHORT_VAE}
     extras: list[dict[str, Any]] = [{"attributes": ("low",)}, {"image_members": 2}, {}]
-    for more in [*extras, {"num_folds": 2}]:
+    for more in [{"num_folds": 2}, *extras]:
         model = clarity.train("parquet", tmp_path / "model", data=data, **fields | more)
     assert model.heads is not None and model.heads.names == ("low",) and len(model.folds) == 2
+    assert model.card["metrics"]["out_of_fold"]["accuracy"] > 0
     assert model.image_ensemble is not None and model.image_ensemble.config.num_members == 2
     before = files_of(tmp_path / "model")
     clarity.train("parquet", tmp_path / "model", data=data, **fields)
