@@ -29,6 +29,15 @@ def load_job() -> Any:
     return jobfiles.load_job
 
 
+@pytest.fixture(scope="module")
+def single_thread() -> Iterator[None]:
+    """Torch on one thread: networks this small lose time to a second one, and lose much of it on a busy machine."""
+    from clarity.rows import one_thread
+
+    with one_thread():
+        yield
+
+
 @pytest.fixture
 def tiny_model() -> Any:
     """A random but fixed Model: M=2 members, K=4 classes, D=5 latent, C=1, H=8, W=12."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
-from clarity.rows import encode_rows, one_thread
+from clarity.rows import encode_rows
 from clarity.search import Counterfactuals, SearchConfig
 from clarity.vae import VAE, VAEConfig
 
@@ -26,11 +26,7 @@ MEMBERS, CLASSES, LATENT, IMAGE = 2, 4, 5, (1, 8, 12)
 ON_IMAGES = [name for name, method in METHODS.items() if method.classifier.startswith("image")]
 
 
-@pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    """With networks this small a second thread costs more than it computes."""
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def small_model(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from clarity import kernels
 from clarity.objectives import LatentObjective
 from clarity.refine import log_ratio, refine, sum_rows
-from clarity.rows import one_thread
 from clarity.search import Counterfactuals, SearchConfig, descend
 
 NATIVE = [f"native-{build}" for build in kernels.native_modules()]
@@ -26,10 +24,7 @@ SIZES = [(3, (5, 6, 7, 4)), (1, (1, 2)), (2, (33, 17, 3))]
 FIELDS = ("point", "steps", "converged", "target_prob_initial", "target_prob_final", "finite")
 
 
-@pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def case(members: int, sizes: tuple[int, ...], total: int, directions: int, seed: int = 2) -> tuple[Any, Tensor, dict]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -14,18 +13,13 @@ from torch import Tensor, nn
 
 from clarity import kernels, search
 from clarity.objectives import LatentObjective, ensemble_terms
-from clarity.rows import one_thread
 from clarity.search import ENGINES, Counterfactuals, SearchConfig, descend
 
 # All axis sizes differ: members, codes, two hidden layers, classes.
 MEMBERS, LATENT, HIDDEN, CLASSES = 3, 5, (6, 7), 4
 
 
-@pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    """With networks this small a second thread costs more than it computes."""
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def networks(members: int, widths: tuple[int, ...], scale: float = 3.0, seed: int = 3) -> list[nn.Sequential]:

@@ -166,26 +166,20 @@ def test_latent_members_learn() -> None:
     assert epochs[-1].metrics["loss"] < epochs[0].metrics["loss"]
 
 
-def test_image_members_learn() -> None:
-    epochs = list(image_loop([0, 1], training=dataclasses.replace(SHORT_IMAGES, epochs=80)))
-    assert epochs[-1].metrics["accuracy"] > 0.9
-
-
-def test_image_members_learn_in_bf16() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_image_members_learn(precision: str) -> None:
     images, labels = bars()
     training = dataclasses.replace(SHORT_IMAGES, epochs=80)
-    epochs = list(train_image_members(images, labels, ENSEMBLE, CONFIG, training, [0, 1], precision="bf16"))
+    epochs = list(train_image_members(images, labels, ENSEMBLE, CONFIG, training, [0, 1], precision=precision))
     assert epochs[-1].metrics["accuracy"] > 0.9
     weights = weights_of(epochs[-1].state())
     assert {t.dtype for t in weights.values() if t.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_latent_members_have_the_same_bits_in_any_stack(world: int) -> None:
+def test_latent_members_have_the_same_bits_in_any_stack() -> None:
     everyone = list(range(5))
     expected = by_member(last(latent_loop(everyone)), everyone)
-    for rank in range(world):
-        mine = everyone[rank::world]
+    for mine in ([0, 3], [4, 1], [2]):
         for m, state in by_member(last(latent_loop(mine)), mine).items():
             assert equal(state, expected[m]), m
 
@@ -206,12 +200,6 @@ def test_members_go_on_in_another_stack() -> None:
     for members in ([0, 2, 4], [1, 3]):
         for m, state in by_member(last(latent_loop(members, first)), members).items():
             assert equal(state, expected[m])
-
-
-def test_adversarial_step_changes_the_result() -> None:
-    plain = last(latent_loop([0], training=dataclasses.replace(SHORT, adversarial_eps=0.0))).state()
-    moved = last(latent_loop([0])).state()
-    assert not equal(plain, moved)
 
 
 def test_adversarial_training_withstands_the_step() -> None:
