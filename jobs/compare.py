@@ -25,7 +25,7 @@ from clarity.audit.read import ATTRIBUTES_FILE
 from clarity.ids import in_judges_half
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
-from clarity.paper import claims, compare, evaluators, figures, metrics, tables, timings
+from clarity.paper import claims, compare, evaluators, figures, metrics, tables
 from clarity.paper.compare import CONTROLS, NAMES
 from clarity.plots import Picture
 from clarity.search import SearchConfig
@@ -138,7 +138,7 @@ def run_comparison(args: argparse.Namespace) -> int:
     log.info("measuring the paper's claims")
     test_images = labelled(tested, model)
     measured = claims.measure_claims(model, judges.oracle, first.images, scored, *test_images[:2])
-    measured["steps"] = timings.time_steps(model, config, first.images)
+    measured["steps"] = claims.time_steps(model, config, first.images)
     if not args.no_figures:
 
         def write(name: str, picture: Picture) -> None:

@@ -18,21 +18,19 @@ from clarity.model import Model
 from clarity.search import SearchConfig
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 12), np.uint8)
 
 
 def test_explain_takes_arrays_pictures_and_paths(model: Model, tmp_path: Path) -> None:
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 12), np.uint8)
-    pictures = [Image.fromarray(image[0]) for image in pixels]
+    pictures = [Image.fromarray(image[0]) for image in PIXELS]
     paths = []
     for i, picture in enumerate(pictures):
         picture.save(tmp_path / f"{i}.png")
         paths.append(tmp_path / f"{i}.png")
-    first = clarity.explain(model, pixels, config=CONFIG)
+    first = clarity.explain(model, PIXELS, config=CONFIG)
     assert len(first) == 9
     assert first["image_id"].to_pylist()[0] in {"0", "1", "2"}
-    for images in (pixels[:, 0], pixels / np.float32(255), torch.tensor(pixels), pictures, list(pixels)):
+    for images in (PIXELS[:, 0], PIXELS / np.float32(255), torch.tensor(PIXELS), pictures, list(PIXELS)):
         assert clarity.explain(model, images, config=CONFIG).equals(first)
     by_path = clarity.explain(model, paths, config=CONFIG)
     assert by_path.drop_columns("image_id").equals(first.drop_columns("image_id"))
@@ -40,23 +38,21 @@ def test_explain_takes_arrays_pictures_and_paths(model: Model, tmp_path: Path) -
 
 
 def test_explain_takes_targets_by_name_or_index(model: Model) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 12), np.uint8)
-    by_name = clarity.explain(model, pixels, targets=["dog", "ant"], config=CONFIG)
-    assert by_name.equals(clarity.explain(model, pixels, targets=[0, 3], config=CONFIG))
+    by_name = clarity.explain(model, PIXELS, targets=["dog", "ant"], config=CONFIG)
+    assert by_name.equals(clarity.explain(model, PIXELS, targets=[0, 3], config=CONFIG))
     assert set(by_name["target"].to_pylist()) <= {0, 3}
-    assert clarity.explain(model, pixels, targets="dog", config=CONFIG)["target_name"].unique().to_pylist() == ["dog"]
+    assert clarity.explain(model, PIXELS, targets="dog", config=CONFIG)["target_name"].unique().to_pylist() == ["dog"]
 
 
 def test_explain_takes_a_threshold_or_what_real_images_of_each_class_reach(model: Model) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 12), np.uint8)
-    stricter = clarity.explain(model, pixels, config=replace(CONFIG, min_target_prob=0.4))
-    assert clarity.explain(model, pixels, config=CONFIG, min_target_prob=0.4).equals(stricter)
+    stricter = clarity.explain(model, PIXELS, config=replace(CONFIG, min_target_prob=0.4))
+    assert clarity.explain(model, PIXELS, config=CONFIG, min_target_prob=0.4).equals(stricter)
     known = replace(model, card={"target_probs": {"p90": [0.9, 0.9, 0.6, 0.9]}})
-    by_class = clarity.explain(known, pixels, config=CONFIG, min_target_prob="auto")
+    by_class = clarity.explain(known, PIXELS, config=CONFIG, min_target_prob="auto")
     # At most the config's, at least 0.5.
-    assert by_class.equals(clarity.explain(model, pixels, config=CONFIG, min_target_probs=[0.5] * 4))
+    assert by_class.equals(clarity.explain(model, PIXELS, config=CONFIG, min_target_probs=[0.5] * 4))
     with pytest.raises(ValueError, match="card lacks"):
-        clarity.explain(replace(model, card={}), pixels, min_target_prob="auto")
+        clarity.explain(replace(model, card={}), PIXELS, min_target_prob="auto")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
+DIGITS = data.open_dataset("digits", split="test")
+THREE = data.list_images(DIGITS).slice(0, 3)
 
 
 LISTING = pa.table({"image_id": ["a", "b", "c", "d"], "label_name": ["ant", "bee", None, "ant"]})
@@ -85,10 +87,8 @@ def test_make_plan_names_the_weights_that_a_method_uses(model: Model, tmp_path: 
 
 
 def test_make_plan_depends_on_further_columns(model: Model) -> None:
-    dataset = data.open_dataset("digits", split="test")
-    listing = data.list_images(dataset).slice(0, 3)
-    tables = [listing.append_column("guess", pa.array(guess)) for guess in (["a", "b", "c"], ["a", "b", "d"])]
-    plans = [make_plan(model, dataset, table, method="clarity", config=CONFIG, shard_rows=2) for table in tables]
+    tables = [THREE.append_column("guess", pa.array(guess)) for guess in (["a", "b", "c"], ["a", "b", "d"])]
+    plans = [make_plan(model, DIGITS, table, method="clarity", config=CONFIG, shard_rows=2) for table in tables]
     assert plans[0].codes_schema().names[-1] == "guess"
     assert plans[0].fingerprint != plans[1].fingerprint
 
@@ -114,14 +114,12 @@ def test_class_thresholds_are_what_real_images_reach_at_most_the_limit_and_at_le
 
 
 def test_plan_knows_its_checks(model: Model) -> None:
-    dataset = data.open_dataset("digits", split="test")
-    listing = data.list_images(dataset).slice(0, 3)
     known = replace(model, card={"target_probs": {"p90": [0.9, 0.8, 0.7, 0.6]}})
     requirements = Requirements(min_reencoded_prob=0.95)
     options: dict[str, Any] = {"method": "clarity", "config": CONFIG, "shard_rows": 2}
-    plain = make_plan(model, dataset, listing, **options, checks=make_checks(known, CONFIG, Requirements()))
+    plain = make_plan(model, DIGITS, THREE, **options, checks=make_checks(known, CONFIG, Requirements()))
     plan = make_plan(
-        model, dataset, listing, **options, checks=make_checks(known, SearchConfig(), requirements, by_class=True)
+        model, DIGITS, THREE, **options, checks=make_checks(known, SearchConfig(), requirements, by_class=True)
     )
     assert plain.checks == {} and plan.fingerprint != plain.fingerprint
     assert plan.checks == {"min_target_probs": [0.9, 0.8, 0.7, 0.6], "min_reencoded_prob": 0.95}
@@ -133,11 +131,9 @@ def test_plan_knows_its_checks(model: Model) -> None:
 
 
 def test_explainer_of_a_plan_takes_the_planned_predictor_only(model: Model) -> None:
-    dataset = data.open_dataset("digits", split="test")
-    listing = data.list_images(dataset).slice(0, 3)
     mine, other = (load_predictor(constant(model.class_names, favourite)) for favourite in (0, 1))
     checks = make_checks(model, CONFIG, Requirements(), mine)
-    plan = make_plan(model, dataset, listing, method="clarity", config=CONFIG, shard_rows=2, checks=checks)
+    plan = make_plan(model, DIGITS, THREE, method="clarity", config=CONFIG, shard_rows=2, checks=checks)
     assert explainer_of(plan, model, mine).predictor is not None
     with pytest.raises(ValueError, match="predictor: expected that of the plan, found another"):
         explainer_of(plan, model, other)
@@ -145,16 +141,14 @@ def test_explainer_of_a_plan_takes_the_planned_predictor_only(model: Model) -> N
 
 
 def test_describe_predictor_shows_an_image_with_its_likeliest_classes_and_warns(model: Model) -> None:
-    dataset = data.open_dataset("digits", split="test")
-    listing = data.list_images(dataset).slice(0, 3)
-    told = describe_predictor(load_predictor(constant(model.class_names, 2)), dataset, listing)
+    told = describe_predictor(load_predictor(constant(model.class_names, 2)), DIGITS, THREE)
     assert told.endswith("is cow 0.700, ant 0.100, bee 0.100") and "label 7" in told and "WARNING" not in told
 
     def relative(pixels: np.ndarray) -> np.ndarray:
         return np.where(pixels.mean() > 20, [[0.4, 0.3, 0.2, 0.1]], [[0.1, 0.2, 0.3, 0.4]]).repeat(len(pixels), 0)
 
     unstable = load_predictor(as_predictor(relative, model.class_names))
-    told = describe_predictor(replace(unstable, block=3), dataset, listing)
+    told = describe_predictor(replace(unstable, block=3), DIGITS, THREE)
     assert "WARNING" in told and "alone and among others" in told
 
 

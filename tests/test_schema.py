@@ -13,19 +13,13 @@ from clarity import schema
 from clarity.images import decode_png, encode_png
 
 
-def test_codes_schema_documents_every_column() -> None:
-    found = schema.codes_schema(4, 5)
-    assert found.names == list(schema.CODES)
-    assert all(field.metadata[b"doc"] for field in found)
-    assert found.field("probs").type == pa.list_(pa.float32(), 4)
-    assert found.field("z").type == pa.list_(pa.float32(), 5)
-
-
-def test_counterfactuals_schema_documents_every_column() -> None:
-    found = schema.counterfactuals_schema(5, num_kept=2)
-    assert found.names == list(schema.COUNTERFACTUALS)
-    assert found.field("z_cf").type == pa.list_(pa.float32(), 5)
-    assert not found.field("target").nullable
+def test_schemas_document_every_column() -> None:
+    codes, pairs = schema.codes_schema(4, 5), schema.counterfactuals_schema(5, num_kept=2)
+    assert (codes.names, pairs.names) == (list(schema.CODES), list(schema.COUNTERFACTUALS))
+    assert all(field.metadata[b"doc"] for field in [*codes, *pairs])
+    assert codes.field("probs").type == pa.list_(pa.float32(), 4)
+    assert codes.field("z").type == pairs.field("z_cf").type == pa.list_(pa.float32(), 5)
+    assert not pairs.field("target").nullable
 
 
 def test_codes_schema_takes_extra_columns_but_no_taken_name() -> None:

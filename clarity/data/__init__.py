@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,6 @@ from PIL import Image
 
 from clarity import schema, storage
 from clarity.data.celeba import PARTITIONS, celeba_attributes, list_celeba
-from clarity.data.digits import list_digits, read_digits
 from clarity.data.files import read_files
 from clarity.data.folder import folder_splits, list_folder
 from clarity.data.listing import (
@@ -54,6 +54,8 @@ from clarity.images import (
     upright,
 )
 
+#: The digits that ship with the package; DIGITS.md tells their origin and license.
+DIGITS = str(Path(__file__).with_name("digits.parquet"))
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
 TAKEN = {*LISTING_COLUMNS, *schema.CODES, *schema.PREDICTIONS, "image", "split"}
 
@@ -357,8 +359,8 @@ def read_all(
 SOURCES: dict[str, Source] = {
     "digits": Source(
         "5,000 digits of MNIST that ship with the package",
-        list_digits,
-        read_digits,
+        lambda dataset: list_parquet(replace(dataset, data=DIGITS)),
+        lambda dataset, rows: read_parquet(replace(dataset, data=DIGITS), rows),
         default_preprocessing=Preprocessing("L", 28, 28),
         needs_data=False,
     ),

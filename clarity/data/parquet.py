@@ -393,22 +393,18 @@ def read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaves: list[s
 def parquet_splits(dataset: Dataset) -> set[str]:
     """The splits that paths or the column of splits name; reading stops where the data set's own is among them."""
     found: set[str] = set()
+    name = dataset.column("split")
     for part in list_parts(dataset):
-        found |= {part.split} if part.split else column_splits(dataset, part.uri)
+        if part.split:
+            found.add(part.split)
+        else:
+            with storage.open_parquet(part.uri) as parquet:
+                if name in parquet.schema_arrow.names:
+                    values = text_column(part.uri, name, read_whole(part.uri, parquet, [name])[name])
+                    found |= {split for value in pc.unique(values).to_pylist() if (split := split_named(value))}
         if dataset.split in found:
             break
     return found
-
-
-def column_splits(dataset: Dataset, uri: str) -> set[str]:
-    """The splits that the column of splits in a file names."""
-    name = dataset.column("split")
-    with storage.open_parquet(uri) as parquet:
-        if name not in parquet.schema_arrow.names:
-            return set()
-        column = read_whole(uri, parquet, [name])[name]
-    values = pc.unique(text_column(uri, name, column)).to_pylist()
-    return {split for value in values if (split := split_named(value))}
 
 
 def read_whole(uri: str, parquet: pq.ParquetFile, names: list[str]) -> pa.Table:

@@ -19,7 +19,14 @@ MAX_ERROR = 0.5
 MIN_FIDELITY, MIN_RECONSTRUCTED = 0.9, 0.5
 #: A target is out of reach if nine tenths of its real held-out images get less than this probability.
 MIN_REACHED = 0.9
-BEHIND = (
+#: Notes on a class.
+GUESSED, BEYOND = "no-go: no better than guessing", "out of reach"
+OPENINGS = {
+    "no-go": "No-go: this model is not good enough for an audit",
+    "with care": "With care: read this audit with reservations",
+    "sound": "Sound: the held-out figures show no reason against an audit of this model",
+}
+REMEDY = (
     "the code loses what separates the classes. A longer code (--latent-dim), a smaller --beta or a smaller "
     "--adversarial-eps may help"
 )
@@ -46,7 +53,7 @@ class Verdict:
     @property
     def unreachable(self) -> list[str]:
         """Names of the classes out of reach."""
-        return [name for name, *_, note in self.classes if "out of reach" in note]
+        return [name for name, *_, note in self.classes if BEYOND in note]
 
 
 def verdict(card: Mapping[str, Any]) -> Verdict:
@@ -71,8 +78,9 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
         chance = 1 / len(evaluation["per_class"])
         balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
         low, high = balanced_interval(per_class, balanced)
-        classes, guessed, unreachable = class_rows(card, per_class, chance)
+        classes = class_rows(card, per_class, chance)
         figures = [*figure_rows(card, balanced, low, high), *figures]
+        guessed, unreachable = ([row[0] for row in classes if note in row[4]] for note in (GUESSED, BEYOND))
         if low <= chance:
             no_go.append(
                 f"its balanced accuracy, {percent(balanced)} ({interval(low, high)}), is not above the "
@@ -83,34 +91,21 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
                 f"no-go for {plural(len(guessed), 'class', 'classes')} recognised no better than by guessing: "
                 f"{listed(guessed)}"
             )
-        care += evaluation_reasons(evaluation, balanced, unreachable)
+        baseline, reconstruction = evaluation.get("baseline"), evaluation.get("reconstruction")
+        if baseline and (behind := baseline["balanced_accuracy"] - balanced) > MAX_BEHIND:
+            care.append(f"it is {100 * behind:.0f} points behind logistic regression on the pixels: {REMEDY}")
+        if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
+            error = percent(reconstruction["vae"], reconstruction["mean_image"])
+            care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the images")
+        if unreachable:
+            care.append(
+                f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "
+                f"tenths of the real images get less than {MIN_REACHED:g}, and explanations exceed them"
+            )
     level = "no-go" if no_go else "with care" if care else "sound"
     reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
-    opening = {
-        "no-go": "No-go: this model is not good enough for an audit",
-        "with care": "With care: read this audit with reservations",
-        "sound": "Sound: the held-out figures show no reason against an audit of this model",
-    }[level]
-    sentence = f"{opening}{', because ' + (no_go + care)[0] if reasons else ''}."
+    sentence = f"{OPENINGS[level]}{', because ' + (no_go + care)[0] if reasons else ''}."
     return Verdict(level, sentence, tuple(reasons), tuple(figures), tuple(classes))
-
-
-def evaluation_reasons(evaluation: Mapping[str, Any], balanced: float, unreachable: list[str]) -> list[str]:
-    """Why a model is to be taken with care, by its baseline, its reconstructions and its targets."""
-    care = []
-    baseline, reconstruction = evaluation.get("baseline"), evaluation.get("reconstruction")
-    if baseline and baseline["balanced_accuracy"] - balanced > MAX_BEHIND:
-        behind = 100 * (baseline["balanced_accuracy"] - balanced)
-        care.append(f"it is {behind:.0f} points behind logistic regression on the pixels: {BEHIND}")
-    if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
-        error = percent(reconstruction["vae"], reconstruction["mean_image"])
-        care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the images")
-    if unreachable:
-        care.append(
-            f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine tenths "
-            f"of the real images get less than {MIN_REACHED:g}, and explanations exceed them"
-        )
-    return care
 
 
 def judge_fidelity(
@@ -149,29 +144,20 @@ def balanced_interval(per_class: Mapping[str, Mapping[str, int]], balanced: floa
 
 def class_rows(
     card: Mapping[str, Any], per_class: Mapping[str, Mapping[str, int]], chance: float
-) -> tuple[list[tuple[str, str, str, str, str]], list[str], list[str]]:
-    """Rows of the classes; names of those recognised no better than by guessing, and of those out of reach."""
+) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the classes with images, see ``Verdict``."""
     names = list(card["evaluation"]["per_class"])
     probs = card.get("target_probs") or {}
-    rows, guessed, unreachable = [], [], []
-    for i, name in enumerate(names):
-        if name not in per_class:
-            continue
-        part = per_class[name]
-        notes = []
-        low, high = share_interval(part["correct"], part["images"], 1 - 0.1 / len(names))
-        if low <= chance:
-            guessed.append(name)
-            notes.append("no-go: no better than guessing")
-        median, most = ((probs.get(key) or [None] * len(names))[i] for key in ("median", "p90"))
-        if most is not None and most < MIN_REACHED:
-            unreachable.append(name)
-            notes.append("out of reach")
-        low, high = share_interval(part["correct"], part["images"])
-        recall = f"{percent(part['correct'], part['images'])} ({interval(low, high)})"
-        shown = ["–" if prob is None else probability(prob) for prob in (median, most)]
-        rows.append((name, recall, *shown, ", ".join(notes)))
-    return rows, guessed, unreachable
+    rows = []
+    for name, part in per_class.items():
+        right, count = part["correct"], part["images"]
+        median, most = ((probs.get(key) or [None] * len(names))[names.index(name)] for key in ("median", "p90"))
+        notes = [GUESSED] if share_interval(right, count, 1 - 0.1 / len(names))[0] <= chance else []
+        notes += [BEYOND] if most is not None and most < MIN_REACHED else []
+        recall = f"{percent(right, count)} ({interval(*share_interval(right, count))})"
+        usual, best = ("–" if prob is None else probability(prob) for prob in (median, most))
+        rows.append((name, recall, usual, best, ", ".join(notes)))
+    return rows
 
 
 def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: float) -> list[tuple[str, str, str]]:

@@ -15,10 +15,10 @@ from clarity import schema, storage
 from clarity.methods import METHODS
 from clarity.model import Model
 from clarity.paper import metrics
+from clarity.paper.claims import describe_step
 from clarity.paper.compare import NAMES, members_of
 from clarity.paper.evaluators import Judges
 from clarity.paper.metrics import FLIP, METRICS_DOC
-from clarity.paper.timings import describe_step
 from clarity.report.text import number, percent
 from clarity.search import SearchConfig
 

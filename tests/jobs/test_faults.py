@@ -28,6 +28,10 @@ import planted
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from object_store import Fault, ObjectStore, copy_tree, leaks
+
+from clarity import data, schema, storage
+from clarity.images import Preprocessing, encode_png
 
 ROOT = Path(__file__).parent.parent.parent
 LIMIT, SHARD_ROWS = 40, 7
@@ -167,6 +171,20 @@ def watched(bench: Bench) -> Iterator[None]:
     assert not wrong, wrong[:3]
 
 
+@contextlib.contextmanager
+def ray_directory() -> Iterator[str]:
+    directory = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def own_ray() -> Iterator[dict[str, Any]]:
+    """Options of a job that starts a Ray of its own, in a directory that is removed at the end."""
+    with ray_directory() as directory:
+        yield {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+
+
 #: Each breaks the job and lets it end; returns None, or rows expected, found and double where no audit is made.
 FAULTS: dict[str, Callable[[Bench], Any]] = {}
 FAST = (
@@ -242,8 +260,7 @@ def driver_terminated(bench: Bench) -> None:
 
 @fault("driver and all of its Ray SIGTERMed, then SIGINTed, as one group")
 def group_terminated(bench: Bench) -> None:
-    with ray_directory() as directory:
-        options: dict[str, Any] = {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+    with own_ray() as options:
         for count, how in enumerate((signal.SIGTERM, signal.SIGINT), 1):
             process, before = bench.start(fault="slow-writers", group=True, **options), bench.commits()
             bench.kill_when(process, lambda before=before: bench.commits() > before, how, group=True)  # type: ignore[misc]
@@ -262,10 +279,9 @@ def driver_killed_after_commits(bench: Bench) -> None:
 
 @fault("driver and its own Ray SIGKILLed")
 def driver_killed_with_its_ray(bench: Bench) -> None:
-    with ray_directory() as directory:
-        options: dict[str, Any] = {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local", "umask": 0o027}
-        bench.kill_when(bench.start(fault="slow-writers", **options), lambda: bench.commits() > 1)
-        bench.run(**options)
+    with own_ray() as options:
+        bench.kill_when(bench.start(fault="slow-writers", umask=0o027, **options), lambda: bench.commits() > 1)
+        bench.run(umask=0o027, **options)
     for path in (bench.out, *bench.out.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), f"umask: {path}"
 
@@ -536,21 +552,9 @@ def blind_node(bench: Bench) -> None:
         bench.run()
 
 
-@contextlib.contextmanager
-def ray_directory() -> Iterator[str]:
-    directory = tempfile.mkdtemp(prefix="r-", dir="/tmp")
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
-
-
 @fault("data, model and audit on an object store, driver SIGKILLed and resumed")
 def all_on_object_store(bench: Bench) -> None:
     """The tables are those of the same images on a disk, and no key of the store stands in a file or a log."""
-    from object_store import ObjectStore, copy_tree, leaks
-
-    from clarity import data, schema, storage
-    from clarity.images import Preprocessing, encode_png
-
     digits = data.open_dataset("digits", split="test")
     listing = data.list_images(digits).slice(0, LIMIT)
     images = data.read_images(digits, listing, Preprocessing("L", 28, 28))
@@ -562,11 +566,11 @@ def all_on_object_store(bench: Bench) -> None:
     bench.run("--dataset", "parquet", "--data", str(bench.root / "data"))
     bench.expected = bench.files()
     shutil.rmtree(bench.out)
-    with ObjectStore() as store, ray_directory() as directory:
+    with ObjectStore() as store, own_ray() as options:
         copy_tree(str(bench.root / "data"), store.uri("data"))
         copy_tree(bench.model, store.uri("model"))
         flags = ["--dataset", "parquet", "--data", store.uri("data"), "--model", store.uri("model")]
-        options = {"out": store.uri("audit"), "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
+        options["out"] = store.uri("audit")
 
         def committed() -> int:
             return sum(method == "PUT" and "/_commits/" in path for method, path in list(store.requests))
@@ -577,39 +581,33 @@ def all_on_object_store(bench: Bench) -> None:
         bench.run(*flags, **options)
         assert SHARDS <= committed() < done + SHARDS, "what was committed is not done again"
         copy_tree(store.uri("audit"), bench.out)
-        assert not leaks(bench.root, Path(directory))
+        assert not leaks(bench.root, Path(options["RAY_TMPDIR"]))
 
 
 @fault("two drivers at once on an object store")
 def two_drivers_on_object_store(bench: Bench) -> None:
-    from object_store import ObjectStore, copy_tree
-
-    with ObjectStore() as store, ray_directory() as directory:
-        options = {"out": store.uri("audit"), "RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
-        processes = [bench.start(fault="slow-writers", **options) for _ in range(2)]
+    with ObjectStore() as store, own_ray() as options:
+        processes = [bench.start(fault="slow-writers", out=store.uri("audit"), **options) for _ in range(2)]
         bench.exits += sorted(process.wait(PATIENCE_S) for process in processes)
         assert bench.exits == [0, 2], bench.log()[-2000:]
         assert "is at work there" in bench.log()
         copy_tree(store.uri("audit"), bench.out)
 
 
-def on_object_store(name: str, plan_faults: Callable[[Any], list[Any]], exits: tuple[int, ...] = (0,)) -> None:
+def on_object_store(name: str, *faults: tuple[Any, ...], exits: tuple[int, ...] = (0,)) -> None:
     """The audit on an object store (moto's server, behind a proxy that breaks requests), then fetched and compared."""
 
     def run(bench: Bench) -> None:
-        from object_store import Fault, ObjectStore, copy_tree, leaks
-
-        with ObjectStore() as store, ray_directory() as directory:
+        with ObjectStore() as store, own_ray() as options:
             uri = store.uri("audit")
-            env = {"RAY_TMPDIR": directory, "RAY_ADDRESS": "local"}
-            store.faults += plan_faults(Fault)
-            bench.end(bench.start(out=uri, **env), exits)
+            store.faults += [Fault(*fault) for fault in faults]
+            bench.end(bench.start(out=uri, **options), exits)
             store.faults.clear()
             if bench.exits[-1]:
-                bench.run(out=uri, **env)
+                bench.run(out=uri, **options)
             assert store.requests
             copy_tree(uri, bench.out)
-            assert not leaks(bench.root, Path(directory))
+            assert not leaks(bench.root, Path(options["RAY_TMPDIR"]))
 
     FAULTS[name] = run
 
@@ -660,21 +658,13 @@ training_killed("training SIGKILLed in the ensemble, resumed by 2 workers", "mem
 training_killed("training SIGINTed in the VAE, resumed by 2 workers", "vae: epoch 2", False, signal.SIGINT)
 training_killed("training SIGTERMed in the ensemble, resumed by 2 workers", "members): epoch 5", True, signal.SIGTERM)
 
-on_object_store("object store, no fault", lambda fault: [])
-on_object_store(
-    "object store answering 503 now and then",
-    lambda fault: [fault("503", method, "audit", 6) for method in ("PUT", "GET", "HEAD")],
-)
-on_object_store(
-    "object store slow", lambda fault: [fault("slow", "PUT", "audit", 12, 2.0), fault("slow", "GET", "audit", 6, 2.0)]
-)
-on_object_store(
-    "object store cutting uploads in the middle",
-    lambda fault: [fault("cut", "PUT", "counterfactuals", 2), fault("cut", "PUT", "_commits", 2)],
-)
-on_object_store(
-    "object store refusing uploads for a while", lambda fault: [fault("403", "PUT", "codes/", 4)], exits=(0, 1)
-)
+busy = [("503", method, "audit", 6) for method in ("PUT", "GET", "HEAD")]
+on_object_store("object store, no fault")
+on_object_store("object store answering 503 now and then", *busy)
+on_object_store("object store slow", ("slow", "PUT", "audit", 12, 2.0), ("slow", "GET", "audit", 6, 2.0))
+cuts = [("cut", "PUT", "counterfactuals", 2), ("cut", "PUT", "_commits", 2)]
+on_object_store("object store cutting uploads in the middle", *cuts)
+on_object_store("object store refusing uploads for a while", ("403", "PUT", "codes/", 4), exits=(0, 1))
 
 
 # ---- as tests ------------------------------------------------------------------------------------------------------

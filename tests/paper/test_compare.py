@@ -26,7 +26,7 @@ from clarity.audit.read import ATTRIBUTES_FILE, read_audit
 from clarity.classifiers import EnsembleConfig, ImageEnsemble
 from clarity.images import Preprocessing
 from clarity.methods import METHODS
-from clarity.paper import claims, compare, evaluators, figures, metrics, tables, timings
+from clarity.paper import claims, compare, evaluators, figures, metrics, tables
 from clarity.planning import make_plan
 from clarity.report.page import write_report
 from clarity.rows import decode_rows
@@ -323,7 +323,7 @@ def test_timed_works_take_turns_and_count_their_units() -> None:
         return units
 
     works = {name: functools.partial(work, name, *of) for name, of in {"slow": (0.02, 2), "fast": (0.002, 1)}.items()}
-    found = timings.seconds_in_turns(works, repeats=3, at_least=0.03)
+    found = claims.seconds_in_turns(works, repeats=3, at_least=0.03)
     assert found["slow"].shape == found["fast"].shape == (3,)
     assert (found["slow"] >= 0.01).all() and (found["fast"] >= 0.002).all()
     changes = [name for name, before in zip(turns, ["", *turns]) if name != before]
@@ -338,13 +338,13 @@ def test_gradient_work_is_one_gradient_of_all_members(bench: Bench) -> None:
         calls.append(len(point))
         return bench.model.ensemble(point)
 
-    work = timings.gradient_work(logits_of, z, target)
+    work = claims.gradient_work(logits_of, z, target)
     assert work() == work() == 1 and calls == [64, 64]
 
 
 def test_job_judges_given_audits_and_draws(root: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    quick = functools.partial(timings.seconds_in_turns, repeats=2, at_least=0.01)
-    monkeypatch.setattr(timings, "seconds_in_turns", quick)
+    quick = functools.partial(claims.seconds_in_turns, repeats=2, at_least=0.01)
+    monkeypatch.setattr(claims, "seconds_in_turns", quick)
     audits = [f"{method}={root / 'audits' / method}" for method in METHODS_TRIED]
     out = tmp_path / "out"
     theirs = tmp_path / "theirs.npz"

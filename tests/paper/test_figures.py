@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from clarity import figure
-from clarity.paper import panels
+from clarity.paper import figures
 
 
-def latent_map(group: str) -> panels.LatentMap:
+def latent_map(group: str) -> figures.LatentMap:
     image = np.full((3, 8, 12), 0.5, np.float32)
-    return panels.LatentMap(np.random.default_rng(0).random((6, 6)), np.array([[0.0, 0], [1, 1]]), image, group)
+    return figures.LatentMap(np.random.default_rng(0).random((6, 6)), np.array([[0.0, 0], [1, 1]]), image, group)
 
 
 def curves(*shape: int) -> np.ndarray:
@@ -21,12 +21,12 @@ def curves(*shape: int) -> np.ndarray:
 
 
 DRAWINGS = {
-    "image_grid": lambda: panels.image_grid(
+    "image_grid": lambda: figures.image_grid(
         [[curves(1, 8, 12), None]], ["original", "a"], ["1 → 2"], [["", "not converged"]], differences=True
     ),
-    "probability_curves": lambda: panels.probability_curves({"a": (curves(2, 9), curves(3, 9))}),
-    "segment_curves": lambda: panels.segment_curves({"a": (curves(9), curves(9)), "b": (curves(9), curves(9))}),
-    "latent_paths": lambda: panels.latent_paths(
+    "probability_curves": lambda: figures.probability_curves({"a": (curves(2, 9), curves(3, 9))}),
+    "segment_curves": lambda: figures.segment_curves({"a": (curves(9), curves(9)), "b": (curves(9), curves(9))}),
+    "latent_paths": lambda: figures.latent_paths(
         {"FGSM": latent_map("image"), "R": latent_map("image"), "Clarity": latent_map("latent")},
         (-3, 3, -2, 2), np.zeros((5, 2)), np.ones((7, 2)), source="5", target="1",
     ),
@@ -42,14 +42,14 @@ def test_drawing_renders_the_same_bytes_each_time(draw: Callable[[], figure.Pict
 
 def test_probability_curves_draws_a_line_for_each_classifier() -> None:
     image, latent = curves(2, 9), curves(3, 9)
-    (ax,) = panels.probability_curves({"a": (image, latent)}).axes
+    (ax,) = figures.probability_curves({"a": (image, latent)}).axes
     drawn = np.array([line.get_ydata() for line in ax.lines])
     np.testing.assert_array_equal(drawn, np.concatenate([latent, image]))
 
 
 def test_grid_keeps_rows_and_columns_apart() -> None:
     rows = [[np.full((3, 8, 12), (r * 3 + q) / 10) for q in range(3)] for r in range(2)]
-    picture = panels.image_grid(rows, ["original", "a", "b"], ["first", "second"], [["", "x", "y"]] * 2)
+    picture = figures.image_grid(rows, ["original", "a", "b"], ["first", "second"], [["", "x", "y"]] * 2)
     values = [float(axis.images[0].get_array().mean()) for axis in picture.axes]
     assert values == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert [axis.get_title() for axis in picture.axes[:3]] == ["original", "a", "b"]
