@@ -135,27 +135,6 @@ def test_native_search_agrees_with_the_plain_one(build: str, members: int, sizes
 
 @native
 @pytest.mark.parametrize("build", BUILDS)
-def test_native_row_keeps_its_bits_in_any_batch(build: str) -> None:
-    layers = make_layers(2, (5, 6, 7, 4))
-    z, target = make_rows(layers, 131)
-    found = run_native(layers, z, target, build=build)
-    assert len(found["steps"].unique()) > 5, "the case needs rows that end at different steps"
-
-    for threads in (2, 3, 7):
-        assert_same_bits(run_native(layers, z, target, threads=threads, build=build), found)
-    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(3))
-    assert_same_bits(run_native(layers, z[order], target[order], build=build), take(found, order))
-    for row in (0, 64, 130):
-        alone = slice(row, row + 1)
-        assert_same_bits(run_native(layers, z[alone], target[alone], build=build), take(found, alone))
-    strangers, aims = make_rows(layers, 300, seed=9)
-    strangers[::7] = torch.nan
-    together = run_native(layers, torch.cat([strangers, z]), torch.cat([aims, target]), threads=2, build=build)
-    assert_same_bits(take(together, slice(300, None)), found)
-
-
-@native
-@pytest.mark.parametrize("build", BUILDS)
 def test_native_probabilities_are_a_softmax_to_float32(build: str) -> None:
     weight = torch.eye(6).unsqueeze(0)
     z = torch.randn(500, 6, generator=torch.Generator().manual_seed(4)) * torch.logspace(-2, 1.3, 500).unsqueeze(1)
@@ -228,14 +207,6 @@ def test_native_search_ends_every_row_of_a_model_with_nan(build: str) -> None:
     found = run_native(layers, z, target, build=build)
     assert not found["finite"].any()
     assert torch.equal(found["point"], z)
-
-
-@native
-def test_native_search_accepts_no_rows() -> None:
-    layers = make_layers(2, (5, 6, 7, 4))
-    found = run_native(layers, torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
-    assert found["point"].shape == (0, 5)
-    assert len(found["steps"]) == 0
 
 
 @native

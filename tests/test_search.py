@@ -216,7 +216,7 @@ def test_descend_requires_more_than_the_threshold_in_float32() -> None:
 
 def test_descend_accepts_no_rows() -> None:
     z, rows = questions(0)
-    for engine in ("plain", "batched"):
+    for engine in CPU_ENGINES:
         found = descend(stacked(networks(2, (LATENT, CLASSES))), z, rows, SearchConfig(), engine=engine)
         assert len(found) == 0 and found.point.shape == (0, LATENT) and found.engine == engine
 
