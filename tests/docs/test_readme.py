@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,27 @@ def test_every_flag_explains_itself(load_job: Any) -> None:
             text = action.help or ""
             assert len(text.split()) >= 3 and (text[0].isupper() or action.dest == "help")
             assert not re.search(r"\b[Ss]ee [A-Z]\w+[A-Z]", text)
+
+
+def printed_commands(job: str) -> list[str]:
+    """The arguments of a job wherever README and docs print its command, in blocks and within text."""
+    texts = [path.read_text().replace("\\\n", " ") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    return [found for text in texts for found in re.findall(rf"python jobs/{job}\.py([^`\n]*)", text)]
+
+
+@pytest.mark.parametrize("job", ["train", "explain_all", "compare", "report", "benchmark"])
+def test_printed_commands_have_flags_that_exist(load_job: Any, job: str) -> None:
+    commands = printed_commands(job)
+    assert commands
+    for command in commands:
+        load_job(job).new_parser().parse_args(shlex.split(command.replace("...", ""), comments=True))
+
+
+def test_printed_commands_draw_every_figure_of_the_paper(load_job: Any) -> None:
+    """Figure 10 needs a second model, which only the shipped digits have by default."""
+    parser = load_job("compare").new_parser()
+    parsed = [parser.parse_args(shlex.split(command, comments=True)) for command in printed_commands("compare")]
+    assert any(args.dataset == "mnist" and args.methods == ["all"] and args.flat_model for args in parsed)
 
 
 def test_readme_names_every_source_method_and_vae() -> None:

@@ -84,6 +84,14 @@ def test_find_names_a_hard_pair_and_its_failures() -> None:
     assert all(target == 3 for _, target in found["unconverged"].examples)
 
 
+def test_find_calls_failures_wrong_only_where_a_class_pair_mostly_fails() -> None:
+    tables = make_tables()
+    target, number = tables.counterfactuals["target"].to_numpy(), np.arange(len(tables.counterfactuals))
+    for every, level in ((4, "look"), (1, "alert")):
+        reached = pa.array((target != 3) | (number % every > 0))
+        assert told(replaced(tables, "counterfactuals", "converged", reached))["unconverged"].level == level
+
+
 def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None:
     card = card_of(48) | {"target_probs": {"median": [0.9] * 4, "p90": [0.99, 0.99, 0.99, 0.7]}}
     tables = failing(make_tables(), target=3)
