@@ -25,7 +25,7 @@ JOB = Path(__file__).parent.parent.parent / "jobs" / "benchmark.py"
 def benchmark(load_job: Any) -> Iterator[Any]:
     module = load_job("benchmark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.measures, "CONFIG", SearchConfig(min_target_prob=0.9, max_steps=25))
+        patch.setattr(module.measures, "CONFIG", SearchConfig(min_target_prob=0.9, max_steps=8))
         yield module
 
 
