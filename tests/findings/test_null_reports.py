@@ -1,6 +1,6 @@
 """Error rates of whole reports, simulated: checks are false in at most 5 % of audits with nothing to find.
 
-The slow grid prints the rates, and how often a planted effect is found with and without correction.
+``python docs/null_reports.py`` prints the rates, and how often a planted effect is found with and without correction.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clarity.findings import attributes, distances, epistemic, statistics, suspicion
+from clarity.findings import attributes, distances, epistemic, suspicion
 from clarity.findings.labels import MIN_AGREEMENT, pair_agreement
 
 REPORTS = 300
@@ -149,45 +149,3 @@ def test_correct_labels_are_accused_only_below_the_agreement_asked_for(classes: 
     assert np.mean([share for share, _ in bad]) > 0.005 and max(trusted for _, trusted in bad) == 0
     good = [accused(classes, accuracy, 2000, seed)[1] for accuracy in (0.91, 0.95, 0.98) for seed in range(5)]
     assert np.mean(good) <= 0.001
-
-
-@pytest.mark.slow
-def test_grid_of_null_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    planted = 60
-
-    def show(*values: object) -> None:
-        with capsys.disabled():
-            print("| " + " | ".join(map(str, values)) + " |", flush=True)
-
-    show("asymmetry: classes", "pairs each way", "log-spread", "failure", "false, %", "found, %", "by one test, %")
-    for classes, each, failure in itertools.product((2, 10, 30), (9, 15, 50), (0.0, 0.2, 0.5)):
-        for spread in (0.3, 0.6) if classes < 30 else (0.6,):
-            false = told_asymmetric(REPORTS, classes, each, spread, failure)
-            found = told_asymmetric(planted, classes, each, spread, failure, 2.0, seed=1)
-            alone = power_of_one_test(planted, round(each * (1 - failure)), spread)
-            show(classes, each, spread, failure, *percents(false / REPORTS, found / planted, alone / planted))
-            assert false <= at_most(0.05)
-    show("drift: attributes x class pairs", "pairs", "false, %", "found, %")
-    for cells, each in itertools.product((2, 90, 480, 3600), (12, 20, 50)):
-        false, found = drifts(REPORTS, cells, each), drifts(planted, cells, each, 0.5, seed=1)
-        show(cells, each, *percents(false / REPORTS, found / planted))
-        assert false <= at_most(0.05)
-    show("escape: classes", "images", "counterfactuals", "false, %", "found, %")
-    for classes, images, each in itertools.product((2, 10, 30), (300, 1000), (20, 50)):
-        false, found = escapes(REPORTS, classes, images, each), escapes(planted, classes, images, each, 20.0, seed=1)
-        show(classes, images, each, *percents(false / REPORTS, found / planted))
-        assert false <= at_most(0.05)
-    show("labels: classes", "accuracy", "accused by suspicion, %", "by the check, %")
-    for classes, accuracy in itertools.product((2, 4, 10), (0.66, 0.8, 0.88, 0.92, 0.96, 0.98)):
-        show(classes, accuracy, *percents(*np.mean([accused(classes, accuracy, 3000, seed) for seed in range(5)], 0)))
-
-
-def percents(*shares: float) -> list[str]:
-    return [f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}" for share in shares]
-
-
-def power_of_one_test(reports: int, each: int, spread: float, ratio: float = 2.0) -> int:
-    """How often the planted ratio would be found if it were the only comparison."""
-    rng = np.random.default_rng(2)
-    samples = np.exp(rng.normal(0, spread, (reports, 2, each)))
-    return sum(statistics.rank_sum_p(easy, ratio * hard) < 0.05 for easy, hard in samples)
