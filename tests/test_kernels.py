@@ -84,8 +84,8 @@ def take(found: dict[str, Tensor], index: Tensor | slice) -> dict[str, Tensor]:
     return {name: values[index].contiguous() for name, values in found.items()}
 
 
-def assert_agrees_with_plain(
-    found: dict[str, Tensor], layers: Layers, z: Tensor, target: Tensor, config: SearchConfig
+def assert_agree_with_plain(
+    searches: list[dict[str, Tensor]], layers: Layers, z: Tensor, target: Tensor, config: SearchConfig
 ) -> None:
     """The stated tolerance: steps equal for 99.5 % of the rows and off by one for the rest; of those with equal steps
     98 % end within 1e-4 (a coordinate that crosses the reference, or a unit that crosses 0, can part two roundings)."""
@@ -93,15 +93,16 @@ def assert_agrees_with_plain(
     plain = descend(LatentObjective(layers, config.distance_weight), z, rows, config, engine="plain")
     assert plain.converged.float().mean() > 0.1
     assert len(plain.steps.unique()) > 5
-    off = (found["steps"] - plain.steps).abs()
-    assert (off == 0).float().mean() >= 0.995
-    assert off.max() <= 1
-    same = off == 0
-    assert torch.equal((found["target_prob_final"] > config.min_target_prob)[same], plain.converged[same])
-    assert ((found["point"] - plain.point).abs().amax(dim=1)[same] < 1e-4).float().mean() > 0.98
-    assert torch.allclose(found["target_prob_initial"], plain.target_prob_initial, atol=1e-6)
-    assert ((found["target_prob_final"] - plain.target_prob_final).abs()[same] < 1e-4).float().mean() > 0.98
-    assert found["finite"].all()
+    for found in searches:
+        off = (found["steps"] - plain.steps).abs()
+        assert (off == 0).float().mean() >= 0.995
+        assert off.max() <= 1
+        same = off == 0
+        assert torch.equal((found["target_prob_final"] > config.min_target_prob)[same], plain.converged[same])
+        assert ((found["point"] - plain.point).abs().amax(dim=1)[same] < 1e-4).float().mean() > 0.98
+        assert torch.allclose(found["target_prob_initial"], plain.target_prob_initial, atol=1e-6)
+        assert ((found["target_prob_final"] - plain.target_prob_final).abs()[same] < 1e-4).float().mean() > 0.98
+        assert found["finite"].all()
 
 
 @contextmanager
@@ -124,13 +125,13 @@ def test_native_builds_end_in_the_build_that_every_processor_runs() -> None:
 
 
 @native
-@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize(("members", "sizes"), SIZES)
-def test_native_search_agrees_with_the_plain_one(build: str, members: int, sizes: tuple[int, ...]) -> None:
+def test_native_searches_agree_with_the_plain_one(members: int, sizes: tuple[int, ...]) -> None:
     layers = make_layers(members, sizes)
     z, target = make_rows(layers, 203)
     config = replace(CONFIG, min_target_prob=0.6 if sizes[-1] < 20 else 0.2)
-    assert_agrees_with_plain(run_native(layers, z, target, config, build=build), layers, z, target, config)
+    searches = [run_native(layers, z, target, config, build=build) for build in BUILDS]
+    assert_agree_with_plain(searches, layers, z, target, config)
 
 
 @native
@@ -360,12 +361,12 @@ def test_triton_search_in_the_interpreter() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("members", "sizes"), [(2, (5, 6, 7, 4)), (3, (5, 4)), (2, (70, 17, 3))])
+@pytest.mark.parametrize(("members", "sizes"), [(2, (5, 6, 7, 4)), (3, (5, 4))])
 def test_interpreted_search_agrees_with_the_plain_one(members: int, sizes: tuple[int, ...]) -> None:
     layers = make_layers(members, sizes)
     z, target = make_rows(layers, 70)
     config = replace(CONFIG, min_target_prob=0.42, max_steps=14)
-    assert_agrees_with_plain(run_triton(layers, z, target, config), layers, z, target, config)
+    assert_agree_with_plain([run_triton(layers, z, target, config)], layers, z, target, config)
 
 
 @interpreted
@@ -482,4 +483,4 @@ def test_triton_search_agrees_with_the_plain_one_on_a_gpu(members: int, sizes: t
     config = replace(CONFIG, min_target_prob=0.6 if sizes[-1] < 20 else 0.2)
     moved = [(weight.cuda(), bias.cuda()) for weight, bias in layers]
     found = run_triton(moved, z.cuda(), target.cuda(), config)
-    assert_agrees_with_plain({name: values.cpu() for name, values in found.items()}, layers, z, target, config)
+    assert_agree_with_plain([{name: values.cpu() for name, values in found.items()}], layers, z, target, config)
