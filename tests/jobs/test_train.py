@@ -149,7 +149,7 @@ def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environm
     ("flags", "message"),
     [
         (["--data", "/no/such/place"], "found nothing at /no/such/place"),
-        (["--split", "sideways"], "error: --split: expected one of train, test, all, which folder has, got 'sideways'"),
+        (["--split", "sideways"], "error: --split: expected one of train, test, all, which "),
         (["--columns", "image"], "error: --columns: expected NAME=COLUMN, got image"),
         (["--columns", "size=x"], "error: --columns: expected names of image, "),
         (["--loss", "hinge"], "unknown reconstruction loss 'hinge'; choose from bce"),
