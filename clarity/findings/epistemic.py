@@ -36,16 +36,15 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
     reached = {t: mine for t, mine in reached.items() if mine.sum() >= MIN_COUNTERFACTUALS}
     escaping, compared = [], 0
     for t, mine in reached.items():
-        reference = images_as_sure(prob[mine], image_prob, epistemic, image_class == t)
-        if reference is None:
+        most = most_of_images_as_sure(prob[mine], image_prob, epistemic, image_class == t)
+        if most is None:
             continue
         compared += 1
-        beyond = final[mine] > np.quantile(reference, 0.95)
+        beyond = final[mine] > most
         if escapes(beyond, len(reached)):
             shares = [(float(beyond[source[mine] == s].mean()), s) for s in np.unique(source[mine]).tolist()]
             sources = [s for _, s in sorted(shares, key=lambda entry: (-entry[0], entry[1]))]
-            medians = (float(np.median(final[mine])), float(np.median(reference)))
-            escaping.append((float(beyond.mean()), t, len(beyond), *medians, sources))
+            escaping.append((float(beyond.mean()), t, len(beyond), float(np.median(final[mine])), most, sources))
     if not compared:
         return NotChecked(
             f"fewer than {MIN_IMAGES} images are as sure as the counterfactuals, or no target has {MIN_COUNTERFACTUALS}"
@@ -53,7 +52,7 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
     if not escaping:
         return []
     escaping.sort(key=lambda entry: (-entry[0], entry[1]))
-    share, t, count, after, usual, _ = escaping[0]
+    share, t, count, after, most, _ = escaping[0]
     names = listed([f"{facts.name(entry[1])} ({percent(entry[0])})" for entry in escaping[:4]])
     return [
         Finding(
@@ -61,8 +60,8 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
             min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
             f"Explanations towards {facts.name(t)} leave the training data",
             f"{percent(share)} of the counterfactuals towards {facts.name(t)} have more epistemic uncertainty than 95 "
-            f"% of the images that the ensemble is as sure of (median {number(after)} nats, the images' "
-            f"{number(usual)}). Targets concerned: {names}.",
+            f"% of the images that the ensemble is as sure of (median {number(after)} nats; those images' 95 % quantile "
+            f"{number(most)}). Targets concerned: {names}.",
             f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
             f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
             tuple((s, entry[1]) for entry in escaping[:3] for s in entry[5][:3]),
@@ -71,20 +70,27 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
     ]
 
 
-def images_as_sure(
+def most_of_images_as_sure(
     prob: np.ndarray, image_prob: np.ndarray, epistemic: np.ndarray, own: np.ndarray
-) -> np.ndarray | None:
-    """Epistemic uncertainties of images whose odds are within a factor of two of 5 % to 95 % of the counterfactuals'.
+) -> float | None:
+    """The 95 % quantile of the epistemic uncertainty of images whose odds are within a factor of two of 5 % to 95 % of
+    the counterfactuals': of all, or of the target's own where these are more uncertain.
 
-    ``prob`` is of the target, of the counterfactuals; ``image_prob`` (N,) of the predicted class, of the images, of
-    which those of the target, ``own`` (N,), are taken alone where there are enough. None where fewer than MIN_IMAGES
-    are as sure.
+    A class whose images are all alike, as ones are, has little uncertainty: beyond it is not yet beyond the data.
+
+    Args:
+        prob: of the target, of the counterfactuals.
+        image_prob: (N,) of the predicted class, of the images.
+        epistemic: (N,).
+        own: (N,) images of the target.
+
+    Returns:
+        None where fewer than MIN_IMAGES are as sure.
     """
     low, high = log_odds(np.quantile(prob, [0.05, 0.95])) + np.log([0.5, 2.0])
     alike = (log_odds(image_prob) >= low) & (log_odds(image_prob) <= high)
-    if (alike & own).sum() >= MIN_IMAGES:
-        return epistemic[alike & own]
-    return epistemic[alike] if alike.sum() >= MIN_IMAGES else None
+    quantiles = [float(np.quantile(epistemic[some], 0.95)) for some in (alike, alike & own) if some.sum() >= MIN_IMAGES]
+    return max(quantiles, default=None)
 
 
 def escapes(beyond: np.ndarray, num_targets: int) -> bool:
