@@ -60,7 +60,7 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
             min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
             f"Explanations towards {facts.name(t)} leave the training data",
             f"{percent(share)} of the counterfactuals towards {facts.name(t)} have more epistemic uncertainty than 95 "
-            f"% of the images that the ensemble is as sure of (median {number(after)} nats; those images' 95 % quantile "
+            f"% of the images that the ensemble is as sure of (median {number(after)} nats; the images' 95 % quantile "
             f"{number(most)}). Targets concerned: {names}.",
             f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
             f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
