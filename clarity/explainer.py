@@ -288,8 +288,13 @@ class Explainer:
                 extra=pa.table(column_dict(extra) | column_dict(prediction_columns(self.model, probs, len(probs)))),
                 source=probs.argmax(1).astype(np.int32),
                 predictor_probs=probs,
-                reconstruction_probs=self.predictor.predict(quantise(encoded.reconstruction), self.threads),
+                reconstruction_probs=self.predictor.predict(quantise(self.redrawn(encoded)), self.threads),
             )
+
+    def redrawn(self, encoded: Encoded) -> Tensor:
+        """Reconstructions (B, C, H, W) by the decoder that draws what is written."""
+        sharp = self.model.sharp
+        return encoded.reconstruction if sharp is None else decode_rows(sharp, encoded.z)
 
     def ask(self, encoded: Encoded) -> Asked:
         """Pair each image with each wanted target that is not its predicted class."""
@@ -340,8 +345,10 @@ class Explainer:
             rows = slice(start, start + CHUNK)
             with clock("decode"):
                 x_cf = decode_rows(self.model.vae, points[rows]) if latent else points[rows]
-                pixels.append(quantise(x_cf))
                 distances.append(l1(x_cf, encoded.reconstruction[asked.image[rows]]))
+                if latent and self.model.sharp is not None:
+                    x_cf = decode_rows(self.model.sharp, points[rows])
+                pixels.append(quantise(x_cf))
             with clock("reencode"):
                 codes.append(encode_rows(self.model.vae, to_float(pixels[-1], self.device))[0])
                 probs.append(mean_probs(logits_rows(encoded.model.ensemble, codes[-1])))

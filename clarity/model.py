@@ -27,7 +27,7 @@ from clarity.attributes import AttributeHeads
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.judges import JudgeConfig, JudgeNet
-from clarity.vae import VAE, VAEConfig
+from clarity.vae import VAE, Decoder, VAEConfig
 
 MODEL_FILE = "model.json"
 VAE_FILE = "vae.safetensors"
@@ -35,8 +35,9 @@ ENSEMBLE_FILE = "ensemble.safetensors"
 IMAGE_ENSEMBLE_FILE = "image_ensemble.safetensors"
 FOLDS_FILE = "folds.safetensors"
 JUDGE_FILE = "judge.safetensors"
+SHARP_FILE = "sharp.safetensors"
 ATTRIBUTES_FILE = "attributes.safetensors"
-WEIGHT_FILES = (VAE_FILE, ENSEMBLE_FILE, IMAGE_ENSEMBLE_FILE, FOLDS_FILE, JUDGE_FILE, ATTRIBUTES_FILE)
+WEIGHT_FILES = (VAE_FILE, ENSEMBLE_FILE, IMAGE_ENSEMBLE_FILE, FOLDS_FILE, JUDGE_FILE, SHARP_FILE, ATTRIBUTES_FILE)
 FORMAT = 1
 REMEDY = "copy the model directory again, or train it again"
 
@@ -55,6 +56,7 @@ class Model:
         image_ensemble: classifies images; only the image-space methods need it.
         folds: ensembles on parts of the training split; fold f has not seen the images with ``fold_of(id, F) == f``.
         judge: held-out image classifier, which tells what class counterfactual images show.
+        sharp: a second decoder, which draws every picture that is written; None where the VAE's own does.
         heads: attributes of images as linear heads on codes; the search can keep them as they are.
         card: what model.json says: data, training, metrics, versions, checksums.
         fingerprint: changes with anything that determines Clarity's results (not with image_ensemble, folds, judge,
@@ -68,6 +70,7 @@ class Model:
     image_ensemble: ImageEnsemble | None = None
     folds: tuple[LatentEnsemble, ...] = ()
     judge: JudgeNet | None = None
+    sharp: Decoder | None = None
     heads: AttributeHeads | None = None
     card: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
@@ -81,20 +84,26 @@ class Model:
         accuracy = self.card.get("metrics", {}).get("ensemble", {}).get("accuracy")
         if accuracy is not None:
             extras.append(f"held-out accuracy {accuracy:.1%}")
+        sharp = "" if self.sharp is None else ", sharp decoder"
         lines = [
             f"Clarity model {self.fingerprint[:12] or '(not saved)'} on {self.device}",
             f"  images    {shape}, {self.num_classes} classes: {names}",
-            f"  VAE       {self.vae.config.architecture}, {self.latent_dim} latent dimensions",
+            f"  VAE       {self.vae.config.architecture}, {self.latent_dim} latent dimensions{sharp}",
             f"  ensemble  {', '.join([f'{self.ensemble.config.num_members} members', *extras])}",
         ]
         return "\n".join(lines)
 
     def to(self, device: str | torch.device) -> Model:
         """Move the model's own networks to a device; returns the model."""
-        for network in (self.vae, self.ensemble, self.image_ensemble, self.judge, self.heads, *self.folds):
+        for network in (self.vae, self.ensemble, self.image_ensemble, self.judge, self.sharp, self.heads, *self.folds):
             if network is not None:
                 network.to(device)
         return self
+
+    @property
+    def decoder(self) -> VAE | Decoder:
+        """What draws the pictures that are written and judged."""
+        return self.vae if self.sharp is None else self.sharp
 
     @property
     def latent_dim(self) -> int:
@@ -135,6 +144,8 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
         weights[FOLDS_FILE] = state_of(nn.ModuleList(model.folds))
     if model.judge is not None:
         weights[JUDGE_FILE] = state_of(model.judge)
+    if model.sharp is not None:
+        weights[SHARP_FILE] = state_of(model.sharp)
     if model.heads is not None:
         weights[ATTRIBUTES_FILE] = state_of(model.heads)
     files = {}
@@ -165,7 +176,8 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
 def fingerprint_of(card: Mapping[str, Any]) -> str:
     """Digest of what determines Clarity's results."""
     parts = {name: card[name] for name in ("format", "vae", "ensemble", "class_names", "preprocessing")}
-    parts["sums"] = [card["files"][name]["sha256"] for name in (VAE_FILE, ENSEMBLE_FILE)]
+    files = card["files"]
+    parts["sums"] = [files[name]["sha256"] for name in (VAE_FILE, ENSEMBLE_FILE, SHARP_FILE) if name in files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -237,6 +249,8 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
                 f"the model for {len(class_names)} of images {vae_config.image_shape}; {REMEDY}"
             )
         model.judge = network(JUDGE_FILE, lambda: JudgeNet(judge_config))
+    if SHARP_FILE in checksums:
+        model.sharp = network(SHARP_FILE, lambda: Decoder(vae_config))
     if attributes:
         model.heads = network(ATTRIBUTES_FILE, lambda: AttributeHeads(attributes, vae_config.latent_dim))
     if num_folds:

@@ -101,17 +101,22 @@ def prepare(images: Any, image_ids: Sequence[str], preprocessing: Preprocessing)
     return pixels
 
 
-def decode(source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", device: str = "cpu") -> np.ndarray:
+def decode(
+    source: Audit | str | Path, rows: pa.Table, *, column: str = "z_cf", decoder: str = "written", device: str = "cpu"
+) -> np.ndarray:
     """Images (B, C, H, W) uint8 of codes in an audit's tables, decoded by the model that the audit keeps.
 
     Gives the images of an audit without any, and those in the tables again to within one grey level. For image-space
     methods, whose ``z_cf`` is the code of an image, it gives the reconstruction of that image. ``rows`` are rows of
-    counterfactuals, or of codes with ``column`` = z.
+    counterfactuals, or of codes with ``column`` = z. ``decoder`` is written, that of the audit's pictures, or plain,
+    the VAE's own, where the model has a sharp one, too.
     """
+    if decoder not in ("written", "plain"):
+        raise ValueError(f"unknown decoder {decoder!r}; choose from written, plain")
     uri = source.uri if isinstance(source, Audit) else str(source)
     model = load_model(storage.join(uri, "model"), device)
     codes = torch.tensor(schema.matrix(rows[column]), device=device)
-    return quantise(decode_rows(model.vae, codes))
+    return quantise(decode_rows(model.vae if decoder == "plain" else model.decoder, codes))
 
 
 def trace(audit: Audit, image_id: str, target: int) -> pa.Table:
@@ -148,6 +153,6 @@ def redecoder(uri: str | Path) -> Callable[[np.ndarray], np.ndarray] | None:
     model = load_model(storage.join(str(uri), "model"))
 
     def redecode(codes: np.ndarray) -> np.ndarray:
-        return quantise(decode_rows(model.vae, torch.tensor(codes)))
+        return quantise(decode_rows(model.decoder, torch.tensor(codes)))
 
     return redecode

@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from clarity.classifiers import LEAST_OUTPUTS, ImageEnsemble, LatentEnsemble
 from clarity.uncertainty import decompose
-from clarity.vae import VAE
+from clarity.vae import VAE, Decoder
 
 #: Rows of a block by device: the fastest of 16 ... 512 for 28x28 images on a CPU. Part of the arithmetic: never tuned.
 ROW_BLOCK = {"cpu": 128, "cuda": 1024}
@@ -139,15 +139,16 @@ def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def decode_rows(vae: VAE, z: Tensor) -> Tensor:
+def decode_rows(decoder: VAE | Decoder, z: Tensor) -> Tensor:
     """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
-    require_eval(vae)
-    require_rows(z, (vae.config.latent_dim,))
-    *layers, convolution = folded(vae.decoder_layers)
+    require_eval(decoder)
+    require_rows(z, (decoder.config.latent_dim,))
+    *layers, convolution = folded(decoder.decoder_layers)
     last = partial(narrow_convolution, convolution) if z.device.type == "cpu" else convolution
 
     def decode(block: Tensor) -> Tensor:
-        h = vae.decoder_input(block).unflatten(1, vae.feature_shape).contiguous(memory_format=torch.channels_last)
+        h = decoder.decoder_input(block).unflatten(1, decoder.feature_shape)
+        h = h.contiguous(memory_format=torch.channels_last)
         return torch.sigmoid(in_halves([*layers, last], h).contiguous())
 
     return in_blocks(decode, z)

@@ -32,7 +32,7 @@ class Encoded:
     Args:
         model: with that ensemble.
         image_id, label, label_name: columns of the shard; ``extra`` further ones for ``codes``.
-        pixels: (B, C, H, W) uint8; ``x`` and ``reconstruction`` in [0, 1].
+        pixels: (B, C, H, W) uint8; ``x`` and ``reconstruction``, by the VAE's own decoder, in [0, 1].
         z, log_var: the posterior of the codes, (B, D).
         noise: (B, D), standard normal, of the image id alone.
         prediction: of the ensemble at ``z``.
@@ -77,7 +77,7 @@ class Written:
 
     Args:
         pixels: (P, C, H, W) uint8.
-        distance_x_l1: (P,), between the decoded counterfactual and the reconstruction, before rounding to 8 bits.
+        distance_x_l1: (P,), between counterfactual and reconstruction, both by the VAE's own decoder, unrounded.
         z: (P, D), the codes of ``pixels``.
         probs: (P, K), mean probabilities of the latent ensemble at those codes.
         judge_probs: (P, K), of the held-out judge for ``pixels``; None where the model has none.

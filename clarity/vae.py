@@ -99,6 +99,20 @@ class VAE(nn.Module):
         return self.decode_logits(mean + torch.exp(0.5 * log_var) * noise), mean, log_var
 
 
+class Decoder(nn.Module):
+    """A second decoder of a VAE's codes, of the same layers and shapes as the first."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        vae = VAE(config)
+        self.config, self.feature_shape = config, vae.feature_shape
+        self.decoder_layers, self.decoder_input = vae.decoder_layers, vae.decoder_input
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
+        return torch.sigmoid(self.decoder_layers(self.decoder_input(z).unflatten(1, self.feature_shape)))
+
+
 def elbo(vae: nn.Module, x: Tensor, noise: Tensor, config: VAEConfig | None = None) -> dict[str, Tensor]:
     """The negative evidence lower bound with the KL term weighted by beta (Higgins et al. 2017).
 

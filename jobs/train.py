@@ -2,8 +2,8 @@
 """Train a model on Ray Train: the VAE on all workers together, then the ensemble's members divided among them.
 
 The same command resumes an interrupted run, with any number of workers, and adds what a finished model lacks
-(--image-members, --folds, --attributes) to what it has. Exit codes: 0 finished, 1 interrupted (run it again), 2 bad
-input.
+(--image-members, --folds, --attributes, --decoder sharp) to what it has. Exit codes: 0 finished, 1 interrupted (run it
+again), 2 bad input.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from clarity.predictor import load_predictor
 from clarity.training.cost import Cost, costs
 from clarity.training.directory import begin, finish
 from clarity.training.loops import PRECISIONS, VAETraining
-from clarity.training.plan import RECIPES, TRAININGS, TrainingPlan, plan_training
+from clarity.training.plan import DECODERS, RECIPES, TRAININGS, TrainingPlan, plan_training
 from clarity.training.recipe import with_recipe
 from clarity.training.stages import STAGES, TRAINED, Worker, run_stages
 from clarity.vae import VAES, VAEConfig
@@ -50,6 +50,7 @@ SAME_NAMES = [
     "image_members",
     "judge_updates",
     "attributes",
+    "decoder",
     "precision",
 ]
 #: Classes that are listed one by one.
@@ -96,6 +97,8 @@ def new_parser() -> argparse.ArgumentParser:
     add("--judge-updates", **number, help=about)
     about = "Columns of two values, or all, to fit linear heads for --keep of jobs/explain_all.py."
     add("--attributes", nargs="+", default=[], metavar="NAME", help=about)
+    about = "What draws the pictures: the VAE's own decoder, or a sharp one, trained after it (default: plain)."
+    add("--decoder", default="plain", choices=DECODERS, help=about)
     for prefix, training in TRAININGS.items():
         group = parser.add_argument_group(f"training of the {prefix}")
         driver.add_config_flags(group, training, f"{prefix}_", ["seed"])
@@ -178,7 +181,8 @@ def train(args: argparse.Namespace) -> int:
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
     driver.start_ray(OBJECT_STORE_BYTES)
     fit(plan, TRAINED[:2], args.workers, 0)
-    fit(plan, TRAINED[2:], args.workers, max(plan.ensemble.num_members, plan.image_members))
+    fit(plan, TRAINED[2:-1], args.workers, max(plan.ensemble.num_members, plan.image_members))
+    fit(plan, TRAINED[-1:], 1, 0)
     finish(plan, log=print_line)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0

@@ -179,3 +179,22 @@ def test_pairs_that_kept_attributes_put_out_of_reach_are_not_probably_wrong(keep
     pairs = with_kept(pairs, *np.full((2, len(pairs), 2), 0.2))
     (failed,) = check_unconverged(gather(connect(tables.codes, pairs), tables.class_names, keep=keep))  # type: ignore[misc]
     assert failed.level == level and ("kept Male and Young" in failed.sentence) == bool(keep)
+
+
+def test_finding_counts_what_a_held_out_judge_sees_flip() -> None:
+    tables = make_tables(120)
+    index = np.arange(len(tables.counterfactuals))
+    probs = np.full((len(index), 2), 0.2)
+    pairs, reached = with_kept(tables.counterfactuals, probs, probs), tables.counterfactuals["converged"].to_numpy()
+    seen = pairs.select(["image_id", "target"])
+    columns = {"attribute": "Male", "prob_initial": 0.2, "prob_final": np.where(index % 4 == 0, 0.7, 0.3)}
+    for name, values in columns.items():
+        seen = seen.append_column(name, pa.array(np.broadcast_to(values, len(index))))
+    con = connect(tables.codes, pairs)
+    con.register("attributes", seen)
+    findings = check_kept(gather(con, tables.class_names, keep=["Male", "Young"]))
+    assert not isinstance(findings, NotChecked)
+    (found,) = findings
+    assert found.figures["judged"] == {"Male": ((reached & (index % 4 == 0)).sum(), reached.sum())}
+    assert "For the held-out judge of attributes it flips: “Male” in 2" in found.sentence
+    assert found.level == "look"

@@ -33,6 +33,7 @@ from clarity.model import (
     save_tensors,
 )
 from clarity.rows import decode_rows, encode_rows, logits_rows
+from clarity.vae import Decoder
 
 
 @pytest.fixture
@@ -41,12 +42,13 @@ def full_model(tiny_model: Model) -> Model:
 
 
 def completed(tiny_model: Model) -> Model:
-    """The tiny model with an image ensemble of 3 members, two folds, a judge and heads of two attributes."""
+    """The tiny model with an image ensemble of 3 members, two folds, a judge, a sharp decoder and two heads."""
     torch.manual_seed(8)
     config = EnsembleConfig(num_classes=4, latent_dim=5, hidden=(6, 7), num_members=3)
     tiny_model.image_ensemble = ImageEnsemble(config, tiny_model.vae.config).eval()
     tiny_model.folds = tuple(LatentEnsemble(tiny_model.ensemble.config).eval() for _ in range(2))
     tiny_model.judge = build_judge(tiny_model.image_shape, 4).eval()
+    tiny_model.sharp = Decoder(tiny_model.vae.config).eval()
     tiny_model.heads = AttributeHeads(("red", "old"), 5).eval()
     return tiny_model
 
@@ -216,12 +218,14 @@ def test_fingerprint_changes_with_what_determines_results(full_model: Model, tmp
     first = save_model(full_model, tmp_path / "a")["fingerprint"]
     full_model.image_ensemble, full_model.folds, full_model.judge = None, (), None
     assert save_model(full_model, tmp_path / "b")["fingerprint"] == first
+    full_model.sharp = None
+    plain = save_model(full_model, tmp_path / "e")["fingerprint"]
     full_model.class_names = ("ant", "bee", "cow", "elk")
     second = save_model(full_model, tmp_path / "c")["fingerprint"]
     with torch.no_grad():
         full_model.ensemble.biases[0][0, 0] += 1
     third = save_model(full_model, tmp_path / "d")["fingerprint"]
-    assert len({first, second, third}) == 3
+    assert len({first, plain, second, third}) == 4
 
 
 def test_card_is_written_last(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +260,7 @@ def test_model_repr_is_a_few_readable_lines(full_model: Model) -> None:
     assert repr(full_model).splitlines() == [
         "Clarity model tiny on cpu",
         "  images    1 x 8 x 12, 4 classes: ant, bee, cow, dog",
-        "  VAE       conv, 5 latent dimensions",
+        "  VAE       conv, 5 latent dimensions, sharp decoder",
         "  ensemble  2 members, 2 folds, image ensemble of 3, held-out accuracy 95.4%",
     ]
 

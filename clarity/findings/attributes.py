@@ -91,17 +91,36 @@ def check_kept(facts: Facts) -> list[Finding] | NotChecked:
         flips[name] = flipped / max(reached, 1)
         costs.append(listed([f"{share} {side} “{name}”" for side, share in sides.items()]))
         losses.append(f"“{name}” in {percent(flipped, max(reached, 1))}")
-    lost = [name for name, share in flips.items() if share > MOST_FLIPPED]
+    judged = judged_flips(facts)
+    seen = [f"“{name}” in {percent(flipped, pairs)}" for name, (flipped, pairs) in judged.items()]
+    shares = [*flips.values(), *(flipped / pairs for flipped, pairs in judged.values())]
     return [
         Finding(
             "kept",
-            0.5 if lost else 0.3,
+            0.5 if max(shares) > MOST_FLIPPED else 0.3,
             f"Keeping {listed(list(facts.keep))} leaves {plural(missed, 'pair')} out of reach",
             f"With {plural(len(facts.keep), 'attribute')} kept, {percent(missed, facts.num_pairs)} of "
             f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Decoded and encoded again, "
-            f"the kept attribute flips: {listed(losses)}.",
+            f"the kept attribute flips: {listed(losses)}."
+            + (f" For the held-out judge of attributes it flips: {listed(seen)}." if seen else ""),
             f"Counted; expected out of reach for similar images: {share_text(missed, facts.num_pairs)}. Flips "
             "are those of the model's linear heads: an attribute is kept only as far as the code knows it.",
-            figures={"missed": missed, "flipped": flips},
+            figures={"missed": missed, "flipped": flips, "judged": judged},
         )
     ]
+
+
+def judged_flips(facts: Facts) -> dict[str, tuple[int, int]]:
+    """By kept attribute, of the converged pairs that a held-out judge measured: how many it sees flip, and all."""
+    if "attributes" not in facts.tables:
+        return {}
+    rows = facts.rows(
+        """
+        SELECT attribute, count(*) FILTER ((prob_initial > 0.5) <> (prob_final > 0.5)), count(*)
+        FROM attributes JOIN counterfactuals USING (image_id, target)
+        WHERE converged AND attribute IN (SELECT unnest($keep)) GROUP BY 1
+        """,
+        {"keep": list(facts.keep)},
+    )
+    found = {name: (flipped, pairs) for name, flipped, pairs in rows}
+    return {name: found[name] for name in facts.keep if name in found}

@@ -66,7 +66,7 @@ def accuracies(model: Model, oracle: judges.JudgeNet, x: np.ndarray, label: np.n
         [encode_rows(model.vae, torch.from_numpy(images[part]).float() / 255)[0] for part in parts(len(images))]
     )
     latent = torch.softmax(logits_rows(model.ensemble, z), -1)
-    seen = [quantise(decode_rows(model.vae, z[part])) for part in parts(len(z))]
+    seen = [quantise(decode_rows(model.decoder, z[part])) for part in parts(len(z))]
 
     def share(found: Any) -> float:
         return float((np.asarray(found) == label).mean())

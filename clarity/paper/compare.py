@@ -130,7 +130,7 @@ def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: in
 def encode_images(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Images:
     """Encode, reconstruct and classify images, row by row as the audit does."""
     z, log_var = encode_rows(model.vae, torch.from_numpy(x).float() / 255)
-    reconstruction = quantise(decode_rows(model.vae, z))
+    reconstruction = quantise(decode_rows(model.decoder, z))
     probs = predict(logits_rows(model.ensemble, z)).probs
     return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, probs.argmax(1), label, probs.max(1))
 

@@ -164,7 +164,7 @@ def draw_traces(write: Write, model: Model, config: SearchConfig, images: Images
     shown = {}
     for method in ("revise_e", "clarity"):
         steps = trace_search(model, method, pairs, config)[0]
-        ends = decode_rows(model.vae, torch.from_numpy(steps["point"][[0, -1]])).numpy()
+        ends = decode_rows(model.decoder, torch.from_numpy(steps["point"][[0, -1]])).numpy()
         shown[NAMES[method]] = plots.Trace(
             steps["target_prob"], steps["aleatoric"], steps["epistemic"], (ends[0], ends[1])
         )

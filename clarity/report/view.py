@@ -51,7 +51,7 @@ class Decoder:
 
         if not len(z):
             return np.zeros((0, *self.image_shape), np.float32)
-        return decode_rows(self.model.vae, torch.from_numpy(np.ascontiguousarray(z, np.float32))).numpy()
+        return decode_rows(self.model.decoder, torch.from_numpy(np.ascontiguousarray(z, np.float32))).numpy()
 
     def probabilities(self, z: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
         """Mean class probabilities (B, K) at codes (B, D), each by the ensemble that explained its image."""

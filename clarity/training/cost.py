@@ -20,6 +20,8 @@ from clarity.training.loops import Codes, num_epochs, train_image_members, train
 from clarity.training.loops import updates_per_epoch as per_epoch
 from clarity.training.plan import TrainingPlan
 from clarity.training.recipe import ENSEMBLE_UPDATES, MEMBERS, VAE_UPDATES, num_trials, searched_codes
+from clarity.training.sharp import train_sharp
+from clarity.vae import VAE
 
 #: Rows of a timed update, and how many are timed; the first warms up.
 ROWS = 32
@@ -80,6 +82,10 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         one = replace(plan.image_ensemble, num_members=1)
         member = train_image_members(images, labels, one, vae, replace(training, **short), [0])
         found.append(cost("image ensemble", plan.image_members, count, training.batch_size, member))
+    if plan.decoder == "sharp":
+        sharp, count = plan.sharp_training, updates(plan.sharp_training, counted["images"])
+        loop = train_sharp(images, VAE(vae).eval(), replace(sharp, **short))
+        found.append(cost("sharp decoder", 1, count, sharp.batch_size, loop))
     return found
 
 

@@ -85,7 +85,8 @@ def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
             save_finished(plan.member_file(kind, m), state)
     for name, stage in STAGES.items():
         network = getattr(model, name, None) if stage.network else None
-        if network is not None and found.get(f"{name}_updates") == wanted.get(f"{name}_updates"):
+        trainings = f"{name}_updates", f"{name}_training"
+        if network is not None and all(found.get(entry) == wanted.get(entry) for entry in trainings):
             save_finished(plan.file(f"{name}.safetensors"), network.state_dict())
 
 

@@ -102,7 +102,8 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
         if model.image_ensemble is not None:
             image_logits.append(logits_rows(model.image_ensemble, x[known]).cpu())
         if model.judge is not None:
-            judged.append([judge_rows(model.judge, images[known]).argmax(1) for images in (x, reconstruction)])
+            written = reconstruction if model.sharp is None else decode_rows(model.sharp, mean)
+            judged.append([judge_rows(model.judge, images[known]).argmax(1) for images in (x, written)])
     found, kl_mean, error_mean = (sums / max(len(held_out.ids), 1)).tolist()
     metrics: dict[str, Any] = {
         "images": len(held_out.ids),

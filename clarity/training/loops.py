@@ -176,7 +176,7 @@ def run_epochs(
             sums = {name: sums.get(name, 0) + value.detach().double() for name, value in metrics.items()}
         means = {name: float(value) / updates for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            what = "VAE" if isinstance(network, VAE) else "ensemble"
+            what = {VAE: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
             raise ValueError(f"the {what}'s loss is {means['loss']} after epoch {epoch + 1}: lower its learning_rate")
         yield Epoch(epoch + 1, total, means, lambda done=epoch + 1: checkpoint(network, adam, done))  # type: ignore[misc]
 

@@ -40,6 +40,7 @@ from clarity.training.loops import (
     mixed_precision,
     num_epochs,
 )
+from clarity.training.sharp import SHARP_TRAINING
 from clarity.vae import VAEConfig, vae_config
 
 #: The defaults of each training, by the prefix of its fields.
@@ -50,10 +51,12 @@ TRAININGS: dict[str, VAETraining | EnsembleTraining] = {
 }
 #: Where values come from that are not given.
 RECIPES = ("auto", "paper")
+#: What draws the pictures that are written: the VAE's own decoder, or a sharper one on the same codes.
+DECODERS = ("plain", "sharp")
 #: Fields of a plan that are given as they are.
-OPTIONS = ("attributes", "image_members", "judge_updates", "num_folds", "precision")
+OPTIONS = ("attributes", "decoder", "image_members", "judge_updates", "num_folds", "precision")
 #: Fields of a plan's description that may change between runs: what they add is trained, the rest is kept.
-EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates", "attributes"}
+EXTRAS = {"image_members", "image_training", "num_folds", "judge_updates", "attributes", "sharp_training"}
 
 #: Fields of a plan's description that say whom the ensembles learn from; absent where they learn from labels.
 TEACHERS = ("predictor", "refit")
@@ -85,6 +88,8 @@ class TrainingPlan:
     num_folds: int = 0
     judge_updates: int | None = None
     attributes: tuple[str, ...] = ()
+    decoder: str = "plain"
+    sharp_training: VAETraining = SHARP_TRAINING
     data: dict[str, Any] = field(default_factory=dict)
     searched: tuple[str, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +100,8 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         mixed_precision(self.precision, torch.device("cpu"))
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder: expected one of {', '.join(DECODERS)}, got {self.decoder!r}")
         if self.image_members < 0:
             raise ValueError(f"image_members: expected at least 0, got {self.image_members}")
         if self.num_folds < 0 or self.num_folds == 1:
@@ -138,6 +145,8 @@ class TrainingPlan:
         }
         if self.attributes:
             description["attributes"] = list(self.attributes)
+        if self.decoder == "sharp":
+            description["sharp_training"] = resolved(self.sharp_training, "images")
         return json.loads(json.dumps(description))
 
     def file(self, *parts: str) -> str:

@@ -45,7 +45,8 @@ from clarity.training.loops import (
 from clarity.training.optimiser import generator_for
 from clarity.training.plan import TrainingPlan
 from clarity.training.recipe import IMAGES, search_recipe, with_recipe
-from clarity.vae import VAE
+from clarity.training.sharp import decoder_of, train_sharp
+from clarity.vae import VAE, Decoder
 
 #: Seconds of work that a killed run may lose.
 CHECKPOINT_SECONDS = 15.0
@@ -309,6 +310,19 @@ def judge_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
 
 
+def sharp_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
+    """Trains the sharp decoder, on the first worker."""
+    if worker.rank:
+        return
+    file = plan.file("sharp.safetensors")
+    state = load_tensors(file) if storage.exists(file) else None
+    loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training)
+    epochs = loop(state=state, device=worker.device, precision=plan.precision)
+    final = follow(epochs, "sharp decoder", worker.log, partial(save_tensors, file)) or state
+    assert final is not None
+    save_finished(file, decoder_of(final))
+
+
 def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> JudgeNet | None:
     """A judge trained on its half of the labelled images; None where these lack a class."""
     half = torch.from_numpy(in_judges_half(images.ids)) & (images.labels >= 0)
@@ -380,7 +394,8 @@ def encoded(plan: TrainingPlan) -> bool:
     return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or latent_done(plan)
 
 
-#: In the order in which they run. Workers share each batch of the VAE; of later stages each does a part on its own.
+#: In the order in which they run. Workers share each batch of the VAE; of later stages each does a part on its own, and
+#: one does the last.
 STAGES = {
     "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None),
     "vae": Stage(vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), lambda plan: VAE(plan.vae)),
@@ -391,6 +406,11 @@ STAGES = {
         judge_stage,
         lambda plan: plan.judge_training is None or is_finished(plan.file("judge.safetensors")),
         lambda plan: build_judge(plan.vae.image_shape, len(plan.class_names)),
+    ),
+    "sharp": Stage(
+        sharp_stage,
+        lambda plan: plan.decoder != "sharp" or is_finished(plan.file("sharp.safetensors")),
+        lambda plan: Decoder(plan.vae),
     ),
 }
 #: All but the search for values that the plan leaves open.

@@ -1,0 +1,195 @@
+"""The sharp decoder: trained on a finished model, cut and resumed, and what it changes in an explanation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import networks
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from bars import SHORT, SHORT_VAE, bars
+from torch import Tensor
+
+import clarity
+from clarity import schema, storage
+from clarity.data import open_dataset
+from clarity.explainer import Explainer
+from clarity.model import Model, load_tensors, save_model
+from clarity.rows import decode_rows
+from clarity.search import SearchConfig
+from clarity.training.directory import begin, finish
+from clarity.training.loops import VAETraining
+from clarity.training.plan import TrainingPlan, plan_training
+from clarity.training.sharp import decoder_of, train_sharp
+from clarity.training.stages import TRAINED, Worker, run_stages
+from clarity.vae import Decoder
+
+CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
+TRAINING = VAETraining(epochs=3, min_updates=0, batch_size=16, learning_rate=0.003)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 120 pictures in class folders."""
+    from PIL import Image
+
+    directory = tmp_path_factory.mktemp("bars")
+    for i, (x, k) in enumerate(zip(*bars(120))):
+        file = directory / f"bar{k}" / f"{i:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(x[0].numpy()).save(file)
+    return directory
+
+
+def plan_of(folder: Path, out: Path, decoder: str) -> TrainingPlan:
+    dataset = open_dataset("folder", folder, "train", unlabelled=True)
+    plan = plan_training(
+        str(out),
+        dataset,
+        dataclasses.replace(dataset, split="test"),
+        vae_fields={"latent_dim": 5, "channels": (6, 7)},
+        num_members=2,
+        hidden=(6, 7),
+        vae_training=SHORT_VAE,
+        ensemble_training=SHORT,
+        judge_updates=3,
+        recipe="paper",
+        decoder=decoder,
+    )
+    return dataclasses.replace(plan, sharp_training=TRAINING)
+
+
+def trained(plan: TrainingPlan) -> Model:
+    assert not begin(plan)
+    run_stages(plan, TRAINED, Worker())
+    return finish(plan)
+
+
+def with_sharp(model: Model) -> Model:
+    """The model with another decoder than its VAE's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        return dataclasses.replace(model, sharp=Decoder(model.vae.config).eval().requires_grad_(False))
+
+
+def shard_of(model: Model, ids: list[str]) -> pa.Table:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 96), np.uint8)[[int(name) for name in ids]]
+    columns = [ids, pa.nulls(len(ids), pa.string()), schema.fixed_size_list(pixels), pa.nulls(len(ids), pa.string())]
+    return pa.table(columns, schema=schema.shard_schema(model.image_shape))
+
+
+def test_finished_model_takes_a_sharp_decoder_and_keeps_all_else(folder: Path, tmp_path: Path) -> None:
+    before = trained(plan_of(folder, tmp_path, "plain"))
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    after = trained(plan_of(folder, tmp_path, "sharp"))
+    for name, content in files.items():
+        assert (tmp_path / name).read_bytes() == content
+    loaded = clarity.load(tmp_path)
+    assert before.sharp is None and loaded.sharp is not None and "sharp decoder" in repr(loaded)
+    assert loaded.fingerprint == after.fingerprint != before.fingerprint
+    z = torch.randn((7, 5), generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(decode_rows(loaded.sharp, z), decode_rows(loaded.vae, z))
+    assert begin(plan_of(folder, tmp_path, "sharp"))
+
+
+def test_cut_training_of_the_decoder_ends_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clarity.training.stages.CHECKPOINT_SECONDS", 0.0)
+    trained(plan_of(folder, tmp_path / "whole", "sharp"))
+    plan = plan_of(folder, tmp_path / "cut", "sharp")
+
+    class Cut(Exception):
+        pass
+
+    def log(line: str) -> None:
+        if line.startswith("sharp decoder: epoch 2"):
+            raise Cut
+
+    begin(plan)
+    with pytest.raises(Cut):
+        run_stages(plan, TRAINED, Worker(log=log))
+    assert int(load_tensors(plan.file("sharp.safetensors"))["epoch"]) == 1
+    lines: list[str] = []
+    begin(plan)
+    run_stages(plan, TRAINED, Worker(log=lines.append))
+    finish(plan)
+    assert [line.split("  ")[0] for line in lines] == ["sharp decoder: epoch 2/3", "sharp decoder: epoch 3/3"]
+    name = "sharp.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_training_brings_the_pictures_nearer_and_leaves_the_vae() -> None:
+    images, _ = bars(90)
+    vae = networks.small_vae("conv", (1, 8, 12))
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    epochs = list(train_sharp(images, vae, dataclasses.replace(TRAINING, epochs=12)))
+    assert epochs[-1].metrics["l1"] < 0.8 * epochs[0].metrics["l1"]
+    assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
+    decoder = Decoder(vae.config)
+    decoder.load_state_dict(decoder_of(epochs[-1].state()))
+
+
+@pytest.mark.parametrize("method", ["clarity", "revise_e", "schut"])
+def test_written_pictures_are_the_sharp_decoders_and_the_search_is_not(model: Model, method: str) -> None:
+    sharp, shard = with_sharp(model), shard_of(model, list("0123"))
+    (plain, drawn) = (Explainer(each, method, CONFIG).search_shard(shard) for each in (model, sharp))
+    assert drawn.codes.equals(plain.codes)
+    written = {"x_cf", "reencoded_class", "reencoded_target_prob"}
+    if method == "schut":
+        written = set()
+    before, after = plain.counterfactuals, drawn.counterfactuals
+    assert after.drop_columns(sorted(written)).equals(before.drop_columns(sorted(written)))
+    if method != "schut":
+        assert sharp.sharp is not None
+        pixels = (decode_rows(sharp.sharp, codes_of(after)) * 255).round().to(torch.uint8)
+        assert after["x_cf"].to_pylist() == [image.numpy().tobytes() for image in pixels]
+        assert not after["x_cf"].equals(before["x_cf"])
+
+
+def codes_of(table: pa.Table) -> Tensor:
+    return torch.tensor(schema.matrix(table["z_cf"]))
+
+
+def test_rows_with_a_sharp_decoder_do_not_depend_on_their_shard(model: Model) -> None:
+    explainer = Explainer(with_sharp(model), config=CONFIG)
+    whole = explainer.search_shard(shard_of(model, list("012345678"))).counterfactuals.to_pylist()
+    parts = [explainer.search_shard(shard_of(model, list(ids))).counterfactuals for ids in ("84", "3", "017652")]
+    alone = [row for part in parts for row in part.to_pylist()]
+    assert sorted(alone, key=lambda row: (row["target"], row["image_id"])) == whole
+
+
+def test_predictor_sees_the_sharp_reconstruction(model: Model) -> None:
+    shown: list[np.ndarray] = []
+
+    def predict(pixels: np.ndarray) -> np.ndarray:
+        shown.append(pixels.copy())
+        return np.full((len(pixels), 4), 0.25, np.float32)
+
+    predict.classes, predict.mode, predict.size = list(model.class_names), "L", (8, 12)  # type: ignore[attr-defined]
+    sharp = with_sharp(model)
+    found = Explainer(sharp, config=CONFIG, predictor=predict).search_shard(shard_of(model, list("012")))
+    assert sharp.sharp is not None
+    z = torch.tensor(schema.matrix(found.codes["z"]))
+    expected = (decode_rows(sharp.sharp, z) * 255).round().to(torch.uint8).numpy()
+    assert any(np.array_equal(pixels[:3], expected) for pixels in shown)
+
+
+def test_decode_draws_either_picture(model: Model, tmp_path: Path) -> None:
+    sharp = with_sharp(model)
+    save_model(sharp, storage.join(str(tmp_path), "model"))
+    rows = Explainer(sharp, config=CONFIG).search_shard(shard_of(model, list("01"))).counterfactuals
+    written = np.stack([np.frombuffer(image, np.uint8).reshape(1, 8, 12) for image in rows["x_cf"].to_pylist()])
+    assert np.array_equal(clarity.decode(tmp_path, rows), written)
+    plain = (decode_rows(model.vae, codes_of(rows)) * 255).round().to(torch.uint8).numpy()
+    assert np.array_equal(clarity.decode(tmp_path, rows, decoder="plain"), plain)
+    with pytest.raises(ValueError, match="unknown decoder 'blurred'; choose from written, plain"):
+        clarity.decode(tmp_path, rows, decoder="blurred")
+
+
+def test_unknown_decoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="decoder: expected one of plain, sharp, got 'blurred'"):
+        plan_of(folder, tmp_path, "blurred")
