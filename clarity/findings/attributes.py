@@ -112,7 +112,7 @@ def check_kept(facts: Facts) -> list[Finding] | NotChecked:
 
 def judged_flips(facts: Facts) -> dict[str, tuple[int, int]]:
     """By kept attribute, of the converged pairs that a held-out judge measured: how many it sees flip, and all."""
-    if "attributes" not in facts.tables:
+    if not facts.has_table("attributes"):
         return {}
     rows = facts.rows(
         """
