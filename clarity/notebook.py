@@ -78,7 +78,7 @@ def explain(
         ],
         schema=schema.shard_schema(model.image_shape),
     )
-    if explainer.predictor is not None and explainer.predictor.preprocessing != model.preprocessing:
+    if explainer.predictor is not None and explainer.predictor.sees(model.preprocessing) != model.preprocessing:
         originals = explainer.predictor.prepare(pixels)
         for row, image in enumerate(images):
             if isinstance(image, str | Path | Image.Image):  # of arrays there is nothing but the model's pixels

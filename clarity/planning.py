@@ -25,6 +25,7 @@ from clarity.audit.plan import Plan, shard_table
 from clarity.checks import Requirements, kept_heads, require_judge
 from clarity.explainer import explainer_of
 from clarity.ids import sample
+from clarity.images import Preprocessing
 from clarity.methods import METHODS, ensemble_of
 from clarity.model import Model, load_model
 from clarity.predictor import BATCH_TOLERANCE, Predictor, batch_difference
@@ -211,7 +212,7 @@ def describe_models(
 ) -> list[str]:
     """What a run says, before it starts, of the heads of kept attributes and of a predictor, where it has them."""
     told = [describe_kept(model, keep)] if keep else []
-    return told if predictor is None else [*told, describe_predictor(predictor, dataset, listing)]
+    return told if predictor is None else [*told, describe_predictor(predictor, dataset, listing, model.preprocessing)]
 
 
 def describe_kept(model: Model, keep: Sequence[str]) -> str:
@@ -222,9 +223,11 @@ def describe_kept(model: Model, keep: Sequence[str]) -> str:
     return f"keeping    {', '.join(told)}, as far as the code knows them"
 
 
-def describe_predictor(predictor: Predictor, dataset: data.Dataset, listing: pa.Table) -> str:
+def describe_predictor(
+    predictor: Predictor, dataset: data.Dataset, listing: pa.Table, preprocessing: Preprocessing
+) -> str:
     """What a predictor sees in the first image that can be read, so that a wrong preprocessing is seen, as text."""
-    images = data.read_images(dataset, listing.slice(0, 8), predictor.preprocessing)
+    images = data.read_images(dataset, listing.slice(0, 8), predictor.sees(preprocessing))
     images = images.filter(images["image"].is_valid())
     if not len(images):
         return f"predictor  {predictor.name}, none of the first images can be read"

@@ -70,6 +70,10 @@ class Predictor:
             )
         return replace(self, order=tuple(self.class_names.index(name) for name in class_names))
 
+    def sees(self, preprocessing: Preprocessing) -> Preprocessing:
+        """What makes its pixels: a model's preprocessing, crop included, where mode and size are the same."""
+        return preprocessing if preprocessing.image_shape == self.preprocessing.image_shape else self.preprocessing
+
     def predict(self, pixels: np.ndarray, threads: int = 1) -> np.ndarray:
         """Probabilities (B, K) float32 of images (B, C, H, W) uint8 of any mode and size.
 

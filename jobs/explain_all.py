@@ -115,7 +115,7 @@ def explain_all(args: Namespace) -> int:
         else:
             resources = driver.plan_actors(args, len(held.pending))
             driver.check_visible(held.uri, held.run, dataset.data)
-            preprocessing = (model.preprocessing, predictor and predictor.preprocessing)
+            preprocessing = (model.preprocessing, predictor and predictor.sees(model.preprocessing))
             work = Work(out, held.run, held.plan, dataset, *preprocessing, args.predictor)
             fill(args, held, resources, work, listing)
         print(f"model      {model_uri}\naudit      {out}")

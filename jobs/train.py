@@ -177,7 +177,8 @@ def train(args: argparse.Namespace) -> int:
         print(f"already finished\n{describe(plan)}\nmodel      {out}")
         return 0
     if plan.predictor is not None:
-        print(describe_predictor(load_predictor(plan.predictor), plan.dataset, list_images(plan.dataset)))
+        predictor, listing = load_predictor(plan.predictor), list_images(plan.dataset)
+        print(describe_predictor(predictor, plan.dataset, listing, plan.preprocessing))
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
     driver.start_ray(OBJECT_STORE_BYTES)
     fit(plan, TRAINED[:2], args.workers, 0)

@@ -141,14 +141,14 @@ def test_explainer_of_a_plan_takes_the_planned_predictor_only(model: Model) -> N
 
 
 def test_describe_predictor_shows_an_image_with_its_likeliest_classes_and_warns(model: Model) -> None:
-    told = describe_predictor(load_predictor(constant(model.class_names, 2)), DIGITS, THREE)
+    told = describe_predictor(load_predictor(constant(model.class_names, 2)), DIGITS, THREE, model.preprocessing)
     assert told.endswith("is cow 0.700, ant 0.100, bee 0.100") and "label 7" in told and "WARNING" not in told
 
     def relative(pixels: np.ndarray) -> np.ndarray:
         return np.where(pixels.mean() > 20, [[0.4, 0.3, 0.2, 0.1]], [[0.1, 0.2, 0.3, 0.4]]).repeat(len(pixels), 0)
 
     unstable = load_predictor(as_predictor(relative, model.class_names))
-    told = describe_predictor(replace(unstable, block=3), DIGITS, THREE)
+    told = describe_predictor(replace(unstable, block=3), DIGITS, THREE, model.preprocessing)
     assert "WARNING" in told and "alone and among others" in told
 
 

@@ -53,11 +53,11 @@ def original_probs(
 
     ``images`` are as the model sees them, by its ``preprocessing``; ``listing`` has a row for each, and maybe others.
     """
-    if predictor.preprocessing == preprocessing:
+    if (theirs := predictor.sees(preprocessing)) == preprocessing:
         return ask(predictor, images.pixels.numpy())
     row_of = {image_id: row for row, image_id in enumerate(listing["image_id"].to_pylist())}
     rows = listing.take([row_of[image_id] for image_id in images.ids])
-    pixels, ids, _, _ = read_all(dataset, rows, predictor.preprocessing)
+    pixels, ids, _, _ = read_all(dataset, rows, theirs)
     found = dict(zip(ids, ask(predictor, pixels)))
     missing = torch.full((len(predictor.class_names),), torch.nan)
     return torch.stack([found.get(image_id, missing) for image_id in images.ids])

@@ -133,6 +133,18 @@ def test_predictor_sees_the_files_through_its_own_preprocessing(folder: Path) ->
     assert np.allclose(probs, heights(own[3:9]), atol=1e-6)
 
 
+def test_predictor_of_the_models_size_sees_its_crop(folder: Path) -> None:
+    dataset = data.open_dataset("folder", folder, "test")
+    listing = data.list_images(dataset)
+    cropping = data.infer_preprocessing(dataset, listing, image_size=(8, 12), center_crop=6)
+    wide = load_predictor(teacher())
+    assert wide.sees(cropping) == cropping and wide.sees(dataclasses.replace(cropping, height=9)).height == 8
+    pixels, ids, *_ = data.read_all(dataset, listing, cropping)
+    images = LabelledImages(torch.from_numpy(pixels), ids, torch.zeros(len(ids)))
+    probs = original_probs(wide, dataset, listing, images, cropping)
+    assert np.allclose(probs, heights(pixels), atol=1e-6)
+
+
 def test_model_is_taught_without_labels_and_its_card_says_how_well(taught: Path) -> None:
     model = clarity.load(taught)
     assert model.class_names == tuple(CLASSES) and model.judge is None
