@@ -84,8 +84,8 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         found.append(cost("image ensemble", plan.image_members, count, training.batch_size, member))
     if plan.decoder == "sharp":
         sharp, count = plan.sharp_training, updates(plan.sharp_training, counted["images"])
-        loop = train_sharp(images, VAE(vae).eval(), replace(sharp, **short))
-        found.append(cost("sharp decoder", 1, count, sharp.batch_size, loop))
+        epochs = train_sharp(images, VAE(vae).eval(), replace(sharp, **short))
+        found.append(cost("sharp decoder", 1, count, sharp.batch_size, epochs))
     return found
 
 

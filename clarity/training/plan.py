@@ -279,6 +279,8 @@ def keep_extras(plan: TrainingPlan) -> TrainingPlan:
     kept = {name: known[name] for name in names if getattr(plan, name) == getattr(TrainingPlan, name)}
     if "image_members" in kept:
         kept["image_training"] = EnsembleTraining(**known["image_training"], min_updates=0)
+    if "sharp_training" in known:
+        kept |= {"decoder": "sharp", "sharp_training": VAETraining(**known["sharp_training"], min_updates=0)}
     attributes = dict.fromkeys([*known.get("attributes", ()), *plan.attributes])
     return replace(plan, attributes=tuple(attributes), **kept)
 

@@ -92,7 +92,7 @@ def test_finished_model_takes_a_sharp_decoder_and_keeps_all_else(folder: Path, t
     assert loaded.fingerprint == after.fingerprint != before.fingerprint
     z = torch.randn((7, 5), generator=torch.Generator().manual_seed(1))
     assert not torch.equal(decode_rows(loaded.sharp, z), decode_rows(loaded.vae, z))
-    assert begin(plan_of(folder, tmp_path, "sharp"))
+    assert begin(plan_of(folder, tmp_path, "sharp")) and plan_of(folder, tmp_path, "plain").decoder == "sharp"
 
 
 def test_cut_training_of_the_decoder_ends_the_same(
