@@ -212,7 +212,7 @@ class Explainer:
                 engine = results.found.engine
                 with clock("predict"):
                     initial = self.predict_start(encoded)
-                    final = self.predict_points(encoded.model, results.found.point)
+                    final = uncertainties(classifier_logits(encoded.model, self.method, results.found.point))
                 with clock("table"):
                     ends = (results, initial, final)
                     pairs.append(pair_rows(self.method, encoded, asked, *ends, self.images, self.kept))
@@ -243,14 +243,11 @@ class Explainer:
 
     def by_ensemble(self, image_ids: Sequence[str], valid: np.ndarray) -> Iterator[tuple[LatentEnsemble, np.ndarray]]:
         """Each ensemble that explains some of the images, with their rows."""
-        if not self.folds:
-            groups = [(self.model.ensemble, valid)]
-        else:
-            fold = np.array([fold_of(image_id, len(self.folds)) for image_id in image_ids], int)
-            groups = [(ensemble, valid & (fold == number)) for number, ensemble in enumerate(self.folds)]
-        for ensemble, mask in groups:
-            if mask.any():
-                yield ensemble, np.flatnonzero(mask)
+        ensembles = self.folds or (self.model.ensemble,)
+        fold = np.array([fold_of(image_id, len(ensembles)) for image_id in image_ids], int)
+        for number, ensemble in enumerate(ensembles):
+            if len(rows := np.flatnonzero(valid & (fold == number))):
+                yield ensemble, rows
 
     def encode(self, ensemble: LatentEnsemble, shard: pa.Table, extra: pa.Table, clock: Clock) -> Encoded:
         """Encode readable images, reconstruct them, and predict their classes from their codes."""
@@ -393,10 +390,6 @@ class Explainer:
             self.search(encoded.model, asked.pairs.select(chosen), self.config, on_step=on_step)
         return pa.concat_tables(tables)
 
-    def predict_points(self, model: Model, points: Tensor) -> Uncertainties:
-        """Uncertainties of the method's own classifier at points of its space."""
-        return uncertainties(classifier_logits(model, self.method, points))
-
     def predict_start(self, encoded: Encoded) -> Uncertainties:
         """Uncertainties of the method's own classifier at the start of each image's search."""
         if self.method == "clarity":
@@ -405,7 +398,7 @@ class Explainer:
         pairs = Pairs(encoded.x, encoded.z, encoded.log_var, encoded.noise, target)
         # A search of no step ends where it starts.
         start = self.search(encoded.model, pairs, replace(self.config, max_steps=0, refine=False))
-        return self.predict_points(encoded.model, start.point)
+        return uncertainties(classifier_logits(encoded.model, self.method, start.point))
 
 
 def explainer_of(plan: Plan, model: Model, predictor: Any = None, **options: Any) -> Explainer:
