@@ -15,7 +15,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -30,18 +30,18 @@ from clarity.judges import JudgeConfig, JudgeNet
 from clarity.vae import VAE, Decoder, VAEConfig
 
 MODEL_FILE = "model.json"
-VAE_FILE = "vae.safetensors"
-ENSEMBLE_FILE = "ensemble.safetensors"
-IMAGE_ENSEMBLE_FILE = "image_ensemble.safetensors"
-FOLDS_FILE = "folds.safetensors"
-JUDGE_FILE = "judge.safetensors"
-SHARP_FILE = "sharp.safetensors"
-ATTRIBUTES_FILE = "attributes.safetensors"
-WEIGHT_FILES = (VAE_FILE, ENSEMBLE_FILE, IMAGE_ENSEMBLE_FILE, FOLDS_FILE, JUDGE_FILE, SHARP_FILE, ATTRIBUTES_FILE)
+#: Weight files, by the field of Model whose network each holds.
+FILES = {
+    "vae": "vae.safetensors",
+    "ensemble": "ensemble.safetensors",
+    "image_ensemble": "image_ensemble.safetensors",
+    "folds": "folds.safetensors",
+    "judge": "judge.safetensors",
+    "sharp": "sharp.safetensors",
+    "heads": "attributes.safetensors",
+}
 FORMAT = 1
 REMEDY = "copy the model directory again, or train it again"
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(repr=False)
@@ -95,15 +95,19 @@ class Model:
 
     def to(self, device: str | torch.device) -> Model:
         """Move the model's own networks to a device; returns the model."""
-        for network in (self.vae, self.ensemble, self.image_ensemble, self.judge, self.sharp, self.heads, *self.folds):
-            if network is not None:
-                network.to(device)
+        for network in self.networks().values():
+            network.to(device)
         return self
 
     @property
     def decoder(self) -> VAE | Decoder:
         """What draws the pictures that are written and judged."""
         return self.vae if self.sharp is None else self.sharp
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that there are, by field."""
+        fields = vars(self) | {"folds": nn.ModuleList(self.folds) if self.folds else None}
+        return {name: fields[name] for name in FILES if fields[name] is not None}
 
     @property
     def latent_dim(self) -> int:
@@ -137,22 +141,11 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
     Returns:
         The card as written.
     """
-    weights = {VAE_FILE: state_of(model.vae), ENSEMBLE_FILE: state_of(model.ensemble)}
-    if model.image_ensemble is not None:
-        weights[IMAGE_ENSEMBLE_FILE] = state_of(model.image_ensemble)
-    if model.folds:
-        weights[FOLDS_FILE] = state_of(nn.ModuleList(model.folds))
-    if model.judge is not None:
-        weights[JUDGE_FILE] = state_of(model.judge)
-    if model.sharp is not None:
-        weights[SHARP_FILE] = state_of(model.sharp)
-    if model.heads is not None:
-        weights[ATTRIBUTES_FILE] = state_of(model.heads)
     files = {}
-    for name, tensors in weights.items():
-        content = safetensors.torch.save(tensors)
-        storage.write_bytes(storage.join(uri, name), content)
-        files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    for name, network in model.networks().items():
+        content = safetensors.torch.save(state_of(network))
+        storage.write_bytes(storage.join(uri, FILES[name]), content)
+        files[FILES[name]] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     head: dict[str, Any] = {
         "format": FORMAT,
         "vae": asdict(model.vae.config),
@@ -177,7 +170,7 @@ def fingerprint_of(card: Mapping[str, Any]) -> str:
     """Digest of what determines Clarity's results."""
     parts = {name: card[name] for name in ("format", "vae", "ensemble", "class_names", "preprocessing")}
     files = card["files"]
-    parts["sums"] = [files[name]["sha256"] for name in (VAE_FILE, ENSEMBLE_FILE, SHARP_FILE) if name in files]
+    parts["sums"] = [files[name]["sha256"] for name in map(FILES.get, ("vae", "ensemble", "sharp")) if name in files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -213,53 +206,46 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
     attributes = entry("attributes", parse_names) if "attributes" in card else ()
     judge_config = entry("judge", lambda fields: fields and JudgeConfig(**fields)) if "judge" in card else None
     checksums = entry("files", parse_files)
-    if preprocessing.image_shape != vae_config.image_shape:
-        raise ValueError(
-            f"{path}: preprocessing makes images of shape {preprocessing.image_shape}, "
-            f"the VAE takes {vae_config.image_shape}; {REMEDY}"
-        )
-    for name, ensemble_config in (("ensemble", config), ("image_ensemble", image_config)):
-        if ensemble_config and ensemble_config.num_classes != len(class_names):
-            raise ValueError(
-                f"{path}: class_names has {len(class_names)} classes, "
-                f"{name} has {ensemble_config.num_classes}; {REMEDY}"
-            )
-    if config.latent_dim != vae_config.latent_dim:
-        raise ValueError(
-            f"{path}: latent_dim of the VAE is {vae_config.latent_dim}, of the ensemble {config.latent_dim}; {REMEDY}"
-        )
-
-    def network(file: str, build: Callable[[], Network]) -> Network:
-        return load_network(uri, file, checksums, build)
-
+    shape, classes = vae_config.image_shape, len(class_names)
+    agree: list[tuple[Any, Any, str]] = [
+        (preprocessing.image_shape, shape, "preprocessing makes images of shape {}, the VAE takes {}"),
+        (classes, config.num_classes, "class_names has {} classes, ensemble has {}"),
+        (vae_config.latent_dim, config.latent_dim, "latent_dim of the VAE is {}, of the ensemble {}"),
+    ]
+    build: dict[str, Callable[[], nn.Module]] = {
+        "vae": lambda: VAE(vae_config),
+        "ensemble": lambda: LatentEnsemble(config),
+    }
+    if image_config:
+        agree.append((classes, image_config.num_classes, "class_names has {} classes, image_ensemble has {}"))
+        build["image_ensemble"] = lambda: ImageEnsemble(image_config, vae_config)
+    if judge_config:
+        judged = judge_config.image_shape, judge_config.num_outputs
+        agree.append((judged, (shape, classes), "the judge is for images and classes {}, the model for {}"))
+        build["judge"] = lambda: JudgeNet(judge_config)
+    if FILES["sharp"] in checksums:
+        build["sharp"] = lambda: Decoder(vae_config)
+    if attributes:
+        build["heads"] = lambda: AttributeHeads(attributes, vae_config.latent_dim)
+    if num_folds:
+        build["folds"] = lambda: nn.ModuleList(LatentEnsemble(config) for _ in range(num_folds))
+    for found, expected, text in agree:
+        if found != expected:
+            raise ValueError(f"{path}: {text.format(found, expected)}; {REMEDY}")
+    networks: dict[str, Any] = {name: load_network(uri, FILES[name], checksums, make) for name, make in build.items()}
     model = Model(
-        vae=network(VAE_FILE, lambda: VAE(vae_config)),
-        ensemble=network(ENSEMBLE_FILE, lambda: LatentEnsemble(config)),
         class_names=class_names,
         preprocessing=preprocessing,
         card=card,
         fingerprint=fingerprint_of(card),
+        **networks | {"folds": tuple(networks.get("folds", ()))},
     )
-    if image_config:
-        model.image_ensemble = network(IMAGE_ENSEMBLE_FILE, lambda: ImageEnsemble(image_config, vae_config))
-    if judge_config:
-        if judge_config.image_shape != vae_config.image_shape or judge_config.num_outputs != len(class_names):
-            raise ValueError(
-                f"{path}: the judge is for {judge_config.num_outputs} classes of images {judge_config.image_shape}, "
-                f"the model for {len(class_names)} of images {vae_config.image_shape}; {REMEDY}"
-            )
-        model.judge = network(JUDGE_FILE, lambda: JudgeNet(judge_config))
-    if SHARP_FILE in checksums:
-        model.sharp = network(SHARP_FILE, lambda: Decoder(vae_config))
-    if attributes:
-        model.heads = network(ATTRIBUTES_FILE, lambda: AttributeHeads(attributes, vae_config.latent_dim))
-    if num_folds:
-        folds = network(FOLDS_FILE, lambda: nn.ModuleList(LatentEnsemble(config) for _ in range(num_folds)))
-        model.folds = tuple(folds)  # type: ignore[arg-type]  # a ModuleList yields plain modules
     return model.to(device)
 
 
-def load_network(uri: storage.URI, name: str, checksums: Mapping[str, str], build: Callable[[], Network]) -> Network:
+def load_network(
+    uri: storage.URI, name: str, checksums: Mapping[str, str], build: Callable[[], nn.Module]
+) -> nn.Module:
     """One network of a model directory, its file checked before anything is built."""
     path = storage.display(storage.join(uri, name))
     if name not in checksums:
@@ -353,8 +339,8 @@ def parse_count(value: Any) -> int:
 def parse_files(value: Any) -> dict[str, str]:
     """Checksums of a card's files; only known names, so that a path that leads elsewhere is never opened."""
     for name, entry in value.items():
-        if name not in WEIGHT_FILES:
-            raise ValueError(f"{name!r} is none of the files of a model ({', '.join(WEIGHT_FILES)})")
+        if name not in FILES.values():
+            raise ValueError(f"{name!r} is none of the files of a model ({', '.join(FILES.values())})")
         if not isinstance(entry["sha256"], str):
             raise ValueError(f"the checksum of {name} is not a text")
     return {name: entry["sha256"] for name, entry in value.items()}

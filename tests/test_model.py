@@ -19,19 +19,7 @@ import clarity
 from clarity.attributes import AttributeHeads
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.judges import build_judge, judge_rows
-from clarity.model import (
-    ENSEMBLE_FILE,
-    IMAGE_ENSEMBLE_FILE,
-    MODEL_FILE,
-    VAE_FILE,
-    WEIGHT_FILES,
-    Model,
-    load_model,
-    load_tensors,
-    read_card,
-    save_model,
-    save_tensors,
-)
+from clarity.model import FILES, MODEL_FILE, Model, load_model, load_tensors, read_card, save_model, save_tensors
 from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.vae import Decoder
 
@@ -72,9 +60,9 @@ def change_tensors(path: Path, name: str, change: Callable[[dict[str, torch.Tens
 
 
 def flip_byte(path: Path) -> None:
-    data = bytearray((path / VAE_FILE).read_bytes())
+    data = bytearray((path / FILES["vae"]).read_bytes())
     data[-5] ^= 1
-    (path / VAE_FILE).write_bytes(bytes(data))
+    (path / FILES["vae"]).write_bytes(bytes(data))
 
 
 class Bomb:
@@ -87,7 +75,7 @@ class Bomb:
 def torch_save(path: Path) -> None:
     file = path.parent / "weights.pt"
     torch.save({"a": torch.zeros(2)}, file)
-    replace_file(path, VAE_FILE, file.read_bytes())
+    replace_file(path, FILES["vae"], file.read_bytes())
 
 
 def cut_short(path: Path) -> None:
@@ -102,18 +90,30 @@ BAD_MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("card of another kind", lambda p: (p / MODEL_FILE).write_text("[1]"), "a model of format 1, found 'list'"),
     ("card of another format", lambda p: edit_card(p, lambda c: c.update(format=9)), "format 1, found 9"),
     ("card lacks an entry", lambda p: edit_card(p, lambda c: c.pop("preprocessing")), "lacks 'preprocessing'"),
-    ("no weights", lambda p: (p / VAE_FILE).unlink(), "vae.safetensors is missing; copy the model directory again"),
+    ("no weights", lambda p: (p / FILES["vae"]).unlink(), "vae.safetensors is missing; copy the model directory again"),
     ("a changed byte", flip_byte, "vae.safetensors has changed: its sha256 is"),
-    ("weights cut short", lambda p: replace_file(p, VAE_FILE, (p / VAE_FILE).read_bytes()[:-9]), "no readable safe"),
-    ("a pickle", lambda p: replace_file(p, VAE_FILE, pickle.dumps(Bomb())), "is a pickle, which can run any code"),
+    (
+        "weights cut short",
+        lambda p: replace_file(p, FILES["vae"], (p / FILES["vae"]).read_bytes()[:-9]),
+        "no readable safe",
+    ),
+    ("a pickle", lambda p: replace_file(p, FILES["vae"], pickle.dumps(Bomb())), "is a pickle, which can run any code"),
     ("a torch.save file", torch_save, "is a pickle, which can run any code"),
-    ("empty weights", lambda p: replace_file(p, ENSEMBLE_FILE, b""), "ensemble.safetensors is no readable safetensors"),
+    (
+        "empty weights",
+        lambda p: replace_file(p, FILES["ensemble"], b""),
+        "ensemble.safetensors is no readable safetensors",
+    ),
     (
         "a path outside",
         lambda p: edit_card(p, lambda c: c["files"].update({"../../etc/passwd": {"sha256": "0"}})),
         "'../../etc/passwd' is none of the files of a model",
     ),
-    ("a file without its sum", lambda p: edit_card(p, lambda c: c["files"].pop(VAE_FILE)), "names no vae.safetensors"),
+    (
+        "a file without its sum",
+        lambda p: edit_card(p, lambda c: c["files"].pop(FILES["vae"])),
+        "names no vae.safetensors",
+    ),
     (
         "an unknown architecture",
         lambda p: edit_card(p, lambda c: c["vae"].update(architecture="gan")),
@@ -143,22 +143,22 @@ BAD_MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ),
     (
         "a tensor too many",
-        lambda p: change_tensors(p, VAE_FILE, lambda t: t.update(extra=torch.zeros(1))),
+        lambda p: change_tensors(p, FILES["vae"], lambda t: t.update(extra=torch.zeros(1))),
         "does not hold the tensors that model.json describes: extra",
     ),
     (
         "another type",
-        lambda p: change_tensors(p, ENSEMBLE_FILE, lambda t: t.update({"biases.0": t["biases.0"].double()})),
+        lambda p: change_tensors(p, FILES["ensemble"], lambda t: t.update({"biases.0": t["biases.0"].double()})),
         "biases.0 is torch.float32 .* found torch.float64",
     ),
     (
         "a weight that is not a number",
-        lambda p: change_tensors(p, ENSEMBLE_FILE, lambda t: t["biases.0"].fill_(float("nan"))),
+        lambda p: change_tensors(p, FILES["ensemble"], lambda t: t["biases.0"].fill_(float("nan"))),
         "biases.0 holds a NaN or an infinity",
     ),
     (
         "an image ensemble of the VAE's tensors",
-        lambda p: replace_file(p, IMAGE_ENSEMBLE_FILE, (p / VAE_FILE).read_bytes()),
+        lambda p: replace_file(p, FILES["image_ensemble"], (p / FILES["vae"]).read_bytes()),
         "image_ensemble.safetensors does not hold the tensors",
     ),
     ("a silly number of folds", lambda p: edit_card(p, lambda c: c.update(folds=10**9)), "a count from 0 to 1000"),
@@ -202,7 +202,7 @@ def test_model_comes_back_bit_by_bit(full_model: Model, tmp_path: Path) -> None:
 
 def test_model_without_extras_has_two_weight_files(tiny_model: Model, tmp_path: Path) -> None:
     save_model(tiny_model, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [ENSEMBLE_FILE, MODEL_FILE, VAE_FILE]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [FILES["ensemble"], MODEL_FILE, FILES["vae"]]
     loaded = load_model(tmp_path)
     assert loaded.image_ensemble is None and loaded.folds == () and loaded.judge is None
 
@@ -210,7 +210,7 @@ def test_model_without_extras_has_two_weight_files(tiny_model: Model, tmp_path: 
 def test_same_model_has_the_same_bytes(full_model: Model, tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_model(full_model, tmp_path / name)
-    for name in WEIGHT_FILES:
+    for name in FILES.values():
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 

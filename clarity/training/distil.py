@@ -21,7 +21,7 @@ from clarity import schema, storage
 from clarity.audit.read import Audit, read_audit
 from clarity.data import Dataset, read_all
 from clarity.images import Preprocessing
-from clarity.model import VAE_FILE, Model, read_card
+from clarity.model import FILES, Model, read_card
 from clarity.predictor import Predictor, load_predictor
 from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.tables import quantise
@@ -112,7 +112,7 @@ def open_audit(uri: str, out: str, dataset: Dataset, listing: pa.Table, class_na
             f"the others stay unseen; {name} is of {source[0]}, split {source[1]}"
         )
     cards = read_card(out), read_card(storage.join(uri, "model"))
-    sums = [None if card is None else card["files"][VAE_FILE]["sha256"] for card in cards]
+    sums = [None if card is None else card["files"][FILES["vae"]]["sha256"] for card in cards]
     if sums[0] is None or sums[0] != sums[1]:
         raise ValueError(
             f"refit: expected the model of {name} in {storage.display(out)}, found "
