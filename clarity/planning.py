@@ -152,7 +152,7 @@ def make_plan(
         config=dataclasses.asdict(config),
         targets=None if indices is None else list(indices),
         images=images,
-        shards=shard_table(listing["image_id"].to_pylist(), len(listing) if shard_rows is None else shard_rows),
+        shards=shard_table(listing["image_id"], len(listing) if shard_rows is None else shard_rows),
         only=only,
         trace=trace,
         versions={

@@ -183,13 +183,13 @@ def beta_vae_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
     """Encoder and decoder of PyTorch-VAE's beta-VAE (Subramanian 2020), with pixel logits instead of its tanh."""
 
     def activation(_: int) -> nn.Module:
-        return nn.LeakyReLU()
+        return nn.LeakyReLU(inplace=True)
 
     ends = (config.image_shape[0], *config.channels)
     encoder = [layer for pair in pairwise(ends) for layer in encoder_block(*pair, activation)]
     decoder: list[nn.Module] = []
     for up in upsampling_layers(config, (*config.channels[-2::-1], config.channels[0])):
-        decoder += [up, nn.BatchNorm2d(up.out_channels), nn.LeakyReLU()]
+        decoder += [up, nn.BatchNorm2d(up.out_channels), activation(up.out_channels)]
     return nn.Sequential(*encoder), nn.Sequential(
         *decoder, nn.Conv2d(config.channels[0], config.image_shape[0], 3, padding=1)
     )

@@ -39,6 +39,17 @@ from clarity.audit.summary import unreached
 AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 #: Of a Ray that a job starts itself: fixed, so that memory does not grow with the data.
 OBJECT_STORE_BYTES = 1_000_000_000
+#: Of all processes of a Ray that a job starts itself, where the user has not set them.
+WORKER_ENVIRONMENT = {
+    # Threads that spin while they wait take the processor from those that they wait for, where others use it too.
+    "OMP_WAIT_POLICY": "passive",
+    # Feature maps in memory that was used before: glibc would map and clear new pages for each of them.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    # On a busy machine Ray's agents need more than its 30 seconds to start.
+    "RAY_agent_register_timeout_ms": "180000",
+    "RAY_raylet_start_wait_time_s": "180",
+}
 #: How long to wait for the Ray that RAY_ADDRESS names.
 RAY_CONTACT_S = 15
 #: How long to wait for the first node of an autoscaler.
@@ -273,8 +284,8 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     if ray.is_initialized():
         return
     require_answer(os.environ.get("RAY_ADDRESS", ""))
-    # Threads that spin while they wait take the processor from those that they wait for, where others use it too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     interruptible()
     try:

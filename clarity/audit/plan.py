@@ -207,13 +207,14 @@ def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: f
     return int(max(1, min(limits)))
 
 
-def shard_table(image_ids: Sequence[str], rows: int) -> list[dict[str, Any]]:
-    """Consecutive shards of ``rows`` images: {start, stop, ids}."""
+def shard_table(image_ids: pa.ChunkedArray | list[str], rows: int) -> list[dict[str, Any]]:
+    """Consecutive shards of ``rows`` images: {start, stop, ids}. Ids become Python strings a shard at a time."""
     if rows < 1:
         raise ValueError(f"shard_rows: expected at least 1, got {rows}")
+    column = pa.chunked_array([image_ids], pa.string()) if isinstance(image_ids, list) else image_ids
+    parts = {start: column[start : start + rows] for start in range(0, len(column), rows)}
     return [
-        {"start": start, "stop": min(start + rows, len(image_ids)), "ids": ids_digest(image_ids[start : start + rows])}
-        for start in range(0, len(image_ids), rows)
+        {"start": start, "stop": start + len(ids), "ids": ids_digest(ids.to_pylist())} for start, ids in parts.items()
     ]
 
 

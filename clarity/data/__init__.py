@@ -238,7 +238,8 @@ def listing_fingerprint(listing: pa.Table) -> str:
         digest.update(np.packbits(column.is_null().to_numpy()).tobytes())
         if pa.types.is_string(field.type):
             digest.update(pc.binary_length(column.fill_null("")).to_numpy().astype("<i4").tobytes())
-            digest.update("".join(text or "" for text in column.to_pylist()).encode())
+            for start in range(0, len(column), 1 << 16):  # all at once they would take a hundred bytes each
+                digest.update("".join(text or "" for text in column[start : start + (1 << 16)].to_pylist()).encode())
         else:
             digest.update(column.cast(pa.int64(), safe=False).fill_null(0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
