@@ -65,11 +65,13 @@ def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
     share_beyond = float(np.nansum(failed[:, beyond])) / total
     reason = (
         f" {percent(share_beyond)} of them are towards classes out of reach "
-        f"({listed([facts.name(k) for k in beyond])}), whose real images do not get that far either: a threshold for "
-        "each class (--min-target-prob auto) asks for what they get."
+        f"({listed([facts.name(k) for k in beyond])}), whose real images do not get that far either"
         if share_beyond
         else ""
     )
+    if share_beyond:  # a model that sees nothing in real images has no threshold to ask for
+        asks = ": a threshold for each class (--min-target-prob auto) asks for what they get."
+        reason += "." if facts.verdict.level == "no-go" else asks
     if facts.keep:
         reason += f" The search kept {listed(list(facts.keep))}, which puts pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach

@@ -97,6 +97,8 @@ def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None
     tables = failing(make_tables(), target=3)
     found = told(tables, card=card)["unconverged"]
     assert "100 % of them are towards classes out of reach (dog)" in found.sentence and found.level == "look"
+    assert "--min-target-prob auto" in found.sentence
+    assert "--min-target-prob" not in told(tables, card=card | card_of(12))["unconverged"].sentence  # no-go: none helps
     assert told(tables)["unconverged"].level == "alert"
 
 
