@@ -49,7 +49,7 @@ class JudgeNet(nn.Module):
         for channels in config.channels:
             for _ in range(2):
                 layers += [nn.Conv2d(before, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)]
-                layers.append(nn.ReLU(inplace=True))  # the same bits, a third faster
+                layers.append(nn.ReLU(inplace=True))  # the same bits without a second map in memory
                 before = channels
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
