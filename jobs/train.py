@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -134,6 +135,8 @@ def of_vaes(name: str) -> str:
 
 def make_plan(args: argparse.Namespace) -> TrainingPlan:
     """Everything that can be wrong is found here, before anything starts."""
+    if args.predictor and args.predictor.endswith(".onnx") and "://" not in args.predictor:
+        args.predictor = os.path.abspath(args.predictor)  # training workers change their directory
     given = {name: value for name in training_flags() if (value := getattr(args, name)) is not None}
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"workers: expected at least 1, got {args.workers}")
