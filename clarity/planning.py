@@ -21,7 +21,7 @@ import torch
 import clarity
 from clarity import data, schema, storage
 from clarity.audit.commits import to_parquet
-from clarity.audit.plan import Plan, shard_table
+from clarity.audit.plan import MAX_SHARD_ROWS, Plan, shard_table
 from clarity.checks import Requirements, kept_heads, require_judge
 from clarity.explainer import explainer_of
 from clarity.ids import sample
@@ -104,7 +104,7 @@ def make_plan(
     where: Sequence[str] = (),
     checks: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of an audit over the images of a listing, in shards of ``shard_rows`` images; in one shard by default.
+    """The plan of an audit over the images of a listing, in shards of ``shard_rows`` images, MAX_SHARD_ROWS by default.
 
     ``checks`` are those of ``make_checks``. Where the model has folds, each image of the training split is explained by
     the ensemble of the fold that has not seen it.
@@ -152,7 +152,7 @@ def make_plan(
         config=dataclasses.asdict(config),
         targets=None if indices is None else list(indices),
         images=images,
-        shards=shard_table(listing["image_id"], len(listing) if shard_rows is None else shard_rows),
+        shards=shard_table(listing["image_id"], MAX_SHARD_ROWS if shard_rows is None else shard_rows),
         only=only,
         trace=trace,
         versions={

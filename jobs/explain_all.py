@@ -24,7 +24,7 @@ from driver import Notes
 
 from clarity import data, planning, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim
-from clarity.audit.plan import MAX_SHARD_ROWS, Plan, read_plan, rows_per_shard, shard_table
+from clarity.audit.plan import Plan, read_plan, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
 from clarity.audit.summary import describe, describe_plan, require_readable
 from clarity.audit.verify import verify
@@ -97,7 +97,6 @@ def explain_all(args: Namespace) -> int:
         print(describe_coverage(listing, predictions))
     predictor = load_predictor(args.predictor) if args.predictor else None
     flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where", "shard_rows")}
-    flags["shard_rows"] = args.shard_rows or MAX_SHARD_ROWS  # until they are chosen below
     checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
     for text in planning.describe_models(model, args.keep, predictor, dataset, listing):

@@ -526,7 +526,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("predictor without the order of its classes", onnx_file({"mode": "L"}), "expected an entry 'classes'"),
     ("predictor that is not ONNX", onnx_file(DESCRIBED), "model.onnx cannot be loaded"),
     ("no images asked for", ["--limit", "0"], "--limit: expected at least 1, got 0"),
-    ("shards of no images", ["--shard-rows", "-1"], "--shard-rows: expected at least 1, got -1"),
+    ("shards of no images", ["--shard-rows", "0"], "--shard-rows: expected at least 1, got 0"),
     ("unknown condition", ["--where", "size=8"], "expected label=NAME[,NAME...], ids=FILE or misclassified"),
     ("label that no image has", ["--where", "label=x"], "no image has the label 'x'; there are 0, 1"),
     ("ids that are not in the data", ids_file("test/0001\ntest/9999\n"), "are not in the data, the first"),
