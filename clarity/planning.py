@@ -61,10 +61,10 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
             raise ValueError(f"where: expected label=NAME[,NAME...], ids=FILE or misclassified, got {condition!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1, got {limit}")
-    if limit is not None:
-        listing = listing.take(sample(listing["image_id"].to_pylist(), limit))
     if not len(listing):
         raise ValueError("where: no image is left; drop a condition")
+    if limit is not None:
+        listing = listing.take(sample(listing["image_id"].to_pylist(), limit))
     return listing, only
 
 
