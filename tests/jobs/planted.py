@@ -66,6 +66,11 @@ def dawdle(step: Step) -> Any:
     return step()
 
 
+def linger(step: Step) -> Any:
+    time.sleep(15)
+    return step()
+
+
 # Where it strikes
 
 
@@ -262,6 +267,7 @@ FAULTS: dict[str, Plant] = {
     "writer-dies-always": in_writer(die, [2], "_commits"),
     "writer-raises-once": in_writer(fail_as_a_disk, [2], "codes", 1),
     "slow-writers": in_writer(dawdle, range(SHARDS)),  # time to be killed between data and commit
+    "lingering-writers": in_writer(linger, range(1, SHARDS)),  # time for another driver to start
     "driver-dies-between-commit-and-success": before_success,
     "driver-dies-between-summary-and-success": before_writing("_SUCCESS"),
     "driver-dies-before-the-plan": before_writing("plan.json"),

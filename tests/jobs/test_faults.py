@@ -337,7 +337,7 @@ def left_lock(bench: Bench) -> None:
 
 @fault("the lock removed by hand under a driver, another started")
 def stolen_lock(bench: Bench) -> None:
-    first = bench.start(fault="slow-writers")
+    first = bench.start(fault="lingering-writers")
     while bench.commits() < 1 and first.poll() is None:
         time.sleep(0.01)
     (bench.out / "_lock").unlink()
