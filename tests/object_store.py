@@ -79,7 +79,7 @@ def moto_port() -> int:
 
 @dataclass
 class Fault:
-    """What befalls requests of ``method`` whose path matches ``match``, ``times`` times.
+    """What befalls requests of ``method`` whose path matches ``match``, ``times`` times, each ``every``-th of them.
 
     Kinds: "503", "403", "slow" (a pause of ``seconds``, then the answer), "cut" (half of the answer, then the end of
     the connection; of an upload half is taken, nothing passed on), "hang" (no answer for ``seconds``, then the end).
@@ -90,6 +90,8 @@ class Fault:
     match: str = ""
     times: int = 1
     seconds: float = 1.0
+    every: int = 1
+    matched: int = 0
 
 
 @dataclass
@@ -140,8 +142,10 @@ class ObjectStore:
     def fault_for(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
             if fault.times > 0 and fault.method == method and re.search(fault.match, path):
-                fault.times -= 1
-                return fault
+                fault.matched += 1
+                if fault.matched % fault.every == 0:
+                    fault.times -= 1
+                    return fault
         return None
 
 

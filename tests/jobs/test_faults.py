@@ -658,7 +658,8 @@ training_killed("training SIGKILLed in the ensemble, resumed by 2 workers", "mem
 training_killed("training SIGINTed in the VAE, resumed by 2 workers", "vae: epoch 2", False, signal.SIGINT)
 training_killed("training SIGTERMed in the ensemble, resumed by 2 workers", "members): epoch 5", True, signal.SIGTERM)
 
-busy = [("503", method, "audit", 6) for method in ("PUT", "GET", "HEAD")]
+# Every second request: an operation of several requests would meet more in a row than it has attempts.
+busy = [("503", method, "audit", 6, 0.0, 2) for method in ("PUT", "GET", "HEAD")]
 on_object_store("object store, no fault")
 on_object_store("object store answering 503 now and then", *busy)
 on_object_store("object store slow", ("slow", "PUT", "audit", 12, 2.0), ("slow", "GET", "audit", 6, 2.0))
