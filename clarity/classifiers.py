@@ -8,6 +8,7 @@ Shapes: B rows, C, H, W image, D latent, K classes, M members; every ensemble ma
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -56,14 +57,14 @@ class EnsembleConfig:
 Some = TypeVar("Some", bound="Ensemble")
 
 
-class Ensemble(nn.Module):
+class Ensemble(nn.Module, ABC):
     """What the ensembles share: members along the first axis of each tensor, of which some can be taken."""
 
     config: EnsembleConfig
 
+    @abstractmethod
     def like(self: Some, num_members: int) -> Some:
         """An untrained ensemble of so many members."""
-        raise NotImplementedError
 
     def select(self: Some, members: Sequence[int]) -> Some:
         """The ensemble of the members with these indices, in this order."""
