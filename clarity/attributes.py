@@ -1,7 +1,5 @@
 """Attributes of images as linear heads on their codes, and the directions along which an attribute changes.
 
-Does not know how heads are fitted, nor how a search keeps to directions.
-
 Shapes: B rows, D latent, A attributes.
 """
 
@@ -32,11 +30,7 @@ class AttributeHeads(nn.Module):
         return self.linear(z)
 
     def select(self, names: Sequence[str]) -> AttributeHeads:
-        """The heads of some attributes, in this order.
-
-        Raises:
-            ValueError: a name without a head, or one that stands there twice.
-        """
+        """The heads of some attributes, in this order; ValueError for a name without a head or twice there."""
         for name in names:
             if name not in self.names:
                 raise ValueError(f"keep: no head for attribute {name!r}; choose from {', '.join(self.names)}")
@@ -51,8 +45,7 @@ class AttributeHeads(nn.Module):
     def directions(self) -> Tensor:
         """Orthonormal directions (D, A): a code that moves along none of them keeps the logits of every attribute.
 
-        Raises:
-            ValueError: as many attributes as the code has dimensions, or heads that depend on each other linearly.
+        ValueError: as many attributes as the code has dimensions, or heads that depend on each other linearly.
         """
         weight = self.linear.weight.detach()
         if len(weight) >= weight.shape[1]:

@@ -1,8 +1,7 @@
 """Checks of written counterfactual images, and what a pair does that fails one.
 
 A check is one function over the images as they are written, in 8 bits. A pair that fails a check continues its search
-on the next rung: from where it stands, with fresh moments, against a threshold nearer to 1, without a distance
-penalty. Does not know how images are searched or written.
+on the next rung: from where it stands, with fresh moments, a threshold nearer to 1, and no distance penalty.
 
 Shapes: P pairs, K classes.
 """
@@ -50,10 +49,7 @@ Check = Callable[[Written, np.ndarray], np.ndarray]
 
 
 def at_least(probs: str, least: float, likeliest: bool = False) -> Check:
-    """The model behind this field of ``Written`` gives the target at least this probability.
-
-    With ``likeliest`` it gives no other class a higher one.
-    """
+    """The model behind this field of ``Written`` gives the target this much, and, if ``likeliest``, no class more."""
 
     def check(written: Written, target: np.ndarray) -> np.ndarray:
         found = getattr(written, probs)
@@ -76,9 +72,9 @@ def climb(
     search: Callable[[Pairs, SearchConfig], Counterfactuals],
     write: Callable[[Asked, Tensor], Written],
 ) -> Results:
-    """Search pairs that failed a check again, on up to ``MAX_RUNGS`` rungs, and write their images.
+    """Search pairs that failed a check again, on up to ``MAX_RUNGS`` rungs and ``max_steps`` in all.
 
-    Where no rung passes all checks, the first result stays. A rung is not taken beyond ``max_steps`` in all.
+    Where no rung passes all checks, the first result stays.
     """
     assert results.confirmed is not None
     point, steps, finite = results.found.point.clone(), results.found.steps.clone(), results.found.finite
@@ -121,11 +117,7 @@ def next_threshold(threshold: np.ndarray) -> np.ndarray:
 
 
 def kept_heads(model: Model, method: str, keep: Sequence[str]) -> AttributeHeads | None:
-    """The heads of the attributes to keep; None where there are none.
-
-    Raises:
-        ValueError: the model has no such heads, or the method does not search codes, or nothing would be left to move.
-    """
+    """The heads of the attributes to keep, None where there are none; ValueError where the model or method cannot."""
     if not keep:
         return None
     if isinstance(keep, str):

@@ -1,7 +1,6 @@
 """Ensembles of classifiers of latent codes and of images, all members computed as one batched network.
 
-Members are stacked along a leading axis, so that fifty small classifiers take about the time of one. Does not know how
-they are trained or stored.
+Members are stacked along a leading axis, so that fifty small classifiers take about the time of one.
 
 Shapes: B rows, C, H, W image, D latent, K classes, M members; every ensemble maps rows to logits (M, B, K).
 """
@@ -109,10 +108,7 @@ class LatentEnsemble(Ensemble):
 
 
 class ImageEnsemble(Ensemble):
-    """M convolutional classifiers, the paper's CNN: the VAE's encoder up to its mean, then the latent classifier.
-
-    The members' convolutions are one grouped convolution, with the channels of each tensor ordered by member.
-    """
+    """M of the paper's CNNs, the VAE's encoder up to its mean and the latent classifier, with grouped convolutions."""
 
     def __init__(self, config: EnsembleConfig, vae_config: VAEConfig) -> None:
         super().__init__()

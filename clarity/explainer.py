@@ -1,7 +1,5 @@
 """Explains a shard of images: encode, pair each image with its targets, search, decode to 8 bits, check, build tables.
 
-Each stage hands the next a frozen result. Does not know how shards are read and written, nor Ray.
-
 Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
 """
 
@@ -176,10 +174,7 @@ class Explainer:
     def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """Explain a shard (``schema.shard_schema``): its codes sorted by image_id, its pairs by (target, image_id).
 
-        Args:
-            shard: images, or the reasons why they could not be read.
-            extra: further columns for ``codes``, a row for each of the shard.
-            trace: also record the search paths of this many of its first images.
+        ``extra`` holds further columns for ``codes``; the search paths of the first ``trace`` images are recorded.
         """
         explained = self.search_shard(shard, extra, trace)
         shape = self.model.image_shape
@@ -402,14 +397,7 @@ class Explainer:
 
 
 def explainer_of(plan: Plan, model: Model, predictor: Any = None, **options: Any) -> Explainer:
-    """The explainer that a plan describes.
-
-    Args:
-        plan: of an audit.
-        model: of the plan.
-        predictor: that of the plan, see ``load_predictor``.
-        **options: further arguments of the Explainer, which replace those of the plan.
-    """
+    """The explainer that a plan describes, with its model and predictor; ``options`` replace those of the plan."""
     checks = dict(plan.checks)
     if "predictor" in checks:
         loaded = load_predictor(predictor, options.get("device", "cpu"))

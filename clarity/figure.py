@@ -1,7 +1,4 @@
-"""A matplotlib figure that a notebook displays, with the style and the fonts of all figures.
-
-No global state of matplotlib is touched: no pyplot, no backend, no style outside the figure being drawn.
-"""
+"""A matplotlib figure that a notebook displays, with no global state of matplotlib touched."""
 
 from __future__ import annotations
 

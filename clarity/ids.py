@@ -1,7 +1,6 @@
 """Everything that is decided by an image id alone: split, fold, half of the held-out networks, sample, noise.
 
-Each is a hash of the id under a prefix of its own, so these are independent of each other, of the order of the
-images and of the number of machines. Does not know where ids come from.
+Each is a hash of the id under a prefix of its own, so independent of the others and of the order of the images.
 """
 
 from __future__ import annotations

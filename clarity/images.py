@@ -1,6 +1,4 @@
-"""Image files to pixels and back: decoding, orientation, crop, resize, and the PNG files of an audit.
-
-Knows Pillow and the limits of what is safe to decode. Does not know where bytes come from.
+"""Image files to pixels and back: decoding within safe limits, orientation, crop, resize, and PNG files.
 
 Shapes: B images, C, H, W image.
 """
@@ -122,11 +120,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, fields: Any) -> Preprocessing:
-        """The inverse of ``to_json``.
-
-        Raises:
-            ValueError: another set of fields, or a value out of its range.
-        """
+        """The inverse of ``to_json``; ValueError for other fields or a value out of its range."""
         names = cls.__dataclass_fields__
         if not isinstance(fields, dict) or not {"mode", "height", "width"} <= fields.keys() <= names.keys():
             raise ValueError(f"expected preprocessing with {', '.join(names)}, found {fields!r}: restore the file")
@@ -256,10 +250,7 @@ def convert(picture: Image.Image, mode: str, max_value: int | None) -> Image.Ima
 
 
 def to_uint8(values: np.ndarray, max_value: int | None) -> np.ndarray:
-    """Pixels as 8 bits, rounded: floats of [0, 1], 16-bit integers of [0, 65535], others of [0, 255].
-
-    With ``max_value``, integers of more than 8 bits are of [0, max_value], and those above it are white.
-    """
+    """Pixels as 8 bits, rounded: floats of [0, 1], 16-bit integers of [0, 65535], others of [0, 255 or max_value]."""
     kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
     if values.dtype == np.uint8:
         return values

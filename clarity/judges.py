@@ -1,9 +1,7 @@
 """Held-out evaluation networks: image classifiers that are never used to generate counterfactuals.
 
-Knows their architecture and what they predict. Independent of the ensembles by another architecture (pairs of 3x3
-convolutions with max pooling and global averaging), another seed, and other training images: only those for which
-``ids.in_judges_half`` is true. Ensembles that were trained on all training images have seen that half too; a judge has
-never seen their weights, codes or gradients. Trained by ``training.judge``.
+Independent of the ensembles by another architecture (pairs of 3x3 convolutions with max pooling and global averaging),
+another seed, and other training images: only those for which ``ids.in_judges_half`` is true.
 
 Shapes: B rows, C, H, W image, K classes, F features.
 """

@@ -1,7 +1,6 @@
 """The methods of the paper side by side: each a function whose body is its equation. Ends in ``METHODS``.
 
-Knows over which space and with which classifier each equation is posed, and where a search starts. Does not know how a
-search runs, nor what becomes of its results: ``**run`` goes to ``descend`` (engine, threads, on_step).
+``**run`` goes to ``descend`` (engine, threads, on_step).
 
 Shapes: B rows, C, H, W image, D latent, K classes, M members.
 """
@@ -141,9 +140,9 @@ def search_images(
 
 
 def revise(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
-    """Eq. 3 (Joshi et al. 2019): one image classifier's cross-entropy at decode(z') + distance_weight * L1(x, x').
+    """Eq. 3 (Joshi et al. 2019): member 0's cross-entropy at decode(z') + distance_weight * L1(x, x').
 
-    From a sample of the posterior. The classifier is member 0, the optimiser the paper's Adam.
+    From a sample of the posterior, by the paper's Adam.
     """
     return search_images(model, "member", decoder(model), "x", pairs.sample(), pairs, config, **run)
 
@@ -159,10 +158,9 @@ def revise_e_latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any
 
 
 def fgsm(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
-    """Eq. 1 in pixel space: one image classifier's cross-entropy + distance_weight * L1(x, x'), by Adam.
+    """Eq. 1 in pixel space: member 0's cross-entropy + distance_weight * L1(x, x'), by Adam.
 
-    "fgsm" is the paper's name for it: not the one-step attack, but Adam on Eq. 1 over a classifier trained
-    adversarially, on FGSM examples. The classifier is member 0.
+    The paper's name for it: not the one-step attack, but Adam over a classifier trained on FGSM examples.
     """
     return search_images(model, "member", nn.Identity(), "x", pairs.x, pairs, config, bounds=PIXELS, **run)
 
@@ -178,14 +176,10 @@ def schut(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Count
 
 @dataclass(frozen=True)
 class Method:
-    """An entry of ``METHODS``.
+    """An entry of ``METHODS``: ``search`` maps (model, pairs, config, **run) to Counterfactuals.
 
-    Args:
-        search: (model, pairs, config, **run) -> Counterfactuals.
-        space: of its points: latent or image.
-        classifier: whose probabilities it reports: ensemble or member (the latent ensemble or its member 0), or
-            image_ensemble or image_member (the same of the image ensemble).
-        doc: one line for people.
+    ``space`` is that of its points, ``classifier`` whose probabilities it reports: ensemble or member (the latent
+    ensemble or its member 0), or image_ensemble or image_member. ``doc`` is one line for people.
     """
 
     search: Callable[..., Counterfactuals]

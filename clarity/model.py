@@ -1,8 +1,7 @@
 """The model directory: what is trained once and loaded everywhere.
 
 Alone knows its file names: ``model.json``, written last, and safetensors files with their checksums in it. Loading
-executes nothing, builds nothing before the shapes are known to agree, and says what is wrong when it cannot. Does not
-know how a model is trained.
+executes nothing, builds nothing before the shapes are known to agree, and says what is wrong when it cannot.
 
 Shapes: C, H, W image; D latent; K classes; M members.
 """
@@ -131,15 +130,9 @@ class Model:
 
 
 def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Write a model directory, ``model.json`` last, so that a directory with one is complete.
+    """Write a model directory and return its card; ``model.json`` comes last, so that a directory with one is complete.
 
-    Args:
-        model: what to write; its card and fingerprint become those of the directory.
-        uri: local directory or s3://.
-        card: further entries of model.json, such as data, training and metrics; by default those of the model's card.
-
-    Returns:
-        The card as written.
+    ``card`` holds further entries such as data, training and metrics; by default those of the model's card.
     """
     files = {}
     for name, network in model.networks().items():
@@ -180,12 +173,7 @@ def state_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
-    """Load a model directory (``clarity.load``).
-
-    Raises:
-        ValueError: there is none, or it is not complete: says which file, what was expected, what was found, what to
-            do.
-    """
+    """Load a model directory (``clarity.load``); ValueError says which file, what was expected, and what to do."""
     card, path = read_complete_card(uri), f"{storage.display(uri)}/{MODEL_FILE}"
 
     def entry(name: str, parse: Callable[[Any], Any]) -> Any:
@@ -352,11 +340,7 @@ def save_tensors(uri: storage.URI, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(uri: storage.URI) -> dict[str, Tensor]:
-    """Read a safetensors file; nothing in it is executed.
-
-    Raises:
-        ValueError: it is something else, or broken.
-    """
+    """Read a safetensors file, of which nothing is executed; ValueError where it is none."""
     return parse_tensors(storage.read_bytes(uri), storage.display(uri))
 
 

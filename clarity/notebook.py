@@ -106,9 +106,8 @@ def decode(
 ) -> np.ndarray:
     """Images (B, C, H, W) uint8 of codes in an audit's tables, decoded by the model that the audit keeps.
 
-    Gives the images of an audit without any, and those in the tables again to within one grey level. For image-space
-    methods, whose ``z_cf`` is the code of an image, it gives the reconstruction of that image. ``rows`` are rows of
-    counterfactuals, or of codes with ``column`` = z. ``decoder`` is written, that of the audit's pictures, or plain,
+    Gives the images of an audit without any, and those in the tables again to within one grey level. ``rows`` are rows
+    of counterfactuals, or of codes with ``column`` = z. ``decoder`` is written, that of the audit's pictures, or plain,
     the VAE's own, where the model has a sharp one, too.
     """
     if decoder not in ("written", "plain"):
@@ -120,11 +119,7 @@ def decode(
 
 
 def trace(audit: Audit, image_id: str, target: int) -> pa.Table:
-    """The search of one pair, one row for each step: as the audit recorded it, else searched again by the plain engine.
-
-    Raises:
-        ValueError: neither the search nor the image to search from is stored.
-    """
+    """The search of one pair, one row for each step: as the audit recorded it, else searched again."""
     mine = pc.field("image_id") == image_id
     if audit.traces is not None:
         recorded = audit.traces.to_table(filter=mine & (pc.field("target") == target))

@@ -1,7 +1,6 @@
 """Objectives of the search, and their gradients.
 
 An objective maps points and the tensors of their rows to a loss, a target probability and logits, each row by itself.
-Knows Eq. 6 and how to differentiate it; the objectives of methods on images are in methods.py.
 
 Shapes: B rows, D latent, K classes, M members, S slots of a block.
 """
@@ -24,10 +23,7 @@ Gradient = Callable[[Tensor, Rows], tuple[Tensor, Tensor, "Tensor | None"]]
 
 
 def ensemble_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the members of the cross-entropy to ``target`` and of the target's probability, each (B,).
-
-    The mean of the members' cross-entropies, as in the paper, not the cross-entropy of their mean. Logits (M, B, K).
-    """
+    """The members' mean cross-entropy to ``target``, not that of their mean, and their mean probability of it (B,)."""
     chosen = F.log_softmax(logits, dim=2).gather(2, target.expand(len(logits), -1).unsqueeze(2)).squeeze(2)
     return -chosen.mean(dim=0), chosen.exp().mean(dim=0)
 
@@ -41,12 +37,8 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
 class LatentObjective:
     """Eq. 6: mean cross-entropy of stacked latent classifiers plus ``distance_weight`` times the L1 distance of codes.
 
-    The plain engine calls it; the others read its fields. Rows: ``target`` (B,) int64, ``reference`` (B, D).
-
-    Args:
-        layers: (weight (M, in, out), bias (M, out)) of each layer, a ReLU between two of them.
-        distance_weight: lambda.
-        fixed: (D, k), orthonormal directions along which no update moves; None for none.
+    ``layers`` are (weight (M, in, out), bias (M, out)), a ReLU between two; no update moves along the orthonormal
+    directions ``fixed`` (D, k). Rows: ``target`` (B,) int64, ``reference`` (B, D).
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
@@ -78,8 +70,7 @@ def analytic_gradient(objective: LatentObjective, slots: int, of: str = "loss") 
     """Gradient of Eq. 6, or of its target probability, in closed form, with rows along the second axis.
 
     Points are (D, S), rows ``target_is`` (K, S) and ``reference`` (D, S), so that elementwise work runs along the slots
-    and each layer of all members is one product (M, out, in) x (M, in, S); the sum over the members' gradients is part
-    of the last product.
+    and each layer of all members is one product (M, out, in) x (M, in, S).
     """
     weights = [weight.contiguous() for weight, _ in objective.layers]
     biases = [bias.unsqueeze(2).contiguous() for _, bias in objective.layers]

@@ -1,7 +1,4 @@
-"""From a question to the plan of an audit: which images, which targets; and a measurement of its speed and size.
-
-Runs on the driver before workers start. Does not know how shards travel between workers.
-"""
+"""From a question to the plan of an audit: which images, which targets; and a measurement of its speed and size."""
 
 from __future__ import annotations
 
@@ -37,10 +34,7 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
     """Select images of a listing; also returns which of them get pairs: ``all`` or the ``misclassified``.
 
     ``where`` are conditions, all of which must hold: label=A,B (names), ids=FILE (one id a line), misclassified.
-    ``limit`` keeps a fixed sample of so many of what they leave.
-
-    Raises:
-        ValueError: an unknown condition, label or id; or no image is left.
+    ``limit`` keeps a fixed sample of the rest. ValueError: an unknown condition, label or id; or nothing is left.
     """
     only = "all"
     for condition in where:
@@ -69,11 +63,7 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
 
 
 def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | None:
-    """Class indices of names or indices, sorted; None for "all".
-
-    Raises:
-        ValueError: an unknown class, with the choices; or none at all.
-    """
+    """Class indices of names or indices, sorted, None for "all"; ValueError for an unknown class, or none."""
     if names is None or names in ("all", ["all"]):
         return None
     found = set()
@@ -104,7 +94,7 @@ def make_plan(
     where: Sequence[str] = (),
     checks: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of an audit over the images of a listing, in shards of ``shard_rows`` images, MAX_SHARD_ROWS by default.
+    """The plan of an audit over the images of a listing, in shards of ``shard_rows`` images.
 
     ``checks`` are those of ``make_checks``. Where the model has folds, each image of the training split is explained by
     the ensemble of the fold that has not seen it.
@@ -170,8 +160,7 @@ def shared_engine(engine: str, method: str, offered: Sequence[Sequence[str]], ke
     """The engine of a run on several machines: builds of one engine round differently, and an audit takes one.
 
     ``offered`` are ``search.cpu_engines`` of each machine, fastest first; none where the search runs on GPUs. ``kept``
-    is the engine of the shards that are there, which goes on where all machines have it. Methods on image classifiers
-    have one engine, which auto finds.
+    is the engine of the shards that are there, which goes on where all machines have it.
     """
     if engine != "auto" or not offered or METHODS[method].classifier not in ("ensemble", "member"):
         return engine
@@ -187,11 +176,7 @@ def make_checks(
     by_class: bool = False,
     keep: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a plan's counterfactuals must satisfy beside its config, see ``Plan.checks``.
-
-    ``by_class`` gives each class as a target a threshold of its own, see ``class_thresholds``; ``keep`` names
-    attributes that the search must not change.
-    """
+    """What a plan's counterfactuals must satisfy beside its config; ``by_class`` gives each class its own threshold."""
     checks: dict[str, Any] = {}
     if by_class:
         checks["min_target_probs"] = class_thresholds(model, config.min_target_prob)
@@ -265,8 +250,7 @@ def probe(
 ) -> dict[str, Any]:
     """Explain the images of a listing to measure seconds and bytes per image, pairs per second, and the engine.
 
-    A method that searches in pixels is measured by one update, extrapolated to a hundred per pair. ``options`` are
-    engine and threads of the Explainer.
+    A method that searches in pixels is measured by one update, extrapolated to a hundred per pair.
     """
     model = load_model(model_uri)
     steps = None if METHODS[plan.method].classifier in ("ensemble", "member") else 1

@@ -86,10 +86,7 @@ def frame(ax: Any) -> None:
 def counterfactual(
     x: Array, x_cf: Array, *, source: str, target: str, reconstruction: Array | None = None, note: str = ""
 ) -> Picture:
-    """One counterfactual beside its original, with their difference.
-
-    The difference is taken from the reconstruction where one is given, so that it excludes the VAE's own error.
-    """
+    """One counterfactual beside its original, with their difference, from the reconstruction where one is given."""
     base = x if reconstruction is None else reconstruction
     shown = [x, *([reconstruction] if reconstruction is not None else []), x_cf]
     names = ["original", *(["reconstruction"] if reconstruction is not None else []), f"{source} → {target}"]
@@ -246,16 +243,7 @@ def class_pair_map(values: Array, class_names: Sequence[str], figure: PairFigure
 
 
 class Counterfactual:
-    """One counterfactual of an audit; a notebook displays it as the last line of a cell.
-
-    Args:
-        audit: of ``clarity.read_audit``.
-        image_id: id of the image.
-        target: name of the target class.
-
-    Raises:
-        ValueError: an unknown class, or the audit holds no such pair.
-    """
+    """One counterfactual of an audit, which a notebook displays; ValueError where the audit holds no such pair."""
 
     def __init__(self, audit: Audit, image_id: str, target: str) -> None:
         names = audit.plan.model["class_names"]

@@ -1,7 +1,5 @@
 """Predictions of the user's own model, read from a file and joined to the images of a listing.
 
-Does not know our models: class names are passed in.
-
 Shapes: B rows, K classes.
 """
 
@@ -103,11 +101,8 @@ def read_classes(uri: str, table: pa.Table) -> list[str] | None:
 def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
     """The listing with the columns of ``schema.PREDICTIONS``, null for an image without a prediction.
 
-    Where a row of ``predictions`` has both, its class takes precedence over its probabilities. Indices and
-    probabilities refer to ``class_names``, those of the explaining model.
-
-    Raises:
-        ValueError: unknown classes, invalid probabilities, or no image has a prediction.
+    A row's class takes precedence over its probabilities. Indices and probabilities refer to ``class_names``, those of
+    the explaining model. ValueError: unknown classes, invalid probabilities, or no image has a prediction.
     """
     predictions = gather_probabilities(predictions, class_names)
     rows = len(predictions)
@@ -139,8 +134,7 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
 def class_order(predictions: pa.Table, class_names: Sequence[str], what: str) -> list[int]:
     """The index in ``class_names`` of each class, in the order of the user's model.
 
-    Raises:
-        ValueError: the order is not told, and the usual two, by number and by text, differ.
+    ValueError: the order is not told, and the usual two, by number and by text, differ.
     """
     classes = json.loads((predictions.schema.metadata or {}).get(b"clarity.classes", b"null"))
     by_text, by_number = sorted(class_names), [str(index) for index in range(len(class_names))]

@@ -75,11 +75,7 @@ class Predictor:
         return preprocessing if preprocessing.image_shape == self.preprocessing.image_shape else self.preprocessing
 
     def predict(self, pixels: np.ndarray, threads: int = 1) -> np.ndarray:
-        """Probabilities (B, K) float32 of images (B, C, H, W) uint8 of any mode and size.
-
-        Raises:
-            ValueError: the predictor failed, answered too late, or not with one probability for each class.
-        """
+        """Probabilities (B, K) float32 of images (B, C, H, W) uint8 of any size; ValueError for a bad answer."""
         pixels = self.prepare(pixels)
 
         def block(start: int) -> np.ndarray:
@@ -124,13 +120,9 @@ class Predictor:
 def load_predictor(source: Any, device: str = "cpu") -> Predictor:
     """The predictor of an ONNX file, of ``module:function``, or of a function.
 
-    Args:
-        source: path or s3:// URI of a .onnx file with a .onnx.json beside it; ``module:function`` in the working
-            directory; a function with the attributes ``classes``, ``mode`` and ``size``; or a Predictor.
-        device: cpu or cuda, for ONNX.
-
-    Raises:
-        ValueError: it cannot be loaded, or its description does not fit: says what was expected and found.
+    ``source`` is a path or s3:// URI of a .onnx file with a .onnx.json beside it; ``module:function`` in the working
+    directory; a function with the attributes ``classes``, ``mode`` and ``size``; or a Predictor. ``device``, for ONNX,
+    is cpu or cuda. ValueError: it cannot be loaded, or does not fit its description.
     """
     if isinstance(source, Predictor):
         return source
@@ -249,11 +241,7 @@ def beside(uri: str, name: str) -> bytes:
 
 
 def parse_description(found: Any, name: str, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """The description of a predictor: classes, mode, size, and for ONNX output, mean and std.
-
-    Raises:
-        ValueError: an entry is missing, unknown or of another form.
-    """
+    """The description of a predictor: classes, mode, size, and for ONNX output, mean and std."""
 
     def require(fit: bool, expected: str, value: Any) -> None:
         if not fit:

@@ -2,8 +2,8 @@
 
 Adam moves every coordinate by about its rate, whatever the gradient, so that Algorithm 1 ends far from the closest
 point that satisfies it. Here each round moves every coordinate towards the reference (soft thresholding, the proximal
-step of the L1 distance) and repairs the target probability along its gradient. Knows points and probabilities only,
-each row by itself: outside of ``evaluate`` every operation rounds exactly, so a row's bits do not depend on the batch.
+step of the L1 distance) and repairs the target probability along its gradient. Outside of ``evaluate`` every operation
+rounds exactly, so a row's bits do not depend on the batch.
 
 Shapes: B rows, D coordinates of a point.
 """
@@ -35,7 +35,7 @@ def refine(
     fixed: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce the L1 distance of points to their reference while their target probability exceeds its threshold.
+    """Reduce the L1 distance of points (B, D) to their reference while they satisfy ``min_target_prob``.
 
     A round shrinks each coordinate's distance by the stride; where that costs too much probability, up to three Newton
     steps on its logarithm follow. The result is kept if it satisfies and retains LEAST_GAIN of the distance that
@@ -43,17 +43,8 @@ def refine(
     gradients, cost realism: of 90,000 pairs of MNIST an independent network misses the target in 0.19 % after
     Algorithm 1, in 0.49 % here, in 0.85 % where any gain counts.
 
-    Args:
-        evaluate: target probability and its gradient.
-        point: (B, D), each of which satisfies its threshold.
-        reference: (B, D).
-        min_target_prob: (B,), what each row's probability must exceed.
-        stride: by which coordinates shrink, in units of the points.
-        fixed: (D, k) orthonormal directions along which no point moves.
-        bounds: of the coordinates.
-
-    Returns:
-        The points (B, D) and their target probability (B,).
+    ``evaluate`` gives target probability and its gradient; no point moves along the orthonormal directions ``fixed``
+    (D, k). Returns the points and their target probability (B,).
     """
     rows = torch.arange(len(point), device=point.device)
     best, goal = point.clone(), (1 - min_target_prob) * (1 - MARGIN)

@@ -122,10 +122,7 @@ def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = 
 
 
 def counterfactuals_schema(latent_dim: int, num_kept: int = 0) -> pa.Schema:
-    """Schema of ``counterfactuals/*.parquet``; rows of a file are sorted by (target, image_id).
-
-    Without kept attributes the table has no columns for them.
-    """
+    """Schema of ``counterfactuals/*.parquet``, sorted by (target, image_id); ``kept`` attributes add columns."""
     columns = {name: column for name, column in COUNTERFACTUALS.items() if num_kept or column.type != "float[A]"}
     return arrow_schema(columns, D=latent_dim, A=num_kept)
 

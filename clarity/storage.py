@@ -2,7 +2,7 @@
 
 A URI is a local path, or ``s3://bucket/key[?endpoint_url=http://host:port&region=name]``. The options default to
 AWS_ENDPOINT_URL and AWS_REGION; credentials come from the standard chain (environment, ~/.aws, the machine's role),
-never from a URI. Does not know what the bytes mean.
+never from a URI.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ REMEDIES = {
 class StorageError(OSError):
     """A file or directory could not be read or written; the message says which, why, and what to do.
 
-    ``reason`` is the why alone, the same for every path. ``transient`` tells a store that failed for the moment (and at
-    every retry) from an answer that will not change.
+    ``reason`` is the same for every path; ``transient`` tells a store that failed at every retry from a final answer.
     """
 
     def __init__(self, message: str, reason: str = "", code: int | None = None, transient: bool = False) -> None:
@@ -129,11 +128,7 @@ def name(uri: URI) -> str:
 
 
 def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
-    """The Arrow file system of a URI and the path in it.
-
-    Raises:
-        ValueError: another scheme, an unknown option, or credentials in the URI.
-    """
+    """The Arrow file system of a URI and the path in it; ValueError for another scheme, option, or credentials."""
     if not is_remote(uri):
         return pafs.LocalFileSystem(), local_path(uri)
     base, query = split_options(uri)
@@ -167,10 +162,7 @@ def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
     """Every file below a directory whose name ends in ``suffix``, sorted by path; of a file: itself, its path empty.
 
     Links are followed, but each directory is listed once, under its own name rather than a link's, so that links in
-    circles end. A link that leads nowhere is listed with size 0: reading it says so.
-
-    Raises:
-        StorageError: the directory, or one below it, cannot be listed: nothing is left out silently.
+    circles end. A link that leads nowhere is listed with size 0: reading it says so. Nothing is left out silently.
     """
     fs, path = filesystem(uri)
     if is_remote(uri):
@@ -213,8 +205,8 @@ def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
     """Write a file atomically, replacing what was there.
 
     On a disk: a temporary file, fsync, rename, with the rights that the user's umask gives. On an object store: one
-    object, which appears when its upload is complete. The temporary file lies hidden in the file's own directory, which
-    is made when missing; or in ``scratch``, of the same file system: then both directories must be there.
+    object, which appears when its upload is complete. The temporary file lies in the file's own directory, made when
+    missing; or in ``scratch``, of the same file system: then both directories must be there.
     """
     fs, path = filesystem(uri)
 
@@ -229,11 +221,7 @@ def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
 
 
 def read_json(uri: URI) -> Any:
-    """The parsed content of a JSON file.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
+    """The parsed content of a JSON file; ValueError where it is none."""
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
@@ -267,11 +255,7 @@ def make_dir(uri: URI) -> None:
 
 
 def open_parquet(uri: URI) -> pq.ParquetFile:
-    """A Parquet file, opened so that reading one row group reads no other, in pieces of 1 MiB.
-
-    Raises:
-        ValueError: it is not a whole Parquet file.
-    """
+    """A Parquet file, opened so that reading one row group reads no other; ValueError where it is not a whole one."""
     fs, path = filesystem(uri)
 
     def opened() -> pq.ParquetFile:
@@ -285,12 +269,9 @@ def open_parquet(uri: URI) -> pq.ParquetFile:
 
 
 def attempt(what: str, uri: URI, action: Callable[[], T]) -> T:
-    """Run an operation on a URI; transient errors are retried with growing pauses, others raised at once.
+    """Run an operation on a URI; transient errors are retried with growing pauses, others raised as StorageError.
 
     ``what`` is the verb of the message: "read", "write", "list"; ``action`` is done again from its start.
-
-    Raises:
-        StorageError: it failed for good, at each of ATTEMPTS attempts, or a server that never answered is not there.
     """
     server, begin, tried = server_of(uri), time.monotonic(), 0
     while True:

@@ -1,7 +1,5 @@
 """What the stages of the explainer hand each other, and the tables that are made of it.
 
-Knows the columns of the schema and where their values come from. Does not know how a stage computes its result.
-
 Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
 """
 
@@ -179,11 +177,7 @@ def pair_rows(
     images: str,
     kept: AttributeHeads | None = None,
 ) -> pa.Table:
-    """Rows of ``counterfactuals``.
-
-    ``initial`` and ``final`` are uncertainties of the method's classifier, where the search of each image starts and at
-    the points found; ``images`` is png, or none to leave the images out; ``kept`` heads of the kept attributes.
-    """
+    """Rows of ``counterfactuals``; ``initial`` and ``final`` are uncertainties of the method's classifier."""
     found, written, target = results.found, results.written, asked.target.astype(np.int32)
     pair, nulls = np.arange(len(target)), [None] * len(target)
     single = METHODS[method].classifier.endswith("member")

@@ -1,7 +1,5 @@
 """Predictive, aleatoric and epistemic uncertainty of an ensemble.
 
-Knows the decomposition only, not what is classified.
-
 Shapes: M members, B rows, K classes.
 """
 
@@ -26,10 +24,7 @@ def decompose(logits: Tensor) -> Uncertainty:
 
     ``predictive`` is the entropy of the members' mean, ``aleatoric`` their mean entropy, ``epistemic`` the difference:
     the mutual information between label and member. Computed in float64, since the difference of two nearly equal
-    entropies has no significant digit in float32; never negative, never NaN for finite logits.
-
-    Args:
-        logits: (M, B, K).
+    entropies has no significant digit in float32; never negative, never NaN for finite ``logits`` (M, B, K).
     """
     if logits.ndim != 3:
         raise ValueError(f"expected logits of shape (M, B, K), got {tuple(logits.shape)}")

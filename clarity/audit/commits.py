@@ -116,10 +116,7 @@ class Claim:
 def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
     """Hold an audit directory for one run: create it or resume it, and clean up what dead runs left.
 
-    Raises:
-        ValueError: the directory holds something else, or an audit of another plan; names what differs.
-        AuditBusy: another run is at work in it.
-        OSError: it cannot be written.
+    Raises AuditBusy where another run is at work, ValueError where it holds something else, naming what differs.
     """
     require_audit_or_empty(uri)
     storage.make_dir(uri)
@@ -171,11 +168,7 @@ def require_audit_or_empty(uri: str) -> None:
 
 
 def settle_plan(uri: str, plan: Plan, model_uri: str, scratch: str) -> Plan:
-    """The plan that the directory has; where it has none, copy the model there and write ``plan``.
-
-    Raises:
-        ValueError: the directory's plan decides something else; names what.
-    """
+    """The plan that the directory has; where it has none, copy the model there and write ``plan``."""
     if storage.exists(storage.join(uri, "plan.json")):
         kept = read_plan(uri)
         if differences := kept.differences(plan):
@@ -254,10 +247,7 @@ def is_committed(uri: str, fingerprint: str, shard: int) -> bool:
 
 
 def begin_attempt(uri: str, run: str, shard: int, stage: str) -> int:
-    """Record that a stage of a shard begins, before the work, so that the death of the process counts too.
-
-    Returns which attempt of this run it is, from 1; raises GivenUp if it was begun MAX_ATTEMPTS times already.
-    """
+    """Record the attempt, from 1, before the work, so that the death of the process counts; GivenUp after the last."""
     host = socket.gethostname()
     if unreachable_paths(uri, run):
         raise RuntimeError(
@@ -286,11 +276,7 @@ def commit_shard(
     about: Mapping[str, Any],
     scratch: str | None = None,
 ) -> None:
-    """Write a shard's data files, each atomically, then the commit record that makes them count.
-
-    ``about`` is what the commit adds: engine, device, threads, seconds by stage. Once ``scratch``, the scratch
-    directory of the run, is gone, nothing more of the shard is written.
-    """
+    """Write a shard's data files, then the commit record that makes them count, unless the run's scratch is gone."""
     files = {}
     for name, table in tables.items():
         data = to_parquet(table)

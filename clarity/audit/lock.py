@@ -28,12 +28,7 @@ class AuditBusy(ValueError):
 
 
 def take_lock(uri: str) -> FileLock | Lease:
-    """Lock an audit directory: by the kernel where the file system can, else by a lease.
-
-    Raises:
-        AuditBusy: another run holds it.
-        StorageError: the directory cannot be written.
-    """
+    """Lock an audit directory, else AuditBusy: by the kernel where the file system can, else by a lease."""
     if storage.is_remote(uri):
         return Lease(uri)
     try:

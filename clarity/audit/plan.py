@@ -174,11 +174,7 @@ class Plan:
 
 
 def read_plan(uri: str) -> Plan:
-    """The plan of an audit directory.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
+    """The plan of an audit directory; ValueError where there is none, or a damaged one."""
     path = storage.join(uri, "plan.json")
     if not storage.exists(path):
         raise ValueError(f"expected an audit directory, found no plan.json in {storage.display(uri)}: check the path")
@@ -192,8 +188,7 @@ def read_plan(uri: str) -> Plan:
 def rows_per_shard(num_images: int, bytes_per_image: float, seconds_per_image: float = 0.0, gpu: bool = False) -> int:
     """Images of a shard: at most MAX_SHARD_ROWS, MAX_SHARD_BYTES written and SHARD_SECONDS of search; at least 1.
 
-    Small enough to overlap the stages, to resume finely and to show progress. A GPU searches thousands of pairs at once
-    and gets GPU_SHARD times as much.
+    A GPU searches thousands of pairs at once and gets GPU_SHARD times as much.
     """
     times = GPU_SHARD if gpu else 1
     limits = [

@@ -1,7 +1,6 @@
 """Documented SQL questions to an audit, by DuckDB.
 
-Each question is a file in sql/: in its first comments what it answers and the defaults of its parameters as JSON, then
-SQL over the tables ``codes`` and ``counterfactuals`` and the views in sql/views/.
+Each is a file in sql/: its comments say what it answers, and the defaults of its parameters as JSON.
 """
 
 from __future__ import annotations
@@ -58,11 +57,7 @@ def read_sql(directory: str) -> dict[str, str]:
 
 
 def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyConnection:
-    """Opens a DuckDB in memory with ``codes``, ``counterfactuals``, one table for each of ``others``, and the views.
-
-    Each may be anything that DuckDB scans: an Arrow table or data set (so an audit on an object store works), a pandas
-    or Polars frame.
-    """
+    """Opens a DuckDB with ``codes``, ``counterfactuals``, the tables of ``others``, and the views."""
     con = duckdb.connect()
     con.execute("SET enable_progress_bar = false")  # it would be drawn into notebooks
     for name, table in {"codes": codes, "counterfactuals": counterfactuals, **others}.items():
@@ -86,11 +81,7 @@ def has_predictions(con: duckdb.DuckDBPyConnection) -> bool:
 
 
 def query(con: duckdb.DuckDBPyConnection, name: str, **parameters: Any) -> pa.Table:
-    """Answers one of the documented questions; parameters left out take their documented defaults.
-
-    Raises:
-        ValueError: for an unknown question or parameter.
-    """
+    """Answers a documented question; ValueError for an unknown one or an unknown parameter."""
     queries = load_queries()
     if name not in queries:
         raise ValueError(f"name: expected one of {', '.join(queries)}, got {name!r}")

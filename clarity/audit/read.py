@@ -66,11 +66,7 @@ class Audit:
 
 
 def read_audit(uri: str | Path) -> Audit:
-    """Open an audit directory, finished or not; only what its commits name is read.
-
-    Raises:
-        ValueError: it is no audit directory.
-    """
+    """Open an audit directory, finished or not; only what its commits name is read. ValueError where it is none."""
     uri = str(uri)
     plan = read_plan(uri)
     commits = valid_commits(uri, plan)

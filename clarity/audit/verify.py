@@ -55,8 +55,7 @@ class Shard:
 def verify(uri: str | Path, *, redecode: Decoder | None = None, sample: int = 512, workers: int = 4) -> Verification:
     """Check every shard's files and checksums, schemas, images, pairs, order and contents, ``workers`` shards at once.
 
-    With ``redecode``, a fixed sample of ``z_cf`` must decode to within one grey level of ``x_cf``: ``sample`` pairs in
-    all.
+    With ``redecode``, ``sample`` pairs in all must decode from ``z_cf`` to within one grey level of ``x_cf``.
     """
     uri = str(uri)
     plan = read_plan(uri)
@@ -146,10 +145,7 @@ def check_codes(shard: Shard) -> Iterator[str]:
 
 
 def check_pairs(shard: Shard) -> Iterator[str]:
-    """Every pair that the plan asks for is there once, by target and then by image, with the image's source and label.
-
-    A pair is compared as one number: target * width + position of its image among those that were asked for.
-    """
+    """Every pair that the plan asks for is there once, by target and then by image, with its source and label."""
     plan, pairs = shard.plan, shard.pairs
     asked = shard.codes.filter(pc.equal(shard.codes["status"], "ok"))
     if plan.only == "misclassified":

@@ -1,7 +1,5 @@
 """Images and where they come from: a source lists a data set, then reads any part of the listing into an Arrow table.
 
-Knows file layouts. Does not know how bytes become pixels, the sizes of shards, models, or what is asked of an image.
-
 The listing is a table of one row for each image, in an order that depends on the data alone: ``image_id`` (unique),
 ``location`` and ``row`` (where its bytes lie), ``size`` (of that file), ``label_name`` (null: none), the attributes.
 To add a source, write its two functions in a file of their own and its line in ``SOURCES``.
@@ -168,8 +166,7 @@ def require_outside(dataset: Dataset, out: str) -> None:
 def list_images(dataset: Dataset) -> pa.Table:
     """The listing: one row for each image, see the module's docstring. ``left_out`` tells what is not in it.
 
-    Raises:
-        ValueError: no image, or image ids that are missing or double.
+    ValueError: no image, or image ids that are missing or double.
     """
     listing = SOURCES[dataset.source].list_images(dataset)
     ids = listing["image_id"]
@@ -207,11 +204,7 @@ def unify_names(listing: pa.Table) -> pa.Table:
 
 
 def class_names_of(listing: pa.Table) -> tuple[str, ...]:
-    """The classes to train on: the listing's labels, sorted; as numbers where all of them are.
-
-    Raises:
-        ValueError: fewer than two.
-    """
+    """The classes to train on, at least two: the listing's labels, sorted; as numbers where all of them are."""
     names = pc.unique(listing["label_name"]).drop_null().to_pylist()
     if len(names) < 2:
         raise ValueError(
@@ -258,9 +251,6 @@ def infer_preprocessing(
     Looked up: grey if all of them are, else RGB; their size if all have one and no side is above 128, else 64 x 64;
     what is white where images have more than 8 bits, in 1,024 of the images. ``image_size`` is a side, or (height,
     width), in pixels; ``center_crop`` the side of the centred square taken first.
-
-    Raises:
-        ValueError: none of them can be read, or a value out of its range.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if known := SOURCES[dataset.source].default_preprocessing:
@@ -276,9 +266,7 @@ def infer_preprocessing(
 
 
 def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[tuple[int, int]], bool, int | None]:
-    """What some of the images are like: their sizes (height, width), turned upright; whether all are grey; the largest
-    value where some have more than 8 bits, else None.
-    """
+    """Sizes (height, width) of some images, upright; whether all are grey; the largest value above 8 bits, or None."""
     indices = np.unique(np.linspace(0, len(listing) - 1, count).astype(int))
     sizes, grey, largest, deep, reasons = set(), True, None, list[int](), list[str]()
     for _, content in SOURCES[dataset.source].read_images(dataset, listing.take(indices)):
@@ -308,11 +296,8 @@ def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[
 def read_images(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) -> pa.Table:
     """Rows of the listing with their pixels (``schema.shard_schema``), in the same order.
 
-    An image that cannot be read is a row with a null image and its reason; its neighbours are unharmed. ``clipped_of``
-    counts those with values above the range of the model.
-
-    Raises:
-        StorageError: the source itself is out of reach, which is no image's fault: the rows are to be read again.
+    An image that cannot be read is a row with a null image and its reason. ``clipped_of`` counts those with values
+    above the range of the model. StorageError: the source itself is out of reach; the rows are to be read again.
     """
     pixels = np.zeros((len(rows), math.prod(preprocessing.image_shape)), np.uint8)
     errors: list[str | None] = ["expected an image, found that its source gave none: report this"] * len(rows)

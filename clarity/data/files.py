@@ -32,10 +32,7 @@ def read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]
 
 
 def read_file(uri: str, size: int | None, named_by: str = "") -> Content:
-    """The bytes of a file, or why it has none; a source that fails as a whole raises StorageError.
-
-    ``size`` is as it was listed; ``named_by`` a file that names this one, which was not listed itself.
-    """
+    """The bytes of a file, or why it has none: other than the listed ``size``, or not where ``named_by`` says."""
     if (size or 0) > MAX_BYTES:
         return UnreadableImage(f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller")
     try:
@@ -53,10 +50,7 @@ def raise_if_source_failed(uri: str, error: Exception) -> None:
 
 
 def source_failed(uri: str, error: storage.StorageError) -> bool:
-    """Whether a store fails or refuses, a device is gone, or a file is missing with everything beside it.
-
-    The last is what a share looks like that was unmounted.
-    """
+    """Whether a store fails, a device is gone, or a file is missing with all beside it, as on an unmounted share."""
     if error.transient or error.errno in GONE:
         return True
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):

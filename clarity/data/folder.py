@@ -94,14 +94,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
 
 
 def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str, int]]:
-    """The files below a folder, sorted by path.
-
-    Returns:
-        The image files; the paths of others; and the numbers of files by the reason to leave them out.
-
-    Raises:
-        ValueError: it is a file, or holds no image but files of a format that is known by name.
-    """
+    """The image files below a folder, sorted by path; the paths of others; and the numbers left out, by reason."""
     if not storage.is_dir(root):
         found = f"found a file at {storage.display(root)}: name the folder that holds it"
         raise ValueError(f"expected a folder, {foreign_format([storage.name(root)]) or found}")
@@ -130,12 +123,9 @@ def folder_splits(dataset: Dataset) -> set[str]:
 
 
 def split_folders(root: str) -> dict[str, str]:
-    """The folders at the top that are named like splits, and which they are.
+    """The folders at the top that are named like splits, and which they are; ValueError where they may be classes.
 
     Names such as Final_Training count where there are two splits of them, or a folder of images beside one.
-
-    Raises:
-        ValueError: there are other folders with images beside them, so that they may be classes.
     """
     tops = folders_in(root)
     splits = {name: split for name in tops if (split := split_named(name))}
@@ -185,8 +175,7 @@ def require_no_inner_splits(root: str, paths: list[str]) -> None:
 def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> list[str]:
     """A note of classes whose images all lie in several folders below theirs, as the folder may only wrap classes.
 
-    Raises:
-        ValueError: such a folder holds nearly all images, beside folders of a few others.
+    ValueError: such a folder holds nearly all images, beside folders of a few others.
     """
     inner: dict[str, set[str]] = {}
     direct = set()

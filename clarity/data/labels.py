@@ -27,15 +27,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Labels:
-    """What tables beside the images say of them.
-
-    Args:
-        labels: of the images that are in a table, by their paths.
-        splits: the same, where a table has a column of splits.
-        tables: that were read.
-        left_out: rows of the tables without an image.
-        notes: what a user should know.
-    """
+    """What tables beside the images say: labels and splits by path, rows without an image, notes for a user."""
 
     labels: dict[str, str | None]
     splits: dict[str, str | None]
@@ -63,14 +55,8 @@ def table_splits(dataset: Dataset) -> set[str]:
 def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], in_classes: bool) -> Labels | None:
     """What the tables beside some images say of them; None where there is no table, or none that gives labels.
 
-    Args:
-        dataset: a folder.
-        folders: those of splits, which may have tables of their own.
-        paths: of the images.
-        in_classes: whether the images lie in folders that can be classes.
-
-    Raises:
-        ValueError: a table that cannot be read, lacks a column that ``columns`` names, or contradicts itself.
+    ``folders`` are those of splits, which may have tables of their own; ``in_classes`` tells whether the images of
+    ``paths`` lie in folders that can be classes. ValueError: a table that contradicts itself, or lacks a column.
     """
     root = str(dataset.data)
     index = PathIndex(paths)

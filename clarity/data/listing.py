@@ -158,11 +158,7 @@ def require_unique(ids: pa.Array | pa.ChunkedArray, where: str) -> None:
 
 
 def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column of text or whole numbers, of any Arrow type, as strings; NaN becomes null.
-
-    Raises:
-        ValueError: it is of another type, or a number is not whole.
-    """
+    """A column of text or whole numbers as strings, NaN as null; ValueError for another type."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     kind = array.type
     if pa.types.is_dictionary(kind):

@@ -45,15 +45,7 @@ NO_BYTES = "expected the bytes of an image, found null: fill or drop the row"
 
 @dataclass(frozen=True)
 class ParquetPart:
-    """One file of a data set, and what its path says of all its rows: ``train-0.parquet``, ``split=test/label=3/``.
-
-    Args:
-        path: relative to the data set; empty where that is a single file.
-        uri: of the file.
-        size: in bytes.
-        split: that the path names, or None.
-        keys: of the directories ``key=value`` in the path.
-    """
+    """One file of a data set, and what its path says of all its rows: ``train-0.parquet``, ``split=test/label=3/``."""
 
     path: str
     uri: str
@@ -78,11 +70,7 @@ def list_parquet(dataset: Dataset) -> pa.Table:
 
 
 def list_parts(dataset: Dataset) -> list[ParquetPart]:
-    """The Parquet files of a data set, sorted by path.
-
-    Raises:
-        ValueError: none, a table of another format, or paths that contradict themselves or each other.
-    """
+    """The Parquet files of a data set, sorted by path; ValueError where their paths contradict each other."""
     root = str(dataset.data)
     files = storage.list_files(root)
     others = [kind for kind in FOREIGN if kind[1] != "Parquet files"]
@@ -193,11 +181,7 @@ def rows_of_split(
 
 
 def image_kind(dataset: Dataset, uri: str, parquet: pq.ParquetFile) -> str:
-    """How a file holds its images: "bytes", "struct" of bytes and path, or "path".
-
-    Raises:
-        ValueError: there is no such column, or it is of another type.
-    """
+    """How a file holds its images: "bytes", "struct" of bytes and path, or "path"."""
     fields, name = parquet.schema_arrow, dataset.column("image")
     if name not in fields.names:
         likely = next((field.name for field in fields if kind_of(field.type)), "COLUMN")

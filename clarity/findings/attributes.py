@@ -17,10 +17,7 @@ MOST_FLIPPED = 0.1
 
 
 def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
-    """Attributes whose probability drifts, beyond chance over all attributes and class pairs.
-
-    The table ``attributes`` holds the probabilities of each pair before and after.
-    """
+    """Attributes whose probability drifts, beyond chance over all attributes and class pairs."""
     if not facts.has_table("attributes"):
         return NotChecked("the attributes of the pictures were not measured")
     rows = facts.rows(

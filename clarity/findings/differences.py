@@ -64,12 +64,10 @@ def mean_differences(
 
 
 def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
-    """The steady shift of the whole picture that makes up at least half of the mean change towards a target.
+    """The steady shift of the whole picture that makes up at least half of the mean change towards a target, or None.
 
-    Returns:
-        ``tint`` (C,), ``concentration``: its share of the mean change's squared sum, ``real``: the share that such a
-        shift has of the mean difference of real images, ``spread``: its standard deviation over the pairs, relative to
-        it; None where there is no such shift.
+    ``tint`` (C,); ``concentration`` and ``real``, its share of the mean change's and of the real difference's squared
+    sum; ``spread``, its standard deviation over the pairs, relative to it.
     """
     tint, std = differences.tint_mean[target], differences.tint_std[target]
     strongest = int(np.abs(tint).argmax())
@@ -86,13 +84,11 @@ def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
 
 
 def region_of(differences: Differences, target: int) -> dict[str, Any] | None:
-    """The steady mark on at most 12 % of the picture that makes up 40 % of the mean change towards a target.
+    """The steady mark on at most 12 % of the picture that makes up 40 % of the mean change towards a target, or None.
 
-    Returns:
-        ``box`` (top, bottom, left, right; half open), ``area`` and ``concentration``: its shares of the picture and of
-        the mean change's squared sum, ``real``: its share of the squared sum of the mean difference of real images,
-        ``variation``: the median standard deviation of the counterfactuals in it, ``border``: whether it lies in the
-        outer fifth of the picture; None where there is no such mark.
+    ``box`` (top, bottom, left, right; half open); ``area``, its share of the picture; ``concentration`` and ``real``,
+    of the mean change's and of the real difference's squared sum; ``variation``, the median standard deviation of the
+    counterfactuals in it; ``border``: whether it lies in the outer fifth of the picture.
     """
     mean, std = differences.target_mean[target], differences.target_std[target]
     mark = ((np.abs(mean) >= 0.2) & (np.abs(mean) >= 2 * std)).any(0)

@@ -108,11 +108,8 @@ def asymmetries(
 ) -> tuple[np.ndarray, int]:
     """Compares the two directions of every two classes by their distances and by their shares that converge.
 
-    Source, target, converged and distance are (P,); the distance is read where a pair converged.
-
-    Returns:
-        (K, K) by [source, target]: for the harder direction its ratio of median distances, or 10 plus its gap of shares
-        that converge, NaN elsewhere; and the number of class pairs compared.
+    Source, target, converged and distance are (P,). Returns (K, K) by [source, target]: for the harder direction its
+    ratio of median distances, or 10 plus its gap of shares, NaN elsewhere; and the number of class pairs compared.
     """
     cell = source.astype(np.int64) * num_classes + target
     order = np.argsort(cell, kind="stable")

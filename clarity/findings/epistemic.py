@@ -17,8 +17,7 @@ MIN_SHARE, MIN_BOUND = 0.5, 0.25
 def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
     """Targets whose counterfactuals have more epistemic uncertainty than 95 % of images of the same probability.
 
-    The search stops at a probability that most images of easy data exceed, and epistemic uncertainty falls with it, so
-    only images as sure as the counterfactuals are compared.
+    The search stops at a probability that most images of easy data exceed, and epistemic uncertainty falls with it.
     """
     columns = facts.con.execute(
         "SELECT target, source, target_prob_final, epistemic_final FROM counterfactuals "
@@ -74,18 +73,9 @@ def most_of_images_as_sure(
     prob: np.ndarray, image_prob: np.ndarray, epistemic: np.ndarray, own: np.ndarray
 ) -> float | None:
     """The 95 % quantile of the epistemic uncertainty of images whose odds are within a factor of two of 5 % to 95 % of
-    the counterfactuals': of all, or of the target's own where these are more uncertain.
+    the counterfactuals': of all, or of the target's ``own`` where these are more uncertain; None for too few.
 
     A class whose images are all alike, as ones are, has little uncertainty: beyond it is not yet beyond the data.
-
-    Args:
-        prob: of the target, of the counterfactuals.
-        image_prob: (N,) of the predicted class, of the images.
-        epistemic: (N,).
-        own: (N,) images of the target.
-
-    Returns:
-        None where fewer than MIN_IMAGES are as sure.
     """
     low, high = log_odds(np.quantile(prob, [0.05, 0.95])) + np.log([0.5, 2.0])
     alike = (log_odds(image_prob) >= low) & (log_odds(image_prob) <= high)

@@ -130,10 +130,7 @@ def gather(
     trained_on_labels: bool = False,
     keep: Sequence[str] = (),
 ) -> Facts:
-    """Computes what the checks need.
-
-    ``card`` is the model's model.json; without its figures the verdict is "not checked". The others are as in Facts.
-    """
+    """Computes what the checks need; ``card`` is model.json, without whose figures the verdict is "not checked"."""
     columns = con.execute("FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
     pairs = {}
     for name in columns.keys() - {"source", "source_name", "target", "target_name"}:

@@ -28,12 +28,9 @@ MAX_VOTERS = 60_000
 def suspicious_labels(con: duckdb.DuckDBPyConnection) -> pa.Table:
     """Ranks the labelled images of an audit, the most suspicious label first.
 
-    The ensemble should not have been trained on these labels: explain held-out images, or by folds.
-
-    Returns:
-        image_id, label, source (the ensemble's class), suspicion in [0, 1], label_prob and source_prob, neighbours
-        (share of the vote for the label, null where it was not scored), distance and steps of the counterfactual
-        towards the label (null where there is none, or the search failed).
+    The ensemble should not have been trained on these labels: explain held-out images, or by folds. ``neighbours`` is
+    the share of the vote for the label, null where it was not taken; ``distance`` and ``steps`` are of the
+    counterfactual towards the label, null where none was found.
     """
     table = con.sql(
         """
@@ -79,8 +76,7 @@ def score_classes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ensemble probability x neighbours' vote, normalised (N, K); the vote for each label (N,); who is ordinary (N,).
 
-    The vote is NaN where it was not taken: it is for images whose label has a low probability, and for ORDINARY others
-    of each class, with which these are compared.
+    The vote, NaN elsewhere, is taken for labels of low probability and ORDINARY other images of each class.
     """
     rows, num_classes = np.arange(len(label)), probs.shape[1]
     # Not in the order of the ids, which may follow the classes.
@@ -158,8 +154,7 @@ def suspicions(scores: np.ndarray, label: np.ndarray, compared: np.ndarray) -> n
 def wrong_probabilities(ordinary: np.ndarray, pair: np.ndarray, num_pairs: int) -> np.ndarray:
     """Probabilities (B,) that values in (0, 1) are drawn uniformly rather than from a Beta(a, 4), by EM.
 
-    The uniform share is each class pair's own, drawn towards that of all, at least one in twenty, as by five more
-    images; a is fitted.
+    The uniform share, at least one in twenty, is each class pair's own, drawn to that of all as by five more images.
     """
     low, high = np.log(ordinary), np.log1p(-ordinary)
     counts = np.bincount(pair, minlength=num_pairs)

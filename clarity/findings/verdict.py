@@ -34,14 +34,10 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict on a model.
+    """A verdict on a model: its level ("sound", "with care", "no-go" or "not checked"), a sentence, and why.
 
-    Args:
-        level: "sound", "with care", "no-go" or "not checked".
-        sentence: the verdict in a sentence.
-        reasons: why, in sentences; empty if sound.
-        figures: (name, value, note) of what it rests on.
-        classes: (name, recall, median and 90th percentile of the probability that real held-out images get, note).
+    ``figures`` are (name, value, note); ``classes`` (name, recall, median and 90th percentile of the probability that
+    real held-out images get, note).
     """
 
     level: str

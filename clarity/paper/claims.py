@@ -191,8 +191,8 @@ def target_curves(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor, targ
 def member_gradients(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> np.ndarray:
     """Gradient (M, B, D) of each member's cross-entropy to ``target`` (B,) at codes z (B, D).
 
-    ``logits_of`` maps codes to logits (M, B, K): the latent ensemble itself (Eq. 5), or the image ensemble on decoded
-    codes (Eq. 3). Rows must not look at one another.
+    ``logits_of`` maps codes to logits (M, B, K), each row by itself: the latent ensemble (Eq. 5), or the image ensemble
+    on decoded codes (Eq. 3).
     """
     point = z.detach().clone().requires_grad_()
     logits = logits_of(point)
@@ -204,9 +204,7 @@ def member_gradients(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: T
 
 
 def trace_search(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> list[dict[str, np.ndarray]]:
-    """Each pair's search step by step (Figures 8 and 10): ``point`` (T, ...), ``target_prob``, ``predictive``,
-    ``aleatoric`` and ``epistemic`` (T,), the start included. Runs the plain engine.
-    """
+    """Each pair's search by the plain engine, step by step (Figures 8 and 10): points and figures (T,)."""
     seen: list[list[tuple[Any, ...]]] = [[] for _ in range(len(pairs))]
 
     def on_step(step: Tensor, indices: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
@@ -240,10 +238,9 @@ def parameters_of_one_member(model: Model) -> dict[str, int]:
 def time_steps(model: Model, config: SearchConfig, images: Images) -> list[dict[str, Any]]:
     """The paper's claim on speed, both sides with the same number of members.
 
-    ``gradient`` rows time one gradient of the loss with respect to the codes in plain PyTorch, for one image and for
-    STEP_PAIRS pairs; ``search`` rows time an update of one pair in searches of STEP_PAIRS pairs, each by its engine.
-    Medians over repeats in which all take turns; ``ratio`` is the median of the repeats' own, ``_low`` and ``_high``
-    the least and the largest.
+    ``gradient`` rows time one gradient with respect to the codes in plain PyTorch, for one image and for STEP_PAIRS
+    pairs; ``search`` rows an update of one pair in searches of STEP_PAIRS pairs. Medians over repeats in which all take
+    turns; ``ratio`` is the median of the repeats' own, ``_low`` and ``_high`` the least and the largest.
     """
     ensemble = model.image_ensemble
     if ensemble is None:
@@ -293,10 +290,7 @@ def compare_works(about: Mapping[str, Any], works: Mapping[str, Callable[[], int
 
 
 def gradient_work(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> Callable[[], int]:
-    """One gradient of the mean cross-entropy over members with respect to codes z (B, D) in plain PyTorch, as work.
-
-    ``logits_of`` maps codes to logits (M, B, K).
-    """
+    """One gradient of the mean cross-entropy over members with respect to codes z (B, D), as work."""
     point = z.detach().clone().requires_grad_()
 
     def gradient() -> int:
@@ -311,10 +305,9 @@ def gradient_work(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tens
 def seconds_in_turns(
     works: Mapping[str, Callable[[], int]], *, repeats: int = 7, at_least: float = 0.1
 ) -> dict[str, np.ndarray]:
-    """Seconds of one unit of each work, (``repeats``,).
+    """Seconds of one unit of each work, (``repeats``,); a work returns how many units it has done.
 
-    A work is a function that returns how many units it has done. In each repeat all works have their turn of at least
-    ``at_least`` seconds, so that what else the machine does meets all of them: compare within a repeat.
+    In each repeat all have their turn of ``at_least`` seconds, so that what else the machine does meets all of them.
     """
     for work in works.values():
         work()  # what the first call alone costs

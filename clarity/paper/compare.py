@@ -1,7 +1,5 @@
 """What is compared: the results of audits, control rows and other tools' images, scored by the same networks.
 
-Knows audits and the held-out networks. Does not know how audits come about: that is the job's.
-
 Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
 """
 
@@ -95,13 +93,10 @@ class Results:
 
 
 def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: int, uri: str) -> None:
-    """Write the Parquet file of the images to compare on, unless it is there.
+    """Write the Parquet file of the images to compare on, unless it is there; ValueError where it holds another sample.
 
     ``count`` images (0: all) with as many of each class as there are, the first of each class in the listing's order,
     preprocessed. As a test split, whatever they are: the ensemble explains them, not classifiers by fold.
-
-    Raises:
-        ValueError: the file holds a sample of something else.
     """
     listing = data.list_images(dataset)
     key = key_of(data.listing_fingerprint(listing), preprocessing.to_json(), count).encode()
@@ -150,11 +145,7 @@ def first_pairs(images: Images, count: int, num_classes: int) -> tuple[np.ndarra
 
 
 def results_of_audit(model: Model, method: str, uri: str) -> Results:
-    """What an audit holds, with the class that the method's own classifier sees in each result.
-
-    Raises:
-        ValueError: the audit is of another method or model, or holds no images.
-    """
+    """What an audit holds, with the class that the method's own classifier sees in each result."""
     audit = read_audit(uri)
     made_by = str(audit.plan.model["fingerprint"])
     if audit.plan.method != method or made_by != model.fingerprint:
@@ -256,13 +247,10 @@ def control_results(name: str, like: Results, model: Model, real: metrics.Realit
 
 
 def external_results(name: str, uri: str, like: Results, model: Model) -> Results:
-    """Counterfactual images made elsewhere: an npz file with image_id, target and image.
+    """Counterfactual images made elsewhere: an npz file with image_id, target (class names) and image.
 
-    image: (N, C, H, W) or (N, H, W), uint8 or floats in [0, 1]. target: class names. Rows whose image is not compared
-    here, or is of the target already, are left out and counted.
-
-    Raises:
-        ValueError: entries are missing, a target is unknown, or no row is left.
+    Images are (N, C, H, W) or (N, H, W), uint8 or floats in [0, 1]. Rows whose image is not compared here, or is of the
+    target already, are left out and counted; ValueError: entries are missing, a target is unknown, or no row is left.
     """
     raw = storage.read_bytes(uri)
     content = np.load(io.BytesIO(raw), allow_pickle=False)
@@ -297,10 +285,7 @@ def reencoded(
 
 
 def score(results: Results, jury: Judges, real: metrics.Reality, out: str, chosen: set[str]) -> pa.Table:
-    """One row for each pair with every metric; kept in pieces under ``judged/`` in ``out``.
-
-    COUT is null for images whose id is not ``chosen``.
-    """
+    """One row for each pair with every metric (COUT for ``chosen`` ids); kept in pieces under ``judged/``."""
     images, names = results.images, np.array(results.images.ids)[results.of]
     source = images.source[results.of]
     swapped = np.isin(names, list(chosen))
@@ -347,8 +332,7 @@ def other_attributes(jury: Judges) -> np.ndarray:
 def attribute_table(results: Results, jury: Judges) -> pa.Table:
     """The attributes of each pair that should stay, as the attribute network sees them, one row each.
 
-    ``prob_image`` in the image, ``prob_initial`` in its reconstruction, where a search in the latent space starts, and
-    ``prob_final`` in the counterfactual.
+    ``prob_initial`` is that in the reconstruction, where a search in the latent space starts.
     """
     net = jury.attribute_net
     assert net is not None

@@ -1,7 +1,5 @@
 """The networks that the comparison scores images with: a judge, autoencoders for each class, an attribute network.
 
-Knows their training and their file. Does not know which method made an image, nor the metrics (``metrics.py``).
-
 Shapes: B rows, C, H, W image, K classes, A attributes.
 """
 
@@ -29,10 +27,7 @@ JUDGES_FILE, JUDGES_JSON = "judges.safetensors", "judges.json"
 
 
 class AutoEncoder(nn.Module):
-    """An autoencoder of IM1 and IM2: two strided convolutions, a narrow code, and the way back.
-
-    The code is narrow on purpose: an autoencoder that can draw every class says nothing about one of them.
-    """
+    """An autoencoder of IM1 and IM2, narrow on purpose: one that draws every class says nothing about one of them."""
 
     def __init__(self, image_shape: tuple[int, int, int], code_dim: int) -> None:
         super().__init__()
@@ -59,11 +54,10 @@ class AutoEncoder(nn.Module):
 
 
 class Judges(nn.Module):
-    """All networks of one data set.
+    """All networks of one data set; ``card`` says how they were trained and how accurate they are.
 
-    ``autoencoders`` holds K + 1 nets: one for each class in the order of ``class_names``, the last for all classes.
-    ``attribute_net`` answers one logit for each of ``attributes``; it is None where a data set has none.
-    ``card`` says how they were trained and how accurate they are.
+    ``autoencoders`` are one for each class and the last for all; ``attribute_net`` answers one logit for each of
+    ``attributes``, and is None where a data set has none.
     """
 
     def __init__(
@@ -106,10 +100,7 @@ def train_judges(
 
     Images (N, C, H, W) uint8 are the judges' half of the training images; those with a negative label serve the
     attribute net alone. Each autoencoder gets a third of the budget, but 200 updates. ``attributes`` (N, A) of 0, 1,
-    and negative where unknown are needed when the judges have an attribute net.
-
-    Raises:
-        ValueError: a class has no image.
+    and negative where unknown are needed when the judges have an attribute net. ValueError: a class has no image.
     """
     config = config or JudgeTraining.for_images(len(images))
     counts = np.bincount(labels[labels >= 0], minlength=len(judges.class_names))
@@ -148,10 +139,7 @@ def evaluate_judges(judges: Judges, images: np.ndarray, labels: np.ndarray, attr
 
 
 def attribute_accuracies(names: Sequence[str], probs: np.ndarray, truth: np.ndarray) -> dict[str, dict[str, float]]:
-    """Accuracy, balanced accuracy and share of each attribute that is known of an image.
-
-    ``probs`` (B, A); ``truth`` (B, A) of 0, 1, and negative where unknown.
-    """
+    """Accuracies and share of each attribute; ``probs`` (B, A), ``truth`` (B, A) of 0, 1, negative where unknown."""
     found = {}
     for name, prob, wanted in zip(names, probs.T, truth.T):
         yes, no = prob[wanted > 0] > 0.5, prob[wanted == 0] <= 0.5
@@ -180,11 +168,7 @@ def save_judges(judges: Judges, uri: str) -> None:
 
 
 def load_judges(uri: str) -> Judges:
-    """Reads what ``save_judges`` wrote.
-
-    Raises:
-        ValueError: when the directory holds no judges.
-    """
+    """Reads what ``save_judges`` wrote; ValueError where the directory holds no judges."""
     path = storage.join(uri, JUDGES_JSON)
     if not storage.exists(path):
         raise ValueError(f"no judges at {storage.display(uri)}: expected {JUDGES_JSON} there")

@@ -121,8 +121,7 @@ def draw_searches(
 ) -> dict[str, Any]:
     """Figures 5, 7, 8 and, with a model of a 2-D latent space, 10; returns what Figure 10 measures.
 
-    ``write`` takes each figure by name; without image classifiers nothing is drawn. ``tested`` are pixels, labels and
-    ids of all test images.
+    ``tested`` are pixels, labels and ids of all test images.
     """
     names = list(model.class_names)
     segments = [
@@ -232,10 +231,7 @@ def draw_latent_map(
 
 
 def probability_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
-    """Figure 5: the target's probability along a segment, one thin line for each classifier, in one panel a segment.
-
-    ``panels``: title -> (curves of image classifiers (M, T), curves of latent classifiers (M', T)).
-    """
+    """Figure 5: the target's probability along a segment, a thin line for each image or latent classifier (M, T)."""
     latent: dict[str, Any] = {"color": LIGHT, "lw": 0.7, "alpha": 0.6, "zorder": 2}
     image = {**IMAGE_CURVE, "lw": 0.6, "alpha": 0.7, "zorder": 3}
     image_count, latent_count = (len(curves) for curves in next(iter(panels.values())))
@@ -248,10 +244,7 @@ def probability_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
 
 
 def segment_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
-    """Figure 7: the image ensemble's target probability on one segment, in the image space and in the latent space.
-
-    ``panels``: title -> (curve in the image space (T,), curve in the latent space (T,)).
-    """
+    """Figure 7: the image ensemble's target probability on one segment, in the image space and in the latent space."""
     latent: dict[str, Any] = {"color": MIDDLE}
     handles = [
         Line2D([], [], **IMAGE_CURVE, label="walked in the image space"),
@@ -292,8 +285,7 @@ def image_grid(
     """Images in R rows and Q columns, the original first in each row (Tables 1 and 2, Figures 1, 2, 4 and 9).
 
     ``notes`` (R x Q) are short texts under the images; None leaves a cell empty with a dash. ``differences``: under
-    each row, each image minus the row's first: black where it lost light, white where it gained, grey where nothing
-    changed.
+    each row, each image minus the row's first, grey where nothing changed.
     """
     picture, axes = image_axes(images, len(images) * (1 + differences), len(column_names), CELL)
     for q, name in enumerate(column_names):
@@ -318,7 +310,7 @@ def image_grid(
 class LatentMap:
     """One panel of Figure 10: a map (G, G) of epistemic uncertainty, rows by z2 and columns by z1, and a path (T, 2).
 
-    ``image`` is the result of the search; panels of one ``group`` share their scale of shades.
+    Panels of one ``group`` share their scale of shades.
     """
 
     epistemic: Array
@@ -337,11 +329,7 @@ def latent_paths(
     source: str,
     target: str,
 ) -> Picture:
-    """Figure 10: the paths of the methods in a 2-D latent space over the epistemic uncertainty of their classifier.
-
-    ``extent`` (z1 low, z1 high, z2 low, z2 high) is that of every map; the points (N, 2) are codes of test images of
-    the two classes.
-    """
+    """Figure 10; ``extent`` (z1 low, z1 high, z2 low, z2 high) is that of every map, points (N, 2) are codes."""
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
     picture = new_picture(3.3 * columns, 0.3 + 2.75 * rows)

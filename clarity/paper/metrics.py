@@ -1,7 +1,5 @@
 """The metrics of the comparison: each a pure function of images, features or probabilities, and their intervals.
 
-Knows definitions and units. Does not know audits or files. All images are scored after rounding to 8 bits.
-
 Shapes: B rows, C, H, W image in [0, 1], D latent, K classes, M members, F features, A attributes, T points of a curve.
 """
 
@@ -85,10 +83,7 @@ def im2(x_cf: Array, by_target: Array, by_all: Array) -> Array:
 
 
 def implausibility(features: Array, real: Array, neighbours: int = NEIGHBOURS) -> Array:
-    """Mean Euclidean distance (B,) of each row's features (B, F) to its nearest ``neighbours`` of ``real`` (N, F).
-
-    Null (NaN) where there are fewer real images than neighbours.
-    """
+    """Mean distance (B,) of each row's features (B, F) to its nearest ``neighbours`` of ``real`` (N, F); else NaN."""
     if len(real) < neighbours:
         return np.full(len(features), np.nan)
     real = real.astype(np.float64)
@@ -112,7 +107,7 @@ def cout(
     """COUT (Khorram and Fuxin 2022), (B,) in [-1, 1]: area under p(target) minus area under p(source).
 
     The pixels of x (all channels of a pixel at once) are swapped for those of x_cf in ``steps`` equal pieces, the
-    largest |difference| first, ties by position; areas by the trapezoid rule. ``predict`` gives probabilities (B, K).
+    largest |difference| first, ties by position; areas by the trapezoid rule.
     """
     rows, pixels = np.arange(len(x)), x.shape[2] * x.shape[3]
     order = np.argsort(-np.abs(x_cf - x).sum(axis=1).reshape(len(x), -1), axis=1, kind="stable")
@@ -140,8 +135,8 @@ def jensen_shannon(p: Array, q: Array) -> Array:
 def frechet_distance(a: Array, b: Array) -> float | None:
     """Squared Frechet distance of the Gaussians with the moments of features a (N, F) and b (N', F).
 
-    ||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) (Heusel et al. 2017, Eq. 6). None when either
-    side has fewer than FRECHET_MINIMUM rows.
+    ||mean_a - mean_b||^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) (Heusel et al. 2017, Eq. 6). None for a side
+    with fewer than FRECHET_MINIMUM rows.
     """
     if min(len(a), len(b)) < FRECHET_MINIMUM:
         return None
@@ -158,8 +153,7 @@ def frechet_distance(a: Array, b: Array) -> float | None:
 def clustered_mean(values: Array, groups: Array) -> tuple[float, float, float]:
     """Mean of ``values`` (N,) without NaNs and its 95 % interval, by the variance between groups (images).
 
-    The pairs of one image are not independent, so the variance is that of the groups' sums of deviations. NaN where no
-    value is.
+    The pairs of one image are not independent, so the variance is that of the groups' sums of deviations.
     """
     mean, variance, _, _ = by_group(values, groups)
     margin = 1.96 * math.sqrt(variance)
@@ -170,7 +164,7 @@ def clustered_share(values: Array, groups: Array) -> tuple[float, float, float]:
     """A share of 0 and 1 in ``values`` (N,), and its exact interval on the effective number of observations.
 
     That is N divided by the design effect of the groups (images), whose rows are not independent; the number of groups
-    where nothing varies. NaN where no value is.
+    where nothing varies.
     """
     share, variance, count, number = by_group(values, groups)
     if not count:
@@ -194,8 +188,8 @@ def by_group(values: Array, groups: Array) -> tuple[float, float, int, int]:
 class Reality:
     """Real training images of each class, in two disjoint halves: K entries each, in the order of the classes.
 
-    ``features`` (n, F) of one half are what implausibility and Frechet distances compare with; ``images`` of the other
-    half (n, C, H, W) uint8 are where the control row draws its random real images. ``key`` names the data.
+    Implausibility and Frechet distances compare with the ``features`` (n, F) of one half; the control row draws its
+    random real images from the other's ``images`` (n, C, H, W) uint8.
     """
 
     features: Sequence[Array]
@@ -226,8 +220,7 @@ def judge_images(
     """Everything that depends on images and judges alone, one entry a row; ``features`` (B, F) come along.
 
     Originals, their reconstructions and the results are (B, C, H, W) uint8; ``source`` (B,) is what the classifier
-    under test sees in x. ``other_attributes`` (A,) bool are those that should stay, ``swapped`` (B,) bool the rows for
-    which COUT is taken, as it costs twenty times the rest.
+    under test sees in x. COUT is taken for ``swapped`` (B,) rows only, as it costs twenty times the rest.
     """
     originals, drawn, results = (np.asarray(image, dtype=np.float32) / 255 for image in (x, reconstruction, x_cf))
     source, target = np.asarray(source, dtype=np.int64), np.asarray(target, dtype=np.int64)

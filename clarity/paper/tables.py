@@ -49,10 +49,7 @@ def summary(tables: Mapping[str, pa.Table], real: metrics.Reality, model: Model)
 
 
 def rows_by_pair(table: pa.Table, real: metrics.Reality) -> list[dict[str, Any]]:
-    """One row for all pairs of a scored table, then one for each (source, target): means, with ``_low`` and ``_high``.
-
-    The Frechet distance of all rows is the mean over targets; it has no interval.
-    """
+    """One row for all pairs of a scored table, then one for each (source, target): means, and their intervals."""
     names = [name for name in table.column_names if is_metric(name)]
     frame = table.select(["image_id", "source", "target", *names]).to_pandas()
     features = schema.matrix(table["features"])

@@ -1,7 +1,5 @@
 """Decodes and encodes what the page's script shows of each audit: images, counterfactuals, paths and mean changes.
 
-Every number that the script writes is passed to it as text.
-
 Shapes: T steps of a path, D latent, K classes.
 """
 
@@ -36,7 +34,7 @@ class Embedded:
     """What the page embeds of one audit.
 
     ``rows``: rows of FIELDS by image, the nearest converged first. ``tiles``: of the counterfactuals, by (image_id,
-    target). ``reconstructions``: tiles by image. ``change``: tiles of mean changes by source and target, or None.
+    target). ``change``: tiles of mean changes by source and target, or None.
     """
 
     rows: dict[str, list[list[Any]]]

@@ -80,10 +80,7 @@ def totals(view: View) -> dict[str, Any]:
 
 
 def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[tuple[str, str, str]]:
-    """The figures of the first screen: name, value, and a line that explains it.
-
-    Shares of pairs have intervals as if the pairs of an image were one observation; ``num_images`` have pairs.
-    """
+    """The figures of the first screen: name, value, and a line that explains it."""
     pairs, failed, broken, after = (total[name] for name in ("pairs", "failed", "nonfinite", "epistemic_final"))
     each, lost, others = pairs / max(num_images, 1), pairs - total["converged"], total["labelled"] - total["agree"]
 

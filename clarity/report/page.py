@@ -56,9 +56,6 @@ def write_report(
         images: ids of images to embed besides the sample, each with its counterfactuals to every class.
         pairs: (source, target) class names whose examples are embedded first, where not all fit.
         max_tiles: pictures embedded at most; where 8,000,000 pixels are fewer, so many, but 2,000 at least.
-
-    Raises:
-        ValueError: for audits that cannot stand side by side, and unknown images or classes.
     """
     start = time.perf_counter()
     if not audits:

@@ -46,10 +46,7 @@ class Sample:
 
 
 def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Sample:
-    """Chooses from the first audit, of at most ``budget`` pictures.
-
-    ``images`` are ids to look up besides those chosen; the examples of class pairs in ``pairs`` come first.
-    """
+    """Chooses from the first audit, of at most ``budget`` pictures; ``pairs`` come first, ``images`` are looked up."""
     first = views[0]
     ranked = ranked_examples(first)
     chosen, used = fitting_examples(views, ranked, int(budget * 0.8), pairs)
@@ -153,10 +150,7 @@ def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> li
 
 
 def choose_disagreements(view: View) -> list[dict[str, Any]]:
-    """Images whose prediction is not the class that the ensemble sees, in order of the ensemble's certainty.
-
-    ``other`` is that of the two classes which is not the source, so that there is a counterfactual towards it.
-    """
+    """Images whose prediction is not the class that the ensemble sees, in order of the ensemble's certainty."""
     if not view.has_predictions:
         return []
     theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in view.audit.codes.schema.names else "NULL"

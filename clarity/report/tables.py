@@ -44,8 +44,7 @@ def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
 def agreement(view: View, counts: str, from_given: bool = False) -> dict[str, Any] | None:
     """Agreement by a given class, lowest first, and the most frequent differences; None where there is no count.
 
-    ``counts`` is SQL of (given class, seen class, images). With ``from_given`` the explained model's class is the given
-    one, so that class pairs start there.
+    ``counts`` is SQL of (given class, seen class, images), the explained model's class first if ``from_given``.
     """
     images = np.zeros((len(view.class_names),) * 2, np.int64)
     for given, seen, count in view.facts.rows(counts):

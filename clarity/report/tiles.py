@@ -16,11 +16,7 @@ MAX_SIDE = 96
 
 
 class Tiles:
-    """Pictures of one size in sheets; a picture is known by its index, -1 stands for a missing one.
-
-    Args:
-        image_shape: (C, H, W) of the pictures as they come; larger ones are reduced to MAX_SIDE.
-    """
+    """Pictures of one size in sheets, those above MAX_SIDE reduced, known by their index; -1 is a missing one."""
 
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         self.channels, height, width = image_shape

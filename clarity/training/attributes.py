@@ -1,6 +1,4 @@
-"""Linear heads on the frozen codes of a VAE, one for each attribute of a data set.
-
-An attribute is a column of integers or booleans that takes two values, the higher of which means that it is set.
+"""Linear heads on the frozen codes of a VAE, one for each attribute of a data set that takes two values.
 
 Shapes: N images, D latent, A attributes.
 """
@@ -31,11 +29,7 @@ CHUNK = 1024
 
 
 def choose_attributes(dataset: Dataset, held_out: Dataset | None, names: Sequence[str]) -> tuple[str, ...]:
-    """The attributes with these names, or with ("all",) every one that takes two values.
-
-    Raises:
-        ValueError: an unknown attribute, one that does not take two values, or one that the held-out split lacks.
-    """
+    """The attributes with these names, or with ("all",) every one that takes two values; else ValueError."""
     if not names:
         return ()
     listing = list_images(found := with_attributes(dataset, names))
@@ -62,9 +56,8 @@ def fit_heads(
 ) -> tuple[AttributeHeads, dict[str, Any]]:
     """Fit a logistic regression for each attribute to codes drawn from the posteriors of the training split.
 
-    Returns:
-        The heads, and for each attribute ``share`` of the training images where it is set, and on the held-out images
-        ``accuracy`` and ``balanced_accuracy``, null where it is not known of any.
+    Beside the heads returns for each attribute ``share`` of the training images where it is set, and on the held-out
+    images ``accuracy`` and ``balanced_accuracy``, null where it is not known of any.
     """
     mean, log_var, values = encode_split(vae, preprocessing, dataset, attributes)
     noise = np.random.default_rng(0).standard_normal(mean.shape, np.float32)

@@ -1,7 +1,6 @@
 """BatchNorm over the batches of all training processes, on any device.
 
-``torch.nn.SyncBatchNorm`` raises on CPU tensors as soon as there is more than one process, and the VAE is trained by
-CPU processes too. Convolutional VAEs trained on separately normalised shares end elsewhere than one process does.
+``torch.nn.SyncBatchNorm`` raises on CPU tensors as soon as there is more than one process.
 """
 
 from __future__ import annotations
@@ -13,11 +12,7 @@ from torch import Tensor, nn
 
 
 class SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over all processes; the backward pass sums the gradients likewise.
-
-    torch.distributed.nn.functional.all_reduce does the same, but warns that it is deprecated in favour of a private
-    function.
-    """
+    """Sum of a tensor over all processes; the backward pass sums the gradients likewise."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""What a training costs: updates of each network, and seconds, from timing a few updates on random images.
-
-Does not know files; reads no image.
-"""
+"""What a training costs: updates of each network, and seconds, from timing a few updates on random images."""
 
 from __future__ import annotations
 
@@ -39,10 +36,7 @@ class Cost:
 
 
 def costs(plan: TrainingPlan) -> list[Cost]:
-    """The cost of each part of a training, without reading and writing files.
-
-    With ``searched`` values, the largest code that the search may choose is assumed.
-    """
+    """The cost of each part of a training; with ``searched`` values, of the largest code that the search may choose."""
     codes_tried = searched_codes(plan) if plan.searched else []
     dim = max((dim for dim, _ in codes_tried), default=plan.vae.latent_dim)
     vae, ensemble = replace(plan.vae, latent_dim=dim), replace(plan.ensemble, latent_dim=dim)

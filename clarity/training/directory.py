@@ -1,7 +1,4 @@
-"""The model directory of a training: begin it, take a finished model up again, assemble and measure what was trained.
-
-Knows which model a directory holds. Does not know how its parts are trained (``stages``).
-"""
+"""The model directory of a training: begin it, take a finished model up again, assemble and measure its parts."""
 
 from __future__ import annotations
 
@@ -33,13 +30,10 @@ from clarity.training.stages import (
 
 
 def begin(plan: TrainingPlan) -> bool:
-    """Prepares the model directory; True when it already holds exactly this model.
+    """Prepares the model directory; True when it already holds exactly this model; ValueError for another one.
 
     A finished model that lacks only EXTRAS is split into checkpoints again, so that the stages find the rest done. Of
     one that a predictor or a refit is to teach, all but the ensembles is kept.
-
-    Raises:
-        ValueError: another model is there, finished or not; names what differs.
     """
     wanted, card, file = plan.describe(), read_card(plan.out), plan.file("plan.json")
     begun = storage.read_json(file) if storage.exists(file) else wanted

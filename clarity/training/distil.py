@@ -49,10 +49,7 @@ def load_same(source: Any, digest: str, class_names: Sequence[str], device: Any 
 def original_probs(
     predictor: Predictor, dataset: Dataset, listing: pa.Table, images: LabelledImages, preprocessing: Preprocessing
 ) -> Tensor:
-    """Probabilities (N, K) of images as the predictor sees the original files, NaN where it cannot read one.
-
-    ``images`` are as the model sees them, by its ``preprocessing``; ``listing`` has a row for each, and maybe others.
-    """
+    """Probabilities (N, K) of images as the predictor sees the original files, NaN where it cannot read one."""
     if (theirs := predictor.sees(preprocessing)) == preprocessing:
         return ask(predictor, images.pixels.numpy())
     row_of = {image_id: row for row, image_id in enumerate(listing["image_id"].to_pylist())}
@@ -75,10 +72,7 @@ def ask(predictor: Predictor, pixels: np.ndarray) -> Tensor:
 
 
 def perturb(z: Tensor, generator: torch.Generator, copies: int = COPIES) -> Tensor:
-    """Codes (copies * B, D) around codes (B, D): a part of the way to another one, and noise of a random size.
-
-    A search leads from one class towards another, so that it passes between the data and beside them.
-    """
+    """Codes (copies * B, D) around codes (B, D): a part of the way to another one, and noise of a random size."""
     repeated = z.repeat(copies, 1)
     other = z[torch.randint(len(z), (len(repeated),), generator=generator)]
     step, size = torch.rand((2, len(repeated), 1), generator=generator)
@@ -93,11 +87,7 @@ def single_codes(predictor: Predictor, vae: VAE, z: Tensor) -> dict[str, Tensor]
 
 
 def open_audit(uri: str, out: str, dataset: Dataset, listing: pa.Table, class_names: Sequence[str]) -> Audit:
-    """The audit that a refit learns from.
-
-    Raises:
-        ValueError: it is not complete, not one of the training images, or of another VAE than the model in ``out``.
-    """
+    """The audit that a refit learns from: complete, of training images, and of the VAE in ``out``; else ValueError."""
     audit, name = read_audit(uri), storage.display(uri)
     if not audit.complete:
         raise ValueError(f"refit: expected a complete audit, found {name} cut: finish it first")
@@ -137,16 +127,11 @@ def relabel(images: LabelledImages, probs: Tensor) -> LabelledImages:
 def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: Tensor) -> dict[str, Any]:
     """How far the ensemble may speak for the predictor, on held-out images.
 
-    ``probs`` (N, K) is what the predictor says of their original files; images with NaN are left out.
-
-    Returns:
-        images: how many were asked about.
-        codes, reconstructions, perturbed: {"agreement", "kl"}: how often predictor and ensemble name the same class,
-            and the mean divergence KL(predictor, ensemble) in nats, of the predictor on the original, on the
-            reconstruction and on a decoded, perturbed code; of the ensemble on the code of each.
-        reconstructing: the same of the predictor on the original and on the reconstruction: what the VAE alone changes.
-        confused: [class, other, share] where more than MAX_CONFUSED of the images of a class are seen as the other one
-            once they are reconstructed, which the latent space cannot tell apart; most confused first.
+    ``probs`` (N, K) is what the predictor says of their original files; images with NaN are left out. ``codes``,
+    ``reconstructions`` and ``perturbed`` hold "agreement", how often both name the same class, and "kl", the mean of
+    KL(predictor, ensemble) in nats, of the predictor on the original, the reconstruction, and a decoded, perturbed
+    code; ``reconstructing`` the same for what the VAE alone changes. ``confused``: [class, other, share] where more
+    than MAX_CONFUSED of the images of a class are seen as the other one once they are reconstructed.
     """
     known = ~probs.isnan().any(1)
     probs, pixels = probs[known], images.pixels[known]

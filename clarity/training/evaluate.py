@@ -32,14 +32,7 @@ COMPONENT_IMAGES = 5_000
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A split in memory.
-
-    Args:
-        pixels: uint8 (N, C, H, W).
-        ids: N image ids.
-        labels: int64 (N,), -1 where there is none.
-        errors: image id -> why it could not be read; not among the N.
-    """
+    """A split in memory: uint8 (N, C, H, W), labels (N,), -1 for none; images in ``errors`` are not among the N."""
 
     pixels: Tensor
     ids: list[str]
@@ -60,28 +53,15 @@ def evenly(count: int, limit: int) -> np.ndarray:
 def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_out: LabelledImages) -> dict[str, Any]:
     """What model.json says of a model on images that it was not trained on.
 
-    Args:
-        model: the model.
-        training: reads labelled images of the training split, some or all, for the simple methods; None for none.
-        held_out: images that it was not trained on; those without a label count for the VAE alone.
+    ``training`` reads labelled images of the training split, some or all, for the simple methods; ``held_out`` images
+    without a label count for the VAE alone.
 
-    Returns:
-        Entries of model.json. ``metrics``: "images", "unreadable", ``vae`` (the parts of the evidence lower bound in
-        nats, one sample from each posterior, and the mean absolute error of the reconstruction from the posterior
-        mean), ``ensemble`` and ``image_ensemble`` (``classification_metrics``). Where images have labels also
-        ``target_probs``: the ensemble's probability of the own class of real held-out images, {"median": [K], "p90":
-        [K]}, null for a class without an image, and ``evaluation``:
-
-        images: labelled held-out images that were counted.
-        correct, accuracy, balanced_accuracy: of the ensemble (argmax of the mean probabilities).
-        per_class: {class name: {"images", "correct"}}.
-        majority: {"class", "share"} of the most frequent class among the held-out images.
-        reconstruction: mean squared error of a pixel in [0, 1]: "vae", "mean_image" (of the training images) and
-            "linear_code" (that many principal components as the code has dimensions), and "latent_dim".
-        baseline: logistic regression on principal components of the pixels: "components", "images" (of training),
-            "correct", "accuracy", "balanced_accuracy".
-        judge: "correct", "accuracy", "balanced_accuracy" on the held-out images, "accuracy_on_reconstructions";
-            null without a judge.
+    Returns entries of model.json. ``metrics``: parts of the evidence lower bound in nats, the mean absolute error of
+    the reconstruction, and ``classification_metrics`` of the ensembles. ``target_probs``: {"median": [K], "p90": [K]}
+    of the ensemble's probability of the own class of real images, null for a class without one. ``evaluation``: counts
+    and accuracies of the ensemble; "majority", the share of the most frequent class; "reconstruction", mean squared
+    errors of pixels in [0, 1] by the VAE, the mean image and as many principal components; "baseline", a logistic
+    regression on principal components; "judge", or null.
     """
     generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -161,12 +141,9 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """How good an ensemble is, by its logits (M, B, K) for labels (B,).
+    """How good an ensemble is, by its logits (M, B, K) for labels (B,): accuracies, nll in nats, and calibration.
 
-    Returns:
-        ``accuracy`` of the members' mean, ``balanced_accuracy`` (mean over the classes present), ``per_class`` accuracy
-        by name, ``member_accuracy`` (M,), ``calibration_error`` (expected, 15 equal bins; Guo et al. 2017), ``nll`` in
-        nats.
+    ``calibration_error`` is the expected one, of 15 equal bins (Guo et al. 2017).
     """
     probs = logits.double().softmax(-1)
     member_hits = (probs.argmax(-1) == labels).double().mean(1)
@@ -202,10 +179,7 @@ def accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LinearBaseline:
-    """Principal components of pixels in [0, 1], and a logistic regression on the first ``num_components`` of them.
-
-    The linear code has ``latent_dim`` components; the regression was fitted to ``num_images`` images.
-    """
+    """Principal components of pixels in [0, 1], and a logistic regression on the first ``num_components`` of them."""
 
     pca: PCA
     classifier: LogisticRegression

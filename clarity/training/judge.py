@@ -1,7 +1,4 @@
-"""Training of held-out networks.
-
-Random shifts, turns and scales instead of adversarial steps. Shapes: B rows, C, H, W image.
-"""
+"""Training of held-out networks: random shifts, turns and scales instead of adversarial steps."""
 
 from __future__ import annotations
 
@@ -62,14 +59,9 @@ class JudgeTraining:
 def train_judge(
     net: JudgeNet, images: np.ndarray, labels: np.ndarray, config: JudgeTraining | None = None, name: str = "judge"
 ) -> Iterator[dict[str, Any]]:
-    """Trains a judge by cross-entropy, see ``fit``.
+    """Trains a judge by cross-entropy, see ``fit``, on the judges' half of the training images.
 
-    Args:
-        net: from ``build_judge``.
-        images: (N, C, H, W) uint8, the judges' half of the training images.
-        labels: (N,) class indices, negative where unknown.
-        config: budget; ``JudgeTraining.for_images`` when None.
-        name: of the network.
+    ``images`` are (N, C, H, W) uint8, ``labels`` (N,) class indices, negative where unknown.
     """
     config = config or JudgeTraining.for_images(len(images))
     targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))

@@ -1,8 +1,5 @@
 """Training loops of the VAE and of ensemble members, which yield the metrics of each epoch.
 
-Knows losses, adversarial steps, schedules, and how to continue from a checkpoint. Does not know files. A process is
-told its rank and the number of ranks; ensemble members do not depend on either.
-
 Shapes: N images, B rows, C, H, W image, D latent, K classes, M members.
 """
 
@@ -104,14 +101,7 @@ def num_epochs(training: VAETraining, num_rows: int) -> int:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The end of an epoch: its metrics, and what a later process needs to continue from here.
-
-    Args:
-        number: epochs done, from 1.
-        total: epochs in all.
-        metrics: means over the epoch.
-        state: makes the tensors of the checkpoint; copies nothing until called.
-    """
+    """The end of an epoch, from 1: means of its metrics, and a function that makes the tensors of the checkpoint."""
 
     number: int
     total: int
@@ -157,8 +147,7 @@ def run_epochs(
 ) -> Iterator[Epoch]:
     """Adam under a schedule, for a network on its device, which has the weights of the checkpoint ``state``.
 
-    ``updates_of``, given an epoch and its number of updates, sets the gradients of one update after the other and
-    yields metrics, the loss among them.
+    ``updates_of``, given an epoch and its number of updates, sets gradients and yields metrics, the loss among them.
     """
     total, updates = num_epochs(training, num_rows), updates_per_epoch(num_rows, training.batch_size)
     adam = Adam(network.named_parameters(), training.learning_rate)
@@ -193,16 +182,11 @@ def train_vae(
     device: str | torch.device = "cpu",
     precision: str = "auto",
 ) -> Iterator[Epoch]:
-    """Trains a VAE with Adam under a one-cycle schedule.
+    """Trains a VAE with Adam under a one-cycle schedule and yields an Epoch each; loss, reconstruction and kl in nats.
 
     All ranks draw the same order and noise and take their share of each batch; gradients are averaged by ``wrap`` and
-    BatchNorm's moments over all ranks, so the result depends on the number of ranks only by rounding.
-
-    ``images`` are uint8 (N, C, H, W), the same on every rank, and moved to the device as a whole; ``state`` is a
-    checkpoint to continue from; ``wrap`` makes the module data-parallel.
-
-    Yields:
-        An Epoch each, with loss, reconstruction and kl in nats.
+    BatchNorm's moments over all ranks, so the result depends on the number of ranks only by rounding. ``images`` are
+    uint8 (N, C, H, W), the same on every rank; ``state`` is a checkpoint to continue from.
     """
     device = torch.device(device)
     images = images.to(device)
@@ -268,15 +252,11 @@ def train_latent_members(
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[Epoch]:
-    """Trains the members of the latent ensemble with these numbers as one stack.
+    """Trains the members of the latent ensemble with these numbers as one stack and yields an Epoch each.
 
-    The loss is the cross-entropy of codes drawn from the posterior, with labels or with a predictor's probabilities,
-    plus that of the same codes after an FGSM step. On CPU the bits of a member depend on its number, the codes and the
-    training, not on the other members of the stack. ``states`` are checkpoints of these members, all of one epoch, to
-    continue from.
-
-    Yields:
-        An Epoch each, with loss and accuracy (on clean codes); its state is a stack, see ``member_states``.
+    The loss is the cross-entropy of codes drawn from the posterior, plus that of the same codes after an FGSM step. On
+    CPU the bits of a member depend on its number, the codes and the training, not on the rest of the stack. ``states``
+    are checkpoints of these members, all of one epoch, to continue from.
     """
     device = torch.device(device)
     labels = codes.labels.to(device)
@@ -343,8 +323,8 @@ def train_members(
 ) -> Iterator[Epoch]:
     """Trains an untrained stack with Adam under a cosine decay, see ``train_latent_members``.
 
-    ``draw`` gives inputs and targets (labels or probabilities) of rows (M, B), with one generator for each member;
-    ``eps`` is the FGSM step in units of the inputs, 0 for none; ``limits`` is the range of the inputs after it.
+    ``draw`` gives inputs and targets of rows (M, B), with one generator for each member; ``eps`` is the FGSM step in
+    units of the inputs, 0 for none; ``limits`` is the range of the inputs after it.
     """
     state = None if states is None else join_states([states[m] for m in members])
     if state is not None:
@@ -383,10 +363,7 @@ def train_members(
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over the members of the mean over their rows, so that no member's gradient depends on another member.
-
-    Targets are labels (M, B), or probabilities (M, B, K).
-    """
+    """Sum over members of the mean over their rows; targets are labels (M, B), or probabilities (M, B, K)."""
     # With the rows innermost the softmax fills the vector lanes, which a handful of classes does not.
     log_probs = logits.transpose(1, 2).contiguous().log_softmax(1)
     if targets.is_floating_point():

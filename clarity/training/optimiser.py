@@ -1,7 +1,4 @@
-"""Adam for stacks of networks, learning rate schedules, and seeds.
-
-Does not know what is trained.
-"""
+"""Adam for stacks of networks, learning rate schedules, and seeds."""
 
 from __future__ import annotations
 

@@ -292,11 +292,7 @@ def channels_for(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of TrainingPlan, with ``vae_epochs``, ``ensemble_learning_rate`` and the like put where they belong.
-
-    Raises:
-        ValueError: an unknown field, with the choices.
-    """
+    """Fields of TrainingPlan, with ``vae_epochs`` and the like put where they belong; ValueError for an unknown one."""
     found = dict(fields)
     for prefix, default in TRAININGS.items():
         names = [field.name for field in dataclass_fields(default)]

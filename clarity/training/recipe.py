@@ -1,11 +1,9 @@
-"""Hyperparameters that follow from the data: a small search on the training split.
+"""Hyperparameters that follow from the data: a small search on the training split, with nothing held out used.
 
 Chooses the size of the code, the weight of the KL term and the step of the adversary together, as none of them can be
 chosen alone: a longer code keeps more of the image, and needs a longer adversary to keep counterfactuals realistic.
-Nothing held out for the metrics is used. What is given by hand is not searched.
-
-The rule: of all trials, take the one with the largest product of the ensemble's accuracy on validation images and the
-share of requested counterfactuals that are reached and in which a held-out judge sees the target. Either factor alone
+Of all trials, it takes the one with the largest product of the ensemble's accuracy on validation images and the share
+of requested counterfactuals that are reached and in which a held-out judge sees the target. Either factor alone
 misleads: accuracy grows with hybrids that only the ensemble takes for the target, and realism with codes that have lost
 the classes.
 
@@ -93,10 +91,7 @@ class Trial:
 
 
 def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
-    """The plan with the values that an earlier search chose, the plan itself where nothing is searched; None before.
-
-    Nothing is searched for a directory that holds a finished model: the plan gets that model's values.
-    """
+    """The plan with the values that an earlier search or the finished model chose; None before a search."""
     if not plan.searched:
         return plan
     file, card = plan.file("recipe.json"), read_card(plan.out)
@@ -140,18 +135,10 @@ def search_recipe(
     device: str | torch.device,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Searches the values that the plan leaves open.
+    """Searches the values that ``plan.searched`` names; returns the entry ``recipe`` of model.json.
 
-    Args:
-        plan: with ``searched``, the names of the values to choose; the others are the plan's.
-        images: labelled images of the training split, some or all.
-        judge: trained on the judges' half of them; None where a class has too few.
-        device: to train on.
-        log: receives lines about the progress.
-
-    Returns:
-        The entry ``recipe`` of model.json: key, chosen (value by name), why (a sentence), trials (as a table), judge
-        (accuracy and number of validation images), seconds.
+    ``images`` are labelled, of the training split, some or all; ``judge`` was trained on the judges' half of them, and
+    is None where a class has too few.
     """
     started = time.monotonic()
     chosen = own_values(plan)
@@ -213,16 +200,7 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
 @dataclass(frozen=True)
 class Trials:
-    """Trains and measures settings of a plan.
-
-    Args:
-        plan: the values that are not searched.
-        judge: held out, on the device.
-        train: training images.
-        x: validation images in [0, 1], on the device.
-        truth: their labels.
-        device: to train on.
-    """
+    """Trains and measures settings of a plan; ``x`` are validation images in [0, 1], ``truth`` their labels."""
 
     plan: TrainingPlan
     judge: JudgeNet

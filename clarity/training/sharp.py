@@ -55,18 +55,8 @@ def train_sharp(
 ) -> Iterator[Epoch]:
     """Trains a decoder on codes drawn from the posteriors: L1, a critic's features, and its hinge loss.
 
-    After Larsen et al. 2016 (features) and Lim and Ye 2017 (hinge). BatchNorm keeps the VAE's statistics.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        vae: in eval mode.
-        training: how.
-        state: checkpoint to continue from.
-        device: to train on.
-        precision: one of PRECISIONS.
-
-    Yields:
-        An Epoch each, with loss (L1 of a pixel and features), l1, and critic; ``decoder_of`` reads its state.
+    After Larsen et al. 2016 (features) and Lim and Ye 2017 (hinge). BatchNorm keeps the VAE's statistics, ``images``
+    are uint8 (N, C, H, W). Yields an Epoch each, with loss (L1 of a pixel and features), l1, and critic.
     """
     device = torch.device(device)
     images, vae = images.to(device), vae.to(device)

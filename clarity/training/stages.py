@@ -1,8 +1,4 @@
-"""The stages of a training, resumable and shared by any number of workers.
-
-Knows which files each stage reads and writes. Does not know losses and schedules (``loops``), nor Ray. A stage is one
-function and one line of STAGES.
-"""
+"""The stages of a training, resumable and shared by any number of workers: each a function and a line of STAGES."""
 
 from __future__ import annotations
 
@@ -119,10 +115,7 @@ class Stage:
 def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> None:
     """Does this worker's share of some stages; what an earlier run has finished is not done again.
 
-    Args:
-        plan: what to train.
-        stages: some of STAGES, in their order; or "recipe" alone, which comes before a plan is begun.
-        worker: who does it; all workers of the world run the same stages.
+    ``stages`` are some of STAGES, in their order; or "recipe" alone, which comes before a plan is begun.
     """
 
     @cache
@@ -193,11 +186,7 @@ def follow(
     log: Callable[[str], None] = lambda line: None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor] | None:
-    """Runs a loop to its end, with a line of progress and a checkpoint now and then.
-
-    Returns:
-        The final state, None when no epoch was left to do.
-    """
+    """Runs a loop with a line of progress and a checkpoint now and then; its final state, None if already done."""
     started = saved = time.monotonic()
     epoch = None
     losses: dict[int, float] = {}
@@ -349,10 +338,7 @@ def train_stacks(
     stack_size: int,
     loop: Callable[..., Iterator[Epoch]],
 ) -> None:
-    """Trains this worker's members of a kind: those whose number modulo the world's size is its rank.
-
-    ``loop`` trains some members from their states, as one stack of at most ``stack_size``.
-    """
+    """Trains this worker's members of a kind, in stacks: those whose number modulo the world's size is its rank."""
     states: dict[int, dict[str, Tensor]] = {}
     for m in range(worker.rank, count, worker.world):
         file = plan.member_file(kind, m)
