@@ -73,7 +73,7 @@ def search(
     """``descend`` from the method's start, or from where the pairs continue; distances are the same for both."""
     rows = {"target": pairs.target, "reference": start}
     if isinstance(objective, ImageObjective):
-        rows |= {"x": pairs.x, "z": pairs.z}
+        rows["x"] = pairs.x
     if pairs.min_target_prob is not None:
         rows["min_target_prob"] = pairs.min_target_prob
     return descend(objective, start if pairs.point is None else pairs.point, rows, config, *args, **run)
@@ -88,8 +88,12 @@ def clarity(
 
 
 def latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
-    """Eq. 5: Eq. 6 with one latent classifier, member 0."""
-    return clarity(replace(model, ensemble=model.ensemble.member(0)), pairs, config, **run)
+    """Eq. 5: one latent classifier's cross-entropy + distance_weight * L1(z, z'), from z, a sample of the posterior.
+
+    The classifier is member 0.
+    """
+    sampled = replace(pairs, z=pairs.sample())
+    return clarity(replace(model, ensemble=model.ensemble.member(0)), sampled, config, **run)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class ImageObjective:
     Args:
         classify: logits (M, B, K) of images.
         decode: images of points; the identity for searches over pixels.
-        distance: x for the L1 distance of the image to the row's x, z for that of the point to the row's z.
+        distance: x for the L1 distance of the image to the row's x, z for that of the point to the row's reference.
         distance_weight: lambda.
         fixed: (D, k), orthonormal directions along which no update moves; None for none.
     """
@@ -117,7 +121,7 @@ class ImageObjective:
         cross_entropy, target_prob = ensemble_terms(logits, rows["target"])
         if not self.distance_weight:
             return cross_entropy, target_prob, logits
-        distance = l1(x_cf, rows["x"]) if self.distance == "x" else l1(point, rows["z"])
+        distance = l1(x_cf, rows["x"]) if self.distance == "x" else l1(point, rows["reference"])
         return cross_entropy + self.distance_weight * distance, target_prob, logits
 
 
@@ -153,7 +157,7 @@ def revise_e(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Co
 
 
 def revise_e_latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
-    """Eq. 4 with the penalty in the latent space: distance_weight * L1(z, z'), z the posterior mean."""
+    """Eq. 4 with the penalty in the latent space: distance_weight * L1(z, z'), z the sample at the start."""
     return search_images(model, "ensemble", decoder(model), "z", pairs.sample(), pairs, config, **run)
 
 

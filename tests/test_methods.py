@@ -89,12 +89,19 @@ def members(model: Model, method: str) -> list[Callable[[Tensor], Tensor]]:
     return [lambda point, net=net: net(point)[0, 0] for net in alone]
 
 
+def sample(pairs: Pairs) -> Tensor:
+    """A sample of the posterior: a noisy code, as Eq. 3 to 5 start from."""
+    return pairs.z + torch.exp(0.5 * pairs.log_var) * pairs.noise
+
+
 def penalty(model: Model, method: str, pair: Pairs, point: Tensor, x_cf: Tensor) -> Tensor:
     """The distance of each equation."""
     if method == "schut":
         return torch.zeros(())
-    if method in ("clarity", "latent", "revise_e_latent"):
+    if method == "clarity":
         return (point - pair.z).abs().sum()
+    if method in ("latent", "revise_e_latent"):
+        return (point - sample(pair)).abs().sum()
     return (x_cf - pair.x).abs().sum()
 
 
@@ -104,8 +111,8 @@ def transcription(model: Model, method: str, pair: Pairs, config: SearchConfig) 
     target = pair.target[:1]
     on_images, in_pixels = METHODS[method].classifier.startswith("image"), METHODS[method].space == "image"
     start = pair.x if in_pixels else pair.z
-    if method.startswith("revise"):
-        start = pair.z + torch.exp(0.5 * pair.log_var) * pair.noise
+    if method == "latent" or method.startswith("revise"):
+        start = sample(pair)
     point = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([point], lr=config.learning_rate)
     changes = torch.zeros(point.numel(), dtype=torch.int64)
@@ -192,7 +199,8 @@ def test_method_ends_one_step_past_a_known_boundary(method: str) -> None:
         for place, row in enumerate(indices.tolist()):
             path[row].append(point[place].clone())
 
-    start = torch.stack([odds for odds in (log_odds(p) for p in (pairs.x if on_images else pairs.z))]).detach()
+    codes = sample(pairs) if method == "latent" else pairs.z
+    start = torch.stack([log_odds(point) for point in (pairs.x if on_images else codes)]).detach()
     gamma = torch.sigmoid(start.max() + 0.15).item()
     config = SearchConfig(min_target_prob=gamma, max_steps=300, distance_weight=0.0, step_size=0.1)
     found = METHODS[method].search(model, pairs, config, on_step=on_step)
@@ -314,8 +322,8 @@ def test_method_starts_where_the_paper_says(method: str) -> None:
     found = METHODS[method].search(model, pairs, SearchConfig(max_steps=0))
     if METHODS[method].space == "image":
         expected = pairs.x
-    elif method.startswith("revise"):
-        expected = pairs.z + torch.exp(pairs.log_var / 2) * pairs.noise
+    elif method == "latent" or method.startswith("revise"):
+        expected = sample(pairs)
     else:
         expected = pairs.z
     torch.testing.assert_close(found.point, expected)
