@@ -16,10 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from audits import make_tables, write_audit
 from jobfiles import load_job
 
 import clarity
 from clarity.audit.queries import connect
+from clarity.audit.read import read_audit
 from clarity.findings.finding import gather
 from clarity.findings.registry import Results, find
 from clarity.judges import build_judge
@@ -28,7 +30,9 @@ from clarity.search import SearchConfig
 from clarity.training.loops import Codes, EnsembleTraining
 
 DIGITS = tuple("0123456789")
-labels, shortcuts, ablations = (load_job(name, "docs") for name in ("labels", "shortcuts", "ablations"))
+labels, shortcuts, ablations, pictures = (
+    load_job(name, "docs") for name in ("labels", "shortcuts", "ablations", "pictures")
+)
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -53,6 +57,16 @@ def test_plant_marks_the_wanted_class_alone(kind: str) -> None:
     assert changed.tolist() == (marked.tolist() if kind != clean else [False] * 6)
     if kind == "patch":
         assert (made != plain)[0].any(0).sum() == 16
+
+
+def test_picture_of_every_class_leaves_the_images_own_empty(tmp_path: Path) -> None:
+    audit = read_audit(write_audit(tmp_path / "audit", make_tables()))
+    names = audit.plan.model["class_names"]
+    ids = pictures.first_images(audit, names[1:])
+    axes = pictures.every_class(audit, ids).axes
+    assert len(set(ids)) == len(names) - 1 and [ax.get_title() for ax in axes[1:5]] == [f"as {name}" for name in names]
+    drawn = np.array([bool(ax.images) for ax in axes]).reshape(len(ids), 1 + len(names))
+    assert drawn.tolist() == [[True, *(name != own for name in names)] for own in names[1:]]
 
 
 def test_ablations_ask_every_variant_the_same(tiny_model: Model) -> None:
