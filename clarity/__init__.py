@@ -11,8 +11,6 @@ Shapes, everywhere: B rows, C, H, W image, D latent, K classes, M members. Image
 The package never imports ray, never prints and does nothing at import. The programs in ``jobs/`` run it on a cluster.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

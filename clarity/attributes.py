@@ -3,8 +3,6 @@
 Shapes: B rows, D latent, A attributes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +27,7 @@ class AttributeHeads(nn.Module):
         """Logits (B, A) of codes (B, D)."""
         return self.linear(z)
 
-    def select(self, names: Sequence[str]) -> AttributeHeads:
+    def select(self, names: Sequence[str]) -> "AttributeHeads":
         """The heads of some attributes, in this order; ValueError for a name without a head or twice there."""
         for name in names:
             if name not in self.names:

@@ -6,8 +6,6 @@ on the next rung: from where it stands, with fresh moments, a threshold nearer t
 Shapes: P pairs, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 

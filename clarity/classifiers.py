@@ -5,8 +5,6 @@ Members are stacked along a leading axis, so that fifty small classifiers take a
 Shapes: B rows, C, H, W image, D latent, K classes, M members; every ensemble maps rows to logits (M, B, K).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -102,7 +100,7 @@ class LatentEnsemble(Ensemble):
             for weight, bias in zip(self.weights, self.biases)
         ]
 
-    def like(self, num_members: int) -> LatentEnsemble:
+    def like(self, num_members: int) -> "LatentEnsemble":
         """An untrained ensemble of so many members."""
         return LatentEnsemble(replace(self.config, num_members=num_members))
 
@@ -141,7 +139,7 @@ class ImageEnsemble(Ensemble):
         z = affine(h, self.mean_weight.transpose(1, 2), self.mean_bias)
         return perceptron_logits(z, zip(self.weights, self.biases))
 
-    def like(self, num_members: int) -> ImageEnsemble:
+    def like(self, num_members: int) -> "ImageEnsemble":
         """An untrained ensemble of so many members."""
         return ImageEnsemble(replace(self.config, num_members=num_members), self.vae_config)
 

@@ -1,7 +1,5 @@
 """A matplotlib figure that a notebook displays, with no global state of matplotlib touched."""
 
-from __future__ import annotations
-
 import functools
 import string
 import warnings

@@ -3,8 +3,6 @@
 Each is a hash of the id under a prefix of its own, so independent of the others and of the order of the images.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

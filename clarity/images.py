@@ -3,8 +3,6 @@
 Shapes: B images, C, H, W image.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import struct
@@ -57,20 +55,14 @@ class Preprocessing:
 
     In this order: first frame; orientation by EXIF; wider integers and floats scaled to 8 bits; transparency on
     white; mode (grey: ITU-R 601-2 luma); centre crop; resize (bilinear, antialiased, the aspect is not kept).
-
-    Args:
-        mode: "L" (grey, C=1) or "RGB" (C=3).
-        height: H in pixels.
-        width: W in pixels.
-        center_crop: side of the centred square taken first, from images that are not (height, width) already.
-        max_value: what is white in grey images of more than 8 bits; larger values are white too. None: 65535 for
-            16 bits, 255 for 32.
     """
 
-    mode: str
-    height: int
-    width: int
+    mode: str  # "L" (grey, C=1) or "RGB" (C=3)
+    height: int  # H in pixels
+    width: int  # W in pixels
+    #: side of the centred square taken first, from images that are not (height, width) already
     center_crop: int | None = None
+    #: what is white in grey images of more than 8 bits, as larger values are; None: 65535 for 16 bits, 255 for 32
     max_value: int | None = None
 
     def __post_init__(self) -> None:
@@ -119,7 +111,7 @@ class Preprocessing:
         return {name: value for name, value in asdict(self).items() if name != "max_value" or value is not None}
 
     @classmethod
-    def from_json(cls, fields: Any) -> Preprocessing:
+    def from_json(cls, fields: Any) -> "Preprocessing":
         """The inverse of ``to_json``; ValueError for other fields or a value out of its range."""
         names = cls.__dataclass_fields__
         if not isinstance(fields, dict) or not {"mode", "height", "width"} <= fields.keys() <= names.keys():

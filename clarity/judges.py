@@ -6,8 +6,6 @@ another seed, and other training images: only those for which ``ids.in_judges_ha
 Shapes: B rows, C, H, W image, K classes, F features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

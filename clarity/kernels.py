@@ -6,8 +6,6 @@ each update and once after the last, each row by itself. Does not choose an engi
 Shapes: B rows, D latent, K classes, M members; layers are (weight (M, in, out), bias (M, out)), a ReLU between two.
 """
 
-from __future__ import annotations
-
 # ruff: noqa: RUF005 - Triton's compiler joins tuples with +, it knows no unpacking
 import functools
 import importlib
@@ -314,7 +312,7 @@ class Layout:
     warps: int
 
     @staticmethod
-    def of(layers: Layers, precision: str, directions: int = 0) -> Layout:
+    def of(layers: Layers, precision: str, directions: int = 0) -> "Layout":
         """The layout for these layers; raises ValueError for sizes that the kernel does not hold."""
 
         def padded(size: int) -> int:

@@ -5,8 +5,6 @@
 Shapes: B rows, C, H, W image, D latent, K classes, M members.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -33,31 +31,21 @@ APART_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class Pairs:
-    """The (image, target) pairs of a search, with everything that some method starts from.
+    """The (image, target) pairs of a search, with everything that some method starts from."""
 
-    Args:
-        x: images (B, C, H, W) in [0, 1].
-        z: posterior means (B, D).
-        log_var: posterior log-variances (B, D).
-        noise: standard normal (B, D), drawn from the image id alone.
-        target: (B,), int64.
-        min_target_prob: (B,) float32, a threshold for each pair; None for the config's.
-        point: codes (B, D) or images (B, C, H, W) of an earlier search, from which to continue; None for the method's
-            own start. Distances are measured as before.
-    """
-
-    x: Tensor
-    z: Tensor
-    log_var: Tensor
-    noise: Tensor
-    target: Tensor
-    min_target_prob: Tensor | None = None
+    x: Tensor  # images (B, C, H, W) in [0, 1]
+    z: Tensor  # posterior means (B, D)
+    log_var: Tensor  # posterior log-variances (B, D)
+    noise: Tensor  # standard normal (B, D), drawn from the image id alone
+    target: Tensor  # (B,), int64
+    min_target_prob: Tensor | None = None  # (B,) float32, a threshold for each pair; None for the config's
+    #: codes (B, D) or images (B, C, H, W) from which to continue a search; None for the method's own start
     point: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.target)
 
-    def select(self, index: Tensor | np.ndarray) -> Pairs:
+    def select(self, index: Tensor | np.ndarray) -> "Pairs":
         """The pairs with these indices."""
         rows: dict[str, Any] = {name: None if values is None else values[index] for name, values in vars(self).items()}
         return Pairs(**rows)
@@ -98,21 +86,13 @@ def latent(model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Coun
 
 @dataclass(frozen=True)
 class ImageObjective:
-    """Mean cross-entropy of image classifiers at decode(point) plus ``distance_weight`` times an L1 distance.
+    """Mean cross-entropy of image classifiers at decode(point) plus ``distance_weight`` times an L1 distance."""
 
-    Args:
-        classify: logits (M, B, K) of images.
-        decode: images of points; the identity for searches over pixels.
-        distance: x for the L1 distance of the image to the row's x, z for that of the point to the row's reference.
-        distance_weight: lambda.
-        fixed: (D, k), orthonormal directions along which no update moves; None for none.
-    """
-
-    classify: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
-    distance: str
-    distance_weight: float
-    fixed: Tensor | None = None
+    classify: Callable[[Tensor], Tensor]  # logits (M, B, K) of images
+    decode: Callable[[Tensor], Tensor]  # images of points; the identity for searches over pixels
+    distance: str  # x for the L1 distance of the image to the row's x, z for that of the point to the row's reference
+    distance_weight: float  # lambda
+    fixed: Tensor | None = None  # (D, k), orthonormal directions along which no update moves; None for none
 
     def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (B,), target probability (B,) and logits (M, B, K)."""

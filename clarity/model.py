@@ -6,8 +6,6 @@ executes nothing, builds nothing before the shapes are known to agree, and says 
 Shapes: C, H, W image; D latent; K classes; M members.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
@@ -45,33 +43,23 @@ REMEDY = "copy the model directory again, or train it again"
 
 @dataclass(repr=False)
 class Model:
-    """Everything that an explanation needs, in eval mode.
+    """Everything that an explanation needs, in eval mode."""
 
-    Args:
-        vae: images to codes and back.
-        ensemble: classifies codes.
-        class_names: K names, in the order of the logits.
-        preprocessing: from an image file to the VAE's pixels.
-        image_ensemble: classifies images; only the image-space methods need it.
-        folds: ensembles on parts of the training split; fold f has not seen the images with ``fold_of(id, F) == f``.
-        judge: held-out image classifier, which tells what class counterfactual images show.
-        sharp: a second decoder, which draws every picture that is written; None where the VAE's own does.
-        heads: attributes of images as linear heads on codes; the search can keep them as they are.
-        card: what model.json says: data, training, metrics, versions, checksums.
-        fingerprint: changes with anything that determines Clarity's results (not with image_ensemble, folds, judge,
-            heads).
-    """
-
-    vae: VAE
-    ensemble: LatentEnsemble
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
-    image_ensemble: ImageEnsemble | None = None
+    vae: VAE  # images to codes and back
+    ensemble: LatentEnsemble  # classifies codes
+    class_names: tuple[str, ...]  # K names, in the order of the logits
+    preprocessing: Preprocessing  # from an image file to the VAE's pixels
+    image_ensemble: ImageEnsemble | None = None  # classifies images; only the image-space methods need it
+    #: ensembles on parts of the training split; fold f has not seen the images with ``fold_of(id, F) == f``
     folds: tuple[LatentEnsemble, ...] = ()
-    judge: JudgeNet | None = None
+    judge: JudgeNet | None = None  # held-out image classifier, which tells what class counterfactual images show
+    #: a second decoder, which draws every picture that is written; None where the VAE's own does
     sharp: Decoder | None = None
+    #: attributes of images as linear heads on codes; the search can keep them as they are
     heads: AttributeHeads | None = None
+    #: what model.json says: data, training, metrics, versions, checksums
     card: dict[str, Any] = field(default_factory=dict)
+    #: changes with anything that determines Clarity's results (not with image_ensemble, folds, judge, heads)
     fingerprint: str = ""
 
     def __repr__(self) -> str:
@@ -92,7 +80,7 @@ class Model:
         ]
         return "\n".join(lines)
 
-    def to(self, device: str | torch.device) -> Model:
+    def to(self, device: str | torch.device) -> "Model":
         """Move the model's own networks to a device; returns the model."""
         for network in self.networks().values():
             network.to(device)

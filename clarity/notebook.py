@@ -1,7 +1,5 @@
 """For notebooks and scripts: counterfactuals of a few images, and the images of an audit's codes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ An objective maps points and the tensors of their rows to a loss, a target proba
 Shapes: B rows, D latent, K classes, M members, S slots of a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

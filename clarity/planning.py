@@ -1,7 +1,5 @@
 """From a question to the plan of an audit: which images, which targets; and a measurement of its speed and size."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import time

@@ -3,8 +3,6 @@
 Shapes: B rows, K classes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

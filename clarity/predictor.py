@@ -6,8 +6,6 @@ probabilities only, never for gradients, and sees 8-bit images through its own p
 Shapes: B images, C, H, W image, K classes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os
@@ -37,27 +35,18 @@ EXAMPLE = '{"classes": ["cat", "dog"], "mode": "RGB", "size": [224, 224], "outpu
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model of the user's, as a function from images to probabilities.
+    """A model of the user's, as a function from images to probabilities."""
 
-    Args:
-        name: for messages.
-        call: uint8 (B, C, H, W) of its own mode and size -> probabilities (B, K).
-        class_names: K names, in the order of its output.
-        preprocessing: mode and size of its images.
-        digest: of the file, or of a function's answers to fixed images.
-        block: images of one call.
-        order: output columns, in the order in which ``predict`` returns them; None for its own.
-    """
-
-    name: str
-    call: Callable[[np.ndarray], np.ndarray]
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
-    digest: str
-    block: int = BLOCK
+    name: str  # for messages
+    call: Callable[[np.ndarray], np.ndarray]  # uint8 (B, C, H, W) of its own mode and size -> probabilities (B, K)
+    class_names: tuple[str, ...]  # K names, in the order of its output
+    preprocessing: Preprocessing  # mode and size of its images
+    digest: str  # of the file, or of a function's answers to fixed images
+    block: int = BLOCK  # images of one call
+    #: output columns, in the order in which ``predict`` returns them; None for its own
     order: tuple[int, ...] | None = None
 
-    def ordered(self, class_names: Sequence[str]) -> Predictor:
+    def ordered(self, class_names: Sequence[str]) -> "Predictor":
         """The predictor with its output in the order of these names; ValueError where its classes are others."""
         if missing := [name for name in class_names if name not in self.class_names]:
             raise ValueError(

@@ -8,8 +8,6 @@ rounds exactly, so a row's bits do not depend on the batch.
 Shapes: B rows, D coordinates of a point.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

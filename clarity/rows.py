@@ -7,8 +7,6 @@ the other rows, nor on its index, nor on the numbers of rows and threads. Does n
 Shapes: B rows, C, H, W image, D latent, K classes, M members.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -5,8 +5,6 @@ Does not know how a value is computed or where a file lies.
 Shapes: B rows; C, H, W image; D latent; K classes; A kept attributes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple

@@ -7,8 +7,6 @@ objectives, update rules and engines. Does not know images, VAEs or methods: the
 Shapes: B rows, D latent, K classes, M members, S slots of a block.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable
@@ -85,26 +83,16 @@ class SearchConfig:
 
 @dataclass
 class Counterfactuals:
-    """Results of a search.
+    """Results of a search."""
 
-    Args:
-        point: (B, ...) float32, the last point of each row.
-        steps: (B,) int32, updates applied; 0 when the start already satisfies.
-        converged: (B,) bool, whether ``target_prob_final`` exceeds min_target_prob in float32.
-        target_prob_initial: (B,), mean target probability at the start.
-        target_prob_final: (B,), the same at the point.
-        finite: (B,) bool. False: the target probability at the point, or the next point, was not a finite number; the
-            row ended there, not converged.
-        engine: the engine that searched.
-    """
-
-    point: Tensor
-    steps: Tensor
-    converged: Tensor
-    target_prob_initial: Tensor
-    target_prob_final: Tensor
+    point: Tensor  # (B, ...) float32, the last point of each row
+    steps: Tensor  # (B,) int32, updates applied; 0 when the start already satisfies
+    converged: Tensor  # (B,) bool, whether ``target_prob_final`` exceeds min_target_prob in float32
+    target_prob_initial: Tensor  # (B,), mean target probability at the start
+    target_prob_final: Tensor  # (B,), the same at the point
+    #: (B,) bool. False: the target probability, or the next point, was no finite number; the row ended, not converged
     finite: Tensor
-    engine: str
+    engine: str  # the engine that searched
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -5,8 +5,6 @@ AWS_ENDPOINT_URL and AWS_REGION; credentials come from the standard chain (envir
 never from a URI.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -3,8 +3,6 @@
 Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,33 +23,22 @@ from clarity.search import Counterfactuals
 
 @dataclass(frozen=True)
 class Encoded:
-    """B images and what one ensemble predicts for them.
+    """B images and what one ensemble predicts for them."""
 
-    Args:
-        model: with that ensemble.
-        image_id, label, label_name: columns of the shard; ``extra`` further ones for ``codes``.
-        pixels: (B, C, H, W) uint8; ``x`` and ``reconstruction``, by the VAE's own decoder, in [0, 1].
-        z, log_var: the posterior of the codes, (B, D).
-        noise: (B, D), standard normal, of the image id alone.
-        prediction: of the ensemble at ``z``.
-        source: (B,) int32, the class predicted for each image by the explained model.
-        predictor_probs, reconstruction_probs: (B, K), of the predictor for the original images and for the
-            reconstructions in 8 bits; None where there is none.
-    """
-
-    model: Model
-    image_id: pa.Array
+    model: Model  # with that ensemble
+    image_id: pa.Array  # columns of the shard; ``extra`` further ones for ``codes``
     label: pa.Array
     label_name: pa.Array
     extra: pa.Table
-    pixels: np.ndarray
+    pixels: np.ndarray  # (B, C, H, W) uint8; ``x`` and ``reconstruction``, by the VAE's own decoder, in [0, 1]
     x: Tensor
-    z: Tensor
+    z: Tensor  # the posterior of the codes, (B, D)
     log_var: Tensor
-    noise: Tensor
+    noise: Tensor  # (B, D), standard normal, of the image id alone
     reconstruction: Tensor
-    prediction: Prediction
-    source: np.ndarray
+    prediction: Prediction  # of the ensemble at ``z``
+    source: np.ndarray  # (B,) int32, the class predicted for each image by the explained model
+    #: (B, K), of the predictor for the original images and for the reconstructions in 8 bits; None where there is none
     predictor_probs: np.ndarray | None = None
     reconstruction_probs: np.ndarray | None = None
 
@@ -64,49 +51,34 @@ class Asked:
     target: np.ndarray
     pairs: Pairs
 
-    def select(self, rows: np.ndarray) -> Asked:
+    def select(self, rows: np.ndarray) -> "Asked":
         """The pairs with these indices."""
         return Asked(self.image[rows], self.target[rows], self.pairs.select(rows))
 
 
 @dataclass(frozen=True)
 class Written:
-    """P counterfactual images as they are written, and what they are predicted to be.
+    """P counterfactual images as they are written, and what they are predicted to be."""
 
-    Args:
-        pixels: (P, C, H, W) uint8.
-        distance_x_l1: (P,), between counterfactual and reconstruction, both by the VAE's own decoder, unrounded.
-        z: (P, D), the codes of ``pixels``.
-        probs: (P, K), mean probabilities of the latent ensemble at those codes.
-        judge_probs: (P, K), of the held-out judge for ``pixels``; None where the model has none.
-        predictor_probs: (P, K), of the predictor for ``pixels``; None where there is none.
-    """
-
-    pixels: np.ndarray
+    pixels: np.ndarray  # (P, C, H, W) uint8
+    #: (P,), between counterfactual and reconstruction, both by the VAE's own decoder, unrounded
     distance_x_l1: np.ndarray
-    z: Tensor
-    probs: np.ndarray
-    judge_probs: np.ndarray | None = None
-    predictor_probs: np.ndarray | None = None
+    z: Tensor  # (P, D), the codes of ``pixels``
+    probs: np.ndarray  # (P, K), mean probabilities of the latent ensemble at those codes
+    judge_probs: np.ndarray | None = None  # (P, K), of the held-out judge for ``pixels``; None where the model has none
+    predictor_probs: np.ndarray | None = None  # (P, K), of the predictor for ``pixels``; None where there is none
 
 
 @dataclass(frozen=True)
 class Results:
-    """P counterfactuals: how the search ended, the written images, and how the checks on those ended.
+    """P counterfactuals: how the search ended, the written images, and how the checks on those ended."""
 
-    Args:
-        found: of the search, over all rungs.
-        written: the images of its points.
-        confirmed: (P,) bool, whether the image passes every check; None where no check was asked for.
-        rungs: (P,) int32, further passes of the search.
-    """
+    found: Counterfactuals  # of the search, over all rungs
+    written: Written  # the images of its points
+    confirmed: np.ndarray | None  # (P,) bool, whether the image passes every check; None where no check was asked for
+    rungs: np.ndarray  # (P,) int32, further passes of the search
 
-    found: Counterfactuals
-    written: Written
-    confirmed: np.ndarray | None
-    rungs: np.ndarray
-
-    def updated(self, rows: np.ndarray, found: Counterfactuals, written: Written) -> Results:
+    def updated(self, rows: np.ndarray, found: Counterfactuals, written: Written) -> "Results":
         """These results with other ones, which confirm the pair, in these rows."""
         assert self.confirmed is not None
         confirmed = self.confirmed.copy()

@@ -3,8 +3,6 @@
 Shapes: M members, B rows, K classes.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

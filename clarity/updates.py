@@ -6,8 +6,6 @@ the slot goes to the next one. Does not know objectives.
 Shapes: S slots of a block; ``lane`` is the shape in which (S,) numbers broadcast over the points.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ Knows architectures and the evidence lower bound. Does not know about classes, f
 Shapes: B rows, C, H, W image in [0, 1], D latent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise

@@ -9,8 +9,6 @@ adversary (ensembles on the same VAE, trained here), and the start: the posterio
 the distance is measured too. The judge kept with the model, one network, has no part in any search.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Prints what really happens with each bad input; reliability.md sums it up: ``python docs/bad_input.py``."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

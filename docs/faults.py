@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Runs the faults, or those with a word given, and prints them by exit codes; reliability.md sums them up."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 import tempfile

@@ -12,8 +12,6 @@ trained again on the flipped labels, by folds, and each image is explained by th
 rankings read the same out-of-fold probabilities. A part that is in --out already is not computed again.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

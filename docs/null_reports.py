@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """Prints how often checks are false in reports with nothing to find, and how often they find a planted effect."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from pathlib import Path

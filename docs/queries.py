@@ -7,8 +7,6 @@ Rewrites docs/queries.md below the heading Questions and the answer in the READM
 change and changes nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import subprocess

@@ -7,8 +7,6 @@ Rewrites the sections of tables and jobs and leaves the rest. With --check it na
 changes nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import re

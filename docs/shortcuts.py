@@ -8,8 +8,6 @@ random and clean, coloured with a warm tint on one class. On each a model is tra
 a report is written. What the check says is printed: it must name the class, and say nothing of the clean ones.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import time

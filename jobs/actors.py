@@ -3,8 +3,6 @@
 Runs on the driver alone, without Ray: the nodes come in as dictionaries.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ device without Ray, and the engines are checked against the plain one first. Pri
 and benchmark.md under --out. Exit codes: 0 measured, 1 a check failed, 2 bad input.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@ Runs explain_all.py for each method, then scores the audits together with contro
 elsewhere. The same command resumes. Exit codes: 0 complete, 1 incomplete (run it again), 2 bad input.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import logging

@@ -4,8 +4,6 @@ Runs on the driver alone: workers of a submitted job cannot import this director
 belongs in ``clarity``. Imports Ray only where Ray is used: jobs without it start at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -5,8 +5,6 @@ Reads, searches and writes the images by shards over Ray, then verifies the resu
 interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete (run it again), 2 bad input.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

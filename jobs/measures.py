@@ -4,8 +4,6 @@ What is compared is measured in turns within one run, since a machine's speed dr
 turn stand for what the device can do.
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

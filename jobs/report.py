@@ -4,8 +4,6 @@
 Exit codes: 0 written, 2 bad input.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

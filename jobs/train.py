@@ -6,8 +6,6 @@ The same command resumes an interrupted run, with any number of workers, and add
 again), 2 bad input.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os
@@ -184,9 +182,9 @@ def train(args: argparse.Namespace) -> int:
         print(describe_predictor(predictor, plan.dataset, listing, plan.preprocessing))
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
     driver.start_ray(OBJECT_STORE_BYTES)
-    fit(plan, TRAINED[:2], args.workers, 0)
-    fit(plan, TRAINED[2:-1], args.workers, max(plan.ensemble.num_members, plan.image_members))
-    fit(plan, TRAINED[-1:], 1, 0)
+    most = max(plan.ensemble.num_members, plan.image_members)
+    for shared, workers, useful in (("batches", args.workers, 0), ("members", args.workers, most), ("alone", 1, 0)):
+        fit(plan, [name for name in TRAINED if STAGES[name].shared == shared], workers, useful)
     finish(plan, log=print_line)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0

@@ -4,8 +4,6 @@
 Exit codes: 0 complete and sound, 1 not, 2 no audit there.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,8 +4,6 @@ A class is a blob of its own in the picture; its images jitter around it. A coun
 moved; its distance and steps follow from a K x K table of how hard each class pair is, into which facts are planted.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

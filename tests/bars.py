@@ -1,7 +1,5 @@
 """A small data set of bars, and short trainings on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Fixtures that more than one test file uses: a tiny model whose axis sizes all differ, and one Ray for the session."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator

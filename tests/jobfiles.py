@@ -1,7 +1,5 @@
 """Loads the programs in jobs/ and docs/ as modules, for tests that call their functions or plant a fault in them."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Small networks with weights and BatchNorm moments that look trained, every axis of another size."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -8,8 +8,6 @@ Use it as a context manager; no object of it outlives the block::
         assert store.requests == [("PUT", "/bucket/a/b.json")] * 3
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import http.client
@@ -107,7 +105,7 @@ class ObjectStore:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._proxy.server_port}"
 
-    def __enter__(self) -> ObjectStore:
+    def __enter__(self) -> "ObjectStore":
         self._environ = dict(os.environ)
         os.environ.update(
             AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET_KEY, AWS_EC2_METADATA_DISABLED="true"

@@ -1,7 +1,5 @@
 """Images, folders and Parquet files that tests of the sources make for themselves."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

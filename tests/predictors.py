@@ -1,7 +1,5 @@
 """Functions that stand for a user's own model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

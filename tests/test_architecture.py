@@ -1,7 +1,5 @@
 """The structure of the code, read with ast: who may import whom, and what clarity/ never does."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Attributes as linear heads on codes: what the search keeps, what tables say of it, and what is refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from clarity.findings.attributes import check_kept
 from clarity.findings.finding import NotChecked, gather
 from clarity.findings.searches import check_unconverged
 from clarity.images import decode_png
-from clarity.model import Model, load_model, save_model
+from clarity.model import Model
 from clarity.planning import describe_kept
 from clarity.report.page import write_report
 from clarity.rows import encode_rows
@@ -86,15 +84,6 @@ def test_a_row_with_kept_attributes_does_not_depend_on_the_other_pairs(heads_mod
         alone = clarity.explain(heads_model, images, [name], config=CONFIG, keep=KEEP)
         mine = whole.filter(pc.equal(whole["target"], target))
         assert len(alone) and all(alone[column].equals(mine[column]) for column in ("image_id", "z_cf", "steps"))
-
-
-def test_model_keeps_its_heads_and_its_fingerprint(heads_model: Model, tmp_path: Path) -> None:
-    save_model(heads_model, tmp_path / "with")
-    save_model(replace(heads_model, heads=None), tmp_path / "without")
-    loaded, other = load_model(tmp_path / "with"), load_model(tmp_path / "without")
-    assert loaded.heads is not None and heads_model.heads is not None and other.heads is None
-    assert loaded.heads.names == ("red", "tall", "old") and loaded.fingerprint == other.fingerprint
-    assert torch.equal(loaded.heads.linear.weight, heads_model.heads.linear.weight)
 
 
 @pytest.mark.parametrize(

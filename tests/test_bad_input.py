@@ -5,8 +5,6 @@ row* in ``codes``, its neighbours unharmed; *read*, as it can be made good use o
 what was found, and what to do.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

@@ -1,7 +1,5 @@
 """The explainer: rows do not depend on each other, and columns hold what the schema says."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -82,19 +80,6 @@ def test_explainer_rows_do_not_depend_on_their_shard(model: Model, method: str) 
             assert {key: found[key] for key in expected} == expected, f"{name}, {how}"
 
 
-def test_explainer_rows_do_not_depend_on_the_number_of_threads(model: Model) -> None:
-    before = torch.get_num_threads()
-    try:
-        one, three = (
-            Explainer(model, "clarity", CONFIG, threads=threads).explain_shard(shard_of(model, IDS))
-            for threads in (1, 3)
-        )
-    finally:
-        torch.set_num_threads(before)
-    assert one.counterfactuals.equals(three.counterfactuals)
-    assert one.codes.equals(three.codes)
-
-
 @pytest.fixture
 def explained(model: Model) -> Any:
     return explain(model, broken=("q",))
@@ -124,11 +109,6 @@ def test_codes_keep_an_unreadable_image_as_a_row(explained: Any) -> None:
     given = {"image_id", "label", "label_name", "status", "error"}
     assert all(value is None for name, value in row.items() if name not in given)
     assert "q" not in explained.counterfactuals["image_id"].to_pylist()
-
-
-def test_codes_keep_an_unknown_label_as_null(explained: Any) -> None:
-    row = rows_of(explained.codes, ("image_id",))[("nn",)]
-    assert (row["label"], row["label_name"], row["status"]) == (None, "unknown", "ok")
 
 
 def test_counterfactuals_hold_every_other_class_in_order(model: Model, explained: Any) -> None:
@@ -300,19 +280,6 @@ def test_traces_end_where_the_searches_end(model: Model) -> None:
         assert np.allclose(row["z"], pairs[key]["z_cf"], atol=1e-6)
     keys = [tuple(row[name] for name in ("target", "image_id", "step")) for row in traces.to_pylist()]
     assert keys == sorted(keys)
-
-
-def test_explainer_rejects_unknown_options(model: Model, tiny_model: Model) -> None:
-    for options, message in [
-        ({"method": "magic"}, "unknown method 'magic'; choose from clarity"),
-        ({"images": "jpeg"}, "unknown images"),
-        ({"only": "nice"}, "unknown only"),
-        ({"targets": [4]}, r"targets \[4\]"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            Explainer(model, **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="image_members above 0"):
-        Explainer(tiny_model, "fgsm")
 
 
 def test_explainer_leaves_the_model_and_the_threads_of_its_caller(model: Model) -> None:

@@ -1,12 +1,8 @@
 """What depends on an image id alone: fixed for good, even, and the same in any company."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from clarity.ids import fold_of, in_judges_half, noise, sample, split_of
 
@@ -31,14 +27,6 @@ def test_noise_is_standard_normal() -> None:
     assert np.abs(np.cov(drawn.T) - np.eye(5)).max() < 0.04
     assert abs((drawn**4).mean() - 3) < 0.1
     assert np.isfinite(drawn).all()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(), min_size=1, max_size=9, unique=True), st.integers(1, 7), st.integers())
-def test_noise_of_any_ids_is_the_same_in_any_company(ids: list[str], dim: int, seed: int) -> None:
-    alone = {image_id: noise([image_id], dim)[0] for image_id in ids}
-    random.Random(seed).shuffle(ids)
-    assert all(np.array_equal(row, alone[image_id]) for image_id, row in zip(ids, noise(ids, dim), strict=True))
 
 
 def test_split_of_puts_a_tenth_into_test_for_good() -> None:

@@ -1,7 +1,5 @@
 """From bytes and arrays to the pixels of a model."""
 
-from __future__ import annotations
-
 import io
 import json
 import struct

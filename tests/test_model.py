@@ -1,7 +1,5 @@
 """The model directory: what is written comes back bit by bit, and what is broken is rejected with its reason."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -19,7 +17,7 @@ import clarity
 from clarity.attributes import AttributeHeads
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.judges import build_judge, judge_rows
-from clarity.model import FILES, MODEL_FILE, Model, load_model, load_tensors, read_card, save_model, save_tensors
+from clarity.model import FILES, MODEL_FILE, Model, load_model, load_tensors, save_model
 from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.vae import Decoder
 
@@ -241,18 +239,6 @@ def test_card_is_written_last(tiny_model: Model, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(storage, "write_bytes", note)
     save_model(tiny_model, tmp_path)
     assert names[-1] == MODEL_FILE and len(names) == 3
-
-
-def test_read_card_of_nothing_is_none(tmp_path: Path) -> None:
-    assert read_card(tmp_path) is None
-
-
-def test_tensors_are_no_pickle(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "t", {"a": torch.arange(3).expand(2, 3)})
-    assert torch.equal(load_tensors(tmp_path / "t")["a"], torch.arange(3).expand(2, 3))
-    (tmp_path / "t").write_bytes(pickle.dumps(1))
-    with pytest.raises(ValueError, match="is a pickle"):
-        load_tensors(tmp_path / "t")
 
 
 def test_model_repr_is_a_few_readable_lines(full_model: Model) -> None:

@@ -1,7 +1,5 @@
 """The notebook's functions: counterfactuals of a few images."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """From a question to a plan: the images and targets asked for, and a measurement of speed and size."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures: they show what they are given, write the same files each time, and leave the session's style alone."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from io import BytesIO

@@ -1,7 +1,5 @@
 """Predictions of the user's own model: by name, index or probability, and what is rejected."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

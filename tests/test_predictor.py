@@ -1,7 +1,5 @@
 """The user's own model: an ONNX file or a function, its description, its answers, and what is rejected."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Batch-independent inference: the bits of a row do not depend on the other rows, its index, or the threads."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from networks import ENSEMBLES, points, small_vae
@@ -10,7 +8,6 @@ from torch import nn
 from clarity.rows import (
     decode_rows,
     encode_rows,
-    in_blocks,
     logits_rows,
     narrow_convolution,
     one_thread,
@@ -126,12 +123,6 @@ def test_rows_reject_training_mode_and_wrong_shapes() -> None:
         encode_rows(vae, torch.zeros((2, 1, 8, 12), dtype=torch.uint8))
     with pytest.raises(ValueError, match="training mode"):
         decode_rows(vae.train(), torch.rand(2, 5))
-
-
-def test_in_blocks_keeps_rows_on_any_axis() -> None:
-    rows = torch.randn(300, 2)
-    stacked = in_blocks(lambda block: torch.stack([block, 2 * block]), rows, dim=1)
-    assert torch.equal(stacked, torch.stack([rows, 2 * rows]))
 
 
 def test_one_thread_yields_the_number_outside_of_all_blocks() -> None:

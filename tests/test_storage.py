@@ -1,7 +1,5 @@
 """storage.py: URIs, listings, atomic writes and bounded retries, on a disk and against a real S3 server on loopback."""
 
-from __future__ import annotations
-
 import errno
 import os
 import pickle

@@ -1,7 +1,5 @@
 """VAEs: layer sizes follow from the image shape, and the evidence lower bound is that of the literature."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

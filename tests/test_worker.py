@@ -1,7 +1,5 @@
 """The workers of a job: they fill an audit, count attempts, and turn failures into notes."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import subprocess

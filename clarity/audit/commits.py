@@ -1,7 +1,5 @@
 """Claim an audit directory for one run, and commit its shards: files first, the commit record last."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

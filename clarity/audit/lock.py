@@ -1,7 +1,5 @@
 """The lock of an audit directory: one run at a time, on a disk or in an object store."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -27,7 +25,7 @@ class AuditBusy(ValueError):
     """Another run is at work in the audit directory."""
 
 
-def take_lock(uri: str) -> FileLock | Lease:
+def take_lock(uri: str) -> "FileLock | Lease":
     """Lock an audit directory, else AuditBusy: by the kernel where the file system can, else by a lease."""
     if storage.is_remote(uri):
         return Lease(uri)

@@ -1,7 +1,5 @@
 """The plan of an audit: everything that decides its rows, and the table of its shards."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable
@@ -26,40 +24,27 @@ MIN_SHARDS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What an audit holds when it is complete; written once, never changed.
+    """What an audit holds when it is complete; written once, never changed."""
 
-    Args:
-        dataset: source, data, split, where, num_images, listing (its sha256), extra (name, type and digest of the
-            columns that the listing adds to codes), left_out (reason -> count, informative).
-        model: fingerprint, class_names, image_shape, latent_dim, num_folds (classifiers of folds, each for the images
-            that it did not see; 0 for the ensemble alone), sums (of what else the method uses).
-        method: a key of METHODS.
-        config: of the search.
-        targets: class indices, or None for all.
-        images: png or none.
-        shards: {start, stop, ids} of each: rows of the listing, and a digest of their ids.
-        only: all, or misclassified: the images that get pairs.
-        trace: how many of the listing's first images are traced.
-        versions: of what decides the bytes.
-        created: date, informative.
-        schema_version: of the tables.
-        checks: what a counterfactual must satisfy beside the config, by the names of the Explainer's arguments:
-            min_target_probs (a threshold for each class as a target), min_reencoded_prob, min_judge_prob, predictor
-            (its digest), min_predictor_prob and keep (names of attributes); empty where none was asked for.
-    """
-
+    #: source, data, split, where, num_images, listing (its sha256), extra (name, type and digest of the columns that
+    #: the listing adds to codes), left_out (reason -> count, informative)
     dataset: dict[str, Any]
+    #: fingerprint, class_names, image_shape, latent_dim, num_folds (classifiers of folds, each for the images that it
+    #: did not see; 0 for the ensemble alone), sums (of what else the method uses)
     model: dict[str, Any]
-    method: str
-    config: dict[str, Any]
-    targets: list[int] | None
-    images: str
-    shards: list[dict[str, Any]]
-    only: str = "all"
-    trace: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
-    created: str = ""
-    schema_version: int = schema.SCHEMA_VERSION
+    method: str  # a key of METHODS
+    config: dict[str, Any]  # of the search
+    targets: list[int] | None  # class indices, or None for all
+    images: str  # png or none
+    shards: list[dict[str, Any]]  # {start, stop, ids} of each: rows of the listing, and a digest of their ids
+    only: str = "all"  # all, or misclassified: the images that get pairs
+    trace: int = 0  # how many of the listing's first images are traced
+    versions: dict[str, str] = field(default_factory=dict)  # of what decides the bytes
+    created: str = ""  # date, informative
+    schema_version: int = schema.SCHEMA_VERSION  # of the tables
+    #: what a counterfactual must satisfy beside the config, by the names of the Explainer's arguments:
+    #: min_target_probs (a threshold for each class as a target), min_reencoded_prob, min_judge_prob, predictor (its
+    #: digest), min_predictor_prob and keep (names of attributes); empty where none was asked for
     checks: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -116,7 +101,7 @@ class Plan:
         table = schema.counterfactuals_schema(self.model["latent_dim"], len(self.keep))
         return table.with_metadata(self.file_metadata())
 
-    def differences(self, other: Plan) -> list[str]:
+    def differences(self, other: "Plan") -> list[str]:
         """What another plan decides differently, one line each: empty when both fill the same files."""
         mine, theirs = flatten(self.identity()), flatten(other.identity())
         names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
@@ -137,7 +122,7 @@ class Plan:
         return {"fingerprint": self.fingerprint, **asdict(self)}
 
     @classmethod
-    def from_json(cls, value: Any) -> Plan:
+    def from_json(cls, value: Any) -> "Plan":
         """The inverse of ``to_json``; ValueError when it was altered."""
         names = {f.name for f in fields(cls)}
         if not isinstance(value, dict) or not names <= set(value):

@@ -3,8 +3,6 @@
 Each is a file in sql/: its comments say what it answers, and the defaults of its parameters as JSON.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from dataclasses import dataclass

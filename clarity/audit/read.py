@@ -1,7 +1,5 @@
 """Read the committed shards of an audit."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

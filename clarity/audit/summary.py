@@ -1,7 +1,5 @@
 """The figures of an audit, and the text of summaries and plans for a terminal."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any

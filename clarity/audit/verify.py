@@ -1,7 +1,5 @@
 """Check an audit against its plan, shard by shard."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

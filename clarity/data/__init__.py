@@ -5,8 +5,6 @@ The listing is a table of one row for each image, in an order that depends on th
 To add a source, write its two functions in a file of their own and its line in ``SOURCES``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

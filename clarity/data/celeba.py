@@ -1,7 +1,5 @@
 """CelebA in its official layout, labelled by hair colour as in the paper."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Images that are files of their own: their names as text, and their bytes."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

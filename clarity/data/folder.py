@@ -1,7 +1,5 @@
 """Folders of image files: one for each class, below one for each split or not, or beside a table of labels."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

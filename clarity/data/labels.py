@@ -1,7 +1,5 @@
 """Labels of image files from a table beside them: labels.csv, metadata.csv or metadata.jsonl."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """What every source shares: a data set, what a source can do, and the listing of a data set's images."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,28 +47,19 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """What a source can do.
+    """What a source can do."""
 
-    Args:
-        doc: the layout that it reads, in a line.
-        list_images: the listing of a data set.
-        read_images: for rows of a listing, pairs (index among the rows, content), in any order.
-        find_splits: the splits that the data itself names; none: images are split by their ids.
-        default_preprocessing: None: looked up in the images.
-        needs_data: whether the user names where the data lies.
-        remote: whether the data may lie on an object store.
-        columns: the columns that may have another name in the data.
-        attributes: the attributes that a data set can carry; None: the source has none.
-    """
-
-    doc: str
-    list_images: Callable[[Dataset], pa.Table]
+    doc: str  # the layout that it reads, in a line
+    list_images: Callable[[Dataset], pa.Table]  # the listing of a data set
+    #: for rows of a listing, pairs (index among the rows, content), in any order
     read_images: Callable[[Dataset, pa.Table], Iterable[tuple[int, Content]]]
+    #: the splits that the data itself names; none: images are split by their ids
     find_splits: Callable[[Dataset], set[str]] = lambda dataset: set()
-    default_preprocessing: Preprocessing | None = None
-    needs_data: bool = True
-    remote: bool = True
-    columns: tuple[str, ...] = ()
+    default_preprocessing: Preprocessing | None = None  # None: looked up in the images
+    needs_data: bool = True  # whether the user names where the data lies
+    remote: bool = True  # whether the data may lie on an object store
+    columns: tuple[str, ...] = ()  # the columns that may have another name in the data
+    #: the attributes that a data set can carry; None: the source has none
     attributes: Callable[[Dataset], list[str]] | None = None
 
 

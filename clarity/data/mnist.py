@@ -1,7 +1,5 @@
 """MNIST in the layout of torchvision: idx files, plain or gzipped."""
 
-from __future__ import annotations
-
 import functools
 import gzip
 import os

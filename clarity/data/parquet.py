@@ -1,7 +1,5 @@
 """Parquet files with a column of encoded images, plain or as Hugging Face lays them out."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

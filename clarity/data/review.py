@@ -1,7 +1,5 @@
 """What a user should know of a data set before a model is trained on it, a line each."""
 
-from __future__ import annotations
-
 import pyarrow as pa
 import pyarrow.compute as pc
 

@@ -1,7 +1,5 @@
 """Checks of attributes: those that move though a counterfactual should leave them alone; what keeping some costs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

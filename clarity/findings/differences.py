@@ -3,8 +3,6 @@
 Shapes: P pairs, C, H, W image, K classes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +14,17 @@ MAX_MAPPED_CLASSES = 32
 
 @dataclass(frozen=True)
 class Differences:
-    """Means and standard deviations over a sample of pairs; a change is counterfactual minus reconstruction.
+    """Means and standard deviations over a sample of pairs; a change is counterfactual minus reconstruction."""
 
-    Args:
-        mean: (K, K, C, H, W) change by [source, target]; (0, 0, C, H, W) above MAX_MAPPED_CLASSES classes.
-        count: (K, K) pairs.
-        target_mean, target_std: (K, C, H, W) change towards a target.
-        tint_mean, tint_std: (K, C) change averaged over the pixels of a picture.
-        after_std: (K, C, H, W) of the counterfactuals themselves: near zero where they are the same whatever the start.
-        real_difference: (K, C, H, W) mean reconstruction of a class minus that of the starts towards it.
-    """
-
-    mean: np.ndarray
-    count: np.ndarray
-    target_mean: np.ndarray
+    mean: np.ndarray  # (K, K, C, H, W) change by [source, target]; (0, 0, C, H, W) above MAX_MAPPED_CLASSES classes
+    count: np.ndarray  # (K, K) pairs
+    target_mean: np.ndarray  # (K, C, H, W) change towards a target
     target_std: np.ndarray
-    tint_mean: np.ndarray
+    tint_mean: np.ndarray  # (K, C) change averaged over the pixels of a picture
     tint_std: np.ndarray
+    #: (K, C, H, W) of the counterfactuals themselves: near zero where they are the same whatever the start
     after_std: np.ndarray
-    real_difference: np.ndarray
+    real_difference: np.ndarray  # (K, C, H, W) mean reconstruction of a class minus that of the starts towards it
 
 
 def mean_differences(

@@ -1,7 +1,5 @@
 """Checks of how far counterfactuals are: largest and smallest changes, asymmetric class pairs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

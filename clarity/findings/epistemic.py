@@ -1,7 +1,5 @@
 """Check of counterfactuals about which the members disagree more than about images that they are as sure of."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from clarity.findings.finding import Facts, Finding, NotChecked, share_text

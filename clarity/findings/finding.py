@@ -3,8 +3,6 @@
 Shapes: K classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,27 +21,16 @@ from clarity.report.text import interval, percent
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that an audit shows.
+    """One thing that an audit shows."""
 
-    Args:
-        kind: the check.
-        severity: in [0, 1]; from 0.7 probably wrong, from 0.4 worth a look, below a fact.
-        title: a few words.
-        sentence: the finding with its figures.
-        evidence: what it rests on, and the chance that it is false.
-        pairs: (source, target) indices, most telling first.
-        examples: (image_id, target), most telling first.
-        figures: the numbers of the sentence.
-    """
-
-    kind: str
-    severity: float
-    title: str
-    sentence: str
-    evidence: str
-    pairs: tuple[tuple[int, int], ...] = ()
-    examples: tuple[tuple[str, int], ...] = ()
-    figures: dict[str, Any] = field(default_factory=dict)
+    kind: str  # the check
+    severity: float  # in [0, 1]; from 0.7 probably wrong, from 0.4 worth a look, below a fact
+    title: str  # a few words
+    sentence: str  # the finding with its figures
+    evidence: str  # what it rests on, and the chance that it is false
+    pairs: tuple[tuple[int, int], ...] = ()  # (source, target) indices, most telling first
+    examples: tuple[tuple[str, int], ...] = ()  # (image_id, target), most telling first
+    figures: dict[str, Any] = field(default_factory=dict)  # the numbers of the sentence
 
     @property
     def level(self) -> str:
@@ -60,33 +47,23 @@ class NotChecked:
 
 @dataclass(frozen=True)
 class Facts:
-    """The aggregates of one audit.
+    """The aggregates of one audit."""
 
-    Args:
-        con: with the views of ``audit.queries.connect``, and ``attributes`` where these were measured.
-        class_names: K names.
-        pairs: the columns of ``class_pair_figures`` as (K, K) arrays by [source, target], NaN where there is no pair.
-        num_images: distinct images in the pairs; shares of pairs have intervals as if each image were one observation.
-        config: the search's min_target_prob and max_steps, for the sentences.
-        differences: what counterfactuals change; None without pictures, and shortcuts are not looked for.
-        suspicion: of ``suspicious_labels``.
-        trained_on_labels: the ensemble may have been trained on the labels of these images.
-        verdict: on the model.
-        has_predictor: the user's own model is explained through the ensemble, so that source is its class.
-        keep: attributes that the search kept, in the order of their columns.
-    """
-
+    #: with the views of ``audit.queries.connect``, and ``attributes`` where these were measured
     con: duckdb.DuckDBPyConnection
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # K names
+    #: the columns of ``class_pair_figures`` as (K, K) arrays by [source, target], NaN where there is no pair
     pairs: dict[str, np.ndarray]
+    #: distinct images in the pairs; shares of pairs have intervals as if each image were one observation
     num_images: int
-    config: dict[str, Any]
+    config: dict[str, Any]  # the search's min_target_prob and max_steps, for the sentences
+    #: what counterfactuals change; None without pictures, and shortcuts are not looked for
     differences: Differences | None
-    suspicion: pa.Table
-    trained_on_labels: bool
-    verdict: Verdict
-    has_predictor: bool
-    keep: tuple[str, ...] = ()
+    suspicion: pa.Table  # of ``suspicious_labels``
+    trained_on_labels: bool  # the ensemble may have been trained on the labels of these images
+    verdict: Verdict  # on the model
+    has_predictor: bool  # the user's own model is explained through the ensemble, so that source is its class
+    keep: tuple[str, ...] = ()  # attributes that the search kept, in the order of their columns
 
     @property
     def explained(self) -> str:

@@ -1,7 +1,5 @@
 """Check of labels that are probably wrong."""
 
-from __future__ import annotations
-
 import numpy as np
 import pyarrow as pa
 

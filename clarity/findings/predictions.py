@@ -1,7 +1,5 @@
 """Checks of the user's own model: whether the ensemble may speak for it, what it confirms, where it is fooled."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from clarity.findings.finding import Facts, Finding, NotChecked, ranked, share_text

@@ -1,7 +1,5 @@
 """All checks of an audit, and their findings in order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple

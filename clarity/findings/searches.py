@@ -1,7 +1,5 @@
 """Checks of reading, searching and re-encoding: unreadable images, pairs that did not converge, lost targets."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from clarity.findings.distances import MIN_DESCRIBED

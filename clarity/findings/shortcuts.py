@@ -4,8 +4,6 @@ That one region or one tint decides is a fact, and hair colour is one. It is an 
 a mark at the border with the same pixel values whatever the start, or one shift of all pixels by the same amount.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from clarity.findings.differences import region_of, tint_of

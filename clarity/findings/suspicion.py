@@ -9,8 +9,6 @@ class pair's own, so that labels which are often confused are found too.
 Shapes: N images, B of them, D latent, K classes.
 """
 
-from __future__ import annotations
-
 import math
 
 import duckdb

@@ -1,7 +1,5 @@
 """Whether a model is good enough to be audited: a pure function of its model card."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: B images, P pairs (image, target), D latent, K classes, M members, T points of a curve.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace

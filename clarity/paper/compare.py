@@ -3,8 +3,6 @@
 Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

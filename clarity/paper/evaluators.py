@@ -3,8 +3,6 @@
 Shapes: B rows, C, H, W image, K classes, A attributes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

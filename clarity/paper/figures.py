@@ -4,8 +4,6 @@ Shapes: R rows and Q columns of a grid, B images, C, H, W image, M members, T po
 points of a plane, G cells of a map's side.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

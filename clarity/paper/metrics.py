@@ -3,8 +3,6 @@
 Shapes: B rows, C, H, W image in [0, 1], D latent, K classes, M members, F features, A attributes, T points of a curve.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

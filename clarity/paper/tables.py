@@ -1,7 +1,5 @@
 """The comparison's table: each method over all pairs and for each class pair, as Parquet and Markdown."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict

@@ -3,8 +3,6 @@
 Shapes: T steps of a path, D latent, K classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

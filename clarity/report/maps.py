@@ -3,8 +3,6 @@
 Shapes: K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The first screen of the page: what was explained, what is missing, the key figures, the findings with pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The audit report: one self-contained HTML page from one audit or several side by side."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import time

@@ -3,8 +3,6 @@
 The choice depends on the tables alone, so that a page is the same at each call.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

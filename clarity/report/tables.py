@@ -1,7 +1,5 @@
 """The page's tables: suspicious labels, agreement with the labels, agreement with the user's own predictions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Numbers as the page, the console and the comparison's tables write them. Knows nothing but numbers and words."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

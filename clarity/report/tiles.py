@@ -3,8 +3,6 @@
 Shapes: B pictures, C, H, W image.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -3,8 +3,6 @@
 Shapes: N images, D latent, A attributes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

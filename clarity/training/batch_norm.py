@@ -3,8 +3,6 @@
 ``torch.nn.SyncBatchNorm`` raises on CPU tensors as soon as there is more than one process.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

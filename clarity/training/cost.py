@@ -1,7 +1,5 @@
 """What a training costs: updates of each network, and seconds, from timing a few updates on random images."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The model directory of a training: begin it, take a finished model up again, assemble and measure its parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -6,8 +6,6 @@ as a search leaves the data, and, in a refit, about the images that an audit wro
 Shapes: N images, B rows, C, H, W image, D latent, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any

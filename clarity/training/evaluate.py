@@ -3,8 +3,6 @@
 Shapes: N images, B rows, K classes, M members.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,7 +37,7 @@ class LabelledImages:
     labels: Tensor
     errors: dict[str, str] = field(default_factory=dict)
 
-    def take(self, rows: slice | np.ndarray) -> LabelledImages:
+    def take(self, rows: slice | np.ndarray) -> "LabelledImages":
         """Some of the images."""
         ids = self.ids[rows] if isinstance(rows, slice) else [self.ids[row] for row in rows]
         return LabelledImages(self.pixels[rows], ids, self.labels[rows])

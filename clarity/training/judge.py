@@ -1,7 +1,5 @@
 """Training of held-out networks: random shifts, turns and scales instead of adversarial steps."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +49,7 @@ class JudgeTraining:
         mixed_precision(self.precision, torch.device("cpu"))
 
     @classmethod
-    def for_images(cls, count: int) -> JudgeTraining:
+    def for_images(cls, count: int) -> "JudgeTraining":
         """The budget for ``count`` images: ten passes over them, within bounds."""
         return cls(updates=min(cls.updates, max(400, 10 * count // cls.batch_size)))
 

@@ -1,7 +1,5 @@
 """Train a model in this process, from a data source or from arrays."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

@@ -3,8 +3,6 @@
 Shapes: N images, B rows, C, H, W image, D latent, K classes, M members.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -232,7 +230,7 @@ class Codes:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Tensor) -> Codes:
+    def take(self, rows: Tensor) -> "Codes":
         """Some of the rows."""
         probs = None if self.probs is None else self.probs[rows]
         return Codes(self.mean[rows], self.log_var[rows], self.labels[rows], probs)

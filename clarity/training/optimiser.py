@@ -1,7 +1,5 @@
 """Adam for stacks of networks, learning rate schedules, and seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 

@@ -3,8 +3,6 @@
 Shapes: N images, C, H, W image, D latent, K classes, M members.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

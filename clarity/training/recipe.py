@@ -10,8 +10,6 @@ the classes.
 Shapes: N images, C, H, W image, D latent, K classes, M members.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -59,29 +57,17 @@ MIN_VALIDATION = 40
 
 @dataclass(frozen=True)
 class Trial:
-    """What one setting reached on validation images.
+    """What one setting reached on validation images."""
 
-    Args:
-        latent_dim: D.
-        beta: weight of the KL term.
-        adversarial_eps: step of the adversary, in standard deviations of the codes.
-        hidden: widths of the classifiers' hidden layers.
-        accuracy: of the ensemble.
-        reached: share of the requested counterfactuals whose search reached 0.99.
-        judged: share of them that were reached and in which the judge sees the target.
-        judge_on_reconstructions: accuracy of the judge on reconstructed images.
-        seconds: of the training and the search, with a share of its VAE's.
-    """
-
-    latent_dim: int
-    beta: float
-    adversarial_eps: float
-    hidden: tuple[int, ...]
-    accuracy: float
-    reached: float
-    judged: float
-    judge_on_reconstructions: float
-    seconds: float
+    latent_dim: int  # D
+    beta: float  # weight of the KL term
+    adversarial_eps: float  # step of the adversary, in standard deviations of the codes
+    hidden: tuple[int, ...]  # widths of the classifiers' hidden layers
+    accuracy: float  # of the ensemble
+    reached: float  # share of the requested counterfactuals whose search reached 0.99
+    judged: float  # share of them that were reached and in which the judge sees the target
+    judge_on_reconstructions: float  # accuracy of the judge on reconstructed images
+    seconds: float  # of the training and the search, with a share of its VAE's
 
     def __str__(self) -> str:
         return (

@@ -5,8 +5,6 @@ Its critic is trained with it, judges nothing else and is then dropped. Does not
 Shapes: N images, B rows, C, H, W image, D latent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 

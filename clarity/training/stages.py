@@ -1,7 +1,5 @@
 """The stages of a training, resumable and shared by any number of workers: each a function and a line of STAGES."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter
@@ -56,21 +54,13 @@ ENCODE_ROWS = 4096
 
 @dataclass(frozen=True)
 class Worker:
-    """One of the processes that train together; a single one by default.
+    """One of the processes that train together; a single one by default."""
 
-    Args:
-        rank: of this process.
-        world: number of processes.
-        device: to train on.
-        wrap: makes a module data-parallel.
-        log: receives lines about the progress.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: str | torch.device = "cpu"
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    log: Callable[[str], None] = lambda line: None
+    rank: int = 0  # of this process
+    world: int = 1  # number of processes
+    device: str | torch.device = "cpu"  # to train on
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # makes a module data-parallel
+    log: Callable[[str], None] = lambda line: None  # receives lines about the progress
 
     def wait_for_all(self) -> None:
         """Returns when all workers have arrived here."""
@@ -98,17 +88,13 @@ Images = Callable[[], LabelledImages]
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a training.
+    """A part of a training."""
 
-    Args:
-        run: does a worker's share.
-        done: whether nothing of it is left to do.
-        network: the untrained network, where the stage writes one as ``<name of the stage>.safetensors``, which becomes
-            the field of that name of the model; without weights in the file the field is None.
-    """
-
-    run: Callable[[TrainingPlan, Worker, Images], None]
-    done: Callable[[TrainingPlan], bool]
+    run: Callable[[TrainingPlan, Worker, Images], None]  # does a worker's share
+    done: Callable[[TrainingPlan], bool]  # whether nothing of it is left to do
+    shared: str  # what workers divide: batches, members (with the judge for the last worker), or nothing: alone
+    #: the untrained network, where the stage writes one as ``<name of the stage>.safetensors``, which becomes the
+    #: field of that name of the model; without weights in the file the field is None
     network: Callable[[TrainingPlan], nn.Module] | None = None
 
 
@@ -158,26 +144,30 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
 
 def vae_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the VAE, all workers together."""
-    file = plan.file("vae.safetensors")
-    state = load_tensors(file) if storage.exists(file) else None
-    epochs = train_vae(
-        images().pixels,
-        plan.vae,
-        plan.vae_training,
-        state=state,
-        rank=worker.rank,
-        world=worker.world,
-        wrap=worker.wrap,
-        device=worker.device,
-        precision=plan.precision,
-    )
-    if worker.rank == 0:
-        final = follow(epochs, "vae", worker.log, partial(save_tensors, file)) or state
-        assert final is not None
-        save_finished(file, weights_of(final))
-    else:
-        follow(epochs, "vae")
+    loop = partial(train_vae, images().pixels, plan.vae, plan.vae_training, rank=worker.rank, world=worker.world)
+    loop = partial(loop, wrap=worker.wrap)
+    train_network(plan, worker, "vae", "vae", loop, weights_of)
     worker.wait_for_all()
+
+
+def train_network(
+    plan: TrainingPlan,
+    worker: Worker,
+    name: str,
+    what: str,
+    loop: Callable[..., Iterator[Epoch]],
+    weights: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+) -> None:
+    """Trains a network from its checkpoint on; the first worker writes it, and at the end its weights alone."""
+    file = plan.file(f"{name}.safetensors")
+    state = load_tensors(file) if storage.exists(file) else None
+    epochs = loop(state=state, device=worker.device, precision=plan.precision)
+    if worker.rank:
+        follow(epochs, what)
+        return
+    final = follow(epochs, what, worker.log, partial(save_tensors, file)) or state
+    assert final is not None
+    save_finished(file, weights(final))
 
 
 def follow(
@@ -199,15 +189,10 @@ def follow(
         if save is not None and epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
             save(epoch.state())
             saved = time.monotonic()
-    if epoch and (fall := late_fall(losses, epoch.total)) > STILL_FALLING:
+    before = losses.get(epoch.total - epoch.total // 3) if epoch and epoch.total >= 6 else None
+    if epoch and before is not None and (fall := (before - losses[epoch.total]) / abs(before)) > STILL_FALLING:
         log(f"{what}: the loss still fell by {fall:.1%} in the last third of the epochs: more of them would help")
     return epoch.state() if epoch and save is not None else None
-
-
-def late_fall(losses: Mapping[int, float], total: int) -> float:
-    """By which share the loss fell in the last third of the epochs; 0 where that cannot be told."""
-    before = losses.get(total - total // 3)
-    return 0.0 if total < 6 or before is None else (before - losses[total]) / abs(before)
 
 
 def minutes_since(started: float) -> str:
@@ -301,15 +286,9 @@ def judge_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
 
 def sharp_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the sharp decoder, on the first worker."""
-    if worker.rank:
-        return
-    file = plan.file("sharp.safetensors")
-    state = load_tensors(file) if storage.exists(file) else None
-    loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training)
-    epochs = loop(state=state, device=worker.device, precision=plan.precision)
-    final = follow(epochs, "sharp decoder", worker.log, partial(save_tensors, file)) or state
-    assert final is not None
-    save_finished(file, decoder_of(final))
+    if not worker.rank:
+        loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training)
+        train_network(plan, worker, "sharp", "sharp decoder", loop, decoder_of)
 
 
 def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> JudgeNet | None:
@@ -370,32 +349,32 @@ def members_done(plan: TrainingPlan, kinds: Sequence[str], count: int) -> bool:
     return all(is_finished(plan.member_file(kind, m)) for kind in kinds for m in range(count))
 
 
-def latent_done(plan: TrainingPlan) -> bool:
-    """Whether the members of the latent ensembles are trained."""
-    return members_done(plan, plan.latent_kinds(), plan.ensemble.num_members)
-
-
 def encoded(plan: TrainingPlan) -> bool:
     """Whether codes are there, or nobody needs them any more."""
-    return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or latent_done(plan)
+    return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or STAGES["latent"].done(plan)
 
 
-#: In the order in which they run. Workers share each batch of the VAE; of later stages each does a part on its own, and
-#: one does the last.
+#: In the order in which they run.
 STAGES = {
-    "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None),
-    "vae": Stage(vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), lambda plan: VAE(plan.vae)),
-    "encode": Stage(encode_stage, encoded),
-    "latent": Stage(latent_stage, latent_done),
-    "images": Stage(image_stage, lambda plan: members_done(plan, ["image"], plan.image_members)),
+    "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None, "alone"),
+    "vae": Stage(
+        vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), "batches", lambda plan: VAE(plan.vae)
+    ),
+    "encode": Stage(encode_stage, encoded, "batches"),
+    "latent": Stage(
+        latent_stage, lambda plan: members_done(plan, plan.latent_kinds(), plan.ensemble.num_members), "members"
+    ),
+    "images": Stage(image_stage, lambda plan: members_done(plan, ["image"], plan.image_members), "members"),
     "judge": Stage(
         judge_stage,
         lambda plan: plan.judge_training is None or is_finished(plan.file("judge.safetensors")),
+        "members",
         lambda plan: build_judge(plan.vae.image_shape, len(plan.class_names)),
     ),
     "sharp": Stage(
         sharp_stage,
         lambda plan: plan.decoder != "sharp" or is_finished(plan.file("sharp.safetensors")),
+        "alone",
         lambda plan: Decoder(plan.vae),
     ),
 }

@@ -1,7 +1,5 @@
 """A plan of five images, a model directory, and a complete audit of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

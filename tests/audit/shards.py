@@ -1,7 +1,5 @@
 """The tables of the shards of a plan of five images with odd names, of which the last could not be read."""
 
-from __future__ import annotations
-
 import functools
 
 import audits

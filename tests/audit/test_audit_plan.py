@@ -1,7 +1,5 @@
 """Plans: JSON, fingerprints, differences, shards."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

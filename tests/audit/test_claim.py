@@ -1,7 +1,5 @@
 """Claims: what a run may take up, and what it cleans up."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Attempts, files and commits of shards."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Locks of the kernel and leases: one run at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

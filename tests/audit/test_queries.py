@@ -1,7 +1,5 @@
 """The documented questions: each runs, stands in the documentation, and agrees with pandas and Polars."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

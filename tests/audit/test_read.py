@@ -1,7 +1,5 @@
 """Reading an audit: committed shards, questions, summaries, other tools."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -53,17 +51,6 @@ def test_audit_repr_says_what_is_there(filled: str) -> None:
     assert "3 of 3 committed" in said[1]
     assert said[2].endswith("4: ant, bee, cow, dog")
     assert "5 rows" in said[3] and "12 rows" in said[4]
-
-
-def test_audit_query_answers_a_documented_question(filled: str) -> None:
-    opened = read_audit(filled)
-    pairs = opened.counterfactuals.to_table()
-    source, target = pairs["source_name"][0].as_py(), pairs["target_name"][0].as_py()
-    found = opened.query("closest_to", source=source, target=target)
-    mine = pc.and_(pc.equal(pairs["source_name"], source), pc.equal(pairs["target_name"], target))
-    assert len(found) == len(pairs.filter(pc.and_(mine, pairs["converged"])))
-    with pytest.raises(ValueError, match="name: expected one of"):
-        opened.query("closest")
 
 
 def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """CelebA in its official layout."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,14 +1,9 @@
 """What holds for every source: labels, fingerprints, reading in parts."""
 
-from __future__ import annotations
-
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
-from hypothesis import strategies as st
 from pictures import GREY, HEIGHT, WIDTH, random_pixels, write_images
 
 from clarity import data
@@ -43,21 +38,6 @@ def test_fingerprint_sees_each_change_and_no_chunks() -> None:
     for name, column in changed.items():
         others.append(listing.set_column(listing.schema.get_field_index(name), name, column))
     assert len({fingerprint, *map(data.listing_fingerprint, others)}) == 1 + len(others)
-
-
-@given(
-    st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=4),
-    st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=4),
-)
-def test_fingerprints_are_equal_only_for_equal_columns(one: list[str | None], other: list[str | None]) -> None:
-    prints = [data.listing_fingerprint(pa.table({"x": pa.array(column, pa.string())})) for column in (one, other)]
-    assert (prints[0] == prints[1]) == (one == other)
-
-
-def test_dataset_is_small_and_travels() -> None:
-    dataset = data.open_dataset("digits", split="test")
-    assert len(pickle.dumps(dataset)) < 300
-    assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
 def test_reading_is_the_same_in_shards_of_any_size() -> None:

@@ -1,7 +1,5 @@
 """The digits that ship with the package."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tables of labels beside images: labels.csv, metadata.csv and their kin."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

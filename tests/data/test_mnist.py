@@ -1,7 +1,5 @@
 """MNIST in torchvision's layout."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 

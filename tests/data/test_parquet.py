@@ -1,7 +1,5 @@
 """Parquet files: columns, row groups, memory."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -183,23 +181,6 @@ def test_parquet_names_of_classes_that_are_numbers_are_looked_up_by_index(tmp_pa
         listed(tmp_path, source="parquet")
 
 
-def test_parquet_minus_one_is_a_class_beside_one_alone(tmp_path: Path) -> None:
-    pq.write_table(parquet_table(2, label=[-1, 1]), tmp_path / "x.parquet")
-    assert list(listed(tmp_path, source="parquet").values()) == ["-1", "1"]
-    pq.write_table(parquet_table(3, label=[-1, 1, 0]), tmp_path / "x.parquet")
-    assert list(listed(tmp_path, source="parquet").values()) == [None, "1", "0"]
-
-
-def test_parquet_takes_splits_within_names_of_files(tmp_path: Path) -> None:
-    for name, count in (("beans_train", 3), ("beans_test", 2)):
-        pq.write_table(parquet_table(count, label=[0, 1, 0][:count]), tmp_path / f"{name}.parquet")
-    assert len(listed(tmp_path, "train", "parquet")) == 3
-    assert len(listed(tmp_path, "held-out", "parquet")) == 2
-    pq.write_table(parquet_table(1, label=[1]), tmp_path / "more.parquet")
-    with pytest.raises(ValueError, match=r"the name of a split in the paths of all files of .* or of none, found bea"):
-        listed(tmp_path, "train", "parquet")
-
-
 def test_parquet_takes_split_and_label_from_keys_of_paths(tmp_path: Path) -> None:
     for number, (split, label) in enumerate([("train", "3"), ("train", "a%20b"), ("val", "3")]):
         path = tmp_path / f"split={split}/label={label}/part-{number}.parquet"
@@ -226,13 +207,6 @@ def test_parquet_paths_that_contradict_are_refused(files: dict[str, Any], said: 
         pq.write_table(parquet_table(1, **columns), tmp_path / name)
     with pytest.raises(ValueError, match=said):
         listed(tmp_path, source="parquet")
-
-
-@pytest.mark.parametrize("name", ["X.PARQUET", "x.pq", "a/X.Pq"])
-def test_parquet_files_of_other_endings_are_seen(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    pq.write_table(parquet_table(2), tmp_path / name)
-    assert len(listed(tmp_path, source="parquet")) == 2
 
 
 def test_parquet_columns_of_other_names(tmp_path: Path) -> None:
@@ -287,27 +261,3 @@ def test_parquet_paths_are_followed_where_the_files_are(struct: bool, tmp_path: 
     pq.write_table(pa.table({"image": images.slice(3)}), tmp_path / "files/x.parquet")
     with pytest.raises(ValueError, match=r"found paths such as 'gone.png', with no file there: store the bytes"):
         listed(tmp_path, source="parquet")
-
-
-def test_parquet_follows_a_path_only_where_bytes_are_null(tmp_path: Path) -> None:
-    write_images(tmp_path, "0.png")
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": encoded(random_pixels(5)), "path": "0.png"}, {"bytes": None, "path": "0.png"}]
-    pq.write_table(pa.table({"image": pa.array([*rows, None], kind)}), tmp_path / "x.parquet")
-    shard = read(tmp_path, "parquet")
-    found = pixels_of(shard.slice(0, 2))[:, 0]
-    assert np.array_equal(found, [random_pixels(5), random_pixels(0)])
-    assert shard["error"].to_pylist()[2] == "expected the bytes of an image, found null: fill or drop the row"
-
-
-def test_parquet_says_that_a_folder_holds_image_files(tmp_path: Path) -> None:
-    write_images(tmp_path, "a/1.png")
-    with pytest.raises(ValueError, match="found image files: read them with the source folder"):
-        listed(tmp_path, source="parquet")
-
-
-@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.arrow", "x.npz"])
-def test_parquet_refuses_a_file_of_another_format_by_name(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"expected plain Parquet files.*, found .*: (unpack|export|write)"):
-        listed(tmp_path / name, source="parquet")

@@ -1,7 +1,5 @@
 """Sources on an object store that is slow, fails or forbids."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterator
 from pathlib import Path

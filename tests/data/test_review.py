@@ -1,7 +1,5 @@
 """What a user is told of a data set before a model is trained on it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

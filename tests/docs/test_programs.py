@@ -1,7 +1,5 @@
 """The experiments: what they plant is what they say; slowly, what is planted is found and what is documented holds."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

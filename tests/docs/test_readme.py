@@ -1,7 +1,5 @@
 """README and reference against the code: every flag, column, source and method is named, commands and queries run."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """docs/your-data.md names what is really read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from clarity.data.labels import COLUMNS, TABLES

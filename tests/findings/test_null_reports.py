@@ -3,8 +3,6 @@
 ``python docs/null_reports.py`` prints the rates, and how often a planted effect is found with and without correction.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
@@ -14,7 +12,7 @@ from scipy import stats
 from clarity.findings import attributes, distances, epistemic, suspicion
 from clarity.findings.labels import MIN_AGREEMENT, pair_agreement
 
-REPORTS = 300
+REPORTS = 150
 
 
 def at_most(level: float, reports: int = REPORTS) -> int:

@@ -1,7 +1,5 @@
 """What an audit says: each planted fact is told with its figures, a clean audit tells none of them, queries run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Suspicious labels: wrong ones come first, right ones are not accused, and the work is bounded."""
 
-from __future__ import annotations
-
 import numpy as np
 import pyarrow as pa
 import pytest

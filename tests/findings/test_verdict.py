@@ -1,7 +1,5 @@
 """The verdict on made-up model cards."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

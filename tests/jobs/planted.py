@@ -5,8 +5,6 @@ shards, how often, and what it does there. What strikes a limited number of time
 beside MARKER.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """The benchmark: that it measures what it says, on sizes too small to mean anything."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -65,13 +63,8 @@ def test_benchmark_writes_figures_and_goals(
     assert first["members"] == 50
     assert first["kflop_per_step"] == 134.4
     assert second["sizes"] == [128, 16, 16, 4]
-    for name in (
-        "one at a time",
-        "batched autograd",
-        "plain",
-        "batched",
-        *(["native"] if kernels.native_modules() else []),
-    ):
+    native = ["native"] if kernels.native_modules() else []
+    for name in ("one at a time", "batched autograd", "plain", "batched", *native):
         run = first["engines"][name]
         assert run["gflops"] == pytest.approx(run["search_steps_per_second"] * 134.4e-6)
         assert f"| {name} |" in text

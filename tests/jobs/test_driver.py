@@ -1,7 +1,5 @@
 """The resource plan: what it gives on known machines, and the rule that no placement takes a node's last CPU."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

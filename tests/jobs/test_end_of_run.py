@@ -1,7 +1,5 @@
 """The end of a run: output that nobody reads, data of which nothing can be read, a death amid the report."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

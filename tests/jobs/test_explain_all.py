@@ -1,7 +1,5 @@
 """The jobs over a real Ray: a whole run, what a second run does, deaths of workers and of the driver, exit codes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator
@@ -78,21 +76,6 @@ def test_job_reports_a_finished_audit(
     assert str(out) in printed
     assert (out / "summary.json").stat().st_mtime_ns == before
     assert files_of(out) == files
-
-
-def test_job_redoes_exactly_what_is_missing(
-    job: Any, tiny_digits_model: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
-) -> None:
-    out = tmp_path / "audit"
-    shutil.copytree(undisturbed[0], out)
-    for shard in (1, 4):
-        (out / f"_commits/shard-0000{shard}.json").unlink()
-    kept = {path.name: path.stat().st_mtime_ns for path in (out / "codes").iterdir()}
-    # Other actors, another number of threads: not part of the plan.
-    assert job.main(flags(tiny_digits_model, out, "--actors", "2")) == 0
-    assert files_of(out) == undisturbed[1]
-    redone = {path.name for path in (out / "codes").iterdir() if path.stat().st_mtime_ns != kept[path.name]}
-    assert redone == {"shard-00001.parquet", "shard-00004.parquet"}
 
 
 @pytest.mark.parametrize(
@@ -210,45 +193,6 @@ def test_job_refuses_a_mixture_of_engines(
     assert job.main(few) == 0, "auto goes on with the engine of the audit"
     assert set(json.loads((out / "summary.json").read_text())["engines"]) == {"plain"}
     assert verify(out, redecode=redecoder(out)).ok
-
-
-def test_job_gives_up_a_shard_that_always_fails_and_finishes_the_others(
-    job: Any,
-    tiny_digits_model: Path,
-    undisturbed: tuple[Path, dict[str, bytes]],
-    tmp_path: Path,
-    monkeypatch: Any,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    base = job.ExplainShard
-
-    class Failing(base):  # type: ignore[misc, valid-type]
-        @property
-        def explainer(self) -> Any:
-            explainer = super().explainer
-
-            class Raising:
-                def search_shard(self, images: Any, *args: Any) -> Any:
-                    if len(images) == 5:  # the last shard
-                        raise RuntimeError("planted")
-                    return explainer.search_shard(images, *args)
-
-            return Raising()
-
-    out = tmp_path / "audit"
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "ExplainShard", Failing)
-        assert job.main(flags(tiny_digits_model, out)) == 1
-    assert "shard 5 failed at stage explain: RuntimeError: planted" in capsys.readouterr().err
-    failure = json.loads((out / "_failures/shard-00005.json").read_text())
-    assert failure["attempts"] == 3
-    assert not (out / "_SUCCESS").exists()
-    assert len(clarity.read_audit(out).commits) == 5
-    assert set(files_of(out)) < set(undisturbed[1])
-    # The next run tries it again.
-    assert job.main(flags(tiny_digits_model, out)) == 0
-    assert files_of(out) == undisturbed[1]
-    assert not (out / "_failures").exists()
 
 
 def test_verify_job_tells_sound_from_unsound_and_incomplete(

@@ -1,7 +1,5 @@
 """The jobs with a user's own model: it teaches a model of images without labels, is explained, and a refit follows."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

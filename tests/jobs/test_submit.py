@@ -4,8 +4,6 @@ The head offers no CPU, as in cluster.yaml; the kind of node that may come, a pr
 what the scheduler takes for a GPU. Nothing here has a GPU: the planted job below asks for one and computes without.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

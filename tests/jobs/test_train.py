@@ -1,7 +1,5 @@
 """The training job on a real Ray: shared by workers, killed and resumed with others, and refused before it starts."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -200,12 +198,6 @@ def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     colour = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere", "--mode", "RGB", "--center-crop", "20"]))
     assert colour.vae.image_shape == (3, 28, 28) and colour.preprocessing.center_crop == 20
     assert other.vae_training.seed == other.ensemble_training.seed == other.image_training.seed == 3
-
-
-def test_epochs_alone_are_exactly_so_many(job: Any) -> None:
-    plan = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere", "--vae-epochs", "6"]))
-    assert (plan.vae_training.epochs, plan.vae_training.min_updates) == (6, 0)
-    assert plan.ensemble_training.min_updates > 0
 
 
 def test_job_holds_out_validation_where_there_is_no_test_and_says_so(

@@ -1,7 +1,5 @@
 """Every test of the comparison runs on one thread."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -1,7 +1,5 @@
 """The comparison: audits, controls and outside images judged alike, kept and read again, summed up and drawn."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -305,15 +303,6 @@ def test_member_gradients_are_those_of_each_alone(bench: Bench) -> None:
             assert np.allclose(found[m, b], slope[0].numpy(), atol=1e-6)
 
 
-def test_segments_hold_their_ends(bench: Bench) -> None:
-    a, b = torch.zeros(5), torch.arange(5.0)
-    points = claims.along_segment(a, b, 5)
-    assert torch.equal(points[[0, -1]], torch.stack([a, b])) and torch.allclose(points[1], b / 4)
-    curves = claims.target_curves(bench.model.ensemble, points, 7)
-    probs = torch.softmax(bench.model.ensemble(points), -1)[..., 7]
-    assert curves.shape == (3, 5) and np.allclose(curves, probs.detach().numpy(), atol=1e-6)
-
-
 def test_timed_works_take_turns_and_count_their_units() -> None:
     turns = []
 
@@ -328,18 +317,6 @@ def test_timed_works_take_turns_and_count_their_units() -> None:
     assert (found["slow"] >= 0.01).all() and (found["fast"] >= 0.002).all()
     changes = [name for name, before in zip(turns, ["", *turns]) if name != before]
     assert changes == ["slow", "fast"] * 4
-
-
-def test_gradient_work_is_one_gradient_of_all_members(bench: Bench) -> None:
-    z, target, calls = torch.zeros(64, 5), torch.zeros(64, dtype=torch.int64), []
-
-    def logits_of(point: torch.Tensor) -> torch.Tensor:
-        assert point.requires_grad
-        calls.append(len(point))
-        return bench.model.ensemble(point)
-
-    work = claims.gradient_work(logits_of, z, target)
-    assert work() == work() == 1 and calls == [64, 64]
 
 
 def test_job_judges_given_audits_and_draws(root: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -1,7 +1,5 @@
 """The networks of the comparison learn, are identified by their weights, and are read as they were saved."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

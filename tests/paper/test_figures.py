@@ -1,7 +1,5 @@
 """Drawings of the paper's figures: each renders to every format, the same bytes each time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -38,13 +36,6 @@ def test_drawing_renders_the_same_bytes_each_time(draw: Callable[[], figure.Pict
     picture = draw()
     assert picture.render() == draw().render()
     assert picture.get_size_inches()[0] <= 2 * figure.FULL_WIDTH
-
-
-def test_probability_curves_draws_a_line_for_each_classifier() -> None:
-    image, latent = curves(2, 9), curves(3, 9)
-    (ax,) = figures.probability_curves({"a": (image, latent)}).axes
-    drawn = np.array([line.get_ydata() for line in ax.lines])
-    np.testing.assert_array_equal(drawn, np.concatenate([latent, image]))
 
 
 def test_grid_keeps_rows_and_columns_apart() -> None:

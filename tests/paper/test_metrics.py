@@ -1,7 +1,5 @@
 """Metrics against slow transcriptions of their definitions, and against closed forms."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from math import log
 from typing import Any
@@ -10,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from clarity import schema
 from clarity.judges import predict_probs
@@ -23,14 +19,6 @@ B, C, H, W, K, F = 3, 2, 8, 12, 4, 5
 
 def images(seed: int, rows: int = B) -> np.ndarray:
     return np.random.default_rng(seed).random((rows, C, H, W)).astype(np.float32)
-
-
-def test_l1_and_l2_sum_over_everything_but_rows() -> None:
-    a, b = images(0), images(1)
-    for i in range(B):
-        difference = [float(p) - float(q) for p, q in zip(a[i].ravel(), b[i].ravel())]
-        assert metrics.l1(a, b)[i] == pytest.approx(sum(abs(d) for d in difference))
-        assert metrics.l2(a, b)[i] == pytest.approx(sum(d * d for d in difference) ** 0.5)
 
 
 def test_sparsity_counts_pixels_not_channels() -> None:
@@ -86,20 +74,6 @@ def test_cout_matches_a_slow_walk() -> None:
     assert np.allclose(fast, slow, atol=1e-6)
 
 
-def test_cout_is_one_where_the_first_pixel_decides_and_bounded() -> None:
-    x = np.zeros((1, 1, 10, 10), dtype=np.float32)
-    x_cf = x.copy()
-    x_cf[0, 0, 7, 7] = 1
-
-    def predict(batch: np.ndarray) -> np.ndarray:
-        seen = batch[:, 0, 7, 7]
-        return np.stack([1 - seen, seen], axis=1)
-
-    value = metrics.cout(x, x_cf, np.array([0]), np.array([1]), predict, steps=100)[0]
-    assert value == pytest.approx(1 - 1 / 100)  # one trapezoid from -1 to 1
-    assert metrics.cout(x, x, np.array([0]), np.array([1]), predict, steps=10)[0] == pytest.approx(-1)
-
-
 def test_jensen_shannon_is_zero_symmetric_and_at_most_log_two() -> None:
     p, q = np.array([0.0, 0.3, 1.0]), np.array([1.0, 0.3, 0.2])
     divergence = metrics.jensen_shannon(p, q)
@@ -113,27 +87,6 @@ def test_jensen_shannon_is_zero_symmetric_and_at_most_log_two() -> None:
     assert divergence[2] == pytest.approx(slow, abs=1e-6)
 
 
-def test_frechet_distance_of_whitened_samples_is_the_closed_form() -> None:
-    rng = np.random.default_rng(0)
-    rows = 600
-    mean_a, mean_b = rng.normal(size=F), rng.normal(size=F)
-    spread_a, spread_b = rng.uniform(0.5, 2, F), rng.uniform(0.5, 2, F)
-    turn = np.linalg.qr(rng.normal(size=(F, F)))[0]
-
-    def sample(mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
-        raw = rng.normal(size=(rows, F))
-        raw -= raw.mean(0)
-        raw = raw @ np.linalg.inv(np.linalg.cholesky(np.cov(raw.T))).T  # covariance exactly 1
-        return (raw * spread) @ turn + mean
-
-    expected = ((mean_a - mean_b) ** 2).sum() + ((spread_a - spread_b) ** 2).sum()  # covariances that commute
-    a, b = sample(mean_a, spread_a), sample(mean_b, spread_b)
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected)
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert metrics.frechet_distance(a[:500], a[:499]) is None, "of too few images"
-    assert metrics.frechet_distance(a[:500], a[:500]) is not None
-
-
 def test_frechet_distance_matches_the_definition_where_covariances_do_not_commute() -> None:
     rng = np.random.default_rng(1)
     a = rng.normal(size=(700, F)) @ rng.normal(size=(F, F))
@@ -142,6 +95,8 @@ def test_frechet_distance_matches_the_definition_where_covariances_do_not_commut
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()  # eigenvalues of a product of two covariances
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
     assert metrics.frechet_distance(a, b) == pytest.approx(expected)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(a[:500], b[:499]) is None, "of too few images"
 
 
 def test_clustered_mean_counts_images_not_rows() -> None:
@@ -166,14 +121,6 @@ def test_clustered_share_is_wide_where_rows_of_an_image_agree() -> None:
     assert metrics.clustered_share(np.ones(900), groups) == pytest.approx((1, edge, 1))
     assert metrics.clustered_share(np.zeros(900), groups) == pytest.approx((0, 0, 1 - edge))
     assert np.isnan(metrics.clustered_share(np.array([np.nan]), np.array(["a"]))).all()
-
-
-@given(st.integers(2, 40), st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
-def test_clustered_share_holds_its_share(rows: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    share, low, high = metrics.clustered_share(rng.integers(0, 2, rows).astype(float), rng.integers(0, 5, rows))
-    assert 0 <= low <= share <= high <= 1
 
 
 def scored_table(**columns: Any) -> pa.Table:

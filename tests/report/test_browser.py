@@ -1,7 +1,5 @@
 """The page in a real browser: mouse, keyboard, themes, widths, screen readers; no request and no complaint."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

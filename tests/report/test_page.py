@@ -1,7 +1,5 @@
 """The page: what it holds and leaves out, and that no text breaks out of it."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -16,7 +14,6 @@ import pytest
 import torch
 from audits import EVERYTHING, Planted, Tables, make_tables, replaced, with_predictor, write_audit
 
-from clarity.report import overview
 from clarity.report.page import Report, write_report
 from clarity.report.text import percent
 from clarity.rows import logits_rows
@@ -202,19 +199,6 @@ def test_report_begins_with_the_model_of_another_data_set(tmp_path: Path) -> Non
     strange = replaced(tables, "codes", "label", pa.nulls(30, pa.int32()))
     page = Page(write_audit(tmp_path / "b", strange))
     assert page.html.index("labels of the data is a class of the model") < page.html.index("<h1>")
-
-
-@pytest.mark.parametrize(
-    ("source", "uri", "split", "name"),
-    [
-        ("digits", "", "test", "digits, test"),
-        ("parquet", "s3://bucket/cats.v2.parquet?region=eu", "all", "cats.v2, all"),
-        ("folder", "/data/birds", "train", "birds, train"),
-        ("mnist", "/data", None, "mnist"),
-    ],
-)
-def test_report_names_what_was_explained(source: str, uri: str, split: str | None, name: str) -> None:
-    assert overview.dataset_name({"source": source, "data": uri, "split": split}) == name
 
 
 @pytest.mark.parametrize(("correct", "level"), [(14, "no-go"), (48, "sound")])

@@ -1,7 +1,5 @@
 """Learning from a predictor: its probabilities as targets, without labels, resumed, refitted and measured."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from clarity.search import SearchConfig
 from clarity.training.directory import begin, finish
 from clarity.training.distil import COPIES, agreement, original_probs, perturb
 from clarity.training.evaluate import LabelledImages
-from clarity.training.loops import Codes, class_weights, member_states, summed_cross_entropy, train_latent_members
+from clarity.training.loops import Codes, member_states, train_latent_members
 from clarity.training.plan import plan_training
 from clarity.training.stages import TRAINED, Worker, load_codes, run_stages
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
@@ -71,15 +69,6 @@ def taught(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("taught")
     clarity.train("folder", out, data=folder, **taught_by())
     return out
-
-
-def test_one_hot_probabilities_are_learned_as_labels_are() -> None:
-    generator = torch.Generator().manual_seed(3)
-    logits, labels = torch.randn((2, 7, 3), generator=generator), torch.tensor([[0, 2, 1, 0, 2, 2, 1]] * 2)
-    weights = class_weights(labels[0], 3, 0.5)
-    one_hot = torch.nn.functional.one_hot(labels, 3).float()
-    expected = summed_cross_entropy(logits, labels, weights)
-    assert torch.allclose(summed_cross_entropy(logits, one_hot, weights), expected, atol=1e-6)
 
 
 def test_soft_targets_are_matched_rather_than_their_likeliest_class() -> None:

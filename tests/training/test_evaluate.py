@@ -1,7 +1,5 @@
 """Metrics of a trained model."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """Heads of attributes: fitted to columns of a data set, added to a finished model, refused where they make no sense."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -83,8 +81,3 @@ def test_attributes_that_are_none_are_refused_before_anything_starts(
     with pytest.raises(ValueError, match=message):
         choose_attributes(dataset, None, names)
     assert choose_attributes(dataset, None, ["low"]) == ("low",)
-
-
-def test_a_source_without_columns_has_no_attributes() -> None:
-    with pytest.raises(ValueError, match="attributes: expected some of none, got 'low'"):
-        choose_attributes(open_dataset("digits"), None, ["low"])

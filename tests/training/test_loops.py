@@ -1,7 +1,5 @@
 """The training loops learn, resume bit by bit, and members do not depend on their stack."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import multiprocessing
@@ -16,13 +14,11 @@ from torch import Tensor
 
 from clarity.classifiers import LatentEnsemble
 from clarity.rows import encode_rows
-from clarity.training.batch_norm import SynchronisedBatchNorm
 from clarity.training.loops import (
     Codes,
     EnsembleTraining,
     Epoch,
     VAETraining,
-    join_states,
     member_states,
     num_epochs,
     train_image_members,
@@ -30,7 +26,7 @@ from clarity.training.loops import (
     train_vae,
     weights_of,
 )
-from clarity.training.optimiser import Adam, cosine_decay, one_cycle
+from clarity.training.optimiser import Adam
 from clarity.vae import VAE, vae_config
 
 
@@ -79,15 +75,6 @@ def test_train_vae_in_bf16_comes_close_and_keeps_float32_weights() -> None:
         next(train_vae(images, CONFIG, SHORT_VAE, precision="fp8"))
 
 
-def test_train_vae_depends_on_the_seed() -> None:
-    images, _ = bars()
-    states = [
-        last(train_vae(images, CONFIG, dataclasses.replace(SHORT_VAE, epochs=1, seed=seed))).state()
-        for seed in (0, 0, 1)
-    ]
-    assert equal(states[0], states[1]) and not equal(states[0], states[2])
-
-
 def test_train_vae_says_when_it_diverges() -> None:
     images, _ = bars()
     with pytest.raises(ValueError, match=r"the VAE's loss is .* lower its learning_rate"):
@@ -128,23 +115,6 @@ def test_train_vae_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> N
         codes.append(encode_rows(vae, images.float() / 255)[0])
     # 0.005 by rounding, which Adam's first steps enlarge; 0.03 when each rank normalises by its own rows.
     assert (codes[0] - codes[1]).abs().max() < 0.01
-
-
-def test_synchronised_batch_norm_alone_is_batch_norm(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        ours, theirs = SynchronisedBatchNorm(4), torch.nn.BatchNorm2d(4)
-        x = torch.randn(5, 4, 3, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
-        inputs = [x.clone().requires_grad_() for _ in range(2)]
-        outputs = [layer(value) for layer, value in zip((ours, theirs), inputs)]
-        torch.testing.assert_close(*outputs)
-        for output in outputs:
-            (output * torch.linspace(0, 1, 120).view(5, 4, 3, 2)).sum().backward()
-        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def latent_loop(members: list[int], states: Any = None, training: EnsembleTraining = SHORT) -> Iterator[Epoch]:
@@ -193,15 +163,6 @@ def test_members_go_on_where_they_were_cut(loop: Callable[..., Iterator[Epoch]])
     assert not equal(whole[1], whole[4])
 
 
-def test_members_go_on_in_another_stack() -> None:
-    everyone = list(range(5))
-    expected = by_member(last(latent_loop(everyone)), everyone)
-    first = by_member(next(latent_loop(everyone)), everyone)
-    for members in ([0, 2, 4], [1, 3]):
-        for m, state in by_member(last(latent_loop(members, first)), members).items():
-            assert equal(state, expected[m])
-
-
 def test_adversarial_training_withstands_the_step() -> None:
     """After an FGSM step of half a standard deviation, who was trained with such steps is right more often."""
     accuracy = []
@@ -246,28 +207,6 @@ def test_adam_is_that_of_torch() -> None:
         adam.step()
         reference.step()
     torch.testing.assert_close(ours, theirs.data)
-
-
-def test_member_states_and_join_are_inverse() -> None:
-    stack = {"a": torch.randn(6, 2), "b": torch.tensor(3)}
-    parts = member_states(stack, 3)
-    assert [part["a"].shape for part in parts] == [(2, 2)] * 3
-    assert equal(join_states(parts), stack)
-
-
-def test_schedules_start_peak_and_end() -> None:
-    rates: dict[Any, list[float]] = {}
-    for schedule_of, peak in ((one_cycle, 0.003), (cosine_decay, 0.02)):
-        adam = Adam([("p", torch.zeros(1))], peak)
-        schedule = schedule_of(adam, 100)
-        for _ in range(100):
-            rates.setdefault(schedule_of, []).append(schedule.get_last_lr()[0])
-            adam.step()
-            schedule.step()
-    cycle, decay = rates[one_cycle], rates[cosine_decay]
-    assert max(cycle) == pytest.approx(0.003) and cycle.index(max(cycle)) == 29
-    assert cycle[0] == pytest.approx(0.003 / 25) and cycle[-1] < 1e-6
-    assert decay[0] == 0.02 and decay == sorted(decay, reverse=True) and decay[-1] < 1e-5
 
 
 def test_small_sets_are_passed_over_more_often() -> None:

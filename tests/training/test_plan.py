@@ -1,7 +1,5 @@
 """The plan of a training: its fields by short names, and the directories that it refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

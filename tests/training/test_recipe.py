@@ -1,7 +1,5 @@
 """The recipe's search: what is searched, the rule that chooses, and that nothing is searched twice."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The sharp decoder: trained on a finished model, cut and resumed, and what it changes in an explanation."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from bars import SHORT, SHORT_VAE, bars
+from bars import arguments, bars, files_of, write_bars
 from torch import Tensor
 
 import clarity
@@ -34,31 +32,13 @@ TRAINING = VAETraining(epochs=3, min_updates=0, batch_size=16, learning_rate=0.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 120 pictures in class folders."""
-    from PIL import Image
-
-    directory = tmp_path_factory.mktemp("bars")
-    for i, (x, k) in enumerate(zip(*bars(120))):
-        file = directory / f"bar{k}" / f"{i:03d}.png"
-        file.parent.mkdir(exist_ok=True)
-        Image.fromarray(x[0].numpy()).save(file)
-    return directory
+    return write_bars(tmp_path_factory.mktemp("bars"), 120)
 
 
 def plan_of(folder: Path, out: Path, decoder: str) -> TrainingPlan:
     dataset = open_dataset("folder", folder, "train", unlabelled=True)
-    plan = plan_training(
-        str(out),
-        dataset,
-        dataclasses.replace(dataset, split="test"),
-        vae_fields={"latent_dim": 5, "channels": (6, 7)},
-        num_members=2,
-        hidden=(6, 7),
-        vae_training=SHORT_VAE,
-        ensemble_training=SHORT,
-        judge_updates=3,
-        recipe="paper",
-        decoder=decoder,
-    )
+    fields = arguments(num_members=2, decoder=decoder)
+    plan = plan_training(str(out), dataset, dataclasses.replace(dataset, split="test"), **fields)
     return dataclasses.replace(plan, sharp_training=TRAINING)
 
 
@@ -83,10 +63,9 @@ def shard_of(model: Model, ids: list[str]) -> pa.Table:
 
 def test_finished_model_takes_a_sharp_decoder_and_keeps_all_else(folder: Path, tmp_path: Path) -> None:
     before = trained(plan_of(folder, tmp_path, "plain"))
-    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    files = files_of(tmp_path)
     after = trained(plan_of(folder, tmp_path, "sharp"))
-    for name, content in files.items():
-        assert (tmp_path / name).read_bytes() == content
+    assert {name: files_of(tmp_path)[name] for name in files} == files
     loaded = clarity.load(tmp_path)
     assert before.sharp is None and loaded.sharp is not None and "sharp decoder" in repr(loaded)
     assert loaded.fingerprint == after.fingerprint != before.fingerprint

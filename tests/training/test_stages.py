@@ -1,7 +1,5 @@
 """A whole training: shared by workers, cut anywhere, resumed, extended, and refused where another model is."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
 from clarity.training.directory import begin, finish
 from clarity.training.plan import TrainingPlan, plan_training
-from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, late_fall, run_stages, save_finished
+from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, run_stages, save_finished
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +122,6 @@ def test_training_cut_anywhere_ends_the_same(
     assert cuts
     finish(plan)
     assert files_of(tmp_path) == uncut
-
-
-def test_late_fall_of_a_loss() -> None:
-    assert late_fall({14: 100.0, 19: 90.0, 20: 80.0}, 20) == pytest.approx(0.2)
-    assert late_fall({4: 100.0, 6: 99.5}, 6) == pytest.approx(0.005)
-    assert late_fall({1: 9.0, 2: 1.0}, 2) == 0.0  # too few epochs to tell
-    assert late_fall({20: 80.0}, 20) == 0.0  # taken up again at the last one
 
 
 def test_training_says_when_its_loss_still_falls(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
