@@ -28,15 +28,8 @@ from clarity.vae import VAE, Decoder, VAEConfig
 
 MODEL_FILE = "model.json"
 #: Weight files, by the field of Model whose network each holds.
-FILES = {
-    "vae": "vae.safetensors",
-    "ensemble": "ensemble.safetensors",
-    "image_ensemble": "image_ensemble.safetensors",
-    "folds": "folds.safetensors",
-    "judge": "judge.safetensors",
-    "sharp": "sharp.safetensors",
-    "heads": "attributes.safetensors",
-}
+FILES = {name: f"{name}.safetensors" for name in ("vae", "ensemble", "image_ensemble", "folds", "judge", "sharp")}
+FILES["heads"] = "attributes.safetensors"
 FORMAT = 1
 REMEDY = "copy the model directory again, or train it again"
 
@@ -124,7 +117,8 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
     """
     files = {}
     for name, network in model.networks().items():
-        content = safetensors.torch.save(state_of(network))
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+        content = safetensors.torch.save(tensors)
         storage.write_bytes(storage.join(uri, FILES[name]), content)
         files[FILES[name]] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     head: dict[str, Any] = {
@@ -153,11 +147,6 @@ def fingerprint_of(card: Mapping[str, Any]) -> str:
     files = card["files"]
     parts["sums"] = [files[name]["sha256"] for name in map(FILES.get, ("vae", "ensemble", "sharp")) if name in files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def state_of(network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a network, by name, on the CPU."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
@@ -229,7 +218,6 @@ def load_network(
     if not storage.exists(storage.join(uri, name)):
         raise ValueError(f"{path} is missing; {REMEDY}")
     content = storage.read_bytes(storage.join(uri, name))
-    reject_pickle(content, path)
     found = hashlib.sha256(content).hexdigest()
     if found != checksums[name]:
         raise ValueError(f"{path} has changed: its sha256 is {found}, {MODEL_FILE} says {checksums[name]}; {REMEDY}")
@@ -333,18 +321,13 @@ def load_tensors(uri: storage.URI) -> dict[str, Tensor]:
 
 
 def parse_tensors(content: bytes, path: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
-    reject_pickle(content, path)
-    try:
-        return safetensors.torch.load(content)
-    except Exception as error:  # the library's own error type is not public
-        raise ValueError(f"{path} is no readable safetensors file ({error}); {REMEDY}") from None
-
-
-def reject_pickle(content: bytes, path: str) -> None:
-    """Raise ValueError for a pickle, which would run code when it is opened."""
+    """The tensors of a safetensors file; ValueError for anything else, such as a pickle, which would run code."""
     if content[:2] == b"PK" or (content[:1] == b"\x80" and content[8:9] != b"{"):
         raise ValueError(
             f"{path} is a pickle, which can run any code when it is opened; clarity opens safetensors only: "
             "export the weights with safetensors.torch.save_file, or train the model again"
         )
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:  # the library's own error type is not public
+        raise ValueError(f"{path} is no readable safetensors file ({error}); {REMEDY}") from None

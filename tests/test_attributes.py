@@ -18,6 +18,7 @@ from clarity.explainer import Explainer
 from clarity.findings.attributes import check_kept
 from clarity.findings.finding import NotChecked, gather
 from clarity.findings.searches import check_unconverged
+from clarity.ids import noise
 from clarity.images import decode_png
 from clarity.model import Model
 from clarity.planning import describe_kept
@@ -56,8 +57,10 @@ def test_kept_attributes_have_the_same_logits_at_every_counterfactual(
     # A threshold on the written image that few pairs pass at once, so that rungs are taken too.
     pairs = clarity.explain(heads_model, images, method=method, config=config, keep=KEEP, min_reencoded_prob=0.3)
     free = clarity.explain(heads_model, images, method=method, config=config, min_reencoded_prob=0.3)
-    z = encode_rows(heads_model.vae, torch.from_numpy(images).float() / 255)[0].numpy()
-    start = z[[int(name) for name in pairs["image_id"].to_pylist()]]
+    z, log_var = encode_rows(heads_model.vae, torch.from_numpy(images).float() / 255)
+    if method == "latent":  # starts from a sample
+        z = z + torch.exp(log_var / 2) * torch.from_numpy(noise([str(i) for i in range(9)], 5))
+    start = z.numpy()[[int(name) for name in pairs["image_id"].to_pylist()]]
     assert pairs["rungs"].to_numpy().max() > 0 and pairs["steps"].to_numpy().max() > 0
     before, after = (logits_of(heads_model, codes, KEEP) for codes in (start, schema.matrix(pairs["z_cf"])))
     assert np.abs(after - before).max() < 1e-4

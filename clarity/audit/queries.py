@@ -48,6 +48,12 @@ def load_views() -> dict[str, str]:
     return read_sql("sql/views")
 
 
+@functools.cache
+def statement(name: str) -> str:
+    """A statement of sql/parts, of which summary, findings and page are made."""
+    return read_sql("sql/parts")[name]
+
+
 def read_sql(directory: str) -> dict[str, str]:
     """The texts of the .sql files of a directory beside this file, by name, sorted."""
     files = resources.files("clarity.audit").joinpath(directory).iterdir()

@@ -9,36 +9,7 @@ import pyarrow.dataset as pads
 
 from clarity import storage
 from clarity.audit.plan import Plan
-from clarity.audit.queries import connect, has_predictions
-
-IMAGES = """
-SELECT count(*) AS images, count(error) AS unread,
-       count(*) FILTER (label IS NULL AND label_name IS NOT NULL) AS unknown_labels
-FROM codes"""
-LABELS = "SELECT count(label_name), count(label) FROM codes"
-ERRORS = """
-SELECT error, count(*) AS images FROM codes
-WHERE error IS NOT NULL GROUP BY error ORDER BY images DESC, error LIMIT 20"""
-PREDICTIONS = """
-SELECT coalesce(sum(images) FILTER (prediction IS NOT NULL), 0)::BIGINT AS images,
-       coalesce(sum(images) FILTER (prediction = source), 0)::BIGINT AS agree
-FROM prediction_agreement"""
-CHECKS = """
-SELECT count(*) FILTER (confirmed) AS confirmed, count(confirmed) AS pairs, coalesce(max(rungs), 0) AS most_rungs,
-       round(coalesce(avg(rungs), 0), 3) AS mean_rungs
-FROM counterfactuals"""
-QUANTILES = """
-SELECT quantile_cont(reencoded_target_prob, 0.5) AS median, quantile_cont(reencoded_target_prob, 0.05) AS p5
-FROM counterfactuals"""
-PAIRS = """
-SELECT pairs, converged, nonfinite, reencoded_as_target, judged, judged_as_target, round(mean_steps, 2) AS mean_steps,
-       (SELECT quantile_disc(steps, 0.5) FROM counterfactuals) AS median_steps,
-       (SELECT quantile_cont(target_prob_final, 0.05) FROM counterfactuals) AS target_prob_p5
-FROM class_pair_figures WHERE source IS NULL"""
-SLOWEST = """
-SELECT source_name AS source, target_name AS target, pairs, round(mean_steps, 1) AS mean_steps
-FROM class_pair_figures WHERE source IS NOT NULL
-ORDER BY class_pair_figures.mean_steps DESC, class_pair_figures.source, class_pair_figures.target LIMIT 5"""
+from clarity.audit.queries import connect, has_predictions, statement
 
 
 def summarise(
@@ -47,26 +18,26 @@ def summarise(
     """Counts, errors by reason, steps, slowest class pairs, engines and seconds by stage."""
     con = connect(codes, counterfactuals)
 
-    def rows(sql: str) -> list[dict[str, Any]]:
-        return con.sql(sql).to_arrow_table().to_pylist()
+    def rows(name: str) -> list[dict[str, Any]]:
+        return con.sql(statement(name)).to_arrow_table().to_pylist()
 
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
-    (pairs,) = rows(PAIRS)
+    (pairs,) = rows("summary_pairs")
     return {
         "warnings": warnings(plan, commits, con),
         "committed": len(commits),
         "planned": len(plan.shards),
-        **rows(IMAGES)[0],
-        "errors": {row["error"]: row["images"] for row in rows(ERRORS)},
+        **rows("summary_images")[0],
+        "errors": {row["error"]: row["images"] for row in rows("summary_errors")},
         "left_out": plan.dataset.get("left_out", {}),
         "notes": plan.dataset.get("notes", []),
-        "predictions": rows(PREDICTIONS)[0] if has_predictions(con) else None,
+        "predictions": rows("summary_predictions")[0] if has_predictions(con) else None,
         **pairs,
-        "reencoded_target_prob": rows(QUANTILES)[0] if pairs["pairs"] else None,
-        "checks": rows(CHECKS)[0] if plan.requires_checks else None,
-        "slowest_class_pairs": rows(SLOWEST),
+        "reencoded_target_prob": rows("summary_quantiles")[0] if pairs["pairs"] else None,
+        "checks": rows("summary_checks")[0] if plan.requires_checks else None,
+        "slowest_class_pairs": rows("summary_slowest"),
         "engines": dict(Counter(commit["engine"] for commit in commits.values() if commit.get("engine"))),
         "seconds_by_stage": {stage: round(value, 3) for stage, value in seconds.items()},
     }
@@ -75,7 +46,7 @@ def summarise(
 def warnings(plan: Plan, commits: Mapping[int, Mapping[str, Any]], con: duckdb.DuckDBPyConnection) -> list[str]:
     """What makes the figures of an audit doubtful, the gravest first: a sentence each."""
     found = []
-    labelled, known = con.execute(LABELS).fetchall()[0]
+    labelled, known = con.execute(statement("summary_labels")).fetchall()[0]
     if labelled and not known:
         names = ", ".join(plan.class_names[:5]) + (" ..." if len(plan.class_names) > 5 else "")
         found.append(
@@ -159,11 +130,12 @@ def share(count: int, total: int) -> str:
 
 def describe_plan(plan: Plan, uri: str, measured: Mapping[str, Any], num_actors: int) -> str:
     """What a run would do as text, from what ``probe`` measured."""
+    pairs_per_image = len(plan.class_names) - 1 if plan.targets is None else len(plan.targets)
     seconds = plan.num_images * measured["seconds_per_image"] / num_actors
     size = plan.num_images * measured["bytes_per_image"]
     lines = [
         f"images     {plan.num_images}",
-        f"pairs      {plan.num_images * plan.pairs_per_image} at most",
+        f"pairs      {plan.num_images * pairs_per_image} at most",
         f"shards     {len(plan.shards)} of {plan.shards[0]['stop']} images",
         f"files      {len(plan.shards) * (3 + bool(plan.trace))}, {size / 1e6:.1f} MB in all",
         f"time       {seconds:.0f} s, at {measured['pairs_per_second']:.0f} pairs/s an actor ({measured['engine']})",

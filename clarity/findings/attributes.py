@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from clarity.audit.queries import statement
 from clarity.findings.finding import Facts, Finding, NotChecked, share_text
 from clarity.findings.statistics import can_be_told, holm, signed_rank_p
 from clarity.report.text import listed, percent, plural
@@ -19,12 +20,7 @@ def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
     if not facts.has_table("attributes"):
         return NotChecked("the attributes of the pictures were not measured")
     rows = facts.rows(
-        """
-        SELECT attribute, source, target, list(prob_final - prob_initial ORDER BY image_id),
-               count(*) FILTER ((prob_initial > 0.5) <> (prob_final > 0.5))
-        FROM attributes JOIN counterfactuals USING (image_id, target)
-        WHERE converged GROUP BY ALL HAVING count(*) >= $min_pairs ORDER BY attribute, source, target
-        """,
+        statement("attribute_drift"),
         {"min_pairs": MIN_PAIRS},
     )
     if not rows:
@@ -73,11 +69,7 @@ def check_kept(facts: Facts) -> list[Finding] | NotChecked:
         sides = {}
         reached = flipped = 0
         for is_set, pairs, converged, changed in facts.rows(
-            """
-            SELECT kept_probs_initial[$index] > 0.5 AS is_set, count(*), count(*) FILTER (converged),
-                   count(*) FILTER (converged AND (kept_probs_final[$index] > 0.5) <> is_set)
-            FROM counterfactuals GROUP BY 1 ORDER BY 1 DESC
-            """,
+            statement("kept_flips"),
             {"index": index},
         ):
             sides["with" if is_set else "without"] = percent(pairs - converged, pairs)
@@ -110,11 +102,7 @@ def judged_flips(facts: Facts) -> dict[str, tuple[int, int]]:
     if not facts.has_table("attributes"):
         return {}
     rows = facts.rows(
-        """
-        SELECT attribute, count(*) FILTER ((prob_initial > 0.5) <> (prob_final > 0.5)), count(*)
-        FROM attributes JOIN counterfactuals USING (image_id, target)
-        WHERE converged AND attribute IN (SELECT unnest($keep)) GROUP BY 1
-        """,
+        statement("judged_flips"),
         {"keep": list(facts.keep)},
     )
     found = {name: (flipped, pairs) for name, flipped, pairs in rows}

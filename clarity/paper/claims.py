@@ -46,7 +46,6 @@ def measure_claims(
     """
     return {
         "accuracy": accuracies(model, oracle, x, label),
-        "parameters of one member": parameters_of_one_member(model),
         "curves": curve_measures(model, images),
         "gradients": gradient_measures(model, images),
         "far from the data": far_measures(model, images),
@@ -218,19 +217,6 @@ def trace_search(model: Model, method: str, pairs: Pairs, config: SearchConfig) 
         {name: np.stack(values) for name, values in zip(names, zip(*sorted(steps, key=lambda values: int(values[0]))))}
         for steps in seen
     ]
-
-
-def parameters_of_one_member(model: Model) -> dict[str, int]:
-    """Parameters of encoder and latent classifier together, and of the image classifier (Figure 3 says equal)."""
-
-    def count(module: Any) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    members = model.ensemble.config.num_members
-    out = {"latent": count(model.vae.encoder_layers) + count(model.vae.mean) + count(model.ensemble) // members}
-    if model.image_ensemble is not None:
-        out["image"] = count(model.image_ensemble) // model.image_ensemble.config.num_members
-    return out
 
 
 def time_steps(model: Model, config: SearchConfig, images: Images) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clarity import storage
+from clarity.audit.queries import statement
 from clarity.findings.finding import Finding
 from clarity.findings.statistics import share_interval
 from clarity.report.embed import Embedded, text_of
@@ -57,24 +58,7 @@ def interval(part: float, whole: float) -> str:
 
 def totals(view: View) -> dict[str, Any]:
     """Counts and medians over all rows of the audit."""
-    return view.table(
-        """
-        SELECT * FROM (
-            SELECT count(*) AS images, count(*) FILTER (status <> 'ok') AS failed,
-                   count(label) FILTER (status = 'ok') AS labelled,
-                   count(*) FILTER (status = 'ok' AND label = source) AS agree
-            FROM codes
-        ), (
-            SELECT pairs, converged, nonfinite, reencoded_as_target, median_steps, median_distance, epistemic_initial,
-                   epistemic_final, judged, judged_as_target
-            FROM class_pair_figures WHERE source IS NULL
-        ), (
-            SELECT median(reencoded_target_prob) AS reencoded, count(confirmed) AS checked,
-                   count(*) FILTER (confirmed) AS confirmed, count(*) FILTER (rungs > 0) AS went_on
-            FROM counterfactuals
-        )
-        """
-    ).to_pylist()[0]
+    return view.table(statement("page_totals")).to_pylist()[0]
 
 
 def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from clarity import storage
+from clarity.audit.queries import statement
 from clarity.report.view import View
 
 KINDS = ("closest", "median", "hardest", "failed")
@@ -66,25 +67,7 @@ def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Seq
 def ranked_examples(view: View) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """Up to MAX_EXAMPLES examples of each kind for each class pair, by latent distance; failed ones by probability."""
     table = view.table(
-        """
-        WITH ranked AS (
-            SELECT image_id, source, target, converged,
-                   row_number() OVER near AS near, count(*) OVER (PARTITION BY source, target, converged) AS n
-            FROM counterfactuals WHERE converged IS NOT NULL
-            WINDOW near AS (PARTITION BY source, target, converged
-                            ORDER BY CASE WHEN converged THEN distance_z_l1 ELSE target_prob_final END, image_id)
-        )
-        SELECT image_id, source, target,
-               CASE WHEN NOT converged THEN 'failed' WHEN near <= $each THEN 'closest'
-                    WHEN near > n - $each THEN 'hardest' ELSE 'median' END AS kind,
-               row_number() OVER (
-                   PARTITION BY source, target, kind
-                   ORDER BY CASE kind WHEN 'hardest' THEN -near WHEN 'median' THEN abs(2 * near - n - 1) ELSE near END,
-                            near
-               ) AS rank
-        FROM ranked QUALIFY rank <= $each
-        ORDER BY source, target, list_position($kinds, kind), rank
-        """,
+        statement("page_examples"),
         {"each": MAX_EXAMPLES, "kinds": list(KINDS)},
     )
     by_pair: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -134,13 +117,7 @@ def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> li
     number = max(len(asked), min(MAX_IMAGES, room // (2 + (len(first.class_names) - 1) * len(views))))
     told = [example[0] for view in views for finding in view.results.findings for example in finding.examples[:6]]
     spread = first.facts.rows(
-        """
-        WITH turns AS (
-            SELECT image_id, source, row_number() OVER (PARTITION BY source ORDER BY md5(image_id), image_id) AS turn
-            FROM codes WHERE status = 'ok'
-        )
-        SELECT image_id FROM turns WHERE turn <= $each ORDER BY turn, source, image_id
-        """,
+        statement("page_images"),
         {"each": max(1, math.ceil(number / len(first.class_names)))},
     )
     chosen = dict.fromkeys([*asked, *told, *(row[0] for row in spread)])
@@ -153,14 +130,6 @@ def choose_disagreements(view: View) -> list[dict[str, Any]]:
         return []
     theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in view.audit.codes.schema.names else "NULL"
     return view.table(
-        f"""
-        SELECT c.image_id, c.label_name, prediction, e.class AS seen, {theirs} AS their_prob, prob AS seen_prob,
-               probs[prediction + 1] AS prediction_prob, distance_z_l1 AS distance,
-               CASE WHEN c.source = prediction THEN e.class ELSE prediction END AS other
-        FROM codes AS c JOIN ensemble AS e USING (image_id) LEFT JOIN counterfactuals AS p
-             ON p.image_id = c.image_id AND target IN (prediction, e.class) AND converged
-        WHERE prediction <> e.class
-        ORDER BY prob DESC, c.image_id LIMIT $count
-        """,
+        statement("page_disagreements").format(theirs=theirs),
         {"count": LISTED},
     ).to_pylist()

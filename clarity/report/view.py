@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clarity import storage
-from clarity.audit.queries import connect
+from clarity.audit.queries import connect, statement
 from clarity.audit.read import ATTRIBUTES_FILE, Audit, read_audit
 from clarity.findings.differences import Differences, mean_differences
 from clarity.findings.finding import Facts, gather
@@ -148,19 +148,7 @@ def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder 
     """Mean changes over a sample: as many pairs of each target, evenly over sources, chosen by a hash of the id."""
     num_classes = len(audit.class_names)
     table = con.sql(
-        """
-        WITH turns AS (
-            SELECT image_id, source, target, md5(image_id) AS lot,
-                   row_number() OVER (PARTITION BY source, target ORDER BY md5(image_id), image_id) AS turn
-            FROM counterfactuals WHERE converged
-        ), chosen AS (
-            SELECT image_id, target FROM turns WHERE turn <= $each
-            QUALIFY row_number() OVER (PARTITION BY target ORDER BY turn, lot, image_id) <= $each
-        )
-        SELECT image_id, p.source, target, c.z, p.z_cf, c.x, p.x_cf
-        FROM counterfactuals AS p SEMI JOIN chosen USING (image_id, target) JOIN codes AS c USING (image_id)
-        ORDER BY source, target, image_id
-        """,
+        statement("page_changes"),
         params={"each": max(20, CHANGE_PAIRS // num_classes)},
     ).to_arrow_table()
     if not table.num_rows:
