@@ -129,6 +129,7 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
         "folds": len(model.folds),
         "judge": None if model.judge is None else asdict(model.judge.config),
         "attributes": [] if model.heads is None else list(model.heads.names),
+        "attribute_directions": 0 if model.heads is None else model.heads.num_directions,
         "class_names": list(model.class_names),
         "preprocessing": model.preprocessing.to_json(),
         "files": files,
@@ -169,6 +170,7 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
     num_folds = entry("folds", parse_count)
     # Models of earlier versions have no such entries.
     attributes = entry("attributes", parse_names) if "attributes" in card else ()
+    directions = entry("attribute_directions", parse_count) if "attribute_directions" in card else 1
     judge_config = entry("judge", lambda fields: fields and JudgeConfig(**fields)) if "judge" in card else None
     checksums = entry("files", parse_files)
     shape, classes = vae_config.image_shape, len(class_names)
@@ -191,7 +193,7 @@ def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
     if FILES["sharp"] in checksums:
         build["sharp"] = lambda: Decoder(vae_config)
     if attributes:
-        build["heads"] = lambda: AttributeHeads(attributes, vae_config.latent_dim)
+        build["heads"] = lambda: AttributeHeads(attributes, vae_config.latent_dim, directions)
     if num_folds:
         build["folds"] = lambda: nn.ModuleList(LatentEnsemble(config) for _ in range(num_folds))
     for found, expected, text in agree:
@@ -294,7 +296,7 @@ def parse_names(value: Any) -> tuple[str, ...]:
 
 
 def parse_count(value: Any) -> int:
-    """Number of folds of a card."""
+    """A number of folds, or of directions, of a card."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1000:
         raise ValueError(f"expected a count from 0 to 1000, found {value!r}")
     return value

@@ -24,6 +24,8 @@ from clarity.vae import VAE
 #: Images that the heads are fitted to, and measured on, at most: spread evenly over the split.
 MAX_IMAGES = 50_000
 CHUNK = 1024
+#: Directions of an attribute. Without the first one, the codes still tell most attributes.
+DIRECTIONS = 2
 
 
 def choose_attributes(dataset: Dataset, held_out: Dataset | None, names: Sequence[str]) -> tuple[str, ...]:
@@ -52,7 +54,9 @@ def fit_heads(
     held_out: Dataset | None,
     attributes: Sequence[str],
 ) -> tuple[AttributeHeads, dict[str, Any]]:
-    """Fit a logistic regression for each attribute to codes drawn from the posteriors of the training split.
+    """Fit logistic regressions for each attribute to codes drawn from the posteriors of the training split.
+
+    The second is fitted to the codes without their parts along the first (Ravfogel et al. 2020).
 
     Beside the heads returns for each attribute ``share`` of the training images where it is set, and on the held-out
     images ``accuracy`` and ``balanced_accuracy``, null where it is not known of any.
@@ -60,7 +64,7 @@ def fit_heads(
     mean, log_var, values = encode_split(vae, preprocessing, dataset, attributes)
     noise = np.random.default_rng(0).standard_normal(mean.shape, np.float32)
     codes = mean + np.exp(log_var / 2) * noise
-    heads = AttributeHeads(attributes, mean.shape[1])
+    heads = AttributeHeads(attributes, mean.shape[1], DIRECTIONS)
     figures: dict[str, Any] = {}
     highest = {}
     for a, name in enumerate(attributes):
@@ -69,9 +73,14 @@ def fit_heads(
         is_set = values[known, a] == highest[name]
         if is_set.all():
             raise ValueError(f"attributes: {name!r} has one value among the images that can be read: leave it out")
-        fitted = LogisticRegression(max_iter=1000).fit(codes[known], is_set)
-        heads.linear.weight.data[a] = torch.from_numpy(fitted.coef_[0]).float()
-        heads.linear.bias.data[a] = float(fitted.intercept_[0])
+        left = codes[known]
+        for layer in (heads.linear, *heads.further):
+            fitted = LogisticRegression(max_iter=1000).fit(left, is_set)
+            layer.weight.data[a] = torch.from_numpy(fitted.coef_[0]).float()
+            if layer is heads.linear:
+                layer.bias.data[a] = float(fitted.intercept_[0])
+            direction = fitted.coef_[0] / np.linalg.norm(fitted.coef_[0])
+            left = left - np.outer(left @ direction, direction)
         figures[name] = {"share": float(is_set.mean()), "accuracy": None, "balanced_accuracy": None}
     heads = heads.requires_grad_(False).eval()
     if held_out is None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from bars import SHORT_VAE, arguments, bars, files_of
 
 import clarity
@@ -48,6 +49,10 @@ def test_heads_are_added_to_a_finished_model_and_say_how_good_they_are(data: Pat
     found = model.card["metrics"]["attributes"]
     assert found["low"]["balanced_accuracy"] > 0.9 and 0.3 < found["noise"]["balanced_accuracy"] < 0.7
     assert found["low"]["share"] == pytest.approx(1 / 3, abs=0.02)
+    # The second direction tells the attribute, too, and is fitted to what the first one leaves.
+    first, second = (layer.weight[0] for layer in (model.heads.linear, *model.heads.further))
+    assert torch.cosine_similarity(first, second, dim=0).abs() < 0.01
+    assert second.norm() > 0.1
     # Nothing is trained again, and nothing is lost, where the same is asked for once more.
     content = files_of(tmp_path / "model")
     again = clarity.train("parquet", tmp_path / "model", data=data, attributes=("noise",), **FIELDS)
