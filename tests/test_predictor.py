@@ -9,41 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from predictors import as_predictor
+from predictors import CLASSES, WEIGHT, H, K, W, as_predictor, write_onnx
 
 from clarity import predictor
 from clarity.predictor import batch_difference, load_predictor
-
-H, W, K = 4, 6, 3
-CLASSES = ["ant", "bee", "cow"]
-DESCRIPTION = {"classes": CLASSES, "mode": "L", "size": [H, W], "mean": [0.5], "std": [0.25], "output": "logits"}
-WEIGHT = np.random.default_rng(5).normal(size=(H * W, K)).astype(np.float32)
-
-
-def write_onnx(
-    directory: Path, shape: tuple[Any, ...] = ("batch", 1, H, W), external: str | None = None, **changes: Any
-) -> str:
-    """A linear classifier of images as model.onnx, and model.onnx.json."""
-    weight = numpy_helper.from_array(WEIGHT, "weight")
-    if external:
-        weight.ClearField("raw_data")
-        weight.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", external), ("offset", "0"), ("length", str(WEIGHT.nbytes))):
-            entry = weight.external_data.add()
-            entry.key, entry.value = key, value
-    nodes = [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("MatMul", ["flat", "weight"], ["y"])]
-    graph = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (shape[0], K))],
-        [weight],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    (directory / "model.onnx").write_bytes(model.SerializeToString())
-    (directory / "model.onnx.json").write_text(json.dumps({**DESCRIPTION, **changes}))
-    return str(directory / "model.onnx")
 
 
 def images(count: int, shape: tuple[int, int, int] = (1, H, W)) -> np.ndarray:

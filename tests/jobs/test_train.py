@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from bars import files_of, write_bars
 from pictures import write_shapes
+from predictors import write_onnx
 
 import clarity
+from clarity.predictor import load_predictor
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
@@ -198,6 +200,17 @@ def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     colour = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere", "--mode", "RGB", "--center-crop", "20"]))
     assert colour.vae.image_shape == (3, 28, 28) and colour.preprocessing.center_crop == 20
     assert other.vae_training.seed == other.ensemble_training.seed == other.image_training.seed == 3
+
+
+def test_relative_onnx_file_is_found_wherever_a_worker_runs(
+    job: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_onnx(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    argv = command(folder, tmp_path / "model", "--predictor", "model.onnx")[2:]
+    plan = job.make_plan(job.new_parser().parse_args(argv))
+    monkeypatch.chdir("/")
+    assert load_predictor(plan.predictor).digest == load_predictor(tmp_path / "model.onnx").digest
 
 
 def test_job_holds_out_validation_where_there_is_no_test_and_says_so(
