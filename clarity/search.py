@@ -182,13 +182,7 @@ def in_threads(work: Callable[[], None], workers: int) -> None:
 
 
 def search_block(
-    gradient: Gradient,
-    start: Tensor,
-    rows: Rows,
-    config: SearchConfig,
-    run: Run,
-    queue: Queue,
-    result: Counterfactuals,
+    gradient: Gradient, start: Tensor, rows: Rows, config: SearchConfig, run: Run, queue: Queue, result: Counterfactuals
 ) -> None:
     """Search in one block until the queue is empty and every slot has ended.
 

@@ -19,10 +19,7 @@ def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
     """Attributes whose probability drifts, beyond chance over all attributes and class pairs."""
     if not facts.has_table("attributes"):
         return NotChecked("the attributes of the pictures were not measured")
-    rows = facts.rows(
-        statement("attribute_drift"),
-        {"min_pairs": MIN_PAIRS},
-    )
+    rows = facts.rows(statement("attribute_drift"), {"min_pairs": MIN_PAIRS})
     if not rows:
         return NotChecked(f"no class pair has {MIN_PAIRS} pairs with attributes")
     changes = [np.array(row[3]) for row in rows]
@@ -68,10 +65,7 @@ def check_kept(facts: Facts) -> list[Finding] | NotChecked:
     for index, name in enumerate(facts.keep, 1):
         sides = {}
         reached = flipped = 0
-        for is_set, pairs, converged, changed in facts.rows(
-            statement("kept_flips"),
-            {"index": index},
-        ):
+        for is_set, pairs, converged, changed in facts.rows(statement("kept_flips"), {"index": index}):
             sides["with" if is_set else "without"] = percent(pairs - converged, pairs)
             reached, flipped = reached + converged, flipped + changed
         missed = facts.num_pairs - reached
@@ -101,9 +95,6 @@ def judged_flips(facts: Facts) -> dict[str, tuple[int, int]]:
     """By kept attribute, of the converged pairs that a held-out judge measured: how many it sees flip, and all."""
     if not facts.has_table("attributes"):
         return {}
-    rows = facts.rows(
-        statement("judged_flips"),
-        {"keep": list(facts.keep)},
-    )
+    rows = facts.rows(statement("judged_flips"), {"keep": list(facts.keep)})
     found = {name: (flipped, pairs) for name, flipped, pairs in rows}
     return {name: found[name] for name in facts.keep if name in found}

@@ -102,9 +102,7 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
     return Verdict(level, sentence, tuple(reasons), tuple(figures), tuple(classes))
 
 
-def judge_fidelity(
-    told: Mapping[str, Any],
-) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
+def judge_fidelity(told: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
     """How far the ensemble may speak for the predictor: reasons for no-go, for with care, and figures."""
     same, agree = told["reconstructing"]["agreement"], told["codes"]["agreement"]
     lost = f"your model sees only {percent(same)} of the reconstructions as it sees the images"

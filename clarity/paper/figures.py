@@ -67,11 +67,7 @@ def draw_tables(write: Write, class_names: Sequence[str], results: Mapping[str, 
 
 
 def grid_row(
-    class_names: Sequence[str],
-    results: Mapping[str, Results],
-    methods: Sequence[str],
-    pair: tuple[str, str],
-    vae: bool,
+    class_names: Sequence[str], results: Mapping[str, Results], methods: Sequence[str], pair: tuple[str, str], vae: bool
 ) -> tuple[list[np.ndarray | None], list[str]] | None:
     """One row of a grid: an image of the source, chosen by ``first_of``, and what each method made of it."""
     source, target = (class_names.index(name) for name in pair)

@@ -95,12 +95,7 @@ def implausibility(features: Array, real: Array, neighbours: int = NEIGHBOURS) -
 
 
 def cout(
-    x: Array,
-    x_cf: Array,
-    source: Array,
-    target: Array,
-    predict: Callable[[Array], Array],
-    steps: int = COUT_STEPS,
+    x: Array, x_cf: Array, source: Array, target: Array, predict: Callable[[Array], Array], steps: int = COUT_STEPS
 ) -> Array:
     """COUT (Khorram and Fuxin 2022), (B,) in [-1, 1]: area under p(target) minus area under p(source).
 

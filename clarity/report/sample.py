@@ -66,10 +66,7 @@ def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Seq
 
 def ranked_examples(view: View) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """Up to MAX_EXAMPLES examples of each kind for each class pair, by latent distance; failed ones by probability."""
-    table = view.table(
-        statement("page_examples"),
-        {"each": MAX_EXAMPLES, "kinds": list(KINDS)},
-    )
+    table = view.table(statement("page_examples"), {"each": MAX_EXAMPLES, "kinds": list(KINDS)})
     by_pair: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_pair.setdefault((row["source"], row["target"]), []).append(row)
@@ -116,10 +113,7 @@ def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> li
         raise ValueError(f"images: no image {missing[0][0]!r} in {uri}; its ids look like {some}")
     number = max(len(asked), min(MAX_IMAGES, room // (2 + (len(first.class_names) - 1) * len(views))))
     told = [example[0] for view in views for finding in view.results.findings for example in finding.examples[:6]]
-    spread = first.facts.rows(
-        statement("page_images"),
-        {"each": max(1, math.ceil(number / len(first.class_names)))},
-    )
+    spread = first.facts.rows(statement("page_images"), {"each": max(1, math.ceil(number / len(first.class_names)))})
     chosen = dict.fromkeys([*asked, *told, *(row[0] for row in spread)])
     return list(chosen)[:number]
 
@@ -129,7 +123,4 @@ def choose_disagreements(view: View) -> list[dict[str, Any]]:
     if not view.has_predictions:
         return []
     theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in view.audit.codes.schema.names else "NULL"
-    return view.table(
-        statement("page_disagreements").format(theirs=theirs),
-        {"count": LISTED},
-    ).to_pylist()
+    return view.table(statement("page_disagreements").format(theirs=theirs), {"count": LISTED}).to_pylist()

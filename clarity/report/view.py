@@ -147,10 +147,7 @@ def open_view(audit: Audit, name: str) -> View:
 def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder | None) -> Differences | None:
     """Mean changes over a sample: as many pairs of each target, evenly over sources, chosen by a hash of the id."""
     num_classes = len(audit.class_names)
-    table = con.sql(
-        statement("page_changes"),
-        params={"each": max(20, CHANGE_PAIRS // num_classes)},
-    ).to_arrow_table()
+    table = con.sql(statement("page_changes"), params={"each": max(20, CHANGE_PAIRS // num_classes)}).to_arrow_table()
     if not table.num_rows:
         return None
     # An image is in many pairs: its own picture is made once.

@@ -48,11 +48,7 @@ def choose_attributes(dataset: Dataset, held_out: Dataset | None, names: Sequenc
 
 
 def fit_heads(
-    vae: VAE,
-    preprocessing: Preprocessing,
-    dataset: Dataset,
-    held_out: Dataset | None,
-    attributes: Sequence[str],
+    vae: VAE, preprocessing: Preprocessing, dataset: Dataset, held_out: Dataset | None, attributes: Sequence[str]
 ) -> tuple[AttributeHeads, dict[str, Any]]:
     """Fit logistic regressions for each attribute to codes drawn from the posteriors of the training split.
 

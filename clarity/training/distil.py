@@ -166,7 +166,4 @@ def agreement(p: Tensor, q: Tensor) -> dict[str, float]:
     """How often the likeliest classes are the same, and the mean KL(p, q) in nats, of probabilities (B, K)."""
     p, q = p.double(), q.double()
     terms = torch.xlogy(p, p) - torch.xlogy(p, q.clamp_min(1e-12))
-    return {
-        "agreement": float((p.argmax(1) == q.argmax(1)).double().mean()),
-        "kl": float(terms.sum(1).mean()),
-    }
+    return {"agreement": float((p.argmax(1) == q.argmax(1)).double().mean()), "kl": float(terms.sum(1).mean())}

@@ -168,11 +168,7 @@ def accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     """Correct predictions, their share, and the mean over the classes present of the share in each."""
     hits = predicted == truth
     by_class = [float(hits[truth == k].mean()) for k in np.unique(truth)]
-    return {
-        "correct": int(hits.sum()),
-        "accuracy": float(hits.mean()),
-        "balanced_accuracy": float(np.mean(by_class)),
-    }
+    return {"correct": int(hits.sum()), "accuracy": float(hits.mean()), "balanced_accuracy": float(np.mean(by_class))}
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,7 @@ import torch
 
 from clarity import storage
 from clarity.classifiers import EnsembleConfig
-from clarity.data import (
-    Dataset,
-    class_names_of,
-    infer_preprocessing,
-    list_images,
-    listing_fingerprint,
-    require_outside,
-)
+from clarity.data import Dataset, class_names_of, infer_preprocessing, list_images, listing_fingerprint, require_outside
 from clarity.data.review import review
 from clarity.images import Preprocessing
 from clarity.model import read_card
@@ -31,13 +24,7 @@ from clarity.predictor import load_predictor
 from clarity.training.attributes import choose_attributes
 from clarity.training.distil import COPIES, open_audit
 from clarity.training.judge import JudgeTraining
-from clarity.training.loops import (
-    IMAGE_TRAINING,
-    EnsembleTraining,
-    VAETraining,
-    mixed_precision,
-    num_epochs,
-)
+from clarity.training.loops import IMAGE_TRAINING, EnsembleTraining, VAETraining, mixed_precision, num_epochs
 from clarity.training.sharp import SHARP_TRAINING
 from clarity.vae import VAEConfig, vae_config
 

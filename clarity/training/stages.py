@@ -310,12 +310,7 @@ def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) ->
 
 
 def train_stacks(
-    plan: TrainingPlan,
-    worker: Worker,
-    kind: str,
-    count: int,
-    stack_size: int,
-    loop: Callable[..., Iterator[Epoch]],
+    plan: TrainingPlan, worker: Worker, kind: str, count: int, stack_size: int, loop: Callable[..., Iterator[Epoch]]
 ) -> None:
     """Trains this worker's members of a kind, in stacks: those whose number modulo the world's size is its rank."""
     states: dict[int, dict[str, Tensor]] = {}
