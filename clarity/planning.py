@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,9 @@ from clarity.model import Model, load_model
 from clarity.predictor import BATCH_TOLERANCE, Predictor, batch_difference
 from clarity.search import SearchConfig
 from clarity.worker import pack
+
+#: Raw bytes of rows that an actor finds, by a search over latent classifiers, in about the time that its start takes.
+START_BYTES = 8 << 20
 
 
 def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
@@ -270,6 +274,14 @@ def probe(
         "pairs_per_second": explained.stats["pairs"] / seconds,
         "engine": explained.stats["engine"],
     }
+
+
+def useful_actors(plan: Plan, model: Model, shards: Sequence[int]) -> int:
+    """How many actors some shards are worth: one each, but fewer where searching takes less time than their start."""
+    if METHODS[plan.method].classifier not in ("ensemble", "member") or plan.requires_checks:
+        return len(shards)
+    images = sum(plan.shards[shard]["stop"] - plan.shards[shard]["start"] for shard in shards)
+    return min(len(shards), math.ceil(images * raw_bytes_per_image(model, plan.pairs_per_image) / START_BYTES))
 
 
 def raw_bytes_per_image(model: Model, num_targets: int) -> float:

@@ -11,7 +11,7 @@ import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
-from clarity.audit.queries import connect
+from clarity.audit.queries import PAIR_FIGURES, PairFigure, connect
 from clarity.figure import DARK, FULL_WIDTH, MIDDLE, Picture, new_picture, styled
 from clarity.images import decode_png
 from clarity.report.text import decimals, short_names
@@ -169,35 +169,6 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
     ]
     picture.legend(handles=handles, loc="outside upper center", ncols=3)
     return picture
-
-
-class PairFigure(NamedTuple):
-    """One figure of class pairs: its title, its unit, what it says, and whether it is a share, low ones dark."""
-
-    title: str
-    label: str
-    doc: str
-    share: bool = False
-
-
-#: Columns of the view class_pair_figures that ``class_pairs`` and the report show.
-PAIR_FIGURES = {
-    "strict_validity": PairFigure("Strict validity", "share of pairs", "pairs that converged", True),
-    "reencoded_agreement": PairFigure(
-        "Re-encoded agreement", "share of pairs", "pairs classified as their target after encoding again", True
-    ),
-    "judge_agreement": PairFigure(
-        "Judge agreement", "share of pairs", "pairs that a held-out network classifies as their target", True
-    ),
-    "confirmed_share": PairFigure(
-        "Confirmed", "share of pairs", "pairs whose written picture passed every check", True
-    ),
-    "median_steps": PairFigure("Steps", "updates, median of converged pairs", "number of updates of the search"),
-    "median_distance": PairFigure("Latent distance", "L1, median of converged pairs", "size of the change"),
-    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "epistemic uncertainty of the images"),
-    "epistemic_final": PairFigure("Epistemic after", "nats, median", "epistemic uncertainty of the counterfactuals"),
-    "pairs": PairFigure("Pairs", "count", "number of pairs"),
-}
 
 
 def class_pairs(audit: Audit, what: str = "median_distance") -> Picture:

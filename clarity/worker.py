@@ -7,6 +7,7 @@ Ray.
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,7 @@ class ExplainShard:
 
     def __init__(self, work: Work, **options: Any) -> None:
         self.work, self.options = work, options
+        gc.set_threshold(100_000, 50)  # else a sixth of torch's import goes into looking for garbage
 
     @cached_property
     def explainer(self) -> Explainer:

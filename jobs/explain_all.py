@@ -104,14 +104,14 @@ def explain_all(args: Namespace) -> int:
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"], rows))
     if args.dry_run:
         measured = measure(args, plan, model_uri, dataset, listing.slice(0, 32))
-        resources = driver.plan_actors(args, len(plan.shards))
+        resources = driver.plan_actors(args, planning.useful_actors(plan, model, range(len(plan.shards))))
         print(f"{describe_plan(plan, out, measured, resources.num_actors)}\n{resources.describe()}")
         return 0
     with claim(out, plan, model_uri) as held:
         if held.complete:
             print(f"already complete\n{describe(held.summary())}")
         else:
-            resources = driver.plan_actors(args, len(held.pending))
+            resources = driver.plan_actors(args, planning.useful_actors(plan, model, held.pending))
             driver.check_visible(held.uri, held.run, dataset.data)
             preprocessing = (model.preprocessing, predictor and predictor.sees(model.preprocessing))
             work = Work(out, held.run, held.plan, dataset, *preprocessing, args.predictor)

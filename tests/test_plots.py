@@ -13,12 +13,12 @@ from audits import Planted, make_tables, write_audit
 from PIL import Image
 
 from clarity import figure, plots
-from clarity.audit.queries import connect
+from clarity.audit.queries import PAIR_FIGURES, connect
 from clarity.audit.read import read_audit
 from clarity.images import decode_png
 
 C, H, W, K = 3, 8, 12, 4
-SHARE = plots.PAIR_FIGURES["strict_validity"]
+SHARE = PAIR_FIGURES["strict_validity"]
 
 
 def image(value: float) -> np.ndarray:
@@ -84,7 +84,7 @@ def test_class_pairs_are_those_of_the_view(tmp_path: Path) -> None:
     tables = make_tables(planted=Planted(hard=(1, 3), lost=2))
     opened = read_audit(write_audit(tmp_path / "audit", tables))
     view = connect(tables.codes, tables.counterfactuals).sql("FROM class_pair_figures WHERE source IS NOT NULL").df()
-    for what in plots.PAIR_FIGURES.keys() - {"judge_agreement", "confirmed_share"}:  # neither judge nor checks here
+    for what in PAIR_FIGURES.keys() - {"judge_agreement", "confirmed_share"}:  # neither judge nor checks here
         shown = plots.class_pairs(opened, what).axes[0].images[0].get_array()
         assert np.ma.getmaskarray(shown).tolist() == np.eye(4, dtype=bool).tolist()
         assert shown[view.source, view.target].tolist() == pytest.approx(view[what].tolist())

@@ -7,7 +7,7 @@ import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -15,6 +15,35 @@ import pyarrow as pa
 from clarity.schema import COUNTERFACTUALS
 
 SQL_TYPES = {"bool": "BOOLEAN", "int32": "INTEGER", "float": "FLOAT", "float[A]": "FLOAT[]"}
+
+
+class PairFigure(NamedTuple):
+    """One figure of class pairs: its title, its unit, what it says, and whether it is a share, low ones dark."""
+
+    title: str
+    label: str
+    doc: str
+    share: bool = False
+
+
+#: Columns of the view class_pair_figures that ``plots.class_pairs`` and the report show.
+PAIR_FIGURES = {
+    "strict_validity": PairFigure("Strict validity", "share of pairs", "pairs that converged", True),
+    "reencoded_agreement": PairFigure(
+        "Re-encoded agreement", "share of pairs", "pairs classified as their target after encoding again", True
+    ),
+    "judge_agreement": PairFigure(
+        "Judge agreement", "share of pairs", "pairs that a held-out network classifies as their target", True
+    ),
+    "confirmed_share": PairFigure(
+        "Confirmed", "share of pairs", "pairs whose written picture passed every check", True
+    ),
+    "median_steps": PairFigure("Steps", "updates, median of converged pairs", "number of updates of the search"),
+    "median_distance": PairFigure("Latent distance", "L1, median of converged pairs", "size of the change"),
+    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "epistemic uncertainty of the images"),
+    "epistemic_final": PairFigure("Epistemic after", "nats, median", "epistemic uncertainty of the counterfactuals"),
+    "pairs": PairFigure("Pairs", "count", "number of pairs"),
+}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clarity.plots import PAIR_FIGURES
+from clarity.audit.queries import PAIR_FIGURES
 from clarity.report.text import decimals, percent
 from clarity.report.view import View
 

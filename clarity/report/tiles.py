@@ -65,8 +65,8 @@ class Tiles:
             sheet = sheet.reshape(lines * self.height, self.columns * self.width, self.channels)
             image = Image.fromarray(sheet[:, :, 0] if self.channels == 1 else sheet).convert("RGB")
             buffer = io.BytesIO()
-            # The quality of exact pictures is the effort: 85 takes four times as long for 0.1 % fewer bytes.
-            lossless = self.channels == 1
-            image.save(buffer, "WEBP", lossless=lossless, quality=30 if lossless else 85, method=3)
+            # The quality of exact pictures is the effort: 30 takes twice as long for 7 % fewer bytes.
+            exact = {"lossless": True, "quality": 0, "method": 1}
+            image.save(buffer, "WEBP", **(exact if self.channels == 1 else {"quality": 85, "method": 3}))
             sheets.append("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
         return sheets
