@@ -69,6 +69,11 @@ class Plan:
         return int(self.dataset["num_images"])
 
     @property
+    def pairs_per_image(self) -> int:
+        """Pairs of an image at most; one less where a listed target is its source."""
+        return len(self.class_names) - 1 if self.targets is None else len(self.targets)
+
+    @property
     def requires_checks(self) -> bool:
         """Whether written images are checked, so that pairs are confirmed or not."""
         return bool(self.checks.keys() & {"min_reencoded_prob", "min_judge_prob", "predictor"})

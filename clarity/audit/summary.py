@@ -130,12 +130,11 @@ def share(count: int, total: int) -> str:
 
 def describe_plan(plan: Plan, uri: str, measured: Mapping[str, Any], num_actors: int) -> str:
     """What a run would do as text, from what ``probe`` measured."""
-    pairs_per_image = len(plan.class_names) - 1 if plan.targets is None else len(plan.targets)
     seconds = plan.num_images * measured["seconds_per_image"] / num_actors
     size = plan.num_images * measured["bytes_per_image"]
     lines = [
         f"images     {plan.num_images}",
-        f"pairs      {plan.num_images * pairs_per_image} at most",
+        f"pairs      {plan.num_images * plan.pairs_per_image} at most",
         f"shards     {len(plan.shards)} of {plan.shards[0]['stop']} images",
         f"files      {len(plan.shards) * (3 + bool(plan.trace))}, {size / 1e6:.1f} MB in all",
         f"time       {seconds:.0f} s, at {measured['pairs_per_second']:.0f} pairs/s an actor ({measured['engine']})",
