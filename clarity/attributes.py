@@ -57,7 +57,7 @@ class AttributeHeads(nn.Module):
 
         ValueError: as many directions as the code has dimensions, or some that depend on each other linearly.
         """
-        weight = torch.cat([self.linear.weight, *(layer.weight for layer in self.further)]).detach()
+        weight = torch.cat([tensor for key, tensor in self.state_dict().items() if key.endswith("weight")])
         if len(weight) >= weight.shape[1]:
             raise ValueError(
                 f"keep: expected fewer than {math.ceil(weight.shape[1] / self.num_directions)} attributes, for a code "
