@@ -88,18 +88,13 @@ def test_library_never_imports_ray_nor_prints(path: Path) -> None:
     assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
-def test_job_imports_no_other_job_but_what_they_share(path: Path) -> None:
-    jobs = {other.stem for other in (ROOT / "jobs").glob("*.py")} - SHARED
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_job_imports_no_other_job_but_what_they_share_and_can_be_run_by_its_name(path: Path) -> None:
+    jobs = {other.stem for other in PROGRAMS} - SHARED
     assert not {module for module in imports_of(path) if module.split(".")[0] == "jobs" or module in jobs}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
-def test_job_can_be_run_by_its_name(path: Path) -> None:
-    if path.stem in SHARED:
-        return
-    assert path.read_text().startswith("#!/usr/bin/env python")
-    assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
+    if path.stem in jobs:
+        assert path.read_text().startswith("#!/usr/bin/env python")
+        assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
 
 
 @pytest.mark.parametrize("path", [*FILES, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
@@ -113,12 +108,6 @@ def test_file_has_one_subject(path: Path) -> None:
 def test_a_word_has_one_meaning(path: Path) -> None:
     """It is a directory, a URI, an index or axes."""
     assert not re.findall(r"(?i)\b\w*places?\b(?<!replace)(?<!replaces)(?<!inplace)", path.read_text())
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_outside_paper_imports_it(path: Path) -> None:
-    if path.relative_to(PACKAGE).parts[0] != "paper":
-        assert not {module for module in imports_of(path) if module.startswith("clarity.paper")}
 
 
 def test_no_module_is_named_like_a_public_function() -> None:

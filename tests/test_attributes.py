@@ -17,7 +17,7 @@ from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.audit.queries import connect
 from clarity.explainer import Explainer
 from clarity.findings.attributes import check_kept
-from clarity.findings.finding import NotChecked, gather
+from clarity.findings.finding import Finding, NotChecked, gather
 from clarity.findings.searches import check_unconverged
 from clarity.ids import noise
 from clarity.images import decode_png
@@ -182,9 +182,8 @@ def test_finding_counts_pairs_out_of_reach_and_pictures_that_change_sides() -> N
     final[index % 5 == 1, 1] = 0.8
     pairs = pairs.set_column(pairs.column_names.index("converged"), "converged", pa.array(converged))
     pairs, names = with_kept(pairs, initial, final), tables.class_names
-    findings = check_kept(gather(connect(tables.codes, pairs), names, keep=["Male", "Young"]))
-    assert not isinstance(findings, NotChecked)
-    (found,) = findings
+    found = check_kept(gather(connect(tables.codes, pairs), names, keep=["Male", "Young"]))
+    assert isinstance(found, Finding)
     assert found.level == "look"
     assert found.figures["missed"] == (~converged).sum()
     assert found.figures["flipped"] == {"Male": 0.0, "Young": (index[converged] % 5 == 1).mean()}
@@ -199,7 +198,8 @@ def test_pairs_that_kept_attributes_put_out_of_reach_are_not_probably_wrong(keep
     reached = pa.array(pairs["target"].to_numpy() != 1)
     pairs = pairs.set_column(pairs.column_names.index("converged"), "converged", reached)
     pairs = with_kept(pairs, *np.full((2, len(pairs), 2), 0.2))
-    (failed,) = check_unconverged(gather(connect(tables.codes, pairs), tables.class_names, keep=keep))  # type: ignore[misc]
+    failed = check_unconverged(gather(connect(tables.codes, pairs), tables.class_names, keep=keep))
+    assert isinstance(failed, Finding)
     assert failed.level == level and ("kept Male and Young" in failed.sentence) == bool(keep)
 
 
@@ -214,9 +214,8 @@ def test_finding_counts_what_a_held_out_judge_sees_flip() -> None:
         seen = seen.append_column(name, pa.array(np.broadcast_to(values, len(index))))
     con = connect(tables.codes, pairs)
     con.register("attributes", seen)
-    findings = check_kept(gather(con, tables.class_names, keep=["Male", "Young"]))
-    assert not isinstance(findings, NotChecked)
-    (found,) = findings
+    found = check_kept(gather(con, tables.class_names, keep=["Male", "Young"]))
+    assert isinstance(found, Finding)
     assert found.figures["judged"] == {"Male": ((reached & (index % 4 == 0)).sum(), reached.sum())}
     assert "For the held-out judge of attributes it flips: “Male” in 2" in found.sentence
     assert found.level == "look"

@@ -61,23 +61,27 @@ def keys_of(name: str) -> tuple[str, ...]:
     return ("image_id",) if name == "codes" else ("target", "image_id")
 
 
-@pytest.mark.parametrize("method", ["clarity", "revise_e", "schut"])
-def test_explainer_rows_do_not_depend_on_their_shard(model: Model, method: str) -> None:
-    explainer = Explainer(model, method, CONFIG, threads=1)
-    whole = explainer.explain_shard(shard_of(model, IDS))
-    order = np.random.default_rng(0).permutation(IDS).tolist()
+def same_in_any_shard(explainer: Explainer) -> Explained:
+    """The tables of one shard, whose rows are the same in other shards."""
+    whole = explainer.explain_shard(shard_of(explainer.model, IDS))
     cuts = {
         "alone": [[name] for name in IDS],
         "in threes": [IDS[i : i + 3] for i in range(0, len(IDS), 3)],
-        "shuffled": [order],
+        "shuffled": [np.random.default_rng(0).permutation(IDS).tolist()],
         "among strangers": [IDS[:4] + [f"stranger{i}" for i in range(40)] + IDS[4:]],
     }
     for how, shards in cuts.items():
-        parts = [explainer.explain_shard(shard_of(model, shard)) for shard in shards]
+        parts = [explainer.explain_shard(shard_of(explainer.model, shard)) for shard in shards]
         for name in ("codes", "counterfactuals"):
             found = rows_of(pa.concat_tables([getattr(part, name) for part in parts]), keys_of(name))
             expected = rows_of(getattr(whole, name), keys_of(name))
             assert {key: found[key] for key in expected} == expected, f"{name}, {how}"
+    return whole
+
+
+@pytest.mark.parametrize("method", ["clarity", "revise_e", "schut"])
+def test_explainer_rows_do_not_depend_on_their_shard(model: Model, method: str) -> None:
+    same_in_any_shard(Explainer(model, method, CONFIG, threads=1))
 
 
 @pytest.fixture
@@ -297,8 +301,6 @@ def test_thresholds_of_classes_decide_convergence(model: Model) -> None:
     for row in rows:
         assert row["converged"] == (row["target_prob_final"] > np.float32(thresholds[row["target"]]))
     assert {row["target"] for row in rows if row["converged"]} == {0, 1, 2}
-    with pytest.raises(ValueError, match="expected 4 thresholds, got 2"):
-        Explainer(model, min_target_probs=[0.9, 0.9])
 
 
 LADDER = SearchConfig(min_target_prob=0.32, max_steps=200, learning_rate=0.3)
@@ -334,36 +336,38 @@ def test_rungs_do_not_depend_on_the_shard(model: Model) -> None:
     explainer = Explainer(model, "clarity", LADDER, threads=1)
     first = explainer.explain_shard(shard_of(model, IDS)).counterfactuals
     explainer.checks = [far(float(np.quantile(first["distance_x_l1"].to_numpy()[first["converged"].to_numpy()], 0.6)))]
-    whole = rows_of(explainer.explain_shard(shard_of(model, IDS)).counterfactuals, keys_of(""))
-    assert len({row["rungs"] for row in whole.values() if row["confirmed"]}) > 1
-    for shards in ([[name] for name in IDS], [IDS[::-1]], [IDS[:4] + [f"other{i}" for i in range(40)] + IDS[4:]]):
-        parts = [explainer.explain_shard(shard_of(model, shard)).counterfactuals for shard in shards]
-        found = rows_of(pa.concat_tables(parts), keys_of(""))
-        assert {key: found[key] for key in whole} == whole
+    pairs = same_in_any_shard(explainer).counterfactuals.to_pylist()
+    assert len({row["rungs"] for row in pairs if row["confirmed"]}) > 1
 
 
-def test_min_reencoded_prob_asks_the_ensemble_about_the_written_image(model: Model) -> None:
-    checked = Explainer(model, "clarity", LADDER, min_reencoded_prob=0.27, threads=1)
-    rows = checked.explain_shard(shard_of(model, IDS)).counterfactuals.to_pylist()
-    assert {row["confirmed"] for row in rows} == {True, False}
-    for row in rows:
-        assert row["confirmed"] == (row["reencoded_target_prob"] >= np.float32(0.27))
-    with pytest.raises(ValueError, match="min_reencoded_prob: expected at least 0 and less than 1, got 1"):
-        Explainer(model, min_reencoded_prob=1.0)
-
-
-def test_min_judge_prob_asks_the_judge_about_the_written_image(model: Model) -> None:
+@pytest.mark.parametrize("witness", ["reencoded", "judge"])
+def test_least_probabilities_are_asked_of_the_written_image(model: Model, witness: str) -> None:
     torch.manual_seed(1)
     judged = replace(model, judge=build_judge(model.image_shape, model.num_classes).eval())
     plain = Explainer(judged, "clarity", LADDER, threads=1).explain_shard(shard_of(model, IDS)).counterfactuals
-    least = float(np.quantile(plain["judge_target_prob"].to_numpy(), 0.5))
-    checked = Explainer(judged, "clarity", LADDER, min_judge_prob=least, threads=1)
+    least = float(np.quantile(plain[f"{witness}_target_prob"].to_numpy(), 0.5))
+    asked: dict[str, Any] = {f"min_{witness}_prob": least}
+    checked = Explainer(judged, "clarity", LADDER, threads=1, **asked)
     rows = checked.explain_shard(shard_of(model, IDS)).counterfactuals.to_pylist()
     assert {row["confirmed"] for row in rows} == {True, False} and any(row["rungs"] for row in rows)
     for row in rows:
-        assert row["confirmed"] == (row["judge_target_prob"] >= np.float32(least))
-    with pytest.raises(ValueError, match=r"min_judge_prob: expected a model with a judge, got one without"):
-        Explainer(model, min_judge_prob=0.5)
+        assert row["confirmed"] == (row[f"{witness}_target_prob"] >= np.float32(least))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"min_target_probs": [0.9, 0.9]}, "expected 4 thresholds, got 2"),
+        ({"min_reencoded_prob": 1.0}, "min_reencoded_prob: expected at least 0 and less than 1, got 1"),
+        ({"min_judge_prob": 0.5}, "min_judge_prob: expected a model with a judge, got one without"),
+        ({"min_predictor_prob": 2, "predictor": "mine"}, "min_predictor_prob: expected at least 0 and less than 1"),
+        ({"predictor": "other"}, "has no class 'dog'; it has ant, bee, cow, elk"),
+    ],
+)
+def test_explainer_refuses_what_it_cannot_ask(model: Model, asked: dict[str, Any], message: str) -> None:
+    predictors = {"mine": their_model(model), "other": constant(["ant", "bee", "cow", "elk"], 0), None: None}
+    with pytest.raises(ValueError, match=message):
+        Explainer(model, **asked | {"predictor": predictors[asked.get("predictor")]})
 
 
 def their_model(model: Model) -> Any:
@@ -429,15 +433,5 @@ def test_predictor_sees_the_original_in_its_own_size(model: Model) -> None:
     assert (shown[1][:ROWS] == originals).all()  # the first call is about the fixed images of the digest
 
 
-def test_predictor_of_other_classes_is_rejected(model: Model) -> None:
-    with pytest.raises(ValueError, match="has no class 'dog'; it has ant, bee, cow, elk"):
-        Explainer(model, predictor=constant(["ant", "bee", "cow", "elk"], 0))
-    with pytest.raises(ValueError, match="min_predictor_prob: expected at least 0 and less than 1, got 2"):
-        Explainer(model, predictor=their_model(model), min_predictor_prob=2)
-
-
 def test_predictor_rows_do_not_depend_on_the_shard(model: Model) -> None:
-    explainer = Explainer(model, "clarity", LADDER, predictor=their_model(model), threads=1)
-    whole = rows_of(explainer.explain_shard(shard_of(model, IDS)).counterfactuals, keys_of(""))
-    parts = [explainer.explain_shard(shard_of(model, [name])).counterfactuals for name in IDS]
-    assert rows_of(pa.concat_tables(parts), keys_of("")) == whole
+    same_in_any_shard(Explainer(model, "clarity", LADDER, predictor=their_model(model), threads=1))

@@ -81,85 +81,58 @@ def cut_short(path: Path) -> None:
     (path / MODEL_FILE).write_text(text[: len(text) // 2])
 
 
+def card(entry: str = "", **changes: Any) -> Callable[[Path], None]:
+    """Changes the card, or one entry of it."""
+    return lambda path: edit_card(path, lambda card: (card[entry] if entry else card).update(changes))
+
+
+def removed(*keys: str) -> Callable[[Path], None]:
+    """Takes an entry out of the card."""
+    return lambda path: edit_card(path, lambda card: (card[keys[0]] if keys[1:] else card).pop(keys[-1]))
+
+
+def file(part: str, content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Replaces the weights of a part, made from those of the VAE."""
+    return lambda path: replace_file(path, FILES[part], content((path / FILES["vae"]).read_bytes()))
+
+
+def tensors(part: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    return lambda path: change_tensors(path, FILES[part], change)
+
+
+def double(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["biases.0"] = tensors["biases.0"].double()
+
+
+OUTSIDE = {"../../etc/passwd": {"sha256": "0"}}
+
 #: name, what is done to a whole model directory, what the message must say.
 BAD_MODELS: list[tuple[str, Callable[[Path], object], str]] = [
     ("no card", lambda p: (p / MODEL_FILE).unlink(), "no model at .*model.json, which training writes last"),
     ("card cut short", cut_short, "expected JSON in .*model.json"),
     ("card of another kind", lambda p: (p / MODEL_FILE).write_text("[1]"), "a model of format 1, found 'list'"),
-    ("card of another format", lambda p: edit_card(p, lambda c: c.update(format=9)), "format 1, found 9"),
-    ("card lacks an entry", lambda p: edit_card(p, lambda c: c.pop("preprocessing")), "lacks 'preprocessing'"),
+    ("card of another format", card(format=9), "format 1, found 9"),
+    ("card lacks an entry", removed("preprocessing"), "lacks 'preprocessing'"),
     ("no weights", lambda p: (p / FILES["vae"]).unlink(), "vae.safetensors is missing; copy the model directory again"),
     ("a changed byte", flip_byte, "vae.safetensors has changed: its sha256 is"),
-    (
-        "weights cut short",
-        lambda p: replace_file(p, FILES["vae"], (p / FILES["vae"]).read_bytes()[:-9]),
-        "no readable safe",
-    ),
-    ("a pickle", lambda p: replace_file(p, FILES["vae"], pickle.dumps(Bomb())), "is a pickle, which can run any code"),
+    ("weights cut short", file("vae", lambda data: data[:-9]), "no readable safe"),
+    ("a pickle", file("vae", lambda _: pickle.dumps(Bomb())), "is a pickle, which can run any code"),
     ("a torch.save file", torch_save, "is a pickle, which can run any code"),
-    (
-        "empty weights",
-        lambda p: replace_file(p, FILES["ensemble"], b""),
-        "ensemble.safetensors is no readable safetensors",
-    ),
-    (
-        "a path outside",
-        lambda p: edit_card(p, lambda c: c["files"].update({"../../etc/passwd": {"sha256": "0"}})),
-        "'../../etc/passwd' is none of the files of a model",
-    ),
-    (
-        "a file without its sum",
-        lambda p: edit_card(p, lambda c: c["files"].pop(FILES["vae"])),
-        "names no vae.safetensors",
-    ),
-    (
-        "an unknown architecture",
-        lambda p: edit_card(p, lambda c: c["vae"].update(architecture="gan")),
-        "vae is not usable: unknown VAE architecture 'gan'; choose from beta_vae, conv",
-    ),
-    ("an unknown field", lambda p: edit_card(p, lambda c: c["vae"].update(depth=3)), "vae is not usable: .*'depth'"),
-    (
-        "another class count",
-        lambda p: edit_card(p, lambda c: c.update(class_names=["ant", "bee", "cow"])),
-        "class_names has 3 classes, ensemble has 4",
-    ),
-    ("a class twice", lambda p: edit_card(p, lambda c: c.update(class_names=["ant"] * 4)), "a name stands there twice"),
-    (
-        "another image shape",
-        lambda p: edit_card(p, lambda c: c["preprocessing"].update(height=12, width=8)),
-        r"makes images of shape \(1, 12, 8\), the VAE takes \(1, 8, 12\)",
-    ),
-    (
-        "another latent dim",
-        lambda p: edit_card(p, lambda c: c["ensemble"].update(latent_dim=6)),
-        "latent_dim of the VAE is 5, of the ensemble 6",
-    ),
-    (
-        "more members than weights",
-        lambda p: edit_card(p, lambda c: c["ensemble"].update(num_members=10**12)),
-        r"ensemble.safetensors: .* of shape \(1000000000000, .*; found torch.float32 of shape \(2, ",
-    ),
-    (
-        "a tensor too many",
-        lambda p: change_tensors(p, FILES["vae"], lambda t: t.update(extra=torch.zeros(1))),
-        "does not hold the tensors that model.json describes: extra",
-    ),
-    (
-        "another type",
-        lambda p: change_tensors(p, FILES["ensemble"], lambda t: t.update({"biases.0": t["biases.0"].double()})),
-        "biases.0 is torch.float32 .* found torch.float64",
-    ),
-    (
-        "a weight that is not a number",
-        lambda p: change_tensors(p, FILES["ensemble"], lambda t: t["biases.0"].fill_(float("nan"))),
-        "biases.0 holds a NaN or an infinity",
-    ),
-    (
-        "an image ensemble of the VAE's tensors",
-        lambda p: replace_file(p, FILES["image_ensemble"], (p / FILES["vae"]).read_bytes()),
-        "image_ensemble.safetensors does not hold the tensors",
-    ),
-    ("a silly number of folds", lambda p: edit_card(p, lambda c: c.update(folds=10**9)), "a count from 0 to 1000"),
+    ("empty weights", file("ensemble", lambda _: b""), "ensemble.safetensors is no readable safetensors"),
+    ("a path outside", card("files", **OUTSIDE), "'../../etc/passwd' is none of the files of a model"),
+    ("a file without its sum", removed("files", FILES["vae"]), "names no vae.safetensors"),
+    ("an unknown architecture", card("vae", architecture="gan"), "unknown VAE architecture 'gan'; choose from"),
+    ("an unknown field", card("vae", depth=3), "vae is not usable: .*'depth'"),
+    ("another class count", card(class_names=["ant", "bee", "cow"]), "class_names has 3 classes, ensemble has 4"),
+    ("a class twice", card(class_names=["ant"] * 4), "a name stands there twice"),
+    ("another shape", card("preprocessing", height=12, width=8), r"of shape \(1, 12, 8\), the VAE takes \(1, 8, 12\)"),
+    ("another latent dim", card("ensemble", latent_dim=6), "latent_dim of the VAE is 5, of the ensemble 6"),
+    ("too many members", card("ensemble", num_members=10**12), r"ensemble.safetensors: .*\(1000000000000, .*\(2, "),
+    ("a tensor too many", tensors("vae", lambda t: t.update(extra=torch.zeros(1))), "model.json describes: extra"),
+    ("another type", tensors("ensemble", double), "biases.0 is torch.float32 .* found torch.float64"),
+    ("NaN", tensors("ensemble", lambda t: t["biases.0"].fill_(torch.nan)), "biases.0 holds a NaN or an infinity"),
+    ("tensors of another part", file("image_ensemble", bytes), "image_ensemble.safetensors does not hold the tensors"),
+    ("a silly number of folds", card(folds=10**9), "a count from 0 to 1000"),
 ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clarity.audit.queries import statement
-from clarity.findings.finding import Facts, Finding, NotChecked, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_text
 from clarity.findings.statistics import can_be_told, holm, signed_rank_p
 from clarity.report.text import listed, percent, plural
 
@@ -15,7 +15,7 @@ MIN_PAIRS, MIN_DRIFT = 12, 0.1
 MOST_FLIPPED = 0.1
 
 
-def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
+def check_attributes(facts: Facts) -> Outcome:
     """Attributes whose probability drifts, beyond chance over all attributes and class pairs."""
     if not facts.has_table("attributes"):
         return NotChecked("the attributes of the pictures were not measured")
@@ -33,20 +33,18 @@ def check_attributes(facts: Facts) -> list[Finding] | NotChecked:
     mean, (attribute, source, target, change, flipped) = drifting[0]
     names = list(dict.fromkeys(row[0] for _, row in drifting))
     others = f" Other attributes that drift: {listed(names[1:5])}." if names[1:] else ""
-    return [
-        Finding(
-            "attributes",
-            min(0.95, 0.4 + abs(mean)),
-            f"“{attribute}” drifts",
-            f"{facts.arrow((source, target))} should leave “{attribute}” alone, but moves its probability by "
-            f"{mean:+.2f} on average and flips it in {percent(flipped, len(change))} of "
-            f"{plural(len(change), 'pair')}.{others}",
-            f"Signed-rank tests of {len(rows):,} attributes of class pairs, Holm-corrected: at most 5 % of audits "
-            "without any drift would show one. The attributes are one network's view.",
-            tuple(dict.fromkeys((row[1], row[2]) for _, row in drifting))[:6],
-            figures={"drift": mean, "attributes": len(names), "comparisons": len(rows)},
-        )
-    ]
+    return Finding(
+        "attributes",
+        min(0.95, 0.4 + abs(mean)),
+        f"“{attribute}” drifts",
+        f"{facts.arrow((source, target))} should leave “{attribute}” alone, but moves its probability by "
+        f"{mean:+.2f} on average and flips it in {percent(flipped, len(change))} of "
+        f"{plural(len(change), 'pair')}.{others}",
+        f"Signed-rank tests of {len(rows):,} attributes of class pairs, Holm-corrected: at most 5 % of audits "
+        "without any drift would show one. The attributes are one network's view.",
+        tuple(dict.fromkeys((row[1], row[2]) for _, row in drifting))[:6],
+        figures={"drift": mean, "attributes": len(names), "comparisons": len(rows)},
+    )
 
 
 def drift(changes: Sequence[np.ndarray]) -> np.ndarray:
@@ -55,7 +53,7 @@ def drift(changes: Sequence[np.ndarray]) -> np.ndarray:
     return holm([signed_rank_p(change) if abs(change.mean()) >= MIN_DRIFT else 1.0 for change in changes])
 
 
-def check_kept(facts: Facts) -> list[Finding] | NotChecked:
+def check_kept(facts: Facts) -> Outcome:
     """Pairs out of reach with and without each kept attribute, and pictures in which it flips all the same."""
     if not facts.keep:
         return NotChecked("no attribute was kept")
@@ -75,20 +73,18 @@ def check_kept(facts: Facts) -> list[Finding] | NotChecked:
     judged = judged_flips(facts)
     seen = [f"“{name}” in {percent(flipped, pairs)}" for name, (flipped, pairs) in judged.items()]
     shares = [*flips.values(), *(flipped / pairs for flipped, pairs in judged.values())]
-    return [
-        Finding(
-            "kept",
-            0.5 if max(shares) > MOST_FLIPPED else 0.3,
-            f"Keeping {listed(list(facts.keep))} leaves {plural(missed, 'pair')} out of reach",
-            f"With {plural(len(facts.keep), 'attribute')} kept, {percent(missed, facts.num_pairs)} of "
-            f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Decoded and encoded again, "
-            f"the kept attribute flips: {listed(losses)}."
-            + (f" For the held-out judge of attributes it flips: {listed(seen)}." if seen else ""),
-            f"Counted; expected out of reach for similar images: {share_text(missed, facts.num_pairs)}. Flips "
-            "are those of the model's linear heads: an attribute is kept only as far as the code knows it.",
-            figures={"missed": missed, "flipped": flips, "judged": judged},
-        )
-    ]
+    return Finding(
+        "kept",
+        0.5 if max(shares) > MOST_FLIPPED else 0.3,
+        f"Keeping {listed(list(facts.keep))} leaves {plural(missed, 'pair')} out of reach",
+        f"With {plural(len(facts.keep), 'attribute')} kept, {percent(missed, facts.num_pairs)} of "
+        f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Decoded and encoded again, "
+        f"the kept attribute flips: {listed(losses)}."
+        + (f" For the held-out judge of attributes it flips: {listed(seen)}." if seen else ""),
+        f"Counted; expected out of reach for similar images: {share_text(missed, facts.num_pairs)}. Flips "
+        "are those of the model's linear heads: an attribute is kept only as far as the code knows it.",
+        figures={"missed": missed, "flipped": flips, "judged": judged},
+    )
 
 
 def judged_flips(facts: Facts) -> dict[str, tuple[int, int]]:

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from clarity.findings.finding import Facts, Finding, NotChecked, ranked
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked
 from clarity.findings.statistics import can_be_told, fisher_p, holm, rank_sum_p
 from clarity.report.text import listed, percent, plural
 
@@ -17,7 +17,7 @@ MIN_COMPARED = 8
 MIN_RATIO, MIN_GAP = 1.4, 0.2
 
 
-def check_extremes(facts: Facts) -> list[Finding] | NotChecked:
+def check_extremes(facts: Facts) -> Outcome:
     """The class pairs with the largest and the smallest median change: a description, without a test."""
     pairs, converged = facts.pairs["pairs"], facts.pairs["strict_validity"] >= 0.5
     distance, steps = facts.pairs["median_distance"], facts.pairs["median_steps"]
@@ -54,7 +54,7 @@ def check_extremes(facts: Facts) -> list[Finding] | NotChecked:
     return found
 
 
-def check_asymmetry(facts: Facts) -> list[Finding] | NotChecked:
+def check_asymmetry(facts: Facts) -> Outcome:
     """Class pairs of which one direction goes further, or fails more often, beyond chance over all comparisons."""
     columns = facts.con.execute("SELECT source, target, converged, distance_z_l1 FROM counterfactuals").fetchnumpy()
     source, target, converged, distance = (np.ma.filled(values, 0) for values in columns.values())
@@ -87,18 +87,16 @@ def check_asymmetry(facts: Facts) -> list[Finding] | NotChecked:
     if asymmetric[1:]:
         others = f" {plural(len(asymmetric) - 1, 'other class pair')} likewise: "
         others += f"{listed([facts.arrow(pair) for pair in asymmetric[1:4]])}."
-    return [
-        Finding(
-            "asymmetry",
-            severity,
-            f"One direction is harder: {facts.arrow(hard)}",
-            f"{words}.{others}",
-            "Rank-sum test of the distances and Fisher's exact test of the failures, Holm-corrected over "
-            f"{plural(num_compared, 'class pair')}: at most 5 % of audits without any asymmetry would show one.",
-            tuple(cell for pair in asymmetric[:4] for cell in (pair, pair[::-1])),
-            figures={"ratio": ratio, "directions": len(asymmetric), "comparisons": num_compared},
-        )
-    ]
+    return Finding(
+        "asymmetry",
+        severity,
+        f"One direction is harder: {facts.arrow(hard)}",
+        f"{words}.{others}",
+        "Rank-sum test of the distances and Fisher's exact test of the failures, Holm-corrected over "
+        f"{plural(num_compared, 'class pair')}: at most 5 % of audits without any asymmetry would show one.",
+        tuple(cell for pair in asymmetric[:4] for cell in (pair, pair[::-1])),
+        figures={"ratio": ratio, "directions": len(asymmetric), "comparisons": num_compared},
+    )
 
 
 def asymmetries(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clarity.findings.finding import Facts, Finding, NotChecked, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_text
 from clarity.findings.statistics import share_interval
 from clarity.report.text import listed, number, percent
 
@@ -12,7 +12,7 @@ MIN_IMAGES, MIN_COUNTERFACTUALS = 40, 20
 MIN_SHARE, MIN_BOUND = 0.5, 0.25
 
 
-def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
+def check_epistemic(facts: Facts) -> Outcome:
     """Targets whose counterfactuals have more epistemic uncertainty than 95 % of images of the same probability.
 
     The search stops at a probability that most images of easy data exceed, and epistemic uncertainty falls with it.
@@ -51,20 +51,18 @@ def check_epistemic(facts: Facts) -> list[Finding] | NotChecked:
     escaping.sort(key=lambda entry: (-entry[0], entry[1]))
     share, t, count, after, most, _ = escaping[0]
     names = listed([f"{facts.name(entry[1])} ({percent(entry[0])})" for entry in escaping[:4]])
-    return [
-        Finding(
-            "epistemic",
-            min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
-            f"Explanations towards {facts.name(t)} leave the training data",
-            f"{percent(share)} of the counterfactuals towards {facts.name(t)} have more epistemic uncertainty than 95 "
-            f"% of the images that the ensemble is as sure of (median {number(after)} nats; the images' 95 % quantile "
-            f"{number(most)}). Targets concerned: {names}.",
-            f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
-            f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
-            tuple((s, entry[1]) for entry in escaping[:3] for s in entry[5][:3]),
-            figures={"share": share, "targets": len(escaping)},
-        )
-    ]
+    return Finding(
+        "epistemic",
+        min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
+        f"Explanations towards {facts.name(t)} leave the training data",
+        f"{percent(share)} of the counterfactuals towards {facts.name(t)} have more epistemic uncertainty than 95 "
+        f"% of the images that the ensemble is as sure of (median {number(after)} nats; the images' 95 % quantile "
+        f"{number(most)}). Targets concerned: {names}.",
+        f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
+        f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
+        tuple((s, entry[1]) for entry in escaping[:3] for s in entry[5][:3]),
+        figures={"share": share, "targets": len(escaping)},
+    )
 
 
 def most_of_images_as_sure(

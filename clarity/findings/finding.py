@@ -45,6 +45,10 @@ class NotChecked:
     reason: str
 
 
+#: What a check returns: what it found, nothing being an empty list, or why it did not look.
+Outcome = Finding | list[Finding] | NotChecked
+
+
 @dataclass(frozen=True)
 class Facts:
     """The aggregates of one audit."""

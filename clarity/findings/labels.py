@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from clarity.findings.finding import Facts, Finding, NotChecked, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_text
 from clarity.report.text import percent, plural, probability
 
 #: Labelled images at least, and the share of labels that the ensemble predicts at least: of all, and of each two
@@ -11,7 +11,7 @@ from clarity.report.text import percent, plural, probability
 MIN_LABELLED, MIN_AGREEMENT = 40, 0.9
 
 
-def check_labels(facts: Facts) -> list[Finding] | NotChecked:
+def check_labels(facts: Facts) -> Outcome:
     """Labels with a suspicion above one half, where the ensemble predicts nine labels of ten."""
     suspicion = facts.suspicion["suspicion"].to_numpy()
     images = len(suspicion)
@@ -37,24 +37,22 @@ def check_labels(facts: Facts) -> list[Finding] | NotChecked:
     share = count / images
     pairs = dict.fromkeys((row["source"], row["label"]) for row in rows if row["source"] != row["label"])
     trained = " The ensemble was trained on these labels, so others may be missed." if facts.trained_on_labels else ""
-    return [
-        Finding(
-            "labels",
-            0.45 + 0.45 * min(1.0, share / 0.01),
-            f"{plural(count, 'label')} {'looks' if count == 1 else 'look'} wrong",
-            f"{plural(count, 'image')} of {images:,} labelled ones ({percent(share)}) "
-            f"{'carries' if count == 1 else 'carry'} a label that the ensemble and the nearest images contradict. "
-            f"First: {first['image_id']} is labelled {facts.name(first['label'])}; the ensemble predicts "
-            f"{facts.name(first['source'])} and gives the label a probability of {probability(first['label_prob'])}."
-            f"{trained}",
-            f"The ensemble predicts "
-            f"{share_text(agreement * images, images)} of the labels. In simulations with correct labels up to one in "
-            "a thousand was called wrong; an unusual image may have the right label: look at it.",
-            tuple(pairs)[:6],
-            tuple((row["image_id"], row["label"]) for row in rows),
-            {"images": count, "share": share},
-        )
-    ]
+    return Finding(
+        "labels",
+        0.45 + 0.45 * min(1.0, share / 0.01),
+        f"{plural(count, 'label')} {'looks' if count == 1 else 'look'} wrong",
+        f"{plural(count, 'image')} of {images:,} labelled ones ({percent(share)}) "
+        f"{'carries' if count == 1 else 'carry'} a label that the ensemble and the nearest images contradict. "
+        f"First: {first['image_id']} is labelled {facts.name(first['label'])}; the ensemble predicts "
+        f"{facts.name(first['source'])} and gives the label a probability of {probability(first['label_prob'])}."
+        f"{trained}",
+        f"The ensemble predicts "
+        f"{share_text(agreement * images, images)} of the labels. In simulations with correct labels up to one in "
+        "a thousand was called wrong; an unusual image may have the right label: look at it.",
+        tuple(pairs)[:6],
+        tuple((row["image_id"], row["label"]) for row in rows),
+        {"images": count, "share": share},
+    )
 
 
 def pair_agreement(label: np.ndarray, source: np.ndarray, num_classes: int) -> np.ndarray:

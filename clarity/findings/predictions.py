@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from clarity.findings.finding import Facts, Finding, NotChecked, ranked, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked, share_text
 from clarity.report.text import listed, percent, plural
 
 #: The share of confirmed pairs that nobody else sees as the target from which it is worth a look.
 MIN_FOOLED = 0.01
 
 
-def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
+def check_predictions(facts: Facts) -> Outcome:
     """How often the ensemble predicts what the user's model does, and what the reconstruction alone changes."""
     if not facts.has_table("prediction_agreement"):
         return NotChecked("the audit has no predictions of another model")
@@ -50,21 +50,19 @@ def check_predictions(facts: Facts) -> list[Finding] | NotChecked:
                 f" Of {labelled:,} labelled images where the two differ, the label is your model's class in "
                 f"{theirs:,}, the ensemble's in {ours:,}, neither in {labelled - theirs - ours:,}."
             )
-    return [
-        Finding(
-            "predictions",
-            0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
-            f"The ensemble agrees with your model on {percent(same, total)}",
-            sentence,
-            f"Counted; expected for similar images: {share_text(same, total)}.",
-            tuple(dict.fromkeys((seen, prediction) for _, prediction, seen in examples)),
-            tuple((image_id, seen if facts.has_predictor else prediction) for image_id, prediction, seen in examples),
-            {"agreement": same / total, "images": total},
-        )
-    ]
+    return Finding(
+        "predictions",
+        0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
+        f"The ensemble agrees with your model on {percent(same, total)}",
+        sentence,
+        f"Counted; expected for similar images: {share_text(same, total)}.",
+        tuple(dict.fromkeys((seen, prediction) for _, prediction, seen in examples)),
+        tuple((image_id, seen if facts.has_predictor else prediction) for image_id, prediction, seen in examples),
+        {"agreement": same / total, "images": total},
+    )
 
 
-def check_confirmed(facts: Facts) -> list[Finding] | NotChecked:
+def check_confirmed(facts: Facts) -> Outcome:
     """The share of pairs that passed every check, by class pair, and images that cannot be flipped."""
     ((checked, confirmed),) = facts.rows("SELECT count(confirmed), count(*) FILTER (confirmed) FROM counterfactuals")
     if not checked:
@@ -84,23 +82,21 @@ def check_confirmed(facts: Facts) -> list[Finding] | NotChecked:
     )
     who = "your model does not see the target in" if facts.has_predictor else "the checks fail on"
     failed = checked - confirmed
-    return [
-        Finding(
-            "confirmed",
-            min(0.95, 0.35 + 0.6 * min(1.0, failed / checked / 0.1) ** 0.5),
-            f"{percent(confirmed, checked)} of the pairs are confirmed",
-            f"After at most three further searches {who} {failed:,} of {plural(checked, 'picture')} "
-            f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. "
-            f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
-            f"Counted; expected for similar images: {facts.share_of_pairs(confirmed)} confirmed.",
-            tuple(worst),
-            tuple(examples),
-            {"confirmed": confirmed, "pairs": checked, "stubborn": len(stubborn)},
-        )
-    ]
+    return Finding(
+        "confirmed",
+        min(0.95, 0.35 + 0.6 * min(1.0, failed / checked / 0.1) ** 0.5),
+        f"{percent(confirmed, checked)} of the pairs are confirmed",
+        f"After at most three further searches {who} {failed:,} of {plural(checked, 'picture')} "
+        f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. "
+        f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
+        f"Counted; expected for similar images: {facts.share_of_pairs(confirmed)} confirmed.",
+        tuple(worst),
+        tuple(examples),
+        {"confirmed": confirmed, "pairs": checked, "stubborn": len(stubborn)},
+    )
 
 
-def check_fooled(facts: Facts) -> list[Finding] | NotChecked:
+def check_fooled(facts: Facts) -> Outcome:
     """Pairs that the user's model confirms, and in which neither the ensemble nor the judge sees the target."""
     if not facts.has_predictor:
         return NotChecked("no predictor was asked about the pictures")
@@ -122,17 +118,15 @@ def check_fooled(facts: Facts) -> list[Finding] | NotChecked:
     )
     parts = [f"{facts.arrow((s, t))} ({percent(count, whole)})" for s, t, count, whole in cells[:3]]
     witnesses = "the ensemble or the held-out judge" if judged else "the ensemble"
-    return [
-        Finding(
-            "fooled",
-            min(0.95, 0.4 + 0.5 * min(1.0, fooled / confirmed / 0.2)),
-            f"Your model is easily fooled on {percent(fooled, confirmed)} of the confirmed pictures",
-            f"In {fooled:,} of {plural(confirmed, 'confirmed picture')} ({percent(fooled, confirmed)}) your model sees "
-            f"the target and {witnesses} does not; most often {listed(parts)}.",
-            f"Counted; expected for similar images: {facts.share_of_pairs(fooled)} of all pairs. Either may be wrong: "
-            "look at the pictures.",
-            tuple((s, t) for s, t, _, _ in cells),
-            tuple(examples),
-            {"fooled": fooled, "confirmed": confirmed},
-        )
-    ]
+    return Finding(
+        "fooled",
+        min(0.95, 0.4 + 0.5 * min(1.0, fooled / confirmed / 0.2)),
+        f"Your model is easily fooled on {percent(fooled, confirmed)} of the confirmed pictures",
+        f"In {fooled:,} of {plural(confirmed, 'confirmed picture')} ({percent(fooled, confirmed)}) your model sees "
+        f"the target and {witnesses} does not; most often {listed(parts)}.",
+        f"Counted; expected for similar images: {facts.share_of_pairs(fooled)} of all pairs. Either may be wrong: "
+        "look at the pictures.",
+        tuple((s, t) for s, t, _, _ in cells),
+        tuple(examples),
+        {"fooled": fooled, "confirmed": confirmed},
+    )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from clarity.findings.attributes import check_attributes, check_kept
 from clarity.findings.distances import check_asymmetry, check_extremes
 from clarity.findings.epistemic import check_epistemic
-from clarity.findings.finding import Facts, Finding, NotChecked
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
 from clarity.findings.labels import check_labels
 from clarity.findings.predictions import check_confirmed, check_fooled, check_predictions
 from clarity.findings.searches import check_reencoding, check_unconverged, check_unread
@@ -17,7 +17,7 @@ from clarity.findings.shortcuts import check_shortcuts
 class Check(NamedTuple):
     """One check: the function, what it looks for, and the sentence that holds when it finds nothing."""
 
-    run: Callable[[Facts], list[Finding] | NotChecked]
+    run: Callable[[Facts], Outcome]
     doc: str
     clear: str = ""
 
@@ -87,6 +87,7 @@ def find(facts: Facts) -> Results:
         if isinstance(outcome, NotChecked):
             not_checked.append((kind, f"{check.doc[0].upper()}{check.doc[1:]}: not checked, because {outcome.reason}."))
         elif outcome:
+            outcome = [outcome] if isinstance(outcome, Finding) else outcome
             found += map(lowered, outcome) if level == "with care" else outcome
         elif check.clear:
             clear.append((kind, check.clear))

@@ -3,13 +3,13 @@
 import numpy as np
 
 from clarity.findings.distances import MIN_DESCRIBED
-from clarity.findings.finding import Facts, Finding, NotChecked, ranked
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked
 from clarity.report.text import listed, percent, plural
 
 COUNTED = "Counted over every row of the audit."
 
 
-def check_unread(facts: Facts) -> list[Finding] | NotChecked:
+def check_unread(facts: Facts) -> Outcome:
     """Images that were not read and searches that met NaN or infinity."""
     ((images,),) = facts.rows("SELECT count(*) FROM codes")
     if not images:
@@ -48,7 +48,7 @@ def check_unread(facts: Facts) -> list[Finding] | NotChecked:
     return found
 
 
-def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
+def check_unconverged(facts: Facts) -> Outcome:
     """Pairs that did not reach the wanted target probability."""
     if not facts.num_pairs:
         return NotChecked("the audit has no pairs")
@@ -84,22 +84,20 @@ def check_unconverged(facts: Facts) -> list[Finding] | NotChecked:
         "SELECT image_id, target FROM counterfactuals WHERE NOT converged "
         "ORDER BY target_prob_final, image_id, target LIMIT 6"
     )
-    return [
-        Finding(
-            "unconverged",
-            min(most_severe, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
-            f"{plural(total, 'pair')} did not converge",
-            f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}: "
-            f"{where}.{reason}",
-            f"Counted; expected for similar images: {facts.share_of_pairs(total)}.",
-            tuple(worst),
-            tuple(examples),
-            {"pairs": total, "share": share},
-        )
-    ]
+    return Finding(
+        "unconverged",
+        min(most_severe, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
+        f"{plural(total, 'pair')} did not converge",
+        f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}: "
+        f"{where}.{reason}",
+        f"Counted; expected for similar images: {facts.share_of_pairs(total)}.",
+        tuple(worst),
+        tuple(examples),
+        {"pairs": total, "share": share},
+    )
 
 
-def check_reencoding(facts: Facts) -> list[Finding] | NotChecked:
+def check_reencoding(facts: Facts) -> Outcome:
     """Counterfactuals that are not classified as their target once decoded, rounded to 8 bits and encoded again."""
     if not np.nansum(facts.pairs["converged"]):
         return NotChecked("no search converged")
@@ -111,15 +109,13 @@ def check_reencoding(facts: Facts) -> list[Finding] | NotChecked:
     enough = pairs >= min(5, np.nanmax(pairs))  # a small audit has no class pair of five
     worst = ranked(np.where(enough & (lost >= 1), 1 - agreement, np.nan))[:6]
     parts = [f"{facts.arrow(pair)} ({percent(1 - agreement[pair])})" for pair in worst[:3]]
-    return [
-        Finding(
-            "reencoding",
-            min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
-            f"{percent(share)} of the counterfactuals do not survive re-encoding",
-            f"Decoded, rounded to 8 bits and encoded again, {percent(share)} of the counterfactuals are no longer "
-            "classified as their target" + (f"; most often {listed(parts)}." if parts else "."),
-            f"Counted; expected for similar images: {facts.share_of_pairs(np.nansum(lost))}.",
-            tuple(worst),
-            figures={"share": share},
-        )
-    ]
+    return Finding(
+        "reencoding",
+        min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
+        f"{percent(share)} of the counterfactuals do not survive re-encoding",
+        f"Decoded, rounded to 8 bits and encoded again, {percent(share)} of the counterfactuals are no longer "
+        "classified as their target" + (f"; most often {listed(parts)}." if parts else "."),
+        f"Counted; expected for similar images: {facts.share_of_pairs(np.nansum(lost))}.",
+        tuple(worst),
+        figures={"share": share},
+    )

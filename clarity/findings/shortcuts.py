@@ -7,7 +7,7 @@ a mark at the border with the same pixel values whatever the start, or one shift
 import numpy as np
 
 from clarity.findings.differences import region_of, tint_of
-from clarity.findings.finding import Facts, Finding, NotChecked
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
 from clarity.report.text import percent
 
 #: Pairs towards a target, and sources with five pairs, below which its mean change is not described.
@@ -19,7 +19,7 @@ MAX_VARIATION = 0.08
 MIN_FLATNESS, MAX_SPREAD, MIN_REAL = 0.6, 0.35, 0.3
 
 
-def check_shortcuts(facts: Facts) -> list[Finding] | NotChecked:
+def check_shortcuts(facts: Facts) -> Outcome:
     """Targets towards which every counterfactual writes the same small region or the same tint."""
     differences = facts.differences
     if differences is None:
