@@ -23,6 +23,8 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent))
 from jobfiles import load_job
 
+from clarity import planning
+
 ROOT = Path(__file__).parent.parent.parent
 WORKER = {"CPU": 2, "GPU": 1, "object_store_memory": 200_000_000}
 
@@ -131,6 +133,7 @@ def on_cpus(argv: list[str]) -> int:
             super().__init__(*args, device="cpu", **options)
 
     job.ExplainShard = OnCPU
+    planning.START_BYTES = 1  # a dozen digits are worth two actors
     return int(job.main(argv))
 
 
