@@ -153,6 +153,8 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
     except ImportError:
         raise ValueError("predictor: ONNX files need onnx and onnxruntime: pip install '.[onnx]'") from None
     name = storage.display(uri)
+    if not storage.exists(uri):
+        raise ValueError(f"predictor: expected an ONNX file, found no {name}")
     if not storage.exists(f"{uri}.json"):
         raise ValueError(f"predictor: expected {name}.json beside the model, such as {EXAMPLE}")
     described = storage.read_json(f"{uri}.json")

@@ -12,6 +12,8 @@ from clarity.report.text import interval, listed, number, percent, plural, proba
 MAX_BEHIND = 0.05
 #: "With care" if the squared error of reconstructions is more than this share of the mean image's.
 MAX_ERROR = 0.5
+#: "With care" if the judge recognises so many fewer of the reconstructions than of the images.
+MAX_LOST = 0.1
 #: "With care" if the ensemble agrees with the predictor on fewer codes, or the predictor with itself on fewer
 #: reconstructions; no-go if the latter fall below MIN_RECONSTRUCTED.
 MIN_FIDELITY, MIN_RECONSTRUCTED = 0.9, 0.5
@@ -26,8 +28,9 @@ OPENINGS = {
 }
 REMEDY = (
     "the code loses what separates the classes. A longer code (--latent-dim), a smaller --beta or a smaller "
-    "--adversarial-eps may help"
+    "--ensemble-adversarial-eps may help"
 )
+TOO_SHORT = "the VAE is worse than a linear code of its size. A longer training (--vae-min-updates) may help"
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
     """Judges a model by its held-out figures.
 
     No-go: the lower bound of the balanced accuracy is not above 1 / K, that of always naming the most frequent class;
-    a predictor that sees fewer than MIN_RECONSTRUCTED of the reconstructions as it sees the images.
+    the same for the recall of half of the classes; a predictor that sees fewer than MIN_RECONSTRUCTED of the
+    reconstructions as it sees the images.
     With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind logistic regression on
-    principal components; reconstructions with more than MAX_ERROR of the mean image's error; a target out of reach; an
-    agreement with the predictor below MIN_FIDELITY. Sound otherwise.
+    principal components; reconstructions with more than MAX_ERROR of the mean image's error, or of which the judge
+    recognises MAX_LOST fewer than of the images; a target out of reach; an agreement with the predictor below
+    MIN_FIDELITY. Sound otherwise.
 
     ``card`` is model.json, with ``evaluation``, ``target_probs`` and, where the ensemble learned from a predictor,
     ``predictor``.
@@ -81,16 +86,24 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
                 f"{percent(chance)} of always naming one class"
             )
         elif guessed:
-            care.append(
-                f"no-go for {plural(len(guessed), 'class', 'classes')} recognised no better than by guessing: "
+            (no_go if 2 * len(guessed) >= len(classes) else care).append(
+                f"{plural(len(guessed), 'class is', 'classes are')} recognised no better than by guessing: "
                 f"{listed(guessed)}"
             )
         baseline, reconstruction = evaluation.get("baseline"), evaluation.get("reconstruction")
+        remedy = TOO_SHORT if reconstruction and reconstruction["vae"] > reconstruction["linear_code"] else REMEDY
         if baseline and (behind := baseline["balanced_accuracy"] - balanced) > MAX_BEHIND:
-            care.append(f"it is {100 * behind:.0f} points behind logistic regression on the pixels: {REMEDY}")
+            care.append(f"it is {100 * behind:.0f} points behind logistic regression on principal components: {remedy}")
         if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
             error = percent(reconstruction["vae"], reconstruction["mean_image"])
             care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the images")
+        judge = evaluation.get("judge") or {"accuracy": 0, "accuracy_on_reconstructions": 0}
+        if judge["accuracy"] - judge["accuracy_on_reconstructions"] > MAX_LOST:
+            care.append(
+                f"the judge recognises {percent(judge['accuracy'])} of the images, but only "
+                f"{percent(judge['accuracy_on_reconstructions'])} of their reconstructions: pictures lose what tells "
+                "the classes"
+            )
         if unreachable:
             care.append(
                 f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "

@@ -14,13 +14,13 @@ from clarity.training.judge import train_judge
 from clarity.training.loops import Codes, num_epochs, train_image_members, train_latent_members, train_vae
 from clarity.training.loops import updates_per_epoch as per_epoch
 from clarity.training.plan import TrainingPlan
-from clarity.training.recipe import ENSEMBLE_UPDATES, MEMBERS, VAE_UPDATES, num_trials, searched_codes
+from clarity.training.recipe import ENSEMBLE_UPDATES, LEAST_LABELLED, MEMBERS, VAE_UPDATES, num_trials, searched_codes
 from clarity.training.sharp import train_sharp
 from clarity.vae import VAE
 
 #: Rows of a timed update, and how many are timed; the first warms up.
 ROWS = 32
-TIMED = 3
+TIMED = 6
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Cost:
 
 def costs(plan: TrainingPlan) -> list[Cost]:
     """The cost of each part of a training; with ``searched`` values, of the largest code that the search may choose."""
-    codes_tried = searched_codes(plan) if plan.searched else []
+    codes_tried = searched_codes(plan) if plan.searched and plan.data["labelled"] >= LEAST_LABELLED else []
     dim = max((dim for dim, _ in codes_tried), default=plan.vae.latent_dim)
     vae, ensemble = replace(plan.vae, latent_dim=dim), replace(plan.ensemble, latent_dim=dim)
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         net, timed = build_judge(vae.image_shape, ensemble.num_classes), replace(judge, updates=TIMED, batch_size=ROWS)
         loop = train_judge(net, images.numpy(), labels.numpy(), timed)
         found.append(cost("judge", 1, judge.updates, judge.batch_size, loop))
-    if plan.searched:
+    if codes_tried:
         found.append(cost("search: VAEs", len(codes_tried), VAE_UPDATES, vae_training.batch_size, one_vae()))
         trials, batch = num_trials(plan), ensemble_training.batch_size
         found.append(cost("search: ensembles", trials, ENSEMBLE_UPDATES, batch, members(MEMBERS)))

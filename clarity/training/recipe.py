@@ -53,6 +53,8 @@ ASKED_IMAGES = 100
 ASKED_TARGETS = 4
 #: Validation images below which nothing can be chosen.
 MIN_VALIDATION = 40
+#: About as many labelled images have so many for validation, as half of a fold are the judge's.
+LEAST_LABELLED = 2 * VALIDATION_FOLDS * MIN_VALIDATION
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The verdict on made-up model cards."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clarity.findings.verdict import verdict
+from clarity.findings.verdict import REMEDY, TOO_SHORT, verdict
 
 NAMES = ("ant", "bee", "cow", "dog")
 
@@ -15,6 +17,7 @@ def card(
     error: float = 0.2,
     p90: tuple[float | None, ...] = (0.99, 0.99, 0.99, 0.99),
     images: int = 100,
+    judge: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     per_class = {
         name: {"images": images, "correct": round(share * images)} for name, share in zip(NAMES, recall, strict=True)
@@ -30,7 +33,7 @@ def card(
             "majority": {"class": "ant", "share": 0.25},
             "baseline": {"components": 50, "balanced_accuracy": baseline},
             "reconstruction": {"latent_dim": 16, "vae": error, "mean_image": 1.0, "linear_code": 0.3},
-            "judge": None,
+            "judge": judge and {"accuracy": judge[0], "accuracy_on_reconstructions": judge[1]},
         },
     }
 
@@ -49,9 +52,14 @@ def test_verdict_is_sound_for_a_good_model() -> None:
     ("made", "level", "reason"),
     [
         (card((0.28, 0.27, 0.25, 0.3)), "no-go", "is not above the 25 % of always naming one class"),
-        (card((0.95, 0.9, 0.2, 0.9)), "with care", "No-go for 1 class recognised no better than by guessing: cow"),
+        (card((0.95, 0.9, 0.2, 0.9)), "with care", "1 class is recognised no better than by guessing: cow"),
+        (card((0.95, 0.3, 0.2, 0.9)), "no-go", "2 classes are recognised no better than by guessing: bee and cow"),
         (card(baseline=0.99), "sound", ""),
-        (card((0.85, 0.85, 0.85, 0.85), baseline=0.92), "with care", "7 points behind logistic regression"),
+        (card((0.85, 0.85, 0.85, 0.85), baseline=0.92), "with care", "separates the classes. A longer code"),
+        (card((0.85, 0.85, 0.85, 0.85), 0.92, error=0.31), "with care", "7 points behind logistic regression on"),
+        (card((0.85, 0.85, 0.85, 0.85), 0.92, error=0.31), "with care", "the VAE is worse than a linear code"),
+        (card(judge=(0.9, 0.79)), "with care", "90 % of the images, but only 79 % of their reconstructions"),
+        (card(judge=(0.9, 0.81)), "sound", ""),
         (card(error=0.6), "with care", "60 % of the mean image's error"),
         (card(p90=(0.99, 0.72, None, 0.99)), "with care", "1 class is out of reach (bee)"),
     ],
@@ -62,9 +70,15 @@ def test_verdict_has_documented_cuts(made: dict[str, Any], level: str, reason: s
     assert bool(found.reasons) == (level != "sound")
 
 
+def test_verdict_advises_flags_that_exist() -> None:
+    reference = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
+    flags = re.findall(r"--[a-z-]+", REMEDY + TOO_SHORT)
+    assert len(flags) == 4 and all(f"- `{flag}`" in reference for flag in flags)
+
+
 def test_verdict_keeps_every_reason_and_leads_with_the_worst() -> None:
     found = verdict(card((0.95, 0.9, 0.2, 0.9), baseline=0.95, error=0.7, p90=(0.5, 0.99, 0.99, 0.99)))
-    assert len(found.reasons) == 4 and "because no-go for 1 class recognised no better" in found.sentence
+    assert len(found.reasons) == 4 and "because 1 class is recognised no better" in found.sentence
     assert found.classes[2][4] == "no-go: no better than guessing" and found.classes[0][4] == "out of reach"
 
 
