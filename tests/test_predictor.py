@@ -118,6 +118,8 @@ def test_onnx_without_a_description_or_a_graph_is_rejected(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"model.onnx cannot be loaded: "):
         load_predictor(path)
     (tmp_path / "model.onnx.json").unlink()
+    with pytest.raises(ValueError, match=r"expected an ONNX file, found no .*absent.onnx"):
+        load_predictor(str(tmp_path / "absent.onnx"))
     with pytest.raises(ValueError, match=r'expected .*model.onnx.json beside the model, such as {"classes"'):
         load_predictor(path)
 

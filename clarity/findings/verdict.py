@@ -12,7 +12,7 @@ from clarity.report.text import interval, listed, number, percent, plural, proba
 MAX_BEHIND = 0.05
 #: "With care" if the squared error of reconstructions is more than this share of the mean image's.
 MAX_ERROR = 0.5
-#: "With care" if the judge recognises so many fewer of the reconstructions than of the images.
+#: "With care" if the judge's accuracy falls by more than this from images to their reconstructions.
 MAX_LOST = 0.1
 #: "With care" if the ensemble agrees with the predictor on fewer codes, or the predictor with itself on fewer
 #: reconstructions; no-go if the latter fall below MIN_RECONSTRUCTED.
@@ -97,8 +97,8 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
         if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
             error = percent(reconstruction["vae"], reconstruction["mean_image"])
             care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the images")
-        judge = evaluation.get("judge") or {"accuracy": 0, "accuracy_on_reconstructions": 0}
-        if judge["accuracy"] - judge["accuracy_on_reconstructions"] > MAX_LOST:
+        judge = evaluation.get("judge")
+        if judge and judge["accuracy"] - judge["accuracy_on_reconstructions"] > MAX_LOST:
             care.append(
                 f"the judge recognises {percent(judge['accuracy'])} of the images, but only "
                 f"{percent(judge['accuracy_on_reconstructions'])} of their reconstructions: pictures lose what tells "

@@ -1,5 +1,6 @@
 """The plan of a training: its fields by short names, and the directories that it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from clarity import data
 from clarity.training.cost import costs
 from clarity.training.loops import IMAGE_TRAINING, VAETraining, num_epochs
 from clarity.training.plan import plan_training, set_fields, training_fields
+from clarity.training.recipe import LEAST_LABELLED
 
 
 def test_training_fields_may_be_written_short() -> None:
@@ -59,3 +61,5 @@ def test_costs_count_the_updates_of_every_network(tmp_path: Path) -> None:
     assert more["VAE"].seconds > 10 * found["VAE"].seconds and {"search: VAEs", "search: ensembles"} <= set(more)
     # Two codes, as the dimension is given and KL weights are not: 2 x 3 steps and 2 further ones; the widths are given.
     assert (more["search: VAEs"].networks, more["search: ensembles"].networks) == (2, 8)
+    few = replace(longer, data={**longer.data, "labelled": LEAST_LABELLED - 1})
+    assert {"search: VAEs", "search: ensembles"}.isdisjoint(cost.part for cost in costs(few))
