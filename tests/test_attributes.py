@@ -133,6 +133,13 @@ def test_explainer_says_what_cannot_be_kept(heads_model: Model, keep: list[str],
         Explainer(heads_model, method, CONFIG, keep=keep)
 
 
+def test_further_direction_that_depends_on_others_names_its_attribute() -> None:
+    heads = AttributeHeads(["red", "tall"], 9, num_directions=2)
+    heads.state_dict()["further.0.weight"][1] = 2 * heads.linear.weight[0].detach()
+    with pytest.raises(ValueError, match="keep: 'tall' depends on the attributes before it"):
+        heads.directions()
+
+
 def test_explainer_refuses_to_keep_what_the_model_cannot(model: Model, heads_model: Model) -> None:
     with pytest.raises(ValueError, match="keep: this model has no heads"):
         Explainer(model, "clarity", CONFIG, keep=["red"])
