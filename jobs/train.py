@@ -182,9 +182,8 @@ def train(args: argparse.Namespace) -> int:
         print(describe_predictor(predictor, plan.dataset, listing, plan.preprocessing))
     print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
     driver.start_ray(OBJECT_STORE_BYTES)
-    most = max(plan.ensemble.num_members, plan.image_members)
-    for shared, workers, useful in (("batches", args.workers, 0), ("members", args.workers, most), ("alone", 1, 0)):
-        fit(plan, [name for name in TRAINED if STAGES[name].shared == shared], workers, useful)
+    for by_member in (False, True):
+        fit(plan, [name for name in TRAINED if STAGES[name].by_member == by_member], args.workers)
     finish(plan, log=print_line)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0
@@ -209,7 +208,7 @@ def choose(plan: TrainingPlan) -> TrainingPlan:
         return known
     print(f"recipe: searching {', '.join(plan.searched)} on the training split", flush=True)
     driver.start_ray(OBJECT_STORE_BYTES)
-    fit(plan, ("recipe",), 1, 0)
+    fit(plan, ["recipe"], 1)
     if (chosen := with_recipe(plan)) is None:
         raise ValueError(
             f"out: a worker does not see {storage.display(plan.out)}; with several nodes, choose a directory that "
@@ -292,35 +291,20 @@ def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: int) -> None:
-    """Run stages on all workers, in one trainer; nothing where nothing is left to do.
-
-    Args:
-        plan: what to train.
-        stages: some of those of run_stages.
-        workers: as many as the user asks for.
-        useful: else at most so many, one for each GPU or else for each CPU; 0: one for each node, as the members of one
-            batch talk more than they compute unless there are GPUs.
-    """
+def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None) -> None:
+    """Run stages on all workers, in one trainer; nothing where nothing is left to do."""
     if all(STAGES[stage].done(plan) for stage in stages):
         return
     nodes = driver.offered_nodes()
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    most = gpus or (sum(cpus) if useful or workers else min(len(cpus), 4))
-    count = workers or max(1, min(most, useful or most))
-    # A cluster that scales from nothing offers nothing yet: Ray waits for its nodes.
-    if cpus and count > most:
-        raise ValueError(f"--workers {count}: Ray offers {f'{gpus} GPUs' if gpus else f'{most} CPUs'}; ask for fewer")
-    threads = 1 if gpus or not cpus else min(16, *cpus, max(1, sum(cpus) // count))
+    count, threads, use_gpu = divide(plan, stages, nodes, workers)
     with progress() as lines:
         ray.train.torch.TorchTrainer(
             work,
             train_loop_config={"plan": plan, "stages": stages, "log": lines.put, "threads": threads},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=count,
-                use_gpu=bool(gpus),
-                resources_per_worker={"CPU": threads} | ({"GPU": 1} if gpus else {}),
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": threads} | ({"GPU": 1} if use_gpu else {}),
             ),
             run_config=ray.train.RunConfig(
                 name=f"{stages[0]}-{time.time_ns()}",
@@ -328,6 +312,27 @@ def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None, useful: 
                 **ray_storage(plan),
             ),
         ).fit()
+
+
+def divide(
+    plan: TrainingPlan, stages: Sequence[str], nodes: Sequence[Mapping[str, float]], workers: int | None
+) -> tuple[int, int, bool]:
+    """Number of workers for some stages, CPUs of each, and whether each has a GPU; ``workers`` is the user's number.
+
+    By default one for each GPU, else for each CPU, but no more than there are networks to divide; or one for each
+    node, where all train one network: without GPUs the parts of a batch talk more than they compute.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    by_member = any(STAGES[stage].by_member for stage in stages)
+    most = gpus or (sum(cpus) if by_member or workers else min(len(cpus), 4))
+    useful = max(plan.ensemble.num_members, plan.image_members) if by_member else most
+    count = workers or max(1, min(most, useful))
+    # A cluster that scales from nothing offers nothing yet: Ray waits for its nodes.
+    if cpus and count > most:
+        raise ValueError(f"--workers {count}: Ray offers {f'{gpus} GPUs' if gpus else f'{most} CPUs'}; ask for fewer")
+    threads = 1 if gpus or not cpus else min(16, *cpus, max(1, sum(cpus) // count))
+    return count, threads, bool(gpus)
 
 
 def work(config: dict[str, Any]) -> None:

@@ -92,10 +92,10 @@ class Stage:
 
     run: Callable[[TrainingPlan, Worker, Images], None]  # does a worker's share
     done: Callable[[TrainingPlan], bool]  # whether nothing of it is left to do
-    shared: str  # what workers divide: batches, members (with the judge for the last worker), or nothing: alone
     #: the untrained network, where the stage writes one as ``<name of the stage>.safetensors``, which becomes the
     #: field of that name of the model; without weights in the file the field is None
     network: Callable[[TrainingPlan], nn.Module] | None = None
+    by_member: bool = False  # whether its work is divided by networks, so that a worker for each CPU is of use
 
 
 def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> None:
@@ -351,25 +351,22 @@ def encoded(plan: TrainingPlan) -> bool:
 
 #: In the order in which they run.
 STAGES = {
-    "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None, "alone"),
-    "vae": Stage(
-        vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), "batches", lambda plan: VAE(plan.vae)
-    ),
-    "encode": Stage(encode_stage, encoded, "batches"),
+    "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None),
+    "vae": Stage(vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), lambda plan: VAE(plan.vae)),
+    "encode": Stage(encode_stage, encoded),
     "latent": Stage(
-        latent_stage, lambda plan: members_done(plan, plan.latent_kinds(), plan.ensemble.num_members), "members"
+        latent_stage, lambda plan: members_done(plan, plan.latent_kinds(), plan.ensemble.num_members), by_member=True
     ),
-    "images": Stage(image_stage, lambda plan: members_done(plan, ["image"], plan.image_members), "members"),
+    "images": Stage(image_stage, lambda plan: members_done(plan, ["image"], plan.image_members), by_member=True),
     "judge": Stage(
         judge_stage,
         lambda plan: plan.judge_training is None or is_finished(plan.file("judge.safetensors")),
-        "members",
         lambda plan: build_judge(plan.vae.image_shape, len(plan.class_names)),
+        by_member=True,  # the last worker trains it
     ),
     "sharp": Stage(
         sharp_stage,
         lambda plan: plan.decoder != "sharp" or is_finished(plan.file("sharp.safetensors")),
-        "alone",
         lambda plan: Decoder(plan.vae),
     ),
 }

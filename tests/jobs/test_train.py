@@ -186,6 +186,18 @@ def test_job_refuses_more_workers_than_there_are(
     assert "Ray offers 2 CPUs; ask for fewer" in capsys.readouterr().err
 
 
+def test_stages_are_divided_by_nodes_or_by_networks(job: Any, folder: Path, tmp_path: Path) -> None:
+    argv = command(folder, tmp_path / "model", "--image-members", "5")[2:]
+    plan = job.make_plan(job.new_parser().parse_args(argv))
+    nodes = [{"CPU": 4.0}, {"CPU": 4.0}]
+    one_a_node, one_a_network = (2, 4, False), (5, 1, False)
+    expected = dict.fromkeys(("vae", "encode", "sharp"), one_a_node)
+    expected |= dict.fromkeys(("latent", "images", "judge"), one_a_network)
+    assert {name: job.divide(plan, [name], nodes, None) for name in job.TRAINED} == expected
+    assert job.divide(plan, ["recipe"], nodes, 1) == (1, 4, False)
+    assert job.divide(plan, ["latent"], [{"CPU": 4.0, "GPU": 3.0}], None) == (3, 1, True)
+
+
 def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     from clarity.training.loops import IMAGE_TRAINING, EnsembleTraining, VAETraining
 
