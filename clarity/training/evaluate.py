@@ -110,7 +110,7 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
     if judged:
         real, again = (np.concatenate(classes) for classes in zip(*judged))
         judge = accuracies(real, truth) | {"accuracy_on_reconstructions": float((again == truth).mean())}
-    linear, pixels = fit_linear(training(), model.latent_dim), held_out.pixels[held_out.labels >= 0]
+    linear = linear_baseline(training(), held_out.pixels[held_out.labels >= 0], model.latent_dim)
     evaluation = {
         "images": count,
         **accuracies(predicted, truth),
@@ -122,12 +122,12 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
         "reconstruction": {
             "latent_dim": model.latent_dim,
             "vae": errors / (count * math.prod(model.image_shape)),
-            **linear.reconstruction_errors(pixels),
+            **linear.errors,
         },
         "baseline": {
             "components": linear.num_components,
             "images": linear.num_images,
-            **accuracies(linear.predict(pixels), truth),
+            **accuracies(linear.predicted, truth),
         },
         "judge": judge,
     }
@@ -173,45 +173,35 @@ def accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LinearBaseline:
-    """Principal components of pixels in [0, 1], and a logistic regression on the first ``num_components`` of them."""
+    """What principal components of pixels, and a logistic regression on some of them, make of held-out images."""
 
-    pca: PCA
-    classifier: LogisticRegression
-    num_components: int
-    latent_dim: int
-    num_images: int
+    num_components: int  # of the regression
+    num_images: int  # that the regression learned from
+    predicted: np.ndarray  # (N,) classes
+    errors: dict[str, float]  # mean squared errors of a pixel: of the mean image, and of a code of principal components
 
-    def components(self, pixels: Tensor) -> np.ndarray:
-        """Components of images uint8 (N, C, H, W), some at a time."""
-        return np.concatenate([self.pca.transform(flat(part)) for part in pixels.split(1024)])
 
-    def predict(self, pixels: Tensor) -> np.ndarray:
-        """Predicted classes."""
-        return self.classifier.predict(self.components(pixels)[:, : self.num_components])
-
-    def reconstruction_errors(self, pixels: Tensor) -> dict[str, float]:
-        """Mean squared errors of a pixel: of the mean image, and of the code of ``latent_dim`` components."""
-        total = sum(float(np.square(flat(part) - self.pca.mean_).sum(dtype=np.float64)) for part in pixels.split(1024))
-        kept = float(np.square(self.components(pixels)[:, : self.latent_dim]).sum(dtype=np.float64))
-        return {"mean_image": total / pixels.numel(), "linear_code": (total - kept) / pixels.numel()}
+def linear_baseline(training: LabelledImages, pixels: Tensor, latent_dim: int) -> LinearBaseline:
+    """Fits the baseline to labelled images, the components to some of them; asks it about images uint8 (N, C, H, W)."""
+    chosen = evenly(len(training.pixels), COMPONENT_IMAGES)
+    limit = min(len(chosen), training.pixels[0].numel())
+    pca = PCA(min(max(BASELINE_COMPONENTS, latent_dim), limit), svd_solver="randomized", random_state=0)
+    pca.fit(flat(training.pixels[chosen]))
+    known, asked = (
+        np.concatenate([pca.transform(flat(part)) for part in images.split(1024)])
+        for images in (training.pixels, pixels)
+    )
+    num_components = min(BASELINE_COMPONENTS, known.shape[1])
+    with warnings.catch_warnings():
+        # What the iterations do not finish is far below the accuracy's standard error.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier = LogisticRegression(max_iter=200).fit(known[:, :num_components], training.labels.numpy())
+    total = sum(float(np.square(flat(part) - pca.mean_).sum(dtype=np.float64)) for part in pixels.split(1024))
+    kept = float(np.square(asked[:, :latent_dim]).sum(dtype=np.float64))
+    errors = {"mean_image": total / pixels.numel(), "linear_code": (total - kept) / pixels.numel()}
+    return LinearBaseline(num_components, len(training.labels), classifier.predict(asked[:, :num_components]), errors)
 
 
 def flat(pixels: Tensor) -> np.ndarray:
     """Images as float32 rows in [0, 1]."""
     return pixels.flatten(1).numpy().astype(np.float32) / 255
-
-
-def fit_linear(training: LabelledImages, latent_dim: int) -> LinearBaseline:
-    """Fits the baseline to labelled images, the components to some of them."""
-    pixels, labels = training.pixels, training.labels.numpy()
-    chosen = evenly(len(pixels), COMPONENT_IMAGES)
-    limit = min(len(chosen), pixels[0].numel())
-    pca = PCA(min(max(BASELINE_COMPONENTS, latent_dim), limit), svd_solver="randomized", random_state=0)
-    pca.fit(flat(pixels[chosen]))
-    components = np.concatenate([pca.transform(flat(part)) for part in pixels.split(1024)])
-    num_components = min(BASELINE_COMPONENTS, components.shape[1])
-    with warnings.catch_warnings():
-        # What the iterations do not finish is far below the accuracy's standard error.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier = LogisticRegression(max_iter=200).fit(components[:, :num_components], labels)
-    return LinearBaseline(pca, classifier, num_components, min(latent_dim, components.shape[1]), len(labels))

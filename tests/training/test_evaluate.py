@@ -9,7 +9,7 @@ import torch
 from bars import bars
 
 from clarity.model import Model
-from clarity.training.evaluate import LabelledImages, classification_metrics, evaluate, fit_linear
+from clarity.training.evaluate import LabelledImages, classification_metrics, evaluate, linear_baseline
 
 
 def test_classification_metrics_by_hand() -> None:
@@ -46,7 +46,7 @@ def test_evaluation_compares_with_simple_methods_and_real_images(tiny_model: Mod
 def test_linear_code_is_that_of_the_singular_values() -> None:
     images, labels = bars(60)
     split = LabelledImages(images, [str(i) for i in range(60)], labels)
-    found = fit_linear(split, 5).reconstruction_errors(images)
+    found = linear_baseline(split, images, 5).errors
     x = images.flatten(1).double().numpy() / 255
     values = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
     assert found["mean_image"] == pytest.approx(values.sum() / x.size, rel=1e-4)
