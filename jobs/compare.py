@@ -234,8 +234,7 @@ def find_judges(
             f"judges in {storage.display(uri)} are of {judges.image_shape} images and classes {judges.class_names}, "
             f"the model of {model.image_shape} and {model.class_names}: give judges of the same data"
         )
-    key = data.listing_fingerprint(listing)
-    return judges, metrics.split_reality(judges, pixels[labels >= 0], labels[labels >= 0], key)
+    return judges, metrics.split_reality(judges, pixels[labels >= 0], labels[labels >= 0])
 
 
 def read(

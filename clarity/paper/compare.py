@@ -7,9 +7,9 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -76,8 +76,7 @@ class Images:
 class Results:
     """Images to score under one name: P pairs; ``columns`` hold what is known of them already, (P,) each.
 
-    ``kind`` is method, control or external; ``of`` (P,) are the indices of the originals; ``key`` changes when any
-    of this does.
+    ``kind`` is method, control or external; ``of`` (P,) are the indices of the originals.
     """
 
     name: str
@@ -87,7 +86,6 @@ class Results:
     target: np.ndarray
     x_cf: np.ndarray  # (P, C, H, W) uint8
     columns: dict[str, np.ndarray]
-    key: str
 
 
 def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: int, uri: str) -> None:
@@ -182,17 +180,7 @@ def results_of_audit(model: Model, method: str, uri: str) -> Results:
     for kind in ("predictive", "aleatoric", "epistemic"):
         for end in ("initial", "final"):
             columns[f"{kind}_{end}"] = table[f"{kind}_{end}"].fill_null(float("nan")).to_numpy()
-    files = [file["sha256"] for _, commit in sorted(audit.commits.items()) for file in commit["files"].values()]
-    key = key_of(fingerprint_of(model), audit.plan.fingerprint, files)
-    return Results(method, "method", images, of, target, x_cf, columns, key)
-
-
-def fingerprint_of(model: Model) -> str:
-    """Digest of a model with its image classifiers, which its own fingerprint leaves out."""
-    digest = hashlib.sha256(model.fingerprint.encode())
-    for tensor in model.image_ensemble.state_dict().values() if model.image_ensemble else ():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return Results(method, "method", images, of, target, x_cf, columns)
 
 
 def members_of(model: Model, method: str) -> int:
@@ -222,7 +210,6 @@ def restrict(results: Results, ids: set[str]) -> Results:
         target=results.target[kept],
         x_cf=results.x_cf[kept],
         columns={name: values[kept] for name, values in results.columns.items()},
-        key=key_of(results.key, np.flatnonzero(kept).tolist()),
     )
 
 
@@ -241,7 +228,7 @@ def control_results(name: str, like: Results, model: Model, real: metrics.Realit
             pool = real.images[k]
             if len(pool):
                 x_cf[p] = pool[min(int(share * len(pool)), len(pool) - 1)]
-    return Results(name, "control", images, of, target, x_cf, reencoded(model, images, of, target, x_cf), like.key)
+    return Results(name, "control", images, of, target, x_cf, reencoded(model, images, of, target, x_cf))
 
 
 def external_results(name: str, uri: str, like: Results, model: Model) -> Results:
@@ -250,8 +237,7 @@ def external_results(name: str, uri: str, like: Results, model: Model) -> Result
     Images are (N, C, H, W) or (N, H, W), uint8 or floats in [0, 1]. Rows whose image is not compared here, or is of the
     target already, are left out and counted; ValueError: entries are missing, a target is unknown, or no row is left.
     """
-    raw = storage.read_bytes(uri)
-    content = np.load(io.BytesIO(raw), allow_pickle=False)
+    content = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
     if missing := sorted({"image_id", "target", "image"} - set(content.files)):
         raise ValueError(f"{storage.display(uri)} needs image_id, target and image, missing: {', '.join(missing)}")
     names = list(model.class_names)
@@ -266,8 +252,7 @@ def external_results(name: str, uri: str, like: Results, model: Model) -> Result
     pictures = content["image"][kept].reshape(-1, *model.image_shape)
     x_cf = np.stack([model.preprocessing.apply(picture) for picture in pictures])
     columns = reencoded(model, like.images, of[kept], target[kept], x_cf)
-    key = key_of(fingerprint_of(model), hashlib.sha256(raw).hexdigest())
-    return Results(name, "external", like.images, of[kept], target[kept], x_cf, columns, key)
+    return Results(name, "external", like.images, of[kept], target[kept], x_cf, columns)
 
 
 def reencoded(
@@ -285,40 +270,39 @@ def reencoded(
 def score(results: Results, jury: Judges, real: metrics.Reality, out: str, chosen: set[str]) -> pa.Table:
     """One row for each pair with every metric (COUT for ``chosen`` ids); kept in pieces under ``judged/``."""
     images, names = results.images, np.array(results.images.ids)[results.of]
-    source = images.source[results.of]
     swapped = np.isin(names, list(chosen))
-    depends = [VERSION, results.name, results.key, jury.fingerprint, real.key]
+    depends = [VERSION, jury.fingerprint, digest(real.features)]
     pieces = []
     for number, part in enumerate(parts(len(names))):
-
-        def rows(part: slice = part) -> pa.Table:
-            of = results.of[part]
-            columns: dict[str, Any] = {
-                "image_id": names[part],
-                "label": images.label[of],
-                "source": source[part],
-                "target": results.target[part],
-                **{name: values[part] for name, values in results.columns.items()},
-                **metrics.judge_images(
-                    jury,
-                    real,
-                    images.x[of],
-                    images.reconstruction[of],
-                    results.x_cf[part],
-                    source[part],
-                    results.target[part],
-                    other_attributes(jury),
-                    swapped[part],
-                ),
-            }
-            columns["features"] = schema.fixed_size_list(columns["features"].astype(np.float32))
-            log.info("scored %s: %d of %d", NAMES.get(results.name, results.name), part.start + len(of), len(names))
-            return pa.table(columns)
-
-        key = key_of(*depends, names[part].tolist(), np.flatnonzero(~swapped[part]).tolist())
+        of = results.of[part]
+        known: dict[str, np.ndarray] = {
+            "image_id": names[part],
+            "label": images.label[of],
+            "source": images.source[of],
+            "target": results.target[part],
+            **{name: values[part] for name, values in results.columns.items()},
+        }
+        pictures = images.x[of], images.reconstruction[of], results.x_cf[part]
+        make = partial(score_pairs, jury, real, known, pictures, swapped[part])
+        key = key_of(*depends, list(known), digest([*known.values(), *pictures, swapped[part]]))
         directory = storage.join(out, "judged", results.name.replace(" ", "_"))
-        pieces.append(cached(storage.join(directory, f"{number:05d}.parquet"), key, rows))
+        pieces.append(cached(storage.join(directory, f"{number:05d}.parquet"), key, make))
+        log.info("scored %s: %d of %d", NAMES.get(results.name, results.name), part.start + len(of), len(names))
     return pa.concat_tables(pieces)
+
+
+def score_pairs(
+    jury: Judges,
+    real: metrics.Reality,
+    known: dict[str, np.ndarray],
+    pictures: tuple[np.ndarray, np.ndarray, np.ndarray],
+    swapped: np.ndarray,
+) -> pa.Table:
+    """Rows of what is known of some pairs and of every metric; ``pictures`` as ``judge_images`` takes them."""
+    ends = known["source"], known["target"]
+    scores = metrics.judge_images(jury, real, *pictures, *ends, other_attributes(jury), swapped)
+    features = schema.fixed_size_list(scores.pop("features").astype(np.float32))
+    return pa.table({**known, **scores, "features": features})
 
 
 def other_attributes(jury: Judges) -> np.ndarray:
@@ -365,6 +349,14 @@ def cached(uri: str, key: str, make: Callable[[], pa.Table]) -> pa.Table:
     made = make()
     storage.write_bytes(uri, to_parquet(made.replace_schema_metadata({"clarity.key": key})))
     return made
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the content of arrays."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def key_of(*depends: Any) -> str:

@@ -187,16 +187,15 @@ class Reality:
 
     features: Sequence[Array]
     images: Sequence[Array]
-    key: str = ""
 
 
-def split_reality(judges: Judges, images: Array, labels: Array, key: str = "") -> Reality:
+def split_reality(judges: Judges, images: Array, labels: Array) -> Reality:
     """Split real images (N, C, H, W) uint8 of each class by turns: even ones to compare with, odd ones to draw."""
     rows = [np.flatnonzero(np.asarray(labels) == k) for k in range(len(judges.class_names))]
     features = [
         predict_features(judges.oracle, images[chosen[::2]]) if len(chosen) else np.zeros((0, 1)) for chosen in rows
     ]
-    return Reality(features, [images[chosen[1::2]] for chosen in rows], key)
+    return Reality(features, [images[chosen[1::2]] for chosen in rows])
 
 
 def judge_images(
