@@ -113,12 +113,16 @@ def has_predictions(con: duckdb.DuckDBPyConnection) -> bool:
     return "prediction" in con.table("codes").columns
 
 
-def query(con: duckdb.DuckDBPyConnection, name: str, **parameters: Any) -> pa.Table:
-    """Answers a documented question; ValueError for an unknown one or an unknown parameter."""
+def query(con: duckdb.DuckDBPyConnection, name: str, *, metadata: Any = None, **parameters: Any) -> pa.Table:
+    """Answers a documented question; ValueError for an unknown one or an unknown parameter, or lacking metadata."""
     queries = load_queries()
     if name not in queries:
         raise ValueError(f"name: expected one of {', '.join(queries)}, got {name!r}")
     known = queries[name].parameters
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"parameters: {name} takes {sorted(known) or 'none'}, got {unknown}")
+    if metadata is not None:
+        con.register("metadata", metadata)
+    elif name == "by_metadata":
+        raise ValueError("metadata: expected a table with the columns image_id and segment, got none")
     return con.sql(queries[name].sql, params={**known, **parameters}).to_arrow_table()

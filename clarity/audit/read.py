@@ -45,9 +45,12 @@ class Audit:
         found = verdict(storage.read_json(card) if storage.exists(card) else {})
         return {"verdict": asdict(found)} | summarise(self.plan, self.commits, self.codes, self.counterfactuals)
 
-    def query(self, name: str, **parameters: Any) -> pa.Table:
-        """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``."""
-        return query(connect(self.codes, self.counterfactuals), name, **parameters)
+    def query(self, name: str, *, metadata: Any = None, **parameters: Any) -> pa.Table:
+        """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``.
+
+        ``metadata`` is the table that ``by_metadata`` joins: Arrow or pandas, with the columns image_id and segment.
+        """
+        return query(connect(self.codes, self.counterfactuals), name, metadata=metadata, **parameters)
 
     def __repr__(self) -> str:
         """The audit in a few lines."""

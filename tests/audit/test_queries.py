@@ -23,9 +23,9 @@ def test_query_runs_and_stands_in_the_documentation_with_its_columns(name: str) 
     assert asked.doc in part and asked.sql in part and asked.doc.endswith((".", "?"))
     tables = make_tables(planted=Planted(hard=(1, 3), wrong_labels=4, unreadable=2, prediction_errors=5))
     metadata = pa.table({"image_id": tables.codes["image_id"], "segment": [f"s{i % 3}" for i in range(120)]})
-    con = connect(tables.codes, tables.counterfactuals, metadata=metadata)
+    con = connect(tables.codes, tables.counterfactuals)
     parameters = {"source": "bee", "target": "cow"} if name == "closest_to" else {}
-    table = query(con, name, **parameters)
+    table = query(con, name, metadata=metadata if name == "by_metadata" else None, **parameters)
     assert table.num_rows
     if name != "predictions":
         assert part.split("```text\n")[1].splitlines()[0].split() == table.column_names
@@ -70,6 +70,8 @@ def test_query_refuses_what_it_does_not_know() -> None:
         query(con, "hardest")
     with pytest.raises(ValueError, match="takes \\['count'\\], got \\['limit'\\]"):
         query(con, "hardest_pairs", limit=3)
+    with pytest.raises(ValueError, match="metadata: expected a table with the columns image_id and segment, got none"):
+        query(con, "by_metadata")
 
 
 def test_views_agree_with_numpy() -> None:
