@@ -213,16 +213,6 @@ def max_value_of(picture: Image.Image) -> int | None:
     return int(np.asarray(picture).max()) if picture.mode.startswith("I") else None
 
 
-def is_deep_colour(picture: Image.Image) -> bool:
-    """Whether an image that is not decoded yet holds colours of 16 bits, of which Pillow keeps the upper 8."""
-    return picture.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
-
-
-def range_of(largest: int) -> int:
-    """What is white among images whose largest value is this: the end of 8, 10, 12, 14, 16 or more bits."""
-    return next((top for top in RANGES if largest <= top), (1 << largest.bit_length()) - 1)
-
-
 def convert(picture: Image.Image, mode: str, max_value: int | None) -> Image.Image:
     """The decoded picture in mode "L" or "RGB", 8 bits."""
     if picture.mode.startswith("I") or picture.mode == "F":

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.special import softmax
 
 from clarity import storage
 from clarity.images import Preprocessing
@@ -190,7 +191,7 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
     def call(pixels: np.ndarray) -> np.ndarray:
         x = (pixels.astype(np.float32) / np.float32(255) - mean) / std
         (values,) = session.run(chosen, {inputs[0].name: x})
-        return softmax(values) if fields["output"] == "logits" else values
+        return softmax(values.astype(np.float64), 1).astype(np.float32) if fields["output"] == "logits" else values
 
     digest = hashlib.sha256(repr((sums, sorted(described.items()))).encode()).hexdigest()
     block = batch if isinstance(batch, int) else BLOCK
@@ -262,12 +263,6 @@ def parse_description(found: Any, name: str, needed: Sequence[str], optional: Se
         require(key == "mean" or min(values) > 0, "std of more than 0", values)
         fields[key] = values
     return fields
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
-    values = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return (values / values.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def in_time(call: Callable[[np.ndarray], Any], pixels: np.ndarray, name: str) -> Any:

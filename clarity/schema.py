@@ -175,9 +175,11 @@ def fixed_size_list(values: np.ndarray, valid: np.ndarray | None = None) -> pa.F
 
 
 def matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """A column fixed_size_list[N] without nulls as a (B, N) array; read-only where it can be a view."""
+    """A column of lists of one length without nulls as a (B, N) array; read-only where it can be a view."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if array.null_count:
         raise ValueError(f"expected a column without nulls, found {array.null_count}; filter by status first")
     # flatten() honours the offset of a slice, .values does not.
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
+    # DuckDB gives lists of any length for those of a fixed one.
+    size = array.type.list_size if pa.types.is_fixed_size_list(array.type) else -1
+    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), size)

@@ -40,13 +40,12 @@ from clarity.data.listing import (
 from clarity.data.mnist import list_mnist, read_mnist
 from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
 from clarity.images import (
+    RANGES,
     Preprocessing,
     UnreadableImage,
     decode,
-    is_deep_colour,
     max_value_of,
     open_image,
-    range_of,
     upright,
 )
 
@@ -260,7 +259,9 @@ def infer_preprocessing(
     mode = mode or ("L" if grey else "RGB")
     common = sizes.pop() if len(sizes) == 1 and not center_crop else (64, 64)
     size = size or (common if max(common) <= 128 else (64, 64))
-    return Preprocessing(mode, *size, center_crop, None if largest is None else range_of(largest))
+    if largest is not None:  # the end of the fewest bits that hold it
+        largest = next((top for top in RANGES if largest <= top), (1 << largest.bit_length()) - 1)
+    return Preprocessing(mode, *size, center_crop, largest)
 
 
 def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[tuple[int, int]], bool, int | None]:
@@ -272,7 +273,8 @@ def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[
             if isinstance(content, UnreadableImage):
                 raise content
             opened = content if isinstance(content, Image.Image) else open_image(content)
-            is_deep = is_deep_colour(opened)
+            # Of colours of 16 bits Pillow keeps the upper 8, and tells it before it decodes them.
+            is_deep = opened.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
             picture = decode(lambda opened=opened: upright(opened))  # type: ignore[misc]
             deep += [int(np.asarray(picture)[..., :3].max())] if is_deep else []
             sizes.add((picture.height, picture.width))

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from clarity import storage
 from clarity.data.files import printable, quote
-from clarity.data.labels import read_labels, table_splits
+from clarity.data.labels import find_column, find_tables, read_labels, read_table
 from clarity.data.listing import (
     Dataset,
     add_notes,
@@ -115,9 +115,12 @@ def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str,
 def folder_splits(dataset: Dataset) -> set[str]:
     """The splits that folders at the top, or a table of labels, name."""
     root = str(dataset.data)
-    if not storage.is_dir(root):
-        return set()
-    return set(split_folders(root).values()) or table_splits(dataset)
+    found = set(split_folders(root).values()) if storage.is_dir(root) else set()
+    for path in find_tables(root, ()) if not found else ():
+        rows = read_table(storage.join(root, path))
+        column = find_column(dataset, path, rows, "split")
+        found |= {split for row in rows if column and (split := split_named(row.get(column)))}
+    return found
 
 
 def split_folders(root: str) -> dict[str, str]:

@@ -40,16 +40,6 @@ def find_tables(root: str, folders: Sequence[str]) -> list[str]:
     return [path for path in paths if storage.exists(storage.join(root, path))]
 
 
-def table_splits(dataset: Dataset) -> set[str]:
-    """The splits that tables at the top name."""
-    found = set()
-    for path in find_tables(str(dataset.data), ()):
-        rows = read_table(storage.join(str(dataset.data), path))
-        column = find_column(dataset, path, rows, "split")
-        found |= {split for row in rows if column and (split := split_named(row.get(column)))}
-    return found
-
-
 def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], in_classes: bool) -> Labels | None:
     """What the tables beside some images say of them; None where there is no table, or none that gives labels.
 

@@ -15,6 +15,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from clarity.schema import matrix
+
 #: Nearest labelled images that vote on a label, and how many of a class stand for what is ordinary in it.
 NEIGHBOURS = 20
 ORDINARY = 500
@@ -62,11 +64,6 @@ def suspicious_labels(con: duckdb.DuckDBPyConnection) -> pa.Table:
         }
     )
     return ranked.take(pa.array(np.argsort(-suspicion, kind="stable")))
-
-
-def matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """Lists of one length as (N, ...); DuckDB returns fixed-size lists of Parquet as lists of any length."""
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def score_classes(

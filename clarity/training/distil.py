@@ -136,8 +136,9 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
     parts = [encode_rows(model.vae, part.to(model.device).float() / 255)[0] for part in pixels.split(1024)]
     z = torch.cat(parts).cpu()
     around = perturb(z, torch.Generator().manual_seed(0), copies=1)
-    reconstructed, perturbed = (code_probs(predictor, model.vae, codes.to(model.device)) for codes in (z, around))
-    of_code, of_perturbed = (ensemble_probs(model, codes) for codes in (z, around))
+    codes = z.to(model.device), around.to(model.device)
+    reconstructed, perturbed = (code_probs(predictor, model.vae, part) for part in codes)
+    of_code, of_perturbed = (torch.from_numpy(mean_probs(logits_rows(model.ensemble, part))) for part in codes)
     names, before, after = model.class_names, probs.argmax(1), reconstructed.argmax(1)
     confused = []
     for k in before.unique().tolist():
@@ -155,11 +156,6 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
         "reconstructing": agreement(probs, reconstructed),
         "confused": sorted(confused, key=lambda entry: -entry[2]),
     }
-
-
-def ensemble_probs(model: Model, z: Tensor) -> Tensor:
-    """Mean probabilities (B, K) of the ensemble."""
-    return torch.from_numpy(mean_probs(logits_rows(model.ensemble, z.to(model.device))))
 
 
 def agreement(p: Tensor, q: Tensor) -> dict[str, float]:
