@@ -15,7 +15,7 @@ from clarity.images import decode_png
 from clarity.report.sample import Sample
 from clarity.report.text import number, probability
 from clarity.report.tiles import Tiles
-from clarity.report.view import Decoder, View
+from clarity.report.view import View, classify, decode
 
 #: What a row of ``rows`` holds, in order.
 FIELDS = (
@@ -90,10 +90,10 @@ def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
     ).to_pylist()
     codes = {code["image_id"]: code["z"] for code in codes_of(view, sample.image_ids) if code["status"] == "ok"}
     reconstructions = {}
-    if view.decoder is not None and codes:
-        decoded = view.decoder.pictures(np.array(list(codes.values()), np.float32).reshape(len(codes), -1))
+    if view.model is not None:
+        decoded = decode(view.model, list(codes.values()))
         reconstructions = {image_id: tiles.add(picture) for image_id, picture in zip(codes, decoded)}
-    paths = {} if view.decoder is None else embed_paths(view.decoder, rows, codes, sample, tiles)
+    paths = embed_paths(view, rows, codes, sample, tiles)
     pictures = counterfactual_tiles(view, rows, tiles)
     has_predictor = any(row["prediction_target_prob_final"] is not None for row in rows)
     by_image: dict[str, list[list[Any]]] = {}
@@ -128,10 +128,10 @@ def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
 
 def counterfactual_tiles(view: View, rows: list[dict[str, Any]], tiles: Tiles) -> dict[tuple[str, int], int]:
     """The counterfactuals' pictures: stored ones, else decoded from their codes."""
-    lacking = [row for row in rows if row["x_cf"] is None and row["z_cf"] is not None and view.decoder is not None]
+    lacking = [row for row in rows if row["x_cf"] is None and row["z_cf"] is not None]
     decoded = {}
-    if lacking and view.decoder is not None:
-        pictures = view.decoder.pictures(np.array([row["z_cf"] for row in lacking], np.float32))
+    if view.model is not None:
+        pictures = decode(view.model, [row["z_cf"] for row in lacking])
         decoded = {(row["image_id"], row["target"]): picture for row, picture in zip(lacking, pictures)}
     found = {}
     for row in rows:
@@ -141,7 +141,7 @@ def counterfactual_tiles(view: View, rows: list[dict[str, Any]], tiles: Tiles) -
 
 
 def embed_paths(
-    decoder: Decoder, rows: list[dict[str, Any]], codes: dict[str, list[float]], sample: Sample, tiles: Tiles
+    view: View, rows: list[dict[str, Any]], codes: dict[str, list[float]], sample: Sample, tiles: Tiles
 ) -> dict[tuple[str, int], tuple[list[int], list[float | None], list[str]]]:
     """Tiles, target probabilities and their texts at equal steps of the segment from z to z_cf of each pair."""
     walks: dict[tuple[str, int], np.ndarray] = {}
@@ -152,11 +152,11 @@ def embed_paths(
             z, z_cf = np.array(codes[image_id]), np.array(row["z_cf"])
             along = np.arange(1, frames + 1)[:, None] / (frames + 1)
             walks[image_id, target] = (z + along * (z_cf - z)).astype(np.float32)
-    if not walks:
+    if not walks or view.model is None:
         return {}
     points = np.concatenate(list(walks.values()))
-    pictures = decoder.pictures(points)
-    probs = decoder.probabilities(points, [image_id for (image_id, _), walk in walks.items() for _ in walk])
+    pictures = decode(view.model, points)
+    probs = classify(view, points, [image_id for (image_id, _), walk in walks.items() for _ in walk])
     paths, end = {}, 0
     for (image_id, target), walk in walks.items():
         start, end = end, end + len(walk)

@@ -36,47 +36,12 @@ CHANGE_PAIRS = 4_500
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """Pictures and class probabilities at codes, by the model that an audit holds."""
-
-    model: Model
-    image_shape: tuple[int, int, int]
-    num_folds: int
-
-    def pictures(self, z: np.ndarray) -> np.ndarray:
-        """Images (B, C, H, W) float32 of codes (B, D)."""
-        import torch
-
-        from clarity.rows import decode_rows
-
-        if not len(z):
-            return np.zeros((0, *self.image_shape), np.float32)
-        return decode_rows(self.model.decoder, torch.from_numpy(np.ascontiguousarray(z, np.float32))).numpy()
-
-    def probabilities(self, z: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
-        """Mean class probabilities (B, K) at codes (B, D), each by the ensemble that explained its image."""
-        import torch
-
-        from clarity.ids import fold_of
-        from clarity.rows import logits_rows, mean_probs
-
-        probs = np.zeros((len(z), len(self.model.class_names)), np.float32)
-        ensembles = self.model.folds if self.num_folds else (self.model.ensemble,)
-        folds = np.array([fold_of(name, self.num_folds) if self.num_folds else 0 for name in image_ids], np.int64)
-        for fold, ensemble in enumerate(ensembles):
-            mine = folds == fold
-            if mine.any():
-                probs[mine] = mean_probs(logits_rows(ensemble, torch.from_numpy(np.asarray(z[mine], np.float32))))
-        return probs
-
-
-@dataclass(frozen=True)
 class View:
-    """One audit of the page, and the name under which the page shows it."""
+    """One audit of the page, the name under which the page shows it, and the model that the audit holds."""
 
     name: str
     audit: Audit
-    decoder: Decoder | None
+    model: Model | None
     facts: Facts
     results: Results
 
@@ -93,6 +58,37 @@ class View:
     def table(self, sql: str, parameters: dict[str, Any] | None = None) -> pa.Table:
         """Runs a query over the views ``codes`` and ``counterfactuals``."""
         return self.facts.con.sql(sql, params=parameters or {}).to_arrow_table()
+
+
+def decode(model: Model, z: Any) -> np.ndarray:
+    """Images (B, C, H, W) float32 of codes (B, D)."""
+    import torch
+
+    from clarity.rows import decode_rows
+
+    codes = np.array(z, np.float32).reshape(-1, model.latent_dim)
+    if not len(codes):
+        return np.zeros((0, *model.image_shape), np.float32)
+    return decode_rows(model.decoder, torch.from_numpy(codes)).numpy()
+
+
+def classify(view: View, z: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
+    """Mean class probabilities (B, K) at codes (B, D), each by the ensemble that explained its image."""
+    import torch
+
+    from clarity.ids import fold_of
+    from clarity.rows import logits_rows, mean_probs
+
+    model = view.model
+    assert model is not None
+    ensembles = model.folds if view.audit.plan.model.get("num_folds") else (model.ensemble,)
+    folds = np.array([fold_of(name, len(ensembles)) for name in image_ids])
+    probs = np.zeros((len(z), model.num_classes), np.float32)
+    for fold, ensemble in enumerate(ensembles):
+        mine = folds == fold
+        if mine.any():
+            probs[mine] = mean_probs(logits_rows(ensemble, torch.from_numpy(np.asarray(z[mine], np.float32))))
+    return probs
 
 
 def open_views(uris: Sequence[str]) -> list[View]:
@@ -121,30 +117,30 @@ def names_of(audits: Sequence[Audit]) -> list[str]:
 
 def open_view(audit: Audit, name: str) -> View:
     """Opens one audit; without a model in its directory the page has tables only."""
-    attributes, model = (storage.join(audit.uri, part) for part in (ATTRIBUTES_FILE, "model"))
+    attributes, directory = (storage.join(audit.uri, part) for part in (ATTRIBUTES_FILE, "model"))
     others = {}
     if storage.exists(attributes):
         others["attributes"] = pq.read_table(io.BytesIO(storage.read_bytes(attributes)))
     con = connect(audit.codes, audit.counterfactuals, **others)
-    decoder = None
-    if storage.exists(storage.join(model, "model.json")):
+    model = None
+    if storage.exists(storage.join(directory, "model.json")):
         from clarity.model import load_model
 
-        decoder = Decoder(load_model(model), audit.plan.image_shape, int(audit.plan.model.get("num_folds") or 0))
+        model = load_model(directory)
     facts = gather(
         con,
         short_names(audit.class_names, MAX_NAME),
         config=audit.plan.config,
-        card=decoder.model.card if decoder is not None else None,
-        differences=mean_changes(con, audit, decoder),
+        card=None if model is None else model.card,
+        differences=mean_changes(con, audit, model),
         # No folds, and no held-out split.
         trained_on_labels=audit.plan.dataset.get("split") in ("train", "all") and not audit.plan.model.get("num_folds"),
         keep=audit.plan.keep,
     )
-    return View(name, audit, decoder, facts, find(facts))
+    return View(name, audit, model, facts, find(facts))
 
 
-def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder | None) -> Differences | None:
+def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, model: Model | None) -> Differences | None:
     """Mean changes over a sample: as many pairs of each target, evenly over sources, chosen by a hash of the id."""
     num_classes = len(audit.class_names)
     table = con.sql(statement("page_changes"), params={"each": max(20, CHANGE_PAIRS // num_classes)}).to_arrow_table()
@@ -155,9 +151,9 @@ def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder 
     _, first, row_of = np.unique(ids, return_index=True, return_inverse=True)
     own = table.take(pa.array(first))
     # The search starts from the reconstruction, so its code comes before the stored image.
-    stored = own["x"] if decoder is None else pa.chunked_array([pa.nulls(len(own))])
-    before = pictures(own["z"], stored, decoder, audit.plan.image_shape)
-    after = pictures(table["z_cf"], table["x_cf"], decoder, audit.plan.image_shape)
+    stored = own["x"] if model is None else pa.chunked_array([pa.nulls(len(own))])
+    before = pictures(own["z"], stored, model, audit.plan.image_shape)
+    after = pictures(table["z_cf"], table["x_cf"], model, audit.plan.image_shape)
     if before is None or after is None:
         return None
     source, target = table["source"].to_numpy(), table["target"].to_numpy()
@@ -165,9 +161,9 @@ def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, decoder: Decoder 
 
 
 def pictures(
-    codes: pa.ChunkedArray, stored: pa.ChunkedArray, decoder: Decoder | None, image_shape: tuple[int, int, int]
+    codes: pa.ChunkedArray, stored: pa.ChunkedArray, model: Model | None, image_shape: tuple[int, int, int]
 ) -> np.ndarray | None:
     """Pictures (P, C, H, W) in [0, 1]: decoded if some are not stored; None where neither is possible."""
     if not stored.null_count:
         return decode_png(stored.combine_chunks(), image_shape).astype(np.float32) / 255
-    return None if decoder is None else decoder.pictures(np.array(codes.to_pylist(), np.float32))
+    return None if model is None else decode(model, codes.to_pylist())
