@@ -132,9 +132,14 @@ def draw_searches(
 
 
 def draw_curves(write: Write, model: Model, images: Images, segments: Sequence[tuple[str, str]]) -> None:
-    """Figures 5 and 7."""
+    """Figure 5: the target's probability by each image and latent classifier, along segments between two codes.
+
+    Figure 7: by the image ensemble, along the same segments and along those between the decoded ends.
+    """
     names = list(model.class_names)
     assert model.image_ensemble is not None
+    one_of_many: dict[str, Any] = {"color": LIGHT, "lw": 0.7, "alpha": 0.6, "zorder": 2}
+    image_of_many = {**IMAGE_CURVE, "lw": 0.6, "alpha": 0.7, "zorder": 3}
     five, seven = {}, {}
     for letter, (source, target) in zip("abc", segments):
         a, b = (first_of(images, names.index(name)) for name in (source, target))
@@ -142,12 +147,21 @@ def draw_curves(write: Write, model: Model, images: Images, segments: Sequence[t
         decoded = decode_rows(model.vae, z)
         walk = along_segment(decoded[0], decoded[-1])
         k = names.index(target)
-        image = target_curves(model.image_ensemble, decoded, k)
+        image, latent = target_curves(model.image_ensemble, decoded, k), target_curves(model.ensemble, z, k)
+        walked = target_curves(model.image_ensemble, walk, k).mean(0, keepdims=True)
         title = f"({letter}) {source} → {target}"
-        five[title] = (image, target_curves(model.ensemble, z, k))
-        seven[title] = (target_curves(model.image_ensemble, walk, k).mean(0), image.mean(0))
-    write("figure5", probability_curves(five))
-    write("figure7", segment_curves(seven))
+        five[title] = ((latent, one_of_many), (image, image_of_many))
+        seven[title] = ((walked, IMAGE_CURVE), (image.mean(0, keepdims=True), {"color": MIDDLE}))
+    handles = [
+        Line2D([], [], **IMAGE_CURVE, label=f"{len(image)} image classifiers (REVISE)"),
+        Line2D([], [], color=LIGHT, label=f"{len(latent)} latent classifiers"),
+    ]
+    write("figure5", segment_panels(five, handles, "position t on the segment between the two codes"))
+    handles = [
+        Line2D([], [], **IMAGE_CURVE, label="walked in the image space"),
+        Line2D([], [], color=MIDDLE, label="walked in the latent space"),
+    ]
+    write("figure7", segment_panels(seven, handles, "position t on the segment"))
 
 
 def draw_traces(write: Write, model: Model, config: SearchConfig, images: Images, pair: tuple[str, str]) -> None:
@@ -222,30 +236,6 @@ def draw_latent_map(
     points = [images.z[label == k] for k in (source, target)]
     write("figure10", latent_paths(drawn, extent, points[0], points[1], source=pair[0], target=pair[1]))
     return ends
-
-
-def probability_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
-    """Figure 5: the target's probability along a segment, a thin line for each image or latent classifier (M, T)."""
-    latent: dict[str, Any] = {"color": LIGHT, "lw": 0.7, "alpha": 0.6, "zorder": 2}
-    image = {**IMAGE_CURVE, "lw": 0.6, "alpha": 0.7, "zorder": 3}
-    image_count, latent_count = (len(curves) for curves in next(iter(panels.values())))
-    handles = [
-        Line2D([], [], **IMAGE_CURVE, label=f"{image_count} image classifiers (REVISE)"),
-        Line2D([], [], color=LIGHT, label=f"{latent_count} latent classifiers"),
-    ]
-    drawn = {title: ((latent_curves, latent), (curves, image)) for title, (curves, latent_curves) in panels.items()}
-    return segment_panels(drawn, handles, "position t on the segment between the two codes")
-
-
-def segment_curves(panels: Mapping[str, tuple[Array, Array]]) -> Picture:
-    """Figure 7: the image ensemble's target probability on one segment, in the image space and in the latent space."""
-    latent: dict[str, Any] = {"color": MIDDLE}
-    handles = [
-        Line2D([], [], **IMAGE_CURVE, label="walked in the image space"),
-        Line2D([], [], **latent, label="walked in the latent space"),
-    ]
-    drawn = {title: ((curves[0][None], IMAGE_CURVE), (curves[1][None], latent)) for title, curves in panels.items()}
-    return segment_panels(drawn, handles, "position t on the segment")
 
 
 @styled

@@ -1,6 +1,5 @@
 """The first screen of the page: what was explained, what is missing, the key figures, the findings with pictures."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from clarity import storage
@@ -94,15 +93,6 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[
         differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not, by "
         figures.append(("Classified as labelled", percent(total["agree"], total["labelled"]), differ + explained))
     return figures
-
-
-def told_findings(
-    views: Sequence[View], embedded: Sequence[Embedded], images: dict[str, Any], sample: Sample, tiles: Tiles
-) -> list[tuple[Finding, str, list[Any]]]:
-    """The findings of all audits, most severe first, each with the name of its audit and pictures beside it."""
-    ranked = [(finding, view, each) for view, each in zip(views, embedded) for finding in view.results.findings]
-    ranked.sort(key=lambda entry: -entry[0].severity)
-    return [(found, view.name, evidence(found, view, each, images, sample, tiles)) for found, view, each in ranked]
 
 
 def evidence(

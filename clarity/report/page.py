@@ -107,7 +107,11 @@ def render(
         shards = f"{len(view.audit.plan.shards)} shards, {len(view.audit.commits)} committed"
         return json.dumps(view.audit.plan.to_json() | {"shards": shards}, indent=2, ensure_ascii=False)
 
-    findings = overview.told_findings(views, embedded, images, sample, tiles)
+    told = [(finding, view, each) for view, each in zip(views, embedded) for finding in view.results.findings]
+    findings = [
+        (finding, view.name, overview.evidence(finding, view, each, images, sample, tiles))
+        for finding, view, each in sorted(told, key=lambda entry: -entry[0].severity)
+    ]
     labels = tables.labels(first, images, tiles)
     script = script_data(views, sample, embedded, images, tiles)
     data = json.dumps(script, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -115,7 +119,7 @@ def render(
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     totals = [overview.totals(view) for view in views]
     title = overview.dataset_name(first.audit.plan.dataset)
-    told = listed([view.name for view in views]) if several else "what would each image need to be another class?"
+    subject = listed([view.name for view in views]) if several else "what would each image need to be another class?"
     return template.render(
         findings=findings,
         about_images=overview.ABOUT_IMAGES,
@@ -129,7 +133,7 @@ def render(
         tiles=embedded[0].tiles,
         version=__version__,
         title=title,
-        headline=f"{title}: {told}",
+        headline=f"{title}: {subject}",
         first=first,
         total=totals[0],
         sample=sample,

@@ -47,10 +47,17 @@ class Sample:
 def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Sample:
     """Chooses from the first audit, of at most ``budget`` pictures; ``pairs`` come first, ``images`` are looked up."""
     first = views[0]
-    ranked = ranked_examples(first)
+    # Up to MAX_EXAMPLES of each kind for each class pair, by latent distance; failed ones by probability.
+    ranked: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in first.table(statement("page_examples"), {"each": MAX_EXAMPLES, "kinds": list(KINDS)}).to_pylist():
+        ranked.setdefault((row["source"], row["target"]), []).append(row)
     chosen, used = fitting_examples(views, ranked, int(budget * 0.8), pairs)
     lookup = choose_images(views, images, budget - used)
-    disagreements = choose_disagreements(first)
+    disagreements = []
+    if first.has_predictions:  # in order of the ensemble's certainty
+        theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in first.audit.codes.schema.names else "NULL"
+        sql = statement("page_disagreements").format(theirs=theirs)
+        disagreements = first.table(sql, {"count": LISTED}).to_pylist()
     frames = {(row["image_id"], row["target"]): row["frames"] for row in chosen}
     others = [example for view in views for finding in view.results.findings for example in finding.examples[:6]]
     others += [(row["image_id"], row["other"]) for row in disagreements]
@@ -62,15 +69,6 @@ def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Seq
     for row in chosen:
         examples.setdefault((row["source"], row["target"]), []).append((row["image_id"], row["kind"]))
     return Sample(examples, lookup, disagreements, frames, len(ranked))
-
-
-def ranked_examples(view: View) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """Up to MAX_EXAMPLES examples of each kind for each class pair, by latent distance; failed ones by probability."""
-    table = view.table(statement("page_examples"), {"each": MAX_EXAMPLES, "kinds": list(KINDS)})
-    by_pair: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        by_pair.setdefault((row["source"], row["target"]), []).append(row)
-    return by_pair
 
 
 def fitting_examples(
@@ -116,11 +114,3 @@ def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> li
     spread = first.facts.rows(statement("page_images"), {"each": max(1, math.ceil(number / len(first.class_names)))})
     chosen = dict.fromkeys([*asked, *told, *(row[0] for row in spread)])
     return list(chosen)[:number]
-
-
-def choose_disagreements(view: View) -> list[dict[str, Any]]:
-    """Images whose prediction is not the class that the ensemble sees, in order of the ensemble's certainty."""
-    if not view.has_predictions:
-        return []
-    theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in view.audit.codes.schema.names else "NULL"
-    return view.table(statement("page_disagreements").format(theirs=theirs), {"count": LISTED}).to_pylist()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 
 from clarity import figure
 from clarity.paper import figures
@@ -22,8 +23,9 @@ DRAWINGS = {
     "image_grid": lambda: figures.image_grid(
         [[curves(1, 8, 12), None]], ["original", "a"], ["1 → 2"], [["", "not converged"]], differences=True
     ),
-    "probability_curves": lambda: figures.probability_curves({"a": (curves(2, 9), curves(3, 9))}),
-    "segment_curves": lambda: figures.segment_curves({"a": (curves(9), curves(9)), "b": (curves(9), curves(9))}),
+    "segment_panels": lambda: figures.segment_panels(
+        {"a": [(curves(2, 9), {"lw": 1}), (curves(3, 9), {})], "b": [(curves(1, 9), {})]}, [Line2D([], [])], "t"
+    ),
     "latent_paths": lambda: figures.latent_paths(
         {"FGSM": latent_map("image"), "R": latent_map("image"), "Clarity": latent_map("latent")},
         (-3, 3, -2, 2), np.zeros((5, 2)), np.ones((7, 2)), source="5", target="1",
