@@ -33,7 +33,7 @@ MAX_BYTES = 1 << 30
 #: Largest values of images of 8, 10, 12, 14 and 16 bits, whatever the bits of the file that holds them.
 RANGES = (255, 1023, 4095, 16383, 65535)
 
-ORIENTATION_TAG = 0x0112  # of EXIF
+ORIENTATION_TAG = 0x0112  # of EXIF: how the camera was held
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -196,16 +196,11 @@ def upright(picture: Image.Image) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise too_large(f"{width} x {height}")
     picture.load()  # which turns a TIFF itself, and forgets its orientation
-    turn = TURNS.get(orientation(picture))
-    return picture if turn is None else picture.transpose(turn)
-
-
-def orientation(picture: Image.Image) -> int:
-    """How the camera was held by EXIF: 1 to 8, of which 5 to 8 swap height and width."""
     try:
-        return int(picture.getexif().get(ORIENTATION_TAG, 1))
+        turn = TURNS.get(int(picture.getexif().get(ORIENTATION_TAG, 1)))
     except Exception:  # broken EXIF does not make the pixels unreadable
-        return 1
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def max_value_of(picture: Image.Image) -> int | None:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from clarity import data, schema, storage
-from clarity.data.listing import as_text, is_text, names_of, note_left_out, require_unique
+from clarity.data.listing import annotate, as_text, is_text, names_of, require_unique
 from clarity.data.parquet import class_label_names
 
 
@@ -53,7 +53,7 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
         if is_text(column.type) or pa.types.is_dictionary(column.type):
             table = table.set_column(number, found[number], column.cast(pa.string()))
     table = table.set_column(found.index("image_id"), "image_id", ids).filter(known).replace_schema_metadata(classes)
-    return note_left_out(table, {"predictions for images that are not in the data": strangers})
+    return annotate(table, {"predictions for images that are not in the data": strangers})
 
 
 def read_table(uri: str) -> pa.Table:
@@ -126,7 +126,7 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
         columns["prediction_probs"] = schema.fixed_size_list(np.where(valid[:, None], probs[at], 0), valid)
     for name, column in columns.items():
         listing = listing.append_column(name, column)
-    return note_left_out(listing, data.left_out(listing) | data.left_out(predictions))
+    return annotate(listing, data.left_out(predictions))
 
 
 def class_order(predictions: pa.Table, class_names: Sequence[str], what: str) -> list[int]:

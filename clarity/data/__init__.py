@@ -29,7 +29,7 @@ from clarity.data.listing import (
     SPLIT_NAMES,
     Dataset,
     Source,
-    add_notes,
+    annotate,
     left_out,
     names_of,
     notes,
@@ -197,7 +197,7 @@ def unify_names(listing: pa.Table) -> pa.Table:
     ]
     index = listing.column_names.index("label_name")
     listing = listing.set_column(index, "label_name", pc.utf8_normalize(listing["label_name"], form="NFC"))
-    return add_notes(listing, told)
+    return annotate(listing, sentences=told)
 
 
 def class_names_of(listing: pa.Table) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from clarity import storage
 from clarity.data.files import quote
-from clarity.data.listing import Dataset, make_listing, note_left_out
+from clarity.data.listing import Dataset, annotate, make_listing
 
 HAIR = {"Black_Hair": "black", "Blond_Hair": "blond", "Brown_Hair": "brown", "Gray_Hair": "gray"}
 PARTITIONS = {"0": "train", "1": "validation", "2": "test"}
@@ -50,7 +50,7 @@ def list_celeba(dataset: Dataset) -> pa.Table:
         [pa.array(values, pa.int8()) for values in attributes],
     )
     reason = "faces without exactly one of black, blond, brown, gray hair"
-    return note_left_out(listing, {} if dataset.unlabelled else {reason: others})
+    return annotate(listing, {} if dataset.unlabelled else {reason: others})
 
 
 def celeba_rows(root: str, file: str, skipped: int, values: int, choices: set[str]) -> Iterator[list[str]]:

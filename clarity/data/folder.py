@@ -11,11 +11,10 @@ from clarity.data.files import printable, quote
 from clarity.data.labels import find_column, find_tables, read_labels, read_table
 from clarity.data.listing import (
     Dataset,
-    add_notes,
+    annotate,
     drop_no_label,
     foreign_format,
     make_listing,
-    note_left_out,
     some,
     split_named,
     split_within,
@@ -52,7 +51,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
         paths = [file.path for file in images]
         if tops:
             splits = [tops[path.split("/")[0]] for path in paths]
-        elif table and any(table.splits.values()):
+        elif any(table.splits.values()):
             splits = [table.splits.get(path) for path in paths]
         else:
             splits = [split_of(printable(path)) for path in paths]
@@ -63,8 +62,8 @@ def list_folder(dataset: Dataset) -> pa.Table:
     left_out[f"class folders that are links to others ({some(links)})"] = len(links)
     left_out[f"class folders without an image ({some(empty)})"] = len(empty)
     paths = [file.path for file in images]
-    told = list(table.notes) if table else []
-    if table and table.labels:
+    told = list(table.notes)
+    if table.labels:
         names = [table.labels.get(path) for path in paths]
         left_out |= table.left_out
         left_out[NO_IMAGES] -= len(table.tables)
@@ -76,7 +75,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
         told += notes_on_inner_folders(root, steps, depth)
         told += [f"{name}/ is read as the split {split}" for name, split in tops.items() if not split_named(name)]
         unread = [path for path in others if "/" not in path and path.lower().endswith((".csv", ".tsv", ".jsonl"))]
-        if unread and not table and len(classes) < 2:
+        if unread and not table.notes and len(classes) < 2:
             told.append(f"{some(unread)} is not read: a table of labels is called labels.csv (file_name,label)")
     listing = make_listing(
         dataset,
@@ -86,9 +85,9 @@ def list_folder(dataset: Dataset) -> pa.Table:
         [file.size for file in images],
         names,
     )
-    if table and table.labels:
+    if table.labels:
         listing = drop_no_label(listing)
-    return note_left_out(add_notes(listing, told), left_out)
+    return annotate(listing, left_out, told)
 
 
 def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str, int]]:

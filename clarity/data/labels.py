@@ -40,8 +40,8 @@ def find_tables(root: str, folders: Sequence[str]) -> list[str]:
     return [path for path in paths if storage.exists(storage.join(root, path))]
 
 
-def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], in_classes: bool) -> Labels | None:
-    """What the tables beside some images say of them; None where there is no table, or none that gives labels.
+def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], in_classes: bool) -> Labels:
+    """What the tables beside some images say of them.
 
     ``folders`` are those of splits, which may have tables of their own; ``in_classes`` tells whether the images of
     ``paths`` lie in folders that can be classes. ValueError: a table that contradicts itself, or lacks a column.
@@ -82,8 +82,6 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
         left_out[f"rows of {table} without an image"] = unknown
         if in_classes:
             notes.append(f"labels come from {table}, not from the names of folders")
-    if not labels and not notes:
-        return None
     return Labels(labels, splits, tuple(read), left_out, tuple(notes))
 
 

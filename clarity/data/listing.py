@@ -90,21 +90,16 @@ def make_listing(
     return pa.table([image_ids, locations, rows, sizes, label_names, *attributes], fields)
 
 
-def note_left_out(listing: pa.Table, counts: Mapping[str, int]) -> pa.Table:
-    """The listing, with the reasons and numbers of what it leaves out; read by ``left_out``."""
-    noted = {reason: count for reason, count in counts.items() if count}
-    return listing.replace_schema_metadata({**(listing.schema.metadata or {}), b"clarity.left_out": json.dumps(noted)})
+def annotate(listing: pa.Table, counts: Mapping[str, int] | None = None, sentences: Iterable[str] = ()) -> pa.Table:
+    """The listing with reasons and numbers of what it leaves out, and notes on how it was read, beside those it has."""
+    counts = left_out(listing) | {reason: count for reason, count in (counts or {}).items() if count}
+    noted = {b"clarity.left_out": json.dumps(counts), b"clarity.notes": json.dumps([*notes(listing), *sentences])}
+    return listing.replace_schema_metadata({**(listing.schema.metadata or {}), **noted})
 
 
 def left_out(listing: pa.Table) -> dict[str, int]:
     """What the source saw and did not list: reason -> count."""
     return dict(json.loads((listing.schema.metadata or {}).get(b"clarity.left_out", b"{}")))
-
-
-def add_notes(listing: pa.Table, sentences: Iterable[str]) -> pa.Table:
-    """The listing with notes for the user on how it was read; see ``notes``."""
-    noted = [*notes(listing), *sentences]
-    return listing.replace_schema_metadata({**(listing.schema.metadata or {}), b"clarity.notes": json.dumps(noted)})
 
 
 def notes(listing: pa.Table) -> list[str]:
@@ -121,7 +116,7 @@ def drop_no_label(listing: pa.Table) -> pa.Table:
     index = listing.column_names.index("label_name")
     labels = pc.if_else(pc.equal(labels, NO_LABEL), pa.scalar(None, pa.string()), labels)
     listing = listing.set_column(index, "label_name", labels)
-    return add_notes(listing, [f"{count} images have the label -1, which is read as no label"])
+    return annotate(listing, sentences=[f"{count} images have the label -1, which is read as no label"])
 
 
 def names_of(columns: Iterable[str]) -> str:

@@ -22,13 +22,13 @@ from clarity.data.listing import (
     TABLE_FORMATS,
     Content,
     Dataset,
+    annotate,
     as_text,
     drop_no_label,
     foreign_format,
     is_text,
     make_listing,
     names_of,
-    note_left_out,
     split_named,
     split_within,
 )
@@ -64,7 +64,7 @@ def list_parquet(dataset: Dataset) -> pa.Table:
     except pa.ArrowException as error:
         raise ValueError(f"attributes: expected one type in all files of {dataset.data}, found {error}") from None
     counts = {"rows whose split is none of train, validation and test": others}
-    return note_left_out(drop_no_label(listing), counts)
+    return annotate(drop_no_label(listing), counts)
 
 
 def list_parts(dataset: Dataset) -> list[ParquetPart]:

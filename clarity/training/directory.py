@@ -1,6 +1,6 @@
 """The model directory of a training: begin it, take a finished model up again, assemble and measure its parts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,13 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
     if heads_metrics:
         measured["metrics"]["attributes"] = heads_metrics
     if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
-        measured["metrics"]["out_of_fold"] = {"accuracy": out_of_fold_accuracy(plan, folds)}
+        # On the training split, each image by the ensemble that has not seen it.
+        codes, fold = load_codes(plan)
+        hits = torch.zeros(len(codes), dtype=torch.bool)
+        for number, ensemble in enumerate(folds):
+            rows = fold == number
+            hits[rows] = logits_rows(ensemble, codes.mean[rows]).softmax(-1).mean(0).argmax(-1) == codes.labels[rows]
+        measured["metrics"]["out_of_fold"] = {"accuracy": float(hits.double().mean())}
     elif folds and (known := (read_card(plan.out) or {}).get("metrics", {}).get("out_of_fold")):
         measured["metrics"]["out_of_fold"] = known
     if (predictor := plan_predictor(plan)) is not None:
@@ -132,13 +138,3 @@ def assemble(plan: TrainingPlan, kind: str, network: Any) -> Any:
     states = [load_tensors(plan.member_file(kind, m)) for m in range(network.config.num_members)]
     network.load_state_dict(weights_of(join_states(states)))
     return network.requires_grad_(False).eval()
-
-
-def out_of_fold_accuracy(plan: TrainingPlan, folds: Sequence[LatentEnsemble]) -> float:
-    """Accuracy on the training split, each image classified by the ensemble that has not seen it."""
-    codes, fold = load_codes(plan)
-    hits = torch.zeros(len(codes), dtype=torch.bool)
-    for number, ensemble in enumerate(folds):
-        rows = fold == number
-        hits[rows] = logits_rows(ensemble, codes.mean[rows]).softmax(-1).mean(0).argmax(-1) == codes.labels[rows]
-    return float(hits.double().mean())
