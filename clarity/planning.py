@@ -277,11 +277,12 @@ def probe(
 
 
 def useful_actors(plan: Plan, model: Model, shards: Sequence[int]) -> int:
-    """How many actors some shards are worth: one each, but fewer where searching takes less time than their start."""
+    """How many actors some shards are worth: one each, but fewer, or none, where searching takes less than a start."""
     if METHODS[plan.method].classifier not in ("ensemble", "member") or plan.requires_checks:
         return len(shards)
     images = sum(plan.shards[shard]["stop"] - plan.shards[shard]["start"] for shard in shards)
-    return min(len(shards), math.ceil(images * raw_bytes_per_image(model, plan.pairs_per_image) / START_BYTES))
+    starts = images * raw_bytes_per_image(model, plan.pairs_per_image) / START_BYTES
+    return min(len(shards), math.ceil(starts)) if starts > 1 else 0
 
 
 def raw_bytes_per_image(model: Model, num_targets: int) -> float:

@@ -4,10 +4,17 @@ Runs on the driver alone, without Ray: the nodes come in as dictionaries.
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+#: Where `ray up` leaves the description of an autoscaling cluster on its head, on which a submitted job's driver runs.
+AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 #: CPUs of one actor without a GPU. Two actors of one thread do more than one of two, which wait for each other between
 #: the large operations; but each has its own torch and model in memory, so that only small nodes get one for each CPU.
 CPUS_PER_ACTOR = 2
@@ -29,6 +36,8 @@ class Resources:
 
     def describe(self) -> str:
         """One line for the console."""
+        if not self.num_actors:
+            return f"in this process, {self.threads_per_actor} threads"
         device = f"{self.gpus_per_actor:g} GPU, " if self.gpus_per_actor else ""
         return (
             f"{self.num_actors} actor{'s' * (self.num_actors > 1)} on {self.num_nodes} "
@@ -155,3 +164,44 @@ def io_reserve(cpus: float) -> float:
 def round_down(value: float, steps: int = 1) -> float:
     """The next multiple of 1 / ``steps`` below, where the arithmetic of floats does not count."""
     return math.floor(value * steps + 1e-6) / steps
+
+
+def nodes_to_come(
+    alive: Sequence[Mapping[str, float]], description: Mapping[str, Any] | None, max_nodes: int | None = None
+) -> list[dict[str, float]]:
+    """The nodes that are alive, and those that an autoscaler may still bring.
+
+    Args:
+        alive: the nodes that are alive.
+        description: of an autoscaling cluster, as in cluster.yaml; None where there is none.
+        max_nodes: instead of a description: so many nodes that offer CPUs, like the largest of those alive.
+    """
+    found = [dict(node) for node in alive]
+    working = [node for node in found if node.get("CPU", 0) > 0]
+    if max_nodes is not None and max_nodes < 1:
+        raise ValueError(f"max_nodes: expected at least 1, got {max_nodes}")
+    if max_nodes is not None:
+        largest = max(working, key=lambda node: (node.get("GPU", 0), node["CPU"]), default=None)
+        return found + [largest] * max(0, max_nodes - len(working)) if largest else found
+    if not description:
+        return found
+    left = int(description.get("max_workers", 2)) - len(found) + 1
+    for name, kind in description.get("available_node_types", {}).items():
+        offered = {
+            key: float(value) for key, value in kind.get("resources", {}).items() if key in ("CPU", "GPU", "memory")
+        }
+        if name == description.get("head_node_type") or not offered.get("CPU"):
+            continue
+        there = sum(all(node.get(key, 0) == offered.get(key, 0) for key in ("CPU", "GPU")) for node in working)
+        count = max(0, min(left, int(kind.get("max_workers", left)) - there))
+        found, left = found + [offered] * count, left - count
+    return found
+
+
+def autoscaler_description(path: str | os.PathLike[str] = AUTOSCALER_FILE) -> dict[str, Any] | None:
+    """What `ray up` was asked for, where this machine is the head of such a cluster; else None."""
+    try:
+        found = yaml.safe_load(Path(path).expanduser().read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None

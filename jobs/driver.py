@@ -22,12 +22,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import actors
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -40,8 +39,6 @@ from clarity.audit.summary import unreached
 gc.set_threshold(100_000, 50)
 atexit.register(gc.freeze)
 
-#: Where `ray up` leaves the description of an autoscaling cluster on its head, on which a submitted job's driver runs.
-AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 #: Of a Ray that a job starts itself: fixed, so that memory does not grow with the data.
 OBJECT_STORE_BYTES = 1_000_000_000
 #: Of all processes of a Ray that a job starts itself, where the user has not set them.
@@ -65,6 +62,9 @@ FIRST_NODE_S = 900
 FIRST_SHARDS = 3
 #: Set in the driver of a job submitted by `ray job submit`.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+#: Not empty while this process is connected to a Ray by ``start_ray``.
+_started: list[bool] = []
 
 Config = TypeVar("Config")
 #: Shards as they end, each with its note.
@@ -147,7 +147,6 @@ def run(
     parser: argparse.ArgumentParser,
     job: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None,
-    *cut_by: type[Exception],
 ) -> int:
     """Parse the command line and run a job; what it raises becomes a line on stderr and an exit code.
 
@@ -155,8 +154,9 @@ def run(
         parser: of the job's flags.
         job: returns 0 (complete) or 1 (incomplete).
         argv: the command line; that of the process by default.
-        cut_by: exceptions after which the same command resumes; exit code 1, as after an interrupt. ValueError and
-            OSError are bad input, exit code 2.
+
+    After an interrupt and after an error of Ray the same command resumes, exit code 1. ValueError and OSError are bad
+    input, exit code 2.
     """
     print_whatever_happens()
     args = parser.parse_args(argv)
@@ -168,9 +168,15 @@ def run(
     except (ValueError, OSError) as error:
         print(f"error: {with_flag(str(error), parser)}", file=sys.stderr)
         return 2
-    except cut_by as error:
+    except ray_errors() as error:
         print(f"error: {error}\nthe same command resumes", file=sys.stderr)
         return 1
+
+
+def ray_errors() -> tuple[type[Exception], ...]:
+    """The errors of Ray and of Ray Train, where they are loaded: what else could raise one?"""
+    known = {"ray.exceptions": "RayError", "ray.train": "TrainingFailedError"}
+    return tuple(getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules)
 
 
 def print_whatever_happens() -> None:
@@ -310,6 +316,7 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
         ) from None
     except Exception as error:  # a plain Exception when the machine is too busy for Ray's own limit of 30 seconds
         raise ray.exceptions.RaySystemError(f"Ray did not start: {error}") from None
+    _started.append(True)
     interruptible()  # Ray took SIGTERM for itself
 
 
@@ -348,11 +355,23 @@ def require_answer(address: str) -> None:
             time.sleep(2)
 
 
-def plan_actors(args: argparse.Namespace, num_shards: int, count: int | None = None) -> actors.Resources:
-    """Start Ray, and plan the actors of ``add_resource_flags``, or ``count`` of them, on its nodes."""
+def plan_actors(args: argparse.Namespace, useful: int, count: int | None = None) -> actors.Resources:
+    """Start Ray, and plan the actors of ``add_resource_flags``, or ``count`` of them, on its nodes.
+
+    Where no actor is ``useful``, since the job ends before Ray has started, it runs in this process, unless a flag or
+    the environment asks for Ray.
+    """
+    if not useful and not (args.actors or args.gpus_per_actor or args.max_nodes or joins_ray() or has_gpus(args)):
+        return actors.Resources(0, 0.0, 0.0, os.cpu_count() or 1, 0.0, 1)
     start_ray()
     nodes = offered_nodes(args.max_nodes, args.gpus_per_actor)
-    return actors.plan_resources(nodes, num_shards, count or args.actors, args.gpus_per_actor)
+    return actors.plan_resources(nodes, useful, count or args.actors, args.gpus_per_actor)
+
+
+def joins_ray() -> bool:
+    """Whether this process is connected to a Ray or is to join one."""
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return bool(connected or SUBMITTED in os.environ or os.environ.get("RAY_ADDRESS"))
 
 
 def has_gpus(args: argparse.Namespace) -> bool:
@@ -364,11 +383,22 @@ def has_gpus(args: argparse.Namespace) -> bool:
     return plan_actors(args, 1, 1).gpus_per_actor > 0
 
 
-def call_as_actor(args: argparse.Namespace, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+def end_ray() -> None:
+    """Shut down the Ray that this process started, while the process goes on without it."""
+    if _started:
+        threading.Thread(target=sys.modules["ray"].shutdown).start()
+        _started.clear()
+
+
+def call_as_actor(
+    args: argparse.Namespace, useful: int, function: Callable[..., Any], *given: Any, **options: Any
+) -> Any:
     """Call a function of ``clarity`` where an actor would run, with the number of its threads as ``threads``."""
+    one = plan_actors(args, useful, 1)
+    if not one.num_actors:
+        return function(*given, threads=one.threads_per_actor, **options)
     import ray
 
-    one = plan_actors(args, 1, 1)
     remote = ray.remote(num_cpus=one.cpus_per_actor, num_gpus=one.gpus_per_actor)(function)
     return ray.get(remote.remote(*given, threads=one.threads_per_actor, **options))
 
@@ -388,7 +418,7 @@ def offered_nodes(max_nodes: int | None = None, gpus: float | None = None) -> li
     if max_nodes and not any(node.get("CPU") for node in alive()):
         request_first_node(alive, gpus)
     joined = any(name in os.environ for name in ("RAY_ADDRESS", SUBMITTED))
-    return nodes_to_come(alive(), autoscaler_description() if joined else None, max_nodes)
+    return actors.nodes_to_come(alive(), actors.autoscaler_description() if joined else None, max_nodes)
 
 
 def request_first_node(alive: Callable[[], list[dict[str, float]]], gpus: float | None) -> None:
@@ -405,6 +435,8 @@ def request_first_node(alive: Callable[[], list[dict[str, float]]], gpus: float 
 
 def on_each_node(function: Callable[..., Any], *args: Any) -> list[tuple[str, Any]]:
     """What a function returns on each node that is alive, with the node's address."""
+    if not joins_ray():
+        return [("", function(*args))]
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -446,44 +478,3 @@ def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Notes:
             if done == FIRST_SHARDS and (told := unreached({**seen, "target_prob_p5": note.get("reach")})):
                 print(told, flush=True)
             yield shard, note
-
-
-def nodes_to_come(
-    alive: Sequence[Mapping[str, float]], description: Mapping[str, Any] | None, max_nodes: int | None = None
-) -> list[dict[str, float]]:
-    """The nodes that are alive, and those that an autoscaler may still bring.
-
-    Args:
-        alive: the nodes that are alive.
-        description: of an autoscaling cluster, as in cluster.yaml; None where there is none.
-        max_nodes: instead of a description: so many nodes that offer CPUs, like the largest of those alive.
-    """
-    found = [dict(node) for node in alive]
-    working = [node for node in found if node.get("CPU", 0) > 0]
-    if max_nodes is not None and max_nodes < 1:
-        raise ValueError(f"max_nodes: expected at least 1, got {max_nodes}")
-    if max_nodes is not None:
-        largest = max(working, key=lambda node: (node.get("GPU", 0), node["CPU"]), default=None)
-        return found + [largest] * max(0, max_nodes - len(working)) if largest else found
-    if not description:
-        return found
-    left = int(description.get("max_workers", 2)) - len(found) + 1
-    for name, kind in description.get("available_node_types", {}).items():
-        offered = {
-            key: float(value) for key, value in kind.get("resources", {}).items() if key in ("CPU", "GPU", "memory")
-        }
-        if name == description.get("head_node_type") or not offered.get("CPU"):
-            continue
-        there = sum(all(node.get(key, 0) == offered.get(key, 0) for key in ("CPU", "GPU")) for node in working)
-        count = max(0, min(left, int(kind.get("max_workers", left)) - there))
-        found, left = found + [offered] * count, left - count
-    return found
-
-
-def autoscaler_description(path: str | os.PathLike[str] = AUTOSCALER_FILE) -> dict[str, Any] | None:
-    """What `ray up` was asked for, where this machine is the head of such a cluster; else None."""
-    try:
-        found = yaml.safe_load(Path(path).expanduser().read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return found if isinstance(found, dict) else None

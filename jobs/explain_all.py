@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Explain a data set: for every image and every other class, a similar picture that is classified as that class.
 
-Reads, searches and writes the images by shards over Ray, then verifies the result. The same command resumes an
-interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete (run it again), 2 bad input.
+Reads, searches and writes the images by shards over Ray, or in this process where that ends before Ray has started,
+then verifies the result. The same command resumes an interrupted run and reports a complete one. Exit codes: 0
+complete, 1 incomplete (run it again), 2 bad input.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from typing import Any
 
 import driver
 import pyarrow as pa
-import ray.data
 from actors import Resources
 from driver import Notes
 
@@ -34,7 +34,7 @@ from clarity.predictions import add_predictions, describe_coverage, read_predict
 from clarity.predictor import load_predictor
 from clarity.report.page import write_report
 from clarity.search import ENGINES, SearchConfig, cpu_engines
-from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, unpack_row, write_shard
 
 
 def new_parser() -> ArgumentParser:
@@ -71,7 +71,7 @@ def new_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; the exit code."""
-    return driver.run(new_parser(), explain_all, argv, ray.exceptions.RayError)
+    return driver.run(new_parser(), explain_all, argv)
 
 
 def explain_all(args: Namespace) -> int:
@@ -103,8 +103,9 @@ def explain_all(args: Namespace) -> int:
         rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"], rows))
     if args.dry_run:
-        measured = measure(args, plan, model_uri, dataset, listing.slice(0, 32))
-        resources = driver.plan_actors(args, planning.useful_actors(plan, model, range(len(plan.shards))))
+        useful = planning.useful_actors(plan, model, range(len(plan.shards)))
+        measured = measure(args, useful, plan, model_uri, dataset, listing.slice(0, 32))
+        resources = driver.plan_actors(args, useful)
         print(f"{describe_plan(plan, out, measured, resources.num_actors)}\n{resources.describe()}")
         return 0
     with claim(out, plan, model_uri) as held:
@@ -124,9 +125,9 @@ def explain_all(args: Namespace) -> int:
         return 0 if held.complete else 1
 
 
-def measure(args: Namespace, plan: Plan, *images: Any) -> dict[str, Any]:
+def measure(args: Namespace, useful: int, plan: Plan, *images: Any) -> dict[str, Any]:
     """``probe`` where an actor would run, with its threads."""
-    return driver.call_as_actor(args, planning.probe, plan, *images, args.predictor, engine=args.engine)
+    return driver.call_as_actor(args, useful, planning.probe, plan, *images, args.predictor, engine=args.engine)
 
 
 def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list[Any]) -> int:
@@ -136,13 +137,14 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
     listing, seconds, targets = images[-1], 0.0, model.num_classes - 1
     if METHODS[plan.method].classifier not in ("ensemble", "member"):
         few = listing.slice(0, max(1, 256 // targets))
-        seconds = measure(args, plan, *images[:-1], few)["seconds_per_image"]
+        seconds = measure(args, 1, plan, *images[:-1], few)["seconds_per_image"]
     return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, driver.has_gpus(args))
 
 
 def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
     """Explain what is pending, retry what failed, verify, and print how it went."""
     plan, start, pairs = held.plan, time.time(), 0
+    driver.interruptible()
     offered = [] if resources.gpus_per_actor else [names for _, names in driver.on_each_node(cpu_engines)]
     args.engine = planning.shared_engine(args.engine, plan.method, offered, held.keep_one_engine())
     print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
@@ -156,7 +158,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
                 held.require_same_engine(shard, note.get("engine"))
                 failures |= {shard: note} if "error" in note else {}
                 pairs += note.get("pairs", 0)
-        except ray.exceptions.RayError as error:
+        except driver.ray_errors() as error:
             print(f"Ray failed: {error}", file=sys.stderr)
         held.refresh()
     for shard in held.pending:
@@ -164,6 +166,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
         print(f"shard {shard} failed at stage {note['stage']}: {note['error']}", file=sys.stderr)
         held.record_failure(shard, note["stage"], note["error"])
     seconds = time.time() - start
+    driver.end_ray()
     checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
     summary = read_audit(held.uri).summary()
     summary |= {"problems": checked.problems[:20], "unsound": len(checked.shards), "redecoded": checked.redecoded}
@@ -173,9 +176,19 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
 
 
 def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> Notes:
-    """Read, explain and write shards over Ray, one row each; gives each shard, as it ends, with a note of how."""
+    """Read, explain and write shards; gives each shard, as it ends, with a note of how.
+
+    Over Ray a shard is one row; without an actor the shards are done here, one after the other.
+    """
     items = [shard_item(work.plan, shard, listing) for shard in todo]
     device = "cuda" if resources.gpus_per_actor else "cpu"
+    options = {"engine": args.engine, "threads": resources.threads_per_actor, "device": device}
+    if not resources.num_actors:
+        explain = ExplainShard(work, **options)
+        done = (write_shard(explain(read_shard(pa.Table.from_pylist([item]), work)), work) for item in items)
+        return ((row["shard"], row["note"]) for row in map(unpack_row, done))
+    import ray.data
+
     one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     ended = (
         ray.data.from_items(items, override_num_blocks=len(items))
@@ -183,7 +196,7 @@ def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Tabl
         .map_batches(
             ExplainShard,
             fn_constructor_args=(work,),
-            fn_constructor_kwargs={"engine": args.engine, "threads": resources.threads_per_actor, "device": device},
+            fn_constructor_kwargs=options,
             compute=ray.data.ActorPoolStrategy(size=min(resources.num_actors, len(items))),
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.gpus_per_actor,

@@ -162,7 +162,7 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, train, measure; the exit code."""
-    return driver.run(new_parser(), train, argv, ray.train.TrainingFailedError)
+    return driver.run(new_parser(), train, argv)
 
 
 def train(args: argparse.Namespace) -> int:

@@ -130,7 +130,7 @@ def share(count: int, total: int) -> str:
 
 def describe_plan(plan: Plan, uri: str, measured: Mapping[str, Any], num_actors: int) -> str:
     """What a run would do as text, from what ``probe`` measured."""
-    seconds = plan.num_images * measured["seconds_per_image"] / num_actors
+    seconds = plan.num_images * measured["seconds_per_image"] / max(1, num_actors)
     size = plan.num_images * measured["bytes_per_image"]
     lines = [
         f"images     {plan.num_images}",

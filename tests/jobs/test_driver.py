@@ -1,5 +1,6 @@
 """The resource plan: what it gives on known machines, and the rule that no placement takes a node's last CPU."""
 
+import argparse
 import os
 import socket
 import subprocess
@@ -56,27 +57,27 @@ def test_plan_resources_is_at_once_done_with_a_mixed_cluster() -> None:
 
 
 def test_nodes_to_come_are_those_of_the_clusters_description() -> None:
-    description = driver.autoscaler_description(Path(__file__).parent.parent.parent / "cluster.yaml")
+    description = actors.autoscaler_description(Path(__file__).parent.parent.parent / "cluster.yaml")
     assert description is not None
     most, head = description["max_workers"], node(0)
-    assert driver.nodes_to_come([head], description) == [head] + [{"CPU": 8.0, "GPU": 1.0}] * most
-    planned = actors.plan_resources(driver.nodes_to_come([head], description), 1000)
+    assert actors.nodes_to_come([head], description) == [head] + [{"CPU": 8.0, "GPU": 1.0}] * most
+    planned = actors.plan_resources(actors.nodes_to_come([head], description), 1000)
     assert (planned.num_actors, planned.gpus_per_actor) == (most, 1)
     # Those that are there already are not counted twice, and others leave less room.
-    assert len(driver.nodes_to_come([head, node(8, 1), node(8, 1)], description)) == 1 + most
-    assert len(driver.nodes_to_come([head, node(16), node(8, 1)], description)) == 1 + most
-    assert driver.nodes_to_come(
+    assert len(actors.nodes_to_come([head, node(8, 1), node(8, 1)], description)) == 1 + most
+    assert len(actors.nodes_to_come([head, node(16), node(8, 1)], description)) == 1 + most
+    assert actors.nodes_to_come(
         [head], {"max_workers": 3, "available_node_types": {"gpu": {"resources": {"GPU": 1}}}}
     ) == [head]
 
 
 def test_nodes_to_come_follow_the_largest_where_only_their_number_is_known() -> None:
-    assert driver.nodes_to_come([node(0), node(8), node(4, 1)], None, 3) == [node(0), node(8), node(4, 1), node(4, 1)]
-    assert driver.nodes_to_come([node(0), node(8), node(8)], None, 1) == [node(0), node(8), node(8)]
-    assert driver.nodes_to_come([node(0)], None, 4) == [node(0)]
-    assert driver.nodes_to_come([node(2)], None) == [node(2)]
+    assert actors.nodes_to_come([node(0), node(8), node(4, 1)], None, 3) == [node(0), node(8), node(4, 1), node(4, 1)]
+    assert actors.nodes_to_come([node(0), node(8), node(8)], None, 1) == [node(0), node(8), node(8)]
+    assert actors.nodes_to_come([node(0)], None, 4) == [node(0)]
+    assert actors.nodes_to_come([node(2)], None) == [node(2)]
     with pytest.raises(ValueError, match="max_nodes: expected at least 1, got 0"):
-        driver.nodes_to_come([node(2)], None, 0)
+        actors.nodes_to_come([node(2)], None, 0)
 
 
 @pytest.mark.parametrize("text", [None, "", "[1, 2]", "a: [", "\x00"])
@@ -84,7 +85,7 @@ def test_autoscaler_description_is_none_where_there_is_none(tmp_path: Path, text
     file = tmp_path / "ray_bootstrap_config.yaml"
     if text is not None:
         file.write_text(text)
-    assert driver.autoscaler_description(file) is None
+    assert actors.autoscaler_description(file) is None
 
 
 def test_plan_resources_gives_no_more_actors_than_shards_or_memory() -> None:
@@ -203,3 +204,28 @@ print(ray.get(ray.remote(lambda: os.environ["OMP_WAIT_POLICY"]).remote()))
         env |= {"RAY_TMPDIR": short, "PYTHONPATH": str(Path(driver.__file__).parent), "RAY_ADDRESS": "local"}
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=300)
     assert run.stdout.split() == ["passive"], run.stderr
+
+
+def test_job_without_a_useful_actor_needs_no_ray_unless_somebody_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start() -> None:
+        raise Started
+
+    monkeypatch.setattr(driver, "start_ray", start)
+    monkeypatch.setattr(driver, "has_gpus", lambda args: False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    nothing = argparse.Namespace(actors=None, gpus_per_actor=None, max_nodes=None)
+    assert driver.plan_actors(nothing, 0).describe() == f"in this process, {os.cpu_count()} threads"
+    asked = [argparse.Namespace(**{**vars(nothing), name: 1}) for name in vars(nothing)]
+    for args, useful in [(nothing, 1), *((args, 0) for args in asked)]:
+        with pytest.raises(Started):
+            driver.plan_actors(args, useful)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(Started):
+        driver.plan_actors(nothing, 0)

@@ -1,7 +1,10 @@
 """The jobs over a real Ray: a whole run, what a second run does, deaths of workers and of the driver, exit codes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,3 +222,30 @@ def test_verify_job_tells_sound_from_unsound_and_incomplete(
     assert job.main([str(out), "--repair"]) == 1
     assert sorted(clarity.read_audit(out).commits) == [0, 1, 3, 4, 5]
     assert job.main([str(tmp_path)]) == 2
+
+
+def test_small_job_runs_without_ray_resumes_and_writes_the_same_files(
+    tiny_digits_model: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    program = """
+import sys
+import explain_all
+
+def interrupted(batch, work, write=explain_all.write_shard, seen=[]):
+    seen.append(batch)
+    if len(seen) == 3:
+        raise KeyboardInterrupt
+    return write(batch, work)
+
+explain_all.write_shard = interrupted
+codes = [explain_all.main([*sys.argv[1:], "--dry-run"]), *(explain_all.main(sys.argv[1:]) for _ in range(2))]
+print(codes, "ray" in sys.modules)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'jobs'}"
+    argv = [sys.executable, "-c", program, *flags(tiny_digits_model, tmp_path)]
+    run = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300)
+    assert run.stdout.splitlines()[-1] == "[0, 1, 0] False", run.stderr
+    assert "4 of 6 shards to do; in this process" in run.stdout
+    assert "interrupted; the same command resumes" in run.stderr
+    assert files_of(tmp_path) == undisturbed[1]
