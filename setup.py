@@ -1,7 +1,7 @@
-"""Compiles the search for CPUs once for each instruction set; everything else is in pyproject.toml.
+"""Compiles the search and the judges for CPUs once for each instruction set; all else is in pyproject.toml.
 
 The modules are installed beside the package, not in it: a Ray worker imports the package from the source tree in its
-working directory, which has no compiled files. Each module is optional: without a compiler the search runs in PyTorch.
+working directory, which has no compiled files. Each module is optional: without a compiler PyTorch does their work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class BuildEach(build_ext):
-    """Gives each module its own object file, as all share one source file."""
+    """Gives each module its own object file, as the builds of one source file share its name."""
 
     def build_extension(self, ext: Extension) -> None:
         """Build one module in a temporary directory of its name."""
@@ -37,14 +37,15 @@ setup(
     cmdclass={"build_ext": BuildEach},
     ext_modules=[
         Extension(
-            f"_clarity_engine_{name}",
-            ["clarity/native/search.cpp"],
-            define_macros=[("CLARITY_MODULE", f"_clarity_engine_{name}")],
+            f"_clarity_{module}_{name}",
+            [f"clarity/native/{source}.cpp"],
+            define_macros=[("CLARITY_MODULE", f"_clarity_{module}_{name}")],
             extra_compile_args=FLAGS + flags,
             extra_link_args=["-pthread"],
             language="c++",
             optional=True,
         )
+        for module, source in (("engine", "search"), ("judge", "judge"))
         for name, flags in BUILDS.items()
     ],
 )
