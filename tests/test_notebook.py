@@ -71,12 +71,6 @@ def test_explain_says_what_is_wrong(model: Model, images: Any, options: dict[str
         clarity.explain(model, images, **options)
 
 
-def test_explain_is_a_function_after_its_module_is_imported(model: Model) -> None:
-    import clarity.explainer
-
-    assert len(clarity.explain(model, np.zeros((1, 8, 12), np.uint8), targets="bee", config=CONFIG)) <= 1
-
-
 def test_explain_confirms_by_a_function_of_the_users(model: Model, tmp_path: Path) -> None:
     shown: list[np.ndarray] = []
 

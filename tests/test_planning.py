@@ -46,25 +46,6 @@ def test_choose_keeps_what_every_condition_asks(tmp_path: Path) -> None:
     assert (len(found), only) == (3, "misclassified") and set(found["image_id"].to_pylist()) < set("abcd")
 
 
-@pytest.mark.parametrize(
-    ("where", "limit", "message"),
-    [
-        (["label=cat"], None, "no image has the label 'cat'; there are ant, bee"),
-        (["nice"], None, "expected label=NAME"),
-        (["label="], None, "expected label=NAME"),
-        (["ids=IDS"], None, "1 ids of .* are not in the data, the first 'zz'"),
-        (["label=bee", "ids=ONE"], None, "not in the data"),
-        ([], 0, "limit: expected at least 1"),
-    ],
-)
-def test_choose_says_what_is_wrong(where: list[str], limit: int | None, message: str, tmp_path: Path) -> None:
-    (tmp_path / "IDS").write_text("a\nzz\n")
-    (tmp_path / "ONE").write_text("a\n")
-    where = [condition.replace("ids=", f"ids={tmp_path}/") for condition in where]
-    with pytest.raises(ValueError, match=message):
-        choose(LISTING, where, limit)
-
-
 def test_class_indices_prefers_names() -> None:
     assert class_indices("all", ("1", "0")) is None
     assert class_indices(["0"], ("1", "0")) == (1,)

@@ -112,18 +112,6 @@ def test_onnx_description_that_does_not_fit_is_rejected(tmp_path: Path, changes:
         load_predictor(write_onnx(tmp_path, **changes))
 
 
-def test_onnx_without_a_description_or_a_graph_is_rejected(tmp_path: Path) -> None:
-    path = Path(write_onnx(tmp_path))
-    path.write_bytes(b"no graph")
-    with pytest.raises(ValueError, match=r"model.onnx cannot be loaded: "):
-        load_predictor(path)
-    (tmp_path / "model.onnx.json").unlink()
-    with pytest.raises(ValueError, match=r"expected an ONNX file, found no .*absent.onnx"):
-        load_predictor(str(tmp_path / "absent.onnx"))
-    with pytest.raises(ValueError, match=r'expected .*model.onnx.json beside the model, such as {"classes"'):
-        load_predictor(path)
-
-
 def test_function_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import numpy as np\ndef answer(x):\n    return np.eye(3)[x.reshape(len(x), -1).argmax(1) % 3]\n"
     (tmp_path / "their_model.py").write_text(code)

@@ -323,20 +323,6 @@ def test_transient_errors_are_tried_again_with_growing_pauses_and_said(
     assert said == ["cannot read s3://b/k: SLOW_DOWN", "cannot read s3://b/k: [Errno 110] late"]
 
 
-def test_transient_errors_end_after_the_last_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-
-    def act() -> None:
-        raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 28, Timeout was reached")
-
-    with pytest.raises(StorageError, match="it failed 6 times: try again later") as error:
-        storage.attempt("read", "s3://b/k", act)
-    assert error.value.transient
-    assert len(pauses) == storage.ATTEMPTS - 1
-    assert sum(pauses) < 16
-
-
 @pytest.mark.parametrize("listening", [True, False])
 def test_first_contact_with_a_server_that_never_answers_fails_soon(
     listening: bool, monkeypatch: pytest.MonkeyPatch

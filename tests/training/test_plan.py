@@ -10,23 +10,17 @@ import clarity
 from clarity import data
 from clarity.training.cost import costs
 from clarity.training.loops import IMAGE_TRAINING, VAETraining, num_epochs
-from clarity.training.plan import plan_training, set_fields, training_fields
+from clarity.training.plan import plan_training, training_fields
 from clarity.training.recipe import LEAST_LABELLED
 
 
 def test_training_fields_may_be_written_short() -> None:
     found = training_fields({"vae_epochs": 6, "ensemble_batch_size": 9, "image_epochs": 2, "image_min_updates": 70})
-    assert num_epochs(found["vae_training"], 100) == 6
+    assert num_epochs(found["vae_training"], 100) == 6, "epochs alone are exactly so many"
     assert found["ensemble_training"].batch_size == 9
     assert (found["image_training"].epochs, found["image_training"].min_updates) == (2, 70)
     assert found["image_training"].learning_rate == IMAGE_TRAINING.learning_rate
     assert training_fields({"vae_training": VAETraining(), "vae_seed": 7})["vae_training"] == VAETraining(seed=7)
-
-
-def test_epochs_alone_are_exactly_so_many() -> None:
-    assert num_epochs(set_fields(VAETraining(), epochs=6), 10) == 6
-    assert num_epochs(set_fields(VAETraining(), epochs=6, min_updates=100), 10) == 100
-    assert set_fields(VAETraining(), learning_rate=0.5).min_updates == VAETraining().min_updates
 
 
 @pytest.mark.parametrize("name", ["epochs", "vae_epoch", "learning_rate"])
