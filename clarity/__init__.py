@@ -5,8 +5,10 @@ An audit of a data set runs through these files::
     images -> codes -> pairs -> search -> rows -> Parquet -> report
     data/     rows     explainer  search    schema  audit/    report/
 
-Shapes, everywhere: B rows, C, H, W image, D latent, K classes, M members. Images inside the models are float32
-(B, C, H, W) in [0, 1], in tables uint8 (C, H, W); ``logits`` are (M, B, K); uncertainties are in nats.
+Shapes, everywhere: B rows, N images of a set, P pairs (image, target); C, H, W image, D latent, K classes, M members,
+A attributes, F features; T steps of a search or points of a curve, S slots of a block of the search. Images inside the
+models are float32 (B, C, H, W) in [0, 1], in tables uint8 (C, H, W); ``logits`` are (M, B, K); uncertainties are in
+nats.
 
 The package never imports ray, never prints and does nothing at import. The programs in ``jobs/`` run it on a cluster.
 """

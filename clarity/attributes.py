@@ -1,7 +1,4 @@
-"""Attributes of images as linear heads on their codes, and the directions along which an attribute changes.
-
-Shapes: B rows, D latent, A attributes.
-"""
+"""Attributes of images as linear heads on their codes, and the directions along which an attribute changes."""
 
 import math
 from collections.abc import Sequence

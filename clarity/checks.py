@@ -2,8 +2,6 @@
 
 A check is one function over the images as they are written, in 8 bits. A pair that fails a check continues its search
 on the next rung: from where it stands, with fresh moments, a threshold nearer to 1, and no distance penalty.
-
-Shapes: P pairs, K classes.
 """
 
 from collections.abc import Callable, Sequence

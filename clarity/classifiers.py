@@ -2,7 +2,7 @@
 
 Members are stacked along a leading axis, so that fifty small classifiers take about the time of one.
 
-Shapes: B rows, C, H, W image, D latent, K classes, M members; every ensemble maps rows to logits (M, B, K).
+Every ensemble maps rows to logits (M, B, K).
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,4 @@
-"""Explains a shard of images: encode, pair each image with its targets, search, decode to 8 bits, check, build tables.
-
-Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
-"""
+"""Explains a shard of images: encode, pair each with its targets, search, decode to 8 bits, check, build tables."""
 
 import copy
 import time

@@ -1,7 +1,4 @@
-"""Image files to pixels and back: decoding within safe limits, orientation, crop, resize, and PNG files.
-
-Shapes: B images, C, H, W image.
-"""
+"""Image files to pixels and back: decoding within safe limits, orientation, crop, resize, and PNG files."""
 
 import io
 import re

@@ -2,8 +2,6 @@
 
 Independent of the ensembles by another architecture (pairs of 3x3 convolutions with max pooling and global averaging),
 another seed, and other training images: only those for which ``ids.in_judges_half`` is true.
-
-Shapes: B rows, C, H, W image, K classes, F features.
 """
 
 from collections.abc import Callable

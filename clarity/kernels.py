@@ -3,7 +3,7 @@
 Both do what ``search.descend`` specifies: the target probability (mean over the members, float32) is tested before
 each update and once after the last, each row by itself. Does not choose an engine.
 
-Shapes: B rows, D latent, K classes, M members; layers are (weight (M, in, out), bias (M, out)), a ReLU between two.
+Layers are (weight (M, in, out), bias (M, out)), with a ReLU between two.
 """
 
 # ruff: noqa: RUF005 - Triton's compiler joins tuples with +, it knows no unpacking

@@ -1,8 +1,6 @@
 """The methods of the paper side by side: each a function whose body is its equation. Ends in ``METHODS``.
 
 ``**run`` goes to ``descend`` (engine, threads, on_step).
-
-Shapes: B rows, C, H, W image, D latent, K classes, M members.
 """
 
 import copy

@@ -2,8 +2,6 @@
 
 Alone knows its file names: ``model.json``, written last, and safetensors files with their checksums in it. Loading
 executes nothing, builds nothing before the shapes are known to agree, and says what is wrong when it cannot.
-
-Shapes: C, H, W image; D latent; K classes; M members.
 """
 
 import hashlib

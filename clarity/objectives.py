@@ -1,8 +1,6 @@
 """Objectives of the search, and their gradients.
 
 An objective maps points and the tensors of their rows to a loss, a target probability and logits, each row by itself.
-
-Shapes: B rows, D latent, K classes, M members, S slots of a block.
 """
 
 from collections.abc import Callable, Mapping, Sequence

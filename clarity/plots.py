@@ -2,7 +2,7 @@
 
 Every figure is readable in greyscale: whatever a colour says, a dash, a marker or a shade says too.
 
-Shapes: R rows and Q columns of a grid, C, H, W image, K classes, T steps of a search.
+Shapes: R rows and Q columns of a grid.
 """
 
 from __future__ import annotations

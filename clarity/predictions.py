@@ -1,7 +1,4 @@
-"""Predictions of the user's own model, read from a file and joined to the images of a listing.
-
-Shapes: B rows, K classes.
-"""
+"""Predictions of the user's own model, read from a file and joined to the images of a listing."""
 
 import json
 import re

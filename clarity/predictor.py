@@ -2,8 +2,6 @@
 
 An ONNX file, of which nothing is executed but its graph, or a Python function of the user's. It is asked for
 probabilities only, never for gradients, and sees 8-bit images through its own preprocessing. Does not know our models.
-
-Shapes: B images, C, H, W image, K classes.
 """
 
 import hashlib

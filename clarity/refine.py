@@ -4,8 +4,6 @@ Adam moves every coordinate by about its rate, whatever the gradient, so that Al
 point that satisfies it. Here each round moves every coordinate towards the reference (soft thresholding, the proximal
 step of the L1 distance) and repairs the target probability along its gradient. Outside of ``evaluate`` every operation
 rounds exactly, so a row's bits do not depend on the batch.
-
-Shapes: B rows, D coordinates of a point.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Libraries choose kernels by shape and by number of threads, so that the same row computed in two batches differs in its
 last bits. Here networks run on blocks of one fixed size, on one thread each: on a CPU a row's bits depend neither on
 the other rows, nor on its index, nor on the numbers of rows and threads. Does not know where rows come from.
-
-Shapes: B rows, C, H, W image, D latent, K classes, M members.
 """
 
 import itertools

@@ -1,8 +1,6 @@
 """The tables of an audit: each column once, with its type and its meaning.
 
 Does not know how a value is computed or where a file lies.
-
-Shapes: B rows; C, H, W image; D latent; K classes; A kept attributes.
 """
 
 import re

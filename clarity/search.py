@@ -3,8 +3,6 @@
 A row is one (image, target) pair. Rows occupy the slots of a block of fixed size; a row that ends leaves its slot to
 the next one waiting, and no operation mixes slots, so that a row's result depends on the row alone. Knows points,
 objectives, update rules and engines. Does not know images, VAEs or methods: these are in the objective.
-
-Shapes: B rows, D latent, K classes, M members, S slots of a block.
 """
 
 import math

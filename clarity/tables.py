@@ -1,7 +1,4 @@
-"""What the stages of the explainer hand each other, and the tables that are made of it.
-
-Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes.
-"""
+"""What the stages of the explainer hand each other, and the tables that are made of it."""
 
 import copy
 from collections.abc import Mapping, Sequence

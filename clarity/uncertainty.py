@@ -1,7 +1,4 @@
-"""Predictive, aleatoric and epistemic uncertainty of an ensemble.
-
-Shapes: M members, B rows, K classes.
-"""
+"""Predictive, aleatoric and epistemic uncertainty of an ensemble."""
 
 from typing import NamedTuple
 

@@ -3,7 +3,7 @@
 A rule maps the points of a block and their gradients to the next points; what it remembers of a row is forgotten when
 the slot goes to the next one. Does not know objectives.
 
-Shapes: S slots of a block; ``lane`` is the shape in which (S,) numbers broadcast over the points.
+``lane`` is the shape in which (S,) numbers broadcast over the points.
 """
 
 import torch

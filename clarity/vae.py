@@ -2,8 +2,6 @@
 
 Knows architectures and the evidence lower bound. Does not know about classes, files or training loops. Ends in
 ``VAES``: a new architecture is one function and one entry.
-
-Shapes: B rows, C, H, W image in [0, 1], D latent.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""What counterfactuals change on average, and regions and tints in it.
-
-Shapes: P pairs, C, H, W image, K classes.
-"""
+"""What counterfactuals change on average, and regions and tints in it."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,4 @@
-"""What checks read and what they return.
-
-Shapes: K classes.
-"""
+"""What checks read and what they return."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ the highest score, the question is whether the image is an ordinary member of th
 it, or an unusual one near the border, as a mistake of the ensemble is. The share of the class's own images with a
 higher score for the label is uniform for wrong labels and leans to zero for mistakes; the weight of the two is each
 class pair's own, so that labels which are often confused are found too.
-
-Shapes: N images, B of them, D latent, K classes.
 """
 
 import math

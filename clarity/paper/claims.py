@@ -1,7 +1,4 @@
-"""What the paper claims beside its tables, measured: accuracies, curves, gradients, uncertainty, paths, speed.
-
-Shapes: B images, P pairs (image, target), D latent, K classes, M members, T points of a curve.
-"""
+"""What the paper claims beside its tables, measured: accuracies, curves, gradients, uncertainty, paths, speed."""
 
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,4 @@
-"""What is compared: the results of audits, control rows and other tools' images, scored by the same networks.
-
-Shapes: B images, P pairs (image, target), C, H, W image, D latent, K classes, M members.
-"""
+"""What is compared: the results of audits, control rows and other tools' images, scored by the same networks."""
 
 import hashlib
 import io

@@ -1,7 +1,4 @@
-"""The networks that the comparison scores images with: a judge, autoencoders for each class, an attribute network.
-
-Shapes: B rows, C, H, W image, K classes, A attributes.
-"""
+"""The networks that the comparison scores images with: a judge, autoencoders for each class, an attribute network."""
 
 import hashlib
 import json

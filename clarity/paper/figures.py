@@ -1,7 +1,6 @@
 """The paper's figures, drawn from results and from searches of their own.
 
-Shapes: R rows and Q columns of a grid, B images, C, H, W image, M members, T points of a segment or steps of a path, N
-points of a plane, G cells of a map's side.
+Shapes: R rows and Q columns of a grid, N points of a plane, G cells of a map's side.
 """
 
 import logging

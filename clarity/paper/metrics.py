@@ -1,7 +1,4 @@
-"""The metrics of the comparison: each a pure function of images, features or probabilities, and their intervals.
-
-Shapes: B rows, C, H, W image in [0, 1], D latent, K classes, M members, F features, A attributes, T points of a curve.
-"""
+"""The metrics of the comparison: each a pure function of images, features or probabilities, and their intervals."""
 
 import math
 from collections.abc import Callable, Sequence

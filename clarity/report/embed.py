@@ -1,7 +1,4 @@
-"""Decodes and encodes what the page's script shows of each audit: images, counterfactuals, paths and mean changes.
-
-Shapes: T steps of a path, D latent, K classes.
-"""
+"""Decodes and encodes what the page's script shows of each audit: images, counterfactuals, paths and mean changes."""
 
 import math
 from collections.abc import Callable, Sequence

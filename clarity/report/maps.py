@@ -1,7 +1,4 @@
-"""The maps of class pairs: each cell's text and shade, on scales that can be compared.
-
-Shapes: K classes.
-"""
+"""The maps of class pairs: each cell's text and shade, on scales that can be compared."""
 
 from collections.abc import Sequence
 from typing import Any

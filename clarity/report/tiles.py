@@ -1,7 +1,4 @@
-"""Packs the page's pictures into few image files: sheets of equal tiles, equal pictures once.
-
-Shapes: B pictures, C, H, W image.
-"""
+"""Packs the page's pictures into few image files: sheets of equal tiles, equal pictures once."""
 
 import base64
 import io

@@ -1,7 +1,4 @@
-"""Opens the audits of a page: their tables in DuckDB, their model, their findings.
-
-Shapes: B rows, P pairs of (image, target), C, H, W image, D latent, K classes.
-"""
+"""Opens the audits of a page: their tables in DuckDB, their model, their findings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Linear heads on the frozen codes of a VAE, one for each attribute of a data set that takes two values.
-
-Shapes: N images, D latent, A attributes.
-"""
+"""Linear heads on the frozen codes of a VAE, one for each attribute of a data set that takes two values."""
 
 from collections.abc import Sequence
 from dataclasses import replace

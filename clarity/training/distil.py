@@ -2,8 +2,6 @@
 
 The ensemble then needs no labels. The predictor is asked about the training images, about decoded codes around them,
 as a search leaves the data, and, in a refit, about the images that an audit wrote. Does not know losses.
-
-Shapes: N images, B rows, C, H, W image, D latent, K classes.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,4 @@
-"""Metrics of a trained model on held-out images.
-
-Shapes: N images, B rows, K classes, M members.
-"""
+"""Metrics of a trained model on held-out images."""
 
 import math
 import warnings

@@ -1,7 +1,4 @@
-"""Training loops of the VAE and of ensemble members, which yield the metrics of each epoch.
-
-Shapes: N images, B rows, C, H, W image, D latent, K classes, M members.
-"""
+"""Training loops of the VAE and of ensemble members, which yield the metrics of each epoch."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

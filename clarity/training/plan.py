@@ -1,7 +1,4 @@
-"""What a training is to make, from which images, and the directory that it resumes in.
-
-Shapes: N images, C, H, W image, D latent, K classes, M members.
-"""
+"""What a training is to make, from which images, and the directory that it resumes in."""
 
 import json
 import math

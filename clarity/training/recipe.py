@@ -6,8 +6,6 @@ Of all trials, it takes the one with the largest product of the ensemble's accur
 of requested counterfactuals that are reached and in which a held-out judge sees the target. Either factor alone
 misleads: accuracy grows with hybrids that only the ensemble takes for the target, and realism with codes that have lost
 the classes.
-
-Shapes: N images, C, H, W image, D latent, K classes, M members.
 """
 
 import hashlib

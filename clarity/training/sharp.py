@@ -1,8 +1,6 @@
 """Training of a sharper decoder for the codes of a finished VAE, which stays as it is.
 
 Its critic is trained with it, judges nothing else and is then dropped. Does not know files.
-
-Shapes: N images, B rows, C, H, W image, D latent.
 """
 
 from collections.abc import Iterator, Mapping
