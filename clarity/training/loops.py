@@ -35,7 +35,7 @@ class VAETraining:
 
     Args:
         epochs: passes over the data.
-        min_updates: minimum number of updates; a small data set gets more epochs.
+        min_updates: minimum number of updates: a small data set gets more epochs; none where epochs are given.
         batch_size: images of an update, over all workers.
         learning_rate: peak of the one-cycle schedule (Smith and Topin 2018).
         seed: of the weights, the order and the noise.
@@ -62,7 +62,7 @@ class EnsembleTraining(VAETraining):
 
     Args:
         epochs: passes over the data.
-        min_updates: minimum number of updates; a small data set gets more epochs.
+        min_updates: minimum number of updates: a small data set gets more epochs; none where epochs are given.
         batch_size: rows of an update, for each member.
         learning_rate: at the start of the cosine decay.
         adversarial_eps: FGSM step (Goodfellow et al. 2015), in standard deviations of the codes, or in pixel values.
