@@ -48,15 +48,20 @@ def write_shapes(root: Path, count: int, size: tuple[int, int]) -> None:
         (root / name / f"{number}.png").write_bytes(encoded(np.where(inside[..., None], *colours)))
 
 
+def opened(*arguments: Any, **options: Any) -> tuple[data.Dataset, pa.Table]:
+    """A data set and its listing."""
+    dataset = data.open_dataset(*arguments, **options)
+    return dataset, data.list_images(dataset)
+
+
 def listed(root: Any, split: str = "all", source: str = "folder") -> dict[str, str | None]:
-    listing = data.list_images(data.open_dataset(source, root, split))
+    listing = opened(source, root, split)[1]
     return dict(zip(listing["image_id"].to_pylist(), listing["label_name"].to_pylist(), strict=True))
 
 
 def read(root: Any, source: str = "folder", split: str = "all", **options: Any) -> pa.Table:
     """The images of a data set as ``data.read_images`` reads them: grey, HEIGHT x WIDTH."""
-    dataset = data.open_dataset(source, root, split, **options)
-    return data.read_images(dataset, data.list_images(dataset), GREY)
+    return data.read_images(*opened(source, root, split, **options), GREY)
 
 
 def parquet_table(count: int, **columns: Any) -> pa.Table:

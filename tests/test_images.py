@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import HEIGHT, WIDTH, encoded, pixels_of, random_pixels
+from pictures import HEIGHT, WIDTH, encoded, opened, pixels_of, random_pixels
 from PIL import Image, ImageOps
 
 from clarity import data
@@ -183,8 +183,7 @@ def test_the_range_of_wide_images_is_found_in_training_and_kept(largest: int, to
     ramp = np.linspace(0, largest, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(encoded(ramp // (3 - number)))
-    dataset = data.open_dataset("folder", tmp_path, "all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("folder", tmp_path, "all")
     preprocessing = data.infer_preprocessing(dataset, listing)
     assert preprocessing == Preprocessing("L", HEIGHT, WIDTH, max_value=top)
     assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json()))) == preprocessing

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from pictures import encoded, listed, pixels_of, random_pixels
+from pictures import encoded, listed, opened, pixels_of, random_pixels
 from PIL import Image
 
 from clarity import data, schema
@@ -54,8 +54,7 @@ def test_celeba_lists_faces_of_exactly_one_hair_colour(celeba: Path) -> None:
 def test_celeba_reads_both_sizes_and_carries_attributes(celeba: Path) -> None:
     every = data.open_dataset("celeba_hair", celeba, "all", attributes=["all"]).attributes
     assert set(every) == set(ATTRIBUTES)
-    dataset = data.open_dataset("celeba_hair", celeba, "all", attributes=["Male", "Bald"], unlabelled=True)
-    listing = data.list_images(dataset)
+    dataset, listing = opened("celeba_hair", celeba, "all", attributes=["Male", "Bald"], unlabelled=True)
     assert len(listing) == len(FACES) and listing["label_name"].null_count == 2 and data.left_out(listing) == {}
     preprocessing = data.infer_preprocessing(dataset, listing)
     assert preprocessing == Preprocessing("RGB", 64, 64, center_crop=148)

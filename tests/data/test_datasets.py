@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pictures import GREY, HEIGHT, WIDTH, random_pixels, write_images
+from pictures import GREY, HEIGHT, WIDTH, opened, random_pixels, write_images
 
 from clarity import data
 from clarity.images import Preprocessing
@@ -41,8 +41,7 @@ def test_fingerprint_sees_each_change_and_no_chunks() -> None:
 
 
 def test_reading_is_the_same_in_shards_of_any_size() -> None:
-    dataset = data.open_dataset("digits", split="test")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("digits", split="test")
     preprocessing = Preprocessing("L", 20, 24)
     whole = data.read_images(dataset, listing, preprocessing)
     parts = [data.read_images(dataset, listing.slice(start, 77), preprocessing) for start in range(0, 500, 77)]

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from pictures import pixels_of
+from pictures import opened, pixels_of
 from PIL import Image
 
 from clarity import data, schema, storage
@@ -27,8 +27,7 @@ def test_digits_are_there_in_a_fixed_stratified_split() -> None:
 
 
 def test_digits_are_read_in_any_order() -> None:
-    dataset = data.open_dataset("digits", split="all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("digits", split="all")
     preprocessing = data.infer_preprocessing(dataset, listing)
     assert preprocessing == Preprocessing("L", 28, 28)
     rows = listing.take([4_999, 0, 2_500, 499, 500, 0])

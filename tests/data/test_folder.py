@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import GREY, encoded, listed, pixels_of, random_pixels, read, write_images
+from pictures import GREY, encoded, listed, opened, pixels_of, random_pixels, read, write_images
 
 from clarity import data
 from clarity.images import Preprocessing
@@ -161,8 +161,7 @@ def test_folder_of_mixed_sizes_and_modes_is_read(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encoded(pixels, {"png": "PNG", "bmp": "BMP"}.get(name[-3:], "JPEG")))
-    dataset = data.open_dataset("folder", tmp_path, "all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("folder", tmp_path, "all")
     assert data.infer_preprocessing(dataset, listing) == Preprocessing("RGB", 64, 64)
     assert data.infer_preprocessing(dataset, listing, image_size=(6, 9), mode="L") == Preprocessing("L", 6, 9)
     assert data.infer_preprocessing(dataset, listing.slice(0, 1)) == GREY

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import pixels_of, random_pixels
+from pictures import opened, pixels_of, random_pixels
 
 from clarity import data
 from clarity.images import Preprocessing
@@ -27,8 +27,7 @@ def mnist(tmp_path: Path) -> Path:
 
 def test_mnist_is_read_from_torchvisions_layout(mnist: Path) -> None:
     for place, split, count in ((mnist, "train", 7), (mnist / "MNIST", "test", 5), (mnist / "MNIST/raw", "test", 5)):
-        dataset = data.open_dataset("mnist", place, split)
-        listing = data.list_images(dataset)
+        dataset, listing = opened("mnist", place, split)
         assert listing["label_name"].to_pylist() == [str(number) for number in range(count)]
         assert listing["image_id"].to_pylist()[-1] == f"{split}/{count - 1:05d}"
         shard = data.read_images(dataset, listing.take([2, 0]), data.infer_preprocessing(dataset, listing))
@@ -38,8 +37,7 @@ def test_mnist_is_read_from_torchvisions_layout(mnist: Path) -> None:
 
 
 def test_mnist_is_resized_when_asked(mnist: Path) -> None:
-    dataset = data.open_dataset("mnist", mnist)
-    listing = data.list_images(dataset)
+    dataset, listing = opened("mnist", mnist)
     preprocessing = data.infer_preprocessing(dataset, listing, image_size=32, mode="RGB")
     assert preprocessing == Preprocessing("RGB", 32, 32)
     assert data.read_images(dataset, listing, preprocessing)["error"].null_count == 7

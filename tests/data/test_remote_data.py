@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from object_store import Fault, ObjectStore, copy_tree
-from pictures import GREY, encoded, parquet_table, pixels_of, random_pixels, write_images
+from pictures import GREY, encoded, opened, parquet_table, pixels_of, random_pixels, write_images
 
 from clarity import data, storage
 
@@ -34,8 +34,7 @@ def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pat
     copy_tree(tmp_path, store.uri("photos"))
     tables = []
     for place in (tmp_path, store.uri("photos")):
-        dataset = data.open_dataset("folder", place)
-        listing = data.list_images(dataset)
+        dataset, listing = opened("folder", place)
         tables.append((listing, data.read_images(dataset, listing, GREY)))
     assert tables[0][0].equals(tables[1][0])
     assert tables[0][1].equals(tables[1][1])
@@ -49,8 +48,7 @@ def test_parquet_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pa
     for suffix in ("", "/0.parquet"):
         tables = []
         for place in (f"{tmp_path}{suffix}", store.uri(f"tables{suffix}")):
-            dataset = data.open_dataset("parquet", place, "all")
-            listing = data.list_images(dataset)
+            dataset, listing = opened("parquet", place, "all")
             tables.append((listing, data.read_images(dataset, listing.slice(7, 15), GREY)))
         assert tables[0][0].equals(tables[1][0])
         assert tables[0][1].equals(tables[1][1])
@@ -60,8 +58,7 @@ def test_parquet_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_pa
 def test_reading_survives_a_store_that_fails_for_a_while(kind: str, store: ObjectStore, tmp_path: Path) -> None:
     pq.write_table(parquet_table(25), tmp_path / "x.parquet", row_group_size=10)
     storage.write_bytes(store.uri("x.parquet"), (tmp_path / "x.parquet").read_bytes())
-    dataset = data.open_dataset("parquet", store.uri("x.parquet"), "all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("parquet", store.uri("x.parquet"), "all")
     store.faults.append(Fault(kind, "GET", "x.parquet", times=4))
     shard = data.read_images(dataset, listing, GREY)
     assert shard["error"].null_count == 25
@@ -80,8 +77,7 @@ def test_a_store_that_is_down_or_refuses_is_not_the_images_fault(
         storage.write_bytes(storage.join(uri, name), encoded(random_pixels(0)))
     pq.write_table(parquet_table(3), tmp_path / "x.parquet")
     storage.write_bytes(storage.join(uri, "a/2.parquet"), (tmp_path / "x.parquet").read_bytes())
-    dataset = data.open_dataset(source, uri, "all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened(source, uri, "all")
     store.faults += [Fault(kind, method, match, times=10_000) for method in ("GET", "HEAD")]
     with pytest.raises(storage.StorageError, match=said) as error:
         data.read_images(dataset, listing, GREY)
@@ -91,8 +87,7 @@ def test_a_store_that_is_down_or_refuses_is_not_the_images_fault(
 def test_an_object_that_was_deleted_is_an_error_row(store: ObjectStore) -> None:
     for name in ("a/1.png", "a/2.png"):
         storage.write_bytes(store.uri(f"deleted/{name}"), encoded(random_pixels(0)))
-    dataset = data.open_dataset("folder", store.uri("deleted"), "all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("folder", store.uri("deleted"), "all")
     storage.delete(store.uri("deleted/a/2.png"))
     errors = data.read_images(dataset, listing, GREY)["error"].to_pylist()
     assert errors[0] is None and "No such file" in errors[1]
@@ -105,8 +100,7 @@ def test_a_share_that_was_unmounted_is_not_the_images_fault(source: str, gone: s
     (root / "a").mkdir(parents=True)
     (root / "a" / "1.png").write_bytes(encoded(random_pixels(0)))
     pq.write_table(parquet_table(3), root / "a" / "x.parquet")
-    dataset = data.open_dataset(source, str(root), "all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened(source, str(root), "all")
     (root / gone).rename(tmp_path / "elsewhere")
     (root / gone).mkdir()  # the empty directory on which it was mounted
     with pytest.raises(storage.StorageError, match="No such file") as error:
@@ -120,8 +114,7 @@ def test_a_share_that_was_unmounted_is_not_the_images_fault(source: str, gone: s
 def test_a_device_that_fails_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").write_bytes(encoded(random_pixels(0)))
-    dataset = data.open_dataset("folder", str(tmp_path), "all")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("folder", str(tmp_path), "all")
 
     def read_local(path: str) -> bytes:
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", path)

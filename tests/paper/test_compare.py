@@ -16,6 +16,7 @@ import pytest
 import torch
 from audits import make_tables, write_audit
 from jobfiles import load_job
+from pictures import opened
 
 from clarity import data, judges
 from clarity import model as checkpoints
@@ -59,8 +60,7 @@ def root(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def explained(root: Path, method: str) -> None:
     """What explain_all.py would write, without Ray."""
     model = checkpoints.load_model(root / "model")
-    dataset = data.open_dataset("parquet", root / "sample.parquet", "test")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("parquet", root / "sample.parquet", "test")
     plan = make_plan(model, dataset, listing, method=method, config=CONFIG, shard_rows=4)
     uri = str(root / "audits" / method)
     with claim(uri, plan, str(root / "model")) as held:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from bars import ENSEMBLE, SHORT, SHORT_VAE, arguments, bars, files_of, write_bars
+from pictures import opened
 from predictors import as_predictor
 
 import clarity
@@ -112,8 +113,7 @@ def test_agreement_and_divergence() -> None:
 
 
 def test_predictor_sees_the_files_through_its_own_preprocessing(folder: Path) -> None:
-    dataset = data.open_dataset("folder", folder, "test")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("folder", folder, "test")
     small = data.infer_preprocessing(dataset, listing, image_size=(4, 6))
     pixels, ids, *_ = data.read_all(dataset, listing, small)
     images = LabelledImages(torch.from_numpy(pixels), ids, torch.full((len(ids),), -1)).take(slice(3, 9))
@@ -123,8 +123,7 @@ def test_predictor_sees_the_files_through_its_own_preprocessing(folder: Path) ->
 
 
 def test_predictor_of_the_models_size_sees_its_crop(folder: Path) -> None:
-    dataset = data.open_dataset("folder", folder, "test")
-    listing = data.list_images(dataset)
+    dataset, listing = opened("folder", folder, "test")
     cropping = data.infer_preprocessing(dataset, listing, image_size=(8, 12), center_crop=6)
     wide = load_predictor(teacher())
     assert wide.sees(cropping) == cropping and wide.sees(dataclasses.replace(cropping, height=9)).height == 8
