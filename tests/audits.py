@@ -17,6 +17,7 @@ from clarity.audit.commits import commit_shard
 from clarity.audit.plan import Plan, shard_table
 from clarity.images import encode_png
 from clarity.model import save_model
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
 
 
 @dataclass
@@ -265,3 +266,10 @@ def write_audit(
             parts = {"codes": mine, "counterfactuals": pairs.filter(pc.is_in(pairs["image_id"], mine["image_id"]))}
             commit_shard(uri, plan, shard, parts, {})
     return uri
+
+
+def fill(work: Work, listing: pa.Table) -> list[pa.Table]:
+    """The stages of a job on every shard of a claimed audit, one after another in this process; the last stage's."""
+    explain = ExplainShard(work, threads=1)
+    items = [pa.Table.from_pylist([shard_item(work.plan, shard, listing)]) for shard in range(len(work.plan.shards))]
+    return [write_shard(explain(read_shard(item, work)), work) for item in items]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from audits import fill
 
 from clarity import data, schema
 from clarity.audit.commits import MAX_ATTEMPTS, begin_attempt, claim
@@ -50,15 +51,12 @@ def note_of(batch: pa.Table) -> dict[str, Any]:
 
 
 def test_workers_fill_an_audit(work: Any) -> None:
-    work, listing = work
-    explainer = ExplainShard(work, threads=1)
-    for shard in range(3):
-        images = read_shard(item(listing, work, shard), work)
-        ended = write_shard(explainer(images), work)
+    for ended in fill(*work):
         assert ended.column_names == ["shard", "note"]
         note = note_of(ended)
         assert "error" not in note
         assert {"read", "encode", "search", "decode", "reencode", "pictures", "write"} <= set(note["seconds"])
+    work, _ = work
     found = verify(work.uri, redecode=redecoder(work.uri))
     assert found.ok, found.problems
     assert (found.images, found.pairs) == (12, 12 * 9)
@@ -149,9 +147,7 @@ def test_predictions_reach_codes_and_decide_the_plan(tiny_digits_model: Path, tm
     assert Plan.from_json(json.loads(json.dumps(plans[1].to_json()))).codes_schema() == plans[1].codes_schema()
     uri = str(tmp_path / "audit")
     with claim(uri, plans[1], str(tiny_digits_model)) as held:
-        work = Work(uri, held.run, plans[1], dataset, model.preprocessing)
-        for shard in range(2):
-            write_shard(ExplainShard(work, threads=1)(read_shard(item(listing, work, shard), work)), work)
+        fill(Work(uri, held.run, plans[1], dataset, model.preprocessing), listing)
         found = verify(uri, redecode=redecoder(uri))
         assert found.ok, found.problems
         codes = read_audit(uri).codes.to_table()
@@ -198,10 +194,7 @@ def predicted(tiny_digits_model: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_workers_ask_the_predictor_about_originals_and_written_images(predicted: Any) -> None:
     work, listing = predicted
-    explainer = ExplainShard(work, threads=1)
-    for shard in range(2):
-        images = read_shard(item(listing, work, shard), work)
-        note = note_of(write_shard(explainer(images), work))
+    for note in map(note_of, fill(work, listing)):
         assert "error" not in note and note["seconds"]["predictor"] > 0
     found = verify(work.uri, redecode=redecoder(work.uri))
     assert found.ok, found.problems

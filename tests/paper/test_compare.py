@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from audits import make_tables, write_audit
+from audits import fill, make_tables, write_audit
 from jobfiles import load_job
 from pictures import opened
 
@@ -31,7 +31,7 @@ from clarity.report.page import write_report
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
 from clarity.vae import VAE
-from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
+from clarity.worker import Work
 
 ROOT = Path(__file__).parents[2]
 COUNT, METHODS_TRIED = 10, ("clarity", "revise_e", "fgsm", "schut", "latent", "revise", "revise_e_latent")
@@ -64,11 +64,7 @@ def explained(root: Path, method: str) -> None:
     plan = make_plan(model, dataset, listing, method=method, config=CONFIG, shard_rows=4)
     uri = str(root / "audits" / method)
     with claim(uri, plan, str(root / "model")) as held:
-        work = Work(uri, held.run, plan, dataset, model.preprocessing)
-        explain = ExplainShard(work, threads=1)
-        for shard in held.pending:
-            item = pa.Table.from_pylist([shard_item(plan, shard, listing)])
-            write_shard(explain(read_shard(item, work)), work)
+        fill(Work(uri, held.run, plan, dataset, model.preprocessing), listing)
 
 
 @dataclasses.dataclass

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from audits import fill
 from bars import ENSEMBLE, SHORT, SHORT_VAE, arguments, bars, files_of, write_bars
 from pictures import opened
 from predictors import as_predictor
@@ -30,7 +30,7 @@ from clarity.training.evaluate import LabelledImages
 from clarity.training.loops import Codes, member_states, train_latent_members
 from clarity.training.plan import plan_training
 from clarity.training.stages import TRAINED, Worker, load_codes, run_stages
-from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
+from clarity.worker import Work
 
 CLASSES = ["top", "middle", "bottom"]
 
@@ -278,6 +278,4 @@ def write_audit(folder: Path, model: Path, out: Path, split: str) -> None:
     checks = make_checks(loaded, config, Requirements(), load_predictor(teacher()))
     plan = make_plan(loaded, dataset, listing, method="clarity", config=config, checks=checks)
     with claim(str(out), plan, str(model)) as held:
-        work = Work(str(out), held.run, plan, dataset, loaded.preprocessing, None, teacher())
-        item = pa.Table.from_pylist([shard_item(plan, 0, listing)])
-        write_shard(ExplainShard(work, threads=1)(read_shard(item, work)), work)
+        fill(Work(str(out), held.run, plan, dataset, loaded.preprocessing, None, teacher()), listing)
