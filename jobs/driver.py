@@ -143,11 +143,7 @@ def field_help(config: type) -> dict[str, str]:
     return found
 
 
-def run(
-    parser: argparse.ArgumentParser,
-    job: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None,
-) -> int:
+def run(parser: argparse.ArgumentParser, job: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Parse the command line and run a job; what it raises becomes a line on stderr and an exit code.
 
     Args:

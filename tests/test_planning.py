@@ -143,9 +143,7 @@ def test_shared_engine_is_the_fastest_that_every_machine_has() -> None:
     assert shared_engine("auto", "clarity", [], None) == "auto"
 
 
-def test_useful_actors_are_fewer_than_shards_or_none_where_searching_takes_less_than_a_start(
-    model: Model,
-) -> None:
+def test_useful_actors_are_fewer_than_shards_or_none_where_searching_takes_less_than_a_start(model: Model) -> None:
     plan = make_plan(model, DIGITS, THREE, method="clarity", config=CONFIG)
     plan = replace(plan, shards=[{"start": start, "stop": start + 100} for start in range(0, 100_000, 100)])
     assert useful_actors(plan, model, range(3)) == 0, "the driver does it before Ray has started"

@@ -5,14 +5,7 @@ import torch
 from networks import ENSEMBLES, points, small_vae
 from torch import nn
 
-from clarity.rows import (
-    decode_rows,
-    encode_rows,
-    logits_rows,
-    narrow_convolution,
-    one_thread,
-    predict,
-)
+from clarity.rows import decode_rows, encode_rows, logits_rows, narrow_convolution, one_thread, predict
 from clarity.vae import VAES
 
 

@@ -91,11 +91,7 @@ def assert_same_bits(found: Counterfactuals, expected: Counterfactuals) -> None:
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), name
 
 
-CPU_ENGINES = [
-    "plain",
-    "batched",
-    *(f"native-{build}" for build in kernels.native_modules()),
-]
+CPU_ENGINES = ["plain", "batched", *(f"native-{build}" for build in kernels.native_modules())]
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)

@@ -6,14 +6,7 @@ import pytest
 import torch
 from networks import small_vae
 
-from clarity.vae import (
-    LOSSES,
-    VAE,
-    VAES,
-    VAEConfig,
-    elbo,
-    vae_config,
-)
+from clarity.vae import LOSSES, VAE, VAES, VAEConfig, elbo, vae_config
 
 SHAPES = [(1, 28, 28), (1, 8, 12), (3, 33, 18), (3, 64, 64)]
 

@@ -39,15 +39,7 @@ from clarity.data.listing import (
 )
 from clarity.data.mnist import list_mnist, read_mnist
 from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
-from clarity.images import (
-    RANGES,
-    Preprocessing,
-    UnreadableImage,
-    decode,
-    max_value_of,
-    open_image,
-    upright,
-)
+from clarity.images import RANGES, Preprocessing, UnreadableImage, decode, max_value_of, open_image, upright
 
 #: The digits that ship with the package; DIGITS.md tells their origin and license.
 DIGITS = str(Path(__file__).with_name("digits.parquet"))

@@ -206,9 +206,7 @@ print(ray.get(ray.remote(lambda: os.environ["OMP_WAIT_POLICY"]).remote()))
     assert run.stdout.split() == ["passive"], run.stderr
 
 
-def test_job_without_a_useful_actor_needs_no_ray_unless_somebody_asks_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_job_without_a_useful_actor_needs_no_ray_unless_somebody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class Started(Exception):
         pass
 
