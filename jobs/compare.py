@@ -134,8 +134,10 @@ def run_comparison(args: argparse.Namespace) -> int:
         storage.write_bytes(storage.join(audits[method], ATTRIBUTES_FILE), to_parquet(table))
 
     log.info("measuring the paper's claims")
-    test_images = labelled(tested, model)
-    measured = claims.measure_claims(model, judges.oracle, first.images, scored, *test_images[:2])
+    listing = data.list_images(tested)
+    log.info("reading %d images of split %s", len(listing), tested.split)
+    pixels, ids, labels, _ = read(tested, listing, model)
+    measured = claims.measure_claims(model, judges.oracle, first.images, scored, pixels, labels)
     measured["steps"] = claims.time_steps(model, config, first.images)
     if not args.no_figures:
 
@@ -146,7 +148,7 @@ def run_comparison(args: argparse.Namespace) -> int:
 
         figures.draw_tables(write, model.class_names, results)
         flat = flat_model(args, model, out)
-        measured["figure 10"] = figures.draw_searches(write, model, config, first.images, flat, test_images)
+        measured["figure 10"] = figures.draw_searches(write, model, config, first.images, flat, (pixels, labels, ids))
     storage.write_json(storage.join(out, "measurements.json"), measured)
     head = tables.introduction(model, config, judges, real, measured["accuracy"])
     tables.write_tables(out, tables.summary(scored, real, model), head, measured["steps"])
@@ -250,14 +252,6 @@ def read(
         if column.max(initial=0) > 1:
             raise ValueError(f"attributes: expected values of 0 and 1 in {name}, got {column.max()}: leave it out")
     return pixels, ids, labels, np.stack(columns, axis=1) if columns else np.empty((len(ids), 0))
-
-
-def labelled(tested: data.Dataset, model: Model) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """All images of the tested split, their labels and their ids."""
-    listing = data.list_images(tested)
-    log.info("reading %d images of split %s", len(listing), tested.split)
-    pixels, ids, labels, _ = read(tested, listing, model)
-    return pixels, labels, ids
 
 
 def flat_model(args: argparse.Namespace, model: Model, out: str) -> Model | None:

@@ -84,6 +84,11 @@ class Facts:
         """Runs a query."""
         return self.con.execute(sql, parameters or {}).fetchall()
 
+    def examples(self, where: str, order: str) -> tuple[tuple[str, int], ...]:
+        """Image and target of the first six pairs that satisfy a condition, in an order."""
+        sql = f"SELECT image_id, target FROM counterfactuals WHERE {where} ORDER BY {order}, image_id, target LIMIT 6"
+        return tuple((image_id, target) for image_id, target in self.rows(sql))
+
     def name(self, index: int) -> str:
         """Name of a class."""
         return self.class_names[index]

@@ -76,10 +76,6 @@ def check_confirmed(facts: Facts) -> Outcome:
         "SELECT image_id FROM counterfactuals WHERE confirmed IS NOT NULL GROUP BY 1 HAVING NOT bool_or(confirmed) "
         "ORDER BY 1"
     )
-    examples = facts.rows(
-        "SELECT image_id, target FROM counterfactuals WHERE NOT confirmed "
-        "ORDER BY coalesce(prediction_target_prob_final, reencoded_target_prob), image_id, target LIMIT 6"
-    )
     who = "your model does not see the target in" if facts.has_predictor else "the checks fail on"
     failed = checked - confirmed
     return Finding(
@@ -91,7 +87,7 @@ def check_confirmed(facts: Facts) -> Outcome:
         f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
         f"Counted; expected for similar images: {facts.share_of_pairs(confirmed)} confirmed.",
         tuple(worst),
-        tuple(examples),
+        facts.examples("NOT confirmed", "coalesce(prediction_target_prob_final, reencoded_target_prob)"),
         {"confirmed": confirmed, "pairs": checked, "stubborn": len(stubborn)},
     )
 
@@ -112,10 +108,6 @@ def check_fooled(facts: Facts) -> Outcome:
         f"SELECT source, target, count(*) FILTER ({alone}) AS fooled, count(*) FILTER (confirmed) FROM counterfactuals "
         "GROUP BY ALL HAVING fooled > 0 ORDER BY fooled DESC, source, target LIMIT 6"
     )
-    examples = facts.rows(
-        f"SELECT image_id, target FROM counterfactuals WHERE {alone} "
-        "ORDER BY prediction_target_prob_final DESC, image_id, target LIMIT 6"
-    )
     parts = [f"{facts.arrow((s, t))} ({percent(count, whole)})" for s, t, count, whole in cells[:3]]
     witnesses = "the ensemble or the held-out judge" if judged else "the ensemble"
     return Finding(
@@ -127,6 +119,6 @@ def check_fooled(facts: Facts) -> Outcome:
         f"Counted; expected for similar images: {facts.share_of_pairs(fooled)} of all pairs. Either may be wrong: "
         "look at the pictures.",
         tuple((s, t) for s, t, _, _ in cells),
-        tuple(examples),
+        facts.examples(alone, "prediction_target_prob_final DESC"),
         {"fooled": fooled, "confirmed": confirmed},
     )

@@ -80,10 +80,6 @@ def check_unconverged(facts: Facts) -> Outcome:
     within = f" within {limit:,} steps" if limit is not None else ""
     parts = [f"{facts.arrow(pair)} ({failed[pair]:,.0f} of {facts.pairs['pairs'][pair]:,.0f})" for pair in worst[:3]]
     where = f"most often {listed(parts)}" if (failed > 0).sum() > 3 else listed(parts)
-    examples = facts.rows(
-        "SELECT image_id, target FROM counterfactuals WHERE NOT converged "
-        "ORDER BY target_prob_final, image_id, target LIMIT 6"
-    )
     return Finding(
         "unconverged",
         min(most_severe, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
@@ -92,7 +88,7 @@ def check_unconverged(facts: Facts) -> Outcome:
         f"{where}.{reason}",
         f"Counted; expected for similar images: {facts.share_of_pairs(total)}.",
         tuple(worst),
-        tuple(examples),
+        facts.examples("NOT converged", "target_prob_final"),
         {"pairs": total, "share": share},
     )
 
