@@ -179,13 +179,6 @@ def test_job_refuses_a_relative_place_in_a_submitted_job(
     assert "--out runs/model: a relative path" in capsys.readouterr().err
 
 
-def test_job_refuses_more_workers_than_there_are(
-    job: Any, folder: Path, tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert job.main([*command(folder, tmp_path / "model")[2:], "--workers", "64"]) == 2
-    assert "Ray offers 2 CPUs; ask for fewer" in capsys.readouterr().err
-
-
 def test_stages_are_divided_by_nodes_or_by_networks(job: Any, folder: Path, tmp_path: Path) -> None:
     argv = command(folder, tmp_path / "model", "--image-members", "5")[2:]
     plan = job.make_plan(job.new_parser().parse_args(argv))
@@ -194,7 +187,9 @@ def test_stages_are_divided_by_nodes_or_by_networks(job: Any, folder: Path, tmp_
     expected = dict.fromkeys(("vae", "encode", "sharp"), one_a_node)
     expected |= dict.fromkeys(("latent", "images", "judge"), one_a_network)
     assert {name: job.divide(plan, [name], nodes, None) for name in job.TRAINED} == expected
-    assert job.divide(plan, ["recipe"], nodes, 1) == (1, 4, False)
+    assert job.divide(plan, ["recipe"], nodes, 1) == (1, 4, False) and job.divide(plan, ["vae"], [], 3) == (3, 1, False)
+    with pytest.raises(ValueError, match="--workers 9: Ray offers 8 CPUs; ask for fewer"):
+        job.divide(plan, ["vae"], nodes, 9)
     assert job.divide(plan, ["latent"], [{"CPU": 4.0, "GPU": 3.0}], None) == (3, 1, True)
 
 
