@@ -121,7 +121,7 @@ def save_model(model: Model, uri: storage.URI, *, card: Mapping[str, Any] | None
         files[FILES[name]] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     head: dict[str, Any] = {
         "format": FORMAT,
-        "vae": asdict(model.vae.config),
+        "vae": model.vae.config.to_json(),
         "ensemble": asdict(model.ensemble.config),
         "image_ensemble": None if model.image_ensemble is None else asdict(model.image_ensemble.config),
         "folds": len(model.folds),

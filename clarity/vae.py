@@ -5,7 +5,7 @@ Knows architectures and the evidence lower bound. Does not know about classes, f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,8 @@ class VAEConfig:
         channels: output channels of each stride-2 convolution of the encoder; the decoder mirrors them.
         beta: weight of the KL term.
         loss: a key of ``LOSSES``.
+        label_weight: weight of the cross-entropy of a linear classifier of sampled codes in the training (Kingma et al.
+            2014, Eq. 9), so that the codes know the classes; 0: none, as in the paper.
     """
 
     architecture: str = "conv"
@@ -33,6 +35,7 @@ class VAEConfig:
     channels: tuple[int, ...] = (32, 64, 128)
     beta: float = 1.0
     loss: str = "bce"
+    label_weight: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
@@ -47,8 +50,13 @@ class VAEConfig:
             raise ValueError(f"channels must be one or more positive numbers, got {self.channels}")
         if self.latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be at least 0, got {self.beta}")
+        for name in ("beta", "label_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; without a ``label_weight`` of 0, which older models do not have."""
+        return {name: value for name, value in asdict(self).items() if name != "label_weight" or value}
 
 
 #: Reconstruction losses of decoder logits, one value for each pixel. Binary cross-entropy is the negative
@@ -109,21 +117,19 @@ class Decoder(nn.Module):
         return torch.sigmoid(self.decoder_layers(self.decoder_input(z).unflatten(1, self.feature_shape)))
 
 
-def elbo(vae: nn.Module, x: Tensor, noise: Tensor, config: VAEConfig | None = None) -> dict[str, Tensor]:
+def elbo(logits: Tensor, mean: Tensor, log_var: Tensor, x: Tensor, config: VAEConfig) -> dict[str, Tensor]:
     """The negative evidence lower bound with the KL term weighted by beta (Higgins et al. 2017).
 
     Args:
-        vae: a VAE, or a data-parallel wrapper around one.
+        logits: of the pixels of a sampled code (B, C, H, W), which a VAE returns with
+        mean: and
+        log_var: (B, D), of the posteriors.
         x: images (B, C, H, W).
-        noise: standard normal (B, D).
-        config: of the VAE; required for a wrapper.
+        config: of the VAE.
 
     Returns:
         ``loss`` = ``reconstruction`` + beta * ``kl``: sums over pixels or dimensions, means over rows, in nats.
     """
-    config = config or vae.config  # type: ignore[assignment]
-    assert isinstance(config, VAEConfig)
-    logits, mean, log_var = vae(x, noise)
     # Sums are taken in float32 even where the network ran in bfloat16.
     reconstruction = LOSSES[config.loss](logits.float(), x.float()).flatten(1).sum(1).mean()
     mean, log_var = mean.float(), log_var.float()

@@ -71,13 +71,15 @@ def new_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
     about = (
-        "Latent dimensions, KL weight and adversary's step that are not given: the paper's, or (auto) searched "
-        "(default: paper for digits, mnist and beta_vae, else auto)."
+        "Latent dimensions, weights of the KL term and of labels, adversary's step and hidden layers that are not "
+        "given: the paper's, or (auto) searched (default: paper for digits, mnist and beta_vae, else auto)."
     )
     add("--recipe", choices=RECIPES, help=about)
     add("--latent-dim", **number, help=f"Latent dimensions ({of_vaes('latent_dim')}).")
     add("--channels", nargs="+", **number, help=f"Channels of the encoder ({of_vaes('channels')}).")
     add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
+    about = "Weight of labels in the VAE's training: the codes know classes better (default: 0; auto tries 3)."
+    add("--label-weight", type=float, metavar="X", help=about)
     add("--loss", help=f"Reconstruction loss ({of_vaes('loss')}).")
     about = "Side, or height and width, of the images (default: from the data)."
     add("--image-size", nargs="+", **number, help=about)
@@ -150,7 +152,7 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         dataset,
         held_out,
         architecture=args.vae,
-        vae_fields={name: getattr(args, name) for name in ("latent_dim", "channels", "beta", "loss")},
+        vae_fields={name: getattr(args, name) for name in ("latent_dim", "channels", "beta", "loss", "label_weight")},
         image_size=size,
         num_folds=args.folds,
         refit=None if args.refit is None else driver.job_path(args.refit, "", "--refit"),

@@ -44,7 +44,7 @@ def test_elbo_is_the_bound_term_by_term() -> None:
     vae = small_vae("conv", (1, 8, 12)).train(False)
     x, noise = torch.rand(3, 1, 8, 12), torch.randn(3, 5)
     config = VAEConfig(image_shape=(1, 8, 12), latent_dim=5, channels=(6, 7, 9), beta=2.5)
-    parts = elbo(vae, x, noise, config)
+    parts = elbo(*vae(x, noise), x, config)
     mean, log_var = vae.encode(x)
     reconstruction = kl = 0.0
     p = vae.decode(mean + (log_var / 2).exp() * noise)

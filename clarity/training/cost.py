@@ -36,7 +36,7 @@ class Cost:
 def costs(plan: TrainingPlan) -> list[Cost]:
     """The cost of each part of a training; with ``searched`` values, of the largest code that the search may choose."""
     codes_tried = searched_codes(plan) if plan.searched and plan.data["labelled"] >= LEAST_LABELLED else []
-    dim = max((dim for dim, _ in codes_tried), default=plan.vae.latent_dim)
+    dim = max((code.latent_dim for code in codes_tried), default=plan.vae.latent_dim)
     vae, ensemble = replace(plan.vae, latent_dim=dim), replace(plan.ensemble, latent_dim=dim)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (ROWS, *vae.image_shape), generator=generator).to(torch.uint8)
@@ -63,7 +63,8 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         loop = train_judge(net, images.numpy(), labels.numpy(), timed)
         found.append(cost("judge", 1, judge.updates, judge.batch_size, loop))
     if codes_tried:
-        found.append(cost("search: VAEs", len(codes_tried), VAE_UPDATES, vae_training.batch_size, one_vae()))
+        vaes = len(codes_tried) + ("label_weight" in plan.searched)
+        found.append(cost("search: VAEs", vaes, VAE_UPDATES, vae_training.batch_size, one_vae()))
         trials, batch = num_trials(plan), ensemble_training.batch_size
         found.append(cost("search: ensembles", trials, ENSEMBLE_UPDATES, batch, members(MEMBERS)))
     found.append(cost("VAE", 1, updates(vae_training, counted["images"]), vae_training.batch_size, one_vae()))

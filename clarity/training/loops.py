@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -124,6 +125,12 @@ def member_states(stack: Mapping[str, Tensor], num_members: int) -> list[dict[st
     return [{name: parts[m].clone() for name, parts in split.items()} for m in range(num_members)]
 
 
+def vae_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A VAE's tensors among those of its checkpoint, without those of a classifier that was trained with it."""
+    weights = weights_of(state)
+    return {name.removeprefix("vae."): weights[name] for name in weights if not name.startswith("classify.")}
+
+
 def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The inverse of ``member_states``."""
     return {
@@ -160,9 +167,22 @@ def run_epochs(
             sums = {name: sums.get(name, 0) + value.detach().double() for name, value in metrics.items()}
         means = {name: float(value) / updates for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            what = {VAE: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
+            what = {VAE: "VAE", LabelledVAE: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
             raise ValueError(f"the {what}'s loss is {means['loss']} after epoch {epoch + 1}: lower its learning_rate")
         yield Epoch(epoch + 1, total, means, lambda done=epoch + 1: checkpoint(network, adam, done))  # type: ignore[misc]
+
+
+class LabelledVAE(nn.Module):
+    """A VAE with a linear classifier of its codes, with which it is trained."""
+
+    def __init__(self, vae: VAE, num_classes: int) -> None:
+        super().__init__()
+        self.vae, self.classify = vae, nn.Linear(vae.config.latent_dim, num_classes)
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """What the VAE returns, and class logits (B, K) of the sampled codes."""
+        logits, mean, log_var = self.vae(x, noise)
+        return logits, mean, log_var, self.classify(mean + torch.exp(0.5 * log_var) * noise)
 
 
 def train_vae(
@@ -170,6 +190,7 @@ def train_vae(
     config: VAEConfig,
     training: VAETraining,
     *,
+    labels: Tensor | None = None,
     state: Mapping[str, Tensor] | None = None,
     rank: int = 0,
     world: int = 1,
@@ -181,17 +202,20 @@ def train_vae(
 
     All ranks draw the same order and noise and take their share of each batch; gradients are averaged by ``wrap`` and
     BatchNorm's moments over all ranks, so the result depends on the number of ranks only by rounding. ``images`` are
-    uint8 (N, C, H, W), the same on every rank; ``state`` is a checkpoint to continue from.
+    uint8 (N, C, H, W), the same on every rank, ``labels`` (N,) class indices, -1 where unknown, which count with
+    ``config.label_weight``. ``state`` is a checkpoint to continue from; ``vae_weights`` takes the VAE out of one.
     """
     device = torch.device(device)
     images = images.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        vae = VAE(config)
+        network: nn.Module = (vae := VAE(config))
+        if config.label_weight and labels is not None and labels.max() >= 0:
+            network, labels = LabelledVAE(vae, int(labels.max()) + 1), labels.to(device)
     if state is not None:
-        vae.load_state_dict(weights_of(state))
-    vae.to(device).to(memory_format=torch.channels_last).train()
-    model = wrap(synchronise(vae) if world > 1 else vae)
+        network.load_state_dict(weights_of(state))
+    network.to(device).to(memory_format=torch.channels_last).train()
+    model = wrap(synchronise(network) if world > 1 else network)
 
     def updates_of(epoch: int, updates: int) -> Iterator[dict[str, Tensor]]:
         generator = generator_for(training.seed, "vae", epoch)
@@ -199,16 +223,22 @@ def train_vae(
         for update in range(updates):
             batch = order[update * training.batch_size : (update + 1) * training.batch_size]
             noise = torch.randn((len(batch), config.latent_dim), generator=generator)[rank::world]
-            x = images[batch[rank::world].to(device)].float().div_(255).contiguous(memory_format=torch.channels_last)
+            rows = batch[rank::world].to(device)
+            x = images[rows].float().div_(255).contiguous(memory_format=torch.channels_last)
             with mixed_precision(precision, device):
-                terms = elbo(model, x, noise.to(device), config)
+                logits, mean, log_var, *classes = model(x, noise.to(device))
+                terms = elbo(logits, mean, log_var, x, config)
+            for found in classes:
+                assert labels is not None
+                wrong = F.cross_entropy(found.float(), labels[rows], ignore_index=-1, reduction="sum") / len(rows)
+                terms |= {"loss": terms["loss"] + config.label_weight * wrong, "labels": wrong}
             # Ranks' gradients are averaged: this makes the average the mean over the whole batch.
             share = len(x) * world / len(batch)
             model.zero_grad()
             (terms["loss"] * share).backward()
             yield {name: term * share for name, term in terms.items()}
 
-    yield from run_epochs(vae, training, len(images), one_cycle, state, updates_of)
+    yield from run_epochs(network, training, len(images), one_cycle, state, updates_of)
 
 
 @dataclass(frozen=True)

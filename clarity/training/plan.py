@@ -115,7 +115,7 @@ class TrainingPlan:
             "data": self.data.get("fingerprint"),
             "class_names": list(self.class_names),
             "preprocessing": self.preprocessing.to_json(),
-            "vae": asdict(self.vae),
+            "vae": self.vae.to_json(),
             "vae_training": resolved(self.vae_training, "images"),
             "ensemble": asdict(self.ensemble),
             "ensemble_training": resolved(self.ensemble_training, "labelled" if self.predictor is None else "codes"),
@@ -209,6 +209,8 @@ def plan_training(
             searched.append("adversarial_eps")
         if hidden is None:
             searched.append("hidden")
+        if predictor is None and "label_weight" not in given:
+            searched.append("label_weight")
         if architecture == "conv" and "channels" not in given:
             given["channels"] = channels_for(preprocessing.image_shape)
     vae = vae_config(architecture, preprocessing.image_shape, **given)

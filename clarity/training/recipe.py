@@ -2,10 +2,10 @@
 
 Chooses the size of the code, the weight of the KL term and the step of the adversary together, as none of them can be
 chosen alone: a longer code keeps more of the image, and needs a longer adversary to keep counterfactuals realistic.
-Of all trials, it takes the one with the largest product of the ensemble's accuracy on validation images and the share
-of requested counterfactuals that are reached and in which a held-out judge sees the target. Either factor alone
-misleads: accuracy grows with hybrids that only the ensemble takes for the target, and realism with codes that have lost
-the classes.
+Labels that count a little in the VAE's training can improve both. Of all trials, it takes the one with the largest
+product of the ensemble's accuracy on validation images and the share of requested counterfactuals that are reached and
+in which a held-out judge sees the target. Either factor alone misleads: accuracy grows with hybrids that only the
+ensemble takes for the target, and realism with codes that have lost the classes.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from clarity.model import Model, read_card
 from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.search import SearchConfig
 from clarity.training.evaluate import LabelledImages
-from clarity.training.loops import Codes, train_latent_members, train_vae, weights_of
+from clarity.training.loops import Codes, train_latent_members, train_vae, vae_weights, weights_of
 from clarity.training.plan import EXTRAS, TrainingPlan
-from clarity.vae import VAE
+from clarity.vae import VAE, VAEConfig
 
 #: Codes that are tried: (D, weight of the KL term). The first is the paper's.
 CODES = ((16, 1.0), (32, 0.2), (64, 0.2))
@@ -38,6 +38,8 @@ CODES = ((16, 1.0), (32, 0.2), (64, 0.2))
 STEPS = (0.05, 0.2, 0.5)
 #: Further steps, as factors of the best one.
 FACTORS = (0.5, 1.6)
+#: Weight of the labels in the VAE's training that is tried with the best of these settings.
+LABEL_WEIGHT = 3.0
 #: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
 WIDE = (64, 64)
 #: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
@@ -61,6 +63,7 @@ class Trial:
 
     latent_dim: int  # D
     beta: float  # weight of the KL term
+    label_weight: float  # of the labels in the VAE's training
     adversarial_eps: float  # step of the adversary, in standard deviations of the codes
     hidden: tuple[int, ...]  # widths of the classifiers' hidden layers
     accuracy: float  # of the ensemble
@@ -69,10 +72,14 @@ class Trial:
     judge_on_reconstructions: float  # accuracy of the judge on reconstructed images
     seconds: float  # of the training and the search, with a share of its VAE's
 
+    def vae_config(self, plan: TrainingPlan) -> VAEConfig:
+        """The plan's VAE with the values of this trial."""
+        return replace(plan.vae, latent_dim=self.latent_dim, beta=self.beta, label_weight=self.label_weight)
+
     def __str__(self) -> str:
         return (
-            f"latent_dim {self.latent_dim}, beta {self.beta:g}, adversarial_eps {self.adversarial_eps:g}, "
-            f"hidden {' '.join(map(str, self.hidden))}"
+            f"latent_dim {self.latent_dim}, beta {self.beta:g}, label_weight {self.label_weight:g}, "
+            f"adversarial_eps {self.adversarial_eps:g}, hidden {' '.join(map(str, self.hidden))}"
         )
 
 
@@ -89,7 +96,7 @@ def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
     dim = chosen["latent_dim"]
     return replace(
         plan,
-        vae=replace(plan.vae, latent_dim=dim, beta=chosen["beta"]),
+        vae=replace(plan.vae, latent_dim=dim, beta=chosen["beta"], label_weight=chosen["label_weight"]),
         ensemble=replace(plan.ensemble, latent_dim=dim, hidden=tuple(chosen["hidden"])),
         ensemble_training=replace(plan.ensemble_training, adversarial_eps=chosen["adversarial_eps"]),
         searched=(),
@@ -102,6 +109,7 @@ def own_values(plan: TrainingPlan) -> dict[str, Any]:
     return {
         "latent_dim": plan.vae.latent_dim,
         "beta": plan.vae.beta,
+        "label_weight": plan.vae.label_weight,
         "adversarial_eps": plan.ensemble_training.adversarial_eps,
         "hidden": list(plan.ensemble.hidden),
     }
@@ -110,7 +118,8 @@ def own_values(plan: TrainingPlan) -> dict[str, Any]:
 def recipe_key(plan: TrainingPlan) -> str:
     """Digest of everything that the search depends on."""
     described = {name: value for name, value in plan.describe().items() if name not in EXTRAS}
-    content = [described, sorted(plan.searched), CODES, STEPS, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
+    tried = [CODES, STEPS, LABEL_WEIGHT, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
+    content = [described, sorted(plan.searched), *tried]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -161,11 +170,11 @@ def search_recipe(
     }
 
 
-def searched_codes(plan: TrainingPlan) -> list[tuple[int, float]]:
-    """(latent_dim, beta) of each code to try; a value that was given is kept."""
-    open_dim, open_beta = "latent_dim" in plan.searched, "beta" in plan.searched
-    codes = {(dim if open_dim else plan.vae.latent_dim, beta if open_beta else plan.vae.beta) for dim, beta in CODES}
-    return sorted(codes)
+def searched_codes(plan: TrainingPlan) -> list[VAEConfig]:
+    """The VAE of each code to try; a value that was given is kept."""
+    tried = [{"latent_dim": dim, "beta": beta} for dim, beta in CODES]
+    kept = [{name: code[name] for name in code if name in plan.searched} for code in tried]
+    return list(dict.fromkeys(replace(plan.vae, **code) for code in kept))  # type: ignore[arg-type]
 
 
 def searched_steps(plan: TrainingPlan) -> tuple[float, ...]:
@@ -175,7 +184,8 @@ def searched_steps(plan: TrainingPlan) -> tuple[float, ...]:
 
 def num_trials(plan: TrainingPlan) -> int:
     """How many ensembles the search trains."""
-    further = len(FACTORS) * ("adversarial_eps" in plan.searched) + ("hidden" in plan.searched)
+    further = len(FACTORS) * ("adversarial_eps" in plan.searched)
+    further += ("label_weight" in plan.searched) + ("hidden" in plan.searched)
     return len(searched_codes(plan)) * len(searched_steps(plan)) + further
 
 
@@ -196,31 +206,37 @@ class Trials:
     device: str | torch.device
 
     def run(self) -> Iterator[Trial]:
-        """Every setting, two more steps around the best one, and the best one with wide layers."""
+        """Every setting; the best with labels in the VAE's training; two steps around the best; it with wide layers."""
         found: list[Trial] = []
         own, searched = self.plan.ensemble.hidden, self.plan.searched
         trial_of = {}
         for code in searched_codes(self.plan):
-            trial_of[code] = self.of_code(*code)
+            trial_of[code] = self.of_code(code)
             for step in searched_steps(self.plan):
                 found.append(trial_of[code](step, own))
                 yield found[-1]
+        if "label_weight" in searched:
+            best = best_of(found)
+            code = replace(best.vae_config(self.plan), label_weight=LABEL_WEIGHT)
+            trial_of[code] = self.of_code(code)
+            found.append(trial_of[code](best.adversarial_eps, own))
+            yield found[-1]
         best = best_of(found)
         for factor in FACTORS if "adversarial_eps" in searched else ():
-            found.append(trial_of[best.latent_dim, best.beta](round(best.adversarial_eps * factor, 3), own))
+            found.append(trial_of[best.vae_config(self.plan)](round(best.adversarial_eps * factor, 3), own))
             yield found[-1]
         if "hidden" in searched:
             best = best_of(found)
-            yield trial_of[best.latent_dim, best.beta](best.adversarial_eps, WIDE)
+            yield trial_of[best.vae_config(self.plan)](best.adversarial_eps, WIDE)
 
-    def of_code(self, latent_dim: int, beta: float) -> Callable[[float, tuple[int, ...]], Trial]:
+    def of_code(self, config: VAEConfig) -> Callable[[float, tuple[int, ...]], Trial]:
         """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
         started, plan = time.monotonic(), self.plan
-        config = replace(plan.vae, latent_dim=latent_dim, beta=beta)
         training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
-        *_, last = train_vae(self.train.pixels, config, training, device=self.device, precision=plan.precision)
+        images, labels, precision = self.train.pixels, self.train.labels, plan.precision
+        *_, last = train_vae(images, config, training, labels=labels, device=self.device, precision=precision)
         vae = VAE(config)
-        vae.load_state_dict(weights_of(last.state()))
+        vae.load_state_dict(vae_weights(last.state()))
         vae.to(self.device).eval()
         encoded = [encode_rows(vae, part.to(self.device).float() / 255) for part in self.train.pixels.split(1024)]
         means, log_vars = (torch.cat(parts).cpu() for parts in zip(*encoded))
@@ -230,17 +246,17 @@ class Trials:
         vae_seconds = time.monotonic() - started
 
         def trial(step: float, hidden: tuple[int, ...]) -> Trial:
-            started = time.monotonic()
-            config = EnsembleConfig(len(plan.class_names), latent_dim, hidden, MEMBERS)
+            started, code = time.monotonic(), (config.latent_dim, config.beta, config.label_weight)
+            shape = EnsembleConfig(len(plan.class_names), config.latent_dim, hidden, MEMBERS)
             training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
-            *_, last = train_latent_members(codes, config, training, range(MEMBERS), device=self.device)
-            ensemble = LatentEnsemble(config)
+            *_, last = train_latent_members(codes, shape, training, range(MEMBERS), device=self.device)
+            ensemble = LatentEnsemble(shape)
             ensemble.load_state_dict(weights_of(last.state()))
             model = Model(vae, ensemble.to(self.device).eval(), plan.class_names, plan.preprocessing, judge=self.judge)
             reached, judged = judge_counterfactuals(model, self.x)
             accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == self.truth).mean())
             seconds = round(vae_seconds / len(searched_steps(plan)) + time.monotonic() - started, 1)
-            return Trial(latent_dim, beta, step, hidden, accuracy, reached, judged, reconstructed, seconds)
+            return Trial(*code, step, hidden, accuracy, reached, judged, reconstructed, seconds)
 
         return trial
 

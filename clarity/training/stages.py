@@ -34,6 +34,7 @@ from clarity.training.loops import (
     train_image_members,
     train_latent_members,
     train_vae,
+    vae_weights,
     weights_of,
 )
 from clarity.training.optimiser import generator_for
@@ -144,9 +145,9 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
 
 def vae_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the VAE, all workers together."""
-    loop = partial(train_vae, images().pixels, plan.vae, plan.vae_training, rank=worker.rank, world=worker.world)
-    loop = partial(loop, wrap=worker.wrap)
-    train_network(plan, worker, "vae", "vae", loop, weights_of)
+    loop = partial(train_vae, images().pixels, plan.vae, plan.vae_training, labels=images().labels, wrap=worker.wrap)
+    loop = partial(loop, rank=worker.rank, world=worker.world)
+    train_network(plan, worker, "vae", "vae", loop, vae_weights)
     worker.wait_for_all()
 
 

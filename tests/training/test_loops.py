@@ -24,6 +24,7 @@ from clarity.training.loops import (
     train_image_members,
     train_latent_members,
     train_vae,
+    vae_weights,
     weights_of,
 )
 from clarity.training.optimiser import Adam
@@ -55,13 +56,38 @@ def test_train_vae_lowers_its_loss() -> None:
     assert parts["loss"] == pytest.approx(parts["reconstruction"] + parts["kl"], rel=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["conv", "beta_vae"])
-def test_train_vae_goes_on_where_it_was_cut(architecture: str) -> None:
-    images, _ = bars(channels=3)
-    config = vae_config(architecture, (3, 8, 12), latent_dim=5, channels=(6, 7))
-    whole = last(train_vae(images, config, SHORT_VAE)).state()
-    first = next(train_vae(images, config, SHORT_VAE)).state()
-    assert equal(last(train_vae(images, config, SHORT_VAE, state=first)).state(), whole)
+@pytest.mark.parametrize(("architecture", "label_weight"), [("conv", 0), ("beta_vae", 0), ("conv", 2)])
+def test_train_vae_goes_on_where_it_was_cut(architecture: str, label_weight: float) -> None:
+    images, labels = bars(channels=3)
+    config = vae_config(architecture, (3, 8, 12), latent_dim=5, channels=(6, 7), label_weight=label_weight)
+    whole = last(train_vae(images, config, SHORT_VAE, labels=labels)).state()
+    first = next(train_vae(images, config, SHORT_VAE, labels=labels)).state()
+    assert equal(last(train_vae(images, config, SHORT_VAE, labels=labels, state=first)).state(), whole)
+    VAE(config).load_state_dict(vae_weights(whole))
+
+
+def test_train_vae_learns_labels_by_their_weight_where_there_are_any() -> None:
+    images, labels = bars()
+    config, training = dataclasses.replace(CONFIG, label_weight=20.0), dataclasses.replace(SHORT_VAE, epochs=12)
+    plain = last(train_vae(images, CONFIG, training))
+    assert equal(last(train_vae(images, CONFIG, training, labels=labels)).state(), plain.state())
+    assert equal(last(train_vae(images, config, training, labels=labels * 0 - 1)).state(), plain.state())
+    some = torch.where(torch.arange(len(labels)) % 4 > 0, labels, -1)
+    epochs = list(train_vae(images, config, training, labels=some))
+    parts = epochs[-1].metrics
+    assert parts["labels"] < 0.5 * epochs[0].metrics["labels"]
+    assert parts["loss"] == pytest.approx(parts["reconstruction"] + parts["kl"] + 20 * parts["labels"], rel=1e-6)
+    apart = [between_classes(epoch.state(), images, labels) for epoch in (plain, epochs[-1])]
+    assert apart[1] > 1.5 * apart[0]
+
+
+def between_classes(state: dict[str, Tensor], images: Tensor, labels: Tensor) -> float:
+    """Variance of the classes' mean codes over that within the classes."""
+    vae = VAE(CONFIG).eval()
+    vae.load_state_dict(vae_weights(state))
+    z, _ = encode_rows(vae, images.float() / 255)
+    means = torch.stack([z[labels == label].mean(0) for label in labels.unique()])
+    return float(means.var(0).mean() / (z - means[labels]).var(0).mean())
 
 
 def test_train_vae_in_bf16_comes_close_and_keeps_float32_weights() -> None:
@@ -81,20 +107,23 @@ def test_train_vae_says_when_it_diverges() -> None:
         list(train_vae(images, CONFIG, dataclasses.replace(SHORT_VAE, learning_rate=1e30)))
 
 
+LABELLED = dataclasses.replace(CONFIG, label_weight=2.0)
+
+
 def _rank(rank: int, world: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    images, _ = bars()
+    images, labels = bars()
     wrap: Callable[..., Any] = torch.nn.parallel.DistributedDataParallel if world > 1 else lambda module: module
-    epoch = last(train_vae(images, CONFIG, SHORT_VAE, rank=rank, world=world, wrap=wrap))
+    epoch = last(train_vae(images, LABELLED, SHORT_VAE, labels=labels, rank=rank, world=world, wrap=wrap))
     torch.save(epoch.state(), f"{out}-{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_train_vae_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     """Three ranks that share each batch of 16 unevenly end where one does, up to rounding."""
-    images, _ = bars()
-    alone = last(train_vae(images, CONFIG, SHORT_VAE)).state()
+    images, labels = bars()
+    alone = last(train_vae(images, LABELLED, SHORT_VAE, labels=labels)).state()
     context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=_rank, args=(rank, 3, str(tmp_path / "store"), str(tmp_path / "state")))
@@ -111,7 +140,7 @@ def test_train_vae_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> N
     codes = []
     for state in (alone, states[0]):
         vae = VAE(CONFIG).eval()
-        vae.load_state_dict(weights_of(state))
+        vae.load_state_dict(vae_weights(state))
         codes.append(encode_rows(vae, images.float() / 255)[0])
     # 0.005 by rounding, which Adam's first steps enlarge; 0.03 when each rank normalises by its own rows.
     assert (codes[0] - codes[1]).abs().max() < 0.01

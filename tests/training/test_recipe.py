@@ -42,11 +42,15 @@ def plan_of(folder: Path, out: Path, **fields: Any) -> TrainingPlan:
 @pytest.mark.parametrize(
     ("fields", "searched"),
     [
-        ({}, {"latent_dim", "beta", "adversarial_eps", "hidden"}),
-        ({"vae_fields": {"latent_dim": 7, "beta": None}}, {"beta", "adversarial_eps", "hidden"}),
-        ({"ensemble_adversarial_eps": 0.3, "ensemble_seed": 4}, {"latent_dim", "beta", "hidden"}),
-        ({"ensemble_seed": 4, "hidden": (16, 16)}, {"latent_dim", "beta", "adversarial_eps"}),
-        ({"ensemble_training": EnsembleTraining()}, {"latent_dim", "beta", "hidden"}),
+        ({}, {"latent_dim", "beta", "label_weight", "adversarial_eps", "hidden"}),
+        (
+            {"vae_fields": {"latent_dim": 7, "beta": None}},
+            {"beta", "label_weight", "adversarial_eps", "hidden"},
+        ),
+        ({"vae_fields": {"label_weight": 0.0}}, {"latent_dim", "beta", "adversarial_eps", "hidden"}),
+        ({"ensemble_adversarial_eps": 0.3, "ensemble_seed": 4}, {"latent_dim", "beta", "label_weight", "hidden"}),
+        ({"ensemble_seed": 4, "hidden": (16, 16)}, {"latent_dim", "beta", "label_weight", "adversarial_eps"}),
+        ({"ensemble_training": EnsembleTraining()}, {"latent_dim", "beta", "label_weight", "hidden"}),
         ({"recipe": "paper"}, set()),
         ({"architecture": "beta_vae"}, set()),
     ],
@@ -71,11 +75,24 @@ def test_larger_images_get_more_convolutions() -> None:
 
 def test_rule_is_the_product_of_accuracy_and_realism() -> None:
     blurred = Trial(
-        16, 1.0, 0.2, (16, 16), accuracy=0.779, reached=0.999, judged=0.974, judge_on_reconstructions=0.6, seconds=1
+        16,
+        1.0,
+        0.0,
+        0.2,
+        (16, 16),
+        accuracy=0.779,
+        reached=0.999,
+        judged=0.974,
+        judge_on_reconstructions=0.6,
+        seconds=1,
     )
     hybrid = dataclasses.replace(blurred, latent_dim=64, accuracy=0.944, judged=0.632)
     both = dataclasses.replace(blurred, latent_dim=64, accuracy=0.943, judged=0.974)
     assert best_of((blurred, hybrid, both)) is both
+
+
+def best_trial(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"])
 
 
 def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
@@ -86,15 +103,18 @@ def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, s
     found = search_recipe(plan, images, judge, "cpu", lines.append)
     settings = {(trial["latent_dim"], trial["beta"], trial["adversarial_eps"]) for trial in found["trials"]}
     grid = {(3, 1.0, 0.1), (3, 1.0, 0.4), (5, 0.5, 0.1), (5, 0.5, 0.4)}
-    best = max(found["trials"][:4], key=lambda trial: trial["accuracy"] * trial["judged"])
+    best = best_trial(found["trials"][:4])
+    assert [trial["label_weight"] for trial in found["trials"][:5]] == [0, 0, 0, 0, 3]
+    same = "latent_dim", "beta", "adversarial_eps"
+    assert all(found["trials"][4][name] == best[name] for name in same)
+    best = best_trial(found["trials"][:5])
     around = {round(best["adversarial_eps"] * factor, 3) for factor in (0.5, 1.6)}
     assert settings == grid | {(best["latent_dim"], best["beta"], step) for step in around}
-    best = max(found["trials"], key=lambda trial: trial["accuracy"] * trial["judged"])
-    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 6 + [(9, 8)]
+    assert all(trial["label_weight"] == best["label_weight"] for trial in found["trials"][5:])
+    best = best_trial(found["trials"])
+    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 7 + [(9, 8)]
     assert num_trials(plan) == len(found["trials"])
-    assert found["chosen"] == {name: best[name] for name in ("latent_dim", "beta", "adversarial_eps")} | {
-        "hidden": list(best["hidden"])
-    }
+    assert found["chosen"] == {name: best[name] for name in (*same, "label_weight")} | {"hidden": list(best["hidden"])}
     assert lines[-1] == f"recipe: {found['why']}" and "product" in found["why"]
     json.dumps(found)
     assert search_recipe(plan, images, judge, "cpu", print)["chosen"] == found["chosen"]
@@ -131,7 +151,8 @@ def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, tmp_path.parent / "out")
     lines: list[str] = []
     found = search_recipe(plan, load_images(plan, plan.dataset), None, "cpu", lines.append)
-    assert found["chosen"] == {"latent_dim": 16, "beta": 1.0, "adversarial_eps": 0.2, "hidden": [16, 16]}
+    paper = {"latent_dim": 16, "beta": 1.0, "label_weight": 0.0, "adversarial_eps": 0.2, "hidden": [16, 16]}
+    assert found["chosen"] == paper
     assert found["trials"] == []
     assert "too few labelled images" in lines[0]
     assert np.isscalar(found["seconds"])
