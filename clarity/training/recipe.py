@@ -39,7 +39,7 @@ STEPS = (0.05, 0.2, 0.5)
 #: Further steps, as factors of the best one.
 FACTORS = (0.5, 1.6)
 #: Weight of the labels in the VAE's training that is tried with the best of these settings.
-LABEL_WEIGHT = 3.0
+LABEL_WEIGHT = 10.0
 #: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
 WIDE = (64, 64)
 #: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each

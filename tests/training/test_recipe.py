@@ -104,7 +104,7 @@ def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, s
     settings = {(trial["latent_dim"], trial["beta"], trial["adversarial_eps"]) for trial in found["trials"]}
     grid = {(3, 1.0, 0.1), (3, 1.0, 0.4), (5, 0.5, 0.1), (5, 0.5, 0.4)}
     best = best_trial(found["trials"][:4])
-    assert [trial["label_weight"] for trial in found["trials"][:5]] == [0, 0, 0, 0, 3]
+    assert [trial["label_weight"] for trial in found["trials"][:5]] == [0, 0, 0, 0, 10]
     same = "latent_dim", "beta", "adversarial_eps"
     assert all(found["trials"][4][name] == best[name] for name in same)
     best = best_trial(found["trials"][:5])
