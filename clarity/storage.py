@@ -156,8 +156,8 @@ def is_dir(uri: URI) -> bool:
     return type_of(uri) == pafs.FileType.Directory
 
 
-def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
-    """Every file below a directory whose name ends in ``suffix``, sorted by path; of a file: itself, its path empty.
+def list_files(uri: URI) -> list[FileInfo]:
+    """Every file below a directory, sorted by path; of a file: itself, its path empty.
 
     Links are followed, but each directory is listed once, under its own name rather than a link's, so that links in
     circles end. A link that leads nowhere is listed with size 0: reading it says so. Nothing is left out silently.
@@ -173,7 +173,7 @@ def list_files(uri: URI, suffix: str = "") -> list[FileInfo]:
         return [FileInfo("", os.path.getsize(path))]
     else:
         files = attempt("list", uri, lambda: list(walk(path)))
-    return sorted((file for file in files if file.path.endswith(suffix)), key=lambda file: file.path)
+    return sorted(files, key=lambda file: file.path)
 
 
 def list_dirs(uri: URI) -> list[str]:

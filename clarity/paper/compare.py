@@ -73,11 +73,10 @@ class Images:
 class Results:
     """Images to score under one name: P pairs; ``columns`` hold what is known of them already, (P,) each.
 
-    ``kind`` is method, control or external; ``of`` (P,) are the indices of the originals.
+    ``of`` (P,) are the indices of the originals.
     """
 
     name: str
-    kind: str
     images: Images
     of: np.ndarray
     target: np.ndarray
@@ -177,7 +176,7 @@ def results_of_audit(model: Model, method: str, uri: str) -> Results:
     for kind in ("predictive", "aleatoric", "epistemic"):
         for end in ("initial", "final"):
             columns[f"{kind}_{end}"] = table[f"{kind}_{end}"].fill_null(float("nan")).to_numpy()
-    return Results(method, "method", images, of, target, x_cf, columns)
+    return Results(method, images, of, target, x_cf, columns)
 
 
 def members_of(model: Model, method: str) -> int:
@@ -225,7 +224,7 @@ def control_results(name: str, like: Results, model: Model, real: metrics.Realit
             pool = real.images[k]
             if len(pool):
                 x_cf[p] = pool[min(int(share * len(pool)), len(pool) - 1)]
-    return Results(name, "control", images, of, target, x_cf, reencoded(model, images, of, target, x_cf))
+    return Results(name, images, of, target, x_cf, reencoded(model, images, of, target, x_cf))
 
 
 def external_results(name: str, uri: str, like: Results, model: Model) -> Results:
@@ -249,7 +248,7 @@ def external_results(name: str, uri: str, like: Results, model: Model) -> Result
     pictures = content["image"][kept].reshape(-1, *model.image_shape)
     x_cf = np.stack([model.preprocessing.apply(picture) for picture in pictures])
     columns = reencoded(model, like.images, of[kept], target[kept], x_cf)
-    return Results(name, "external", like.images, of[kept], target[kept], x_cf, columns)
+    return Results(name, like.images, of[kept], target[kept], x_cf, columns)
 
 
 def reencoded(
