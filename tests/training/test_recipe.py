@@ -15,7 +15,7 @@ from clarity import data, storage
 from clarity.training import recipe
 from clarity.training.loops import EnsembleTraining
 from clarity.training.plan import TrainingPlan, channels_for, plan_training
-from clarity.training.recipe import Trial, best_of, num_trials, search_recipe, with_recipe
+from clarity.training.recipe import Trial, best_of, last_of_each_class, num_trials, search_recipe, with_recipe
 from clarity.training.stages import Worker, load_images, run_stages, trained_judge
 
 
@@ -67,6 +67,11 @@ def test_plan_keeps_the_paper_for_its_own_data_and_rejects_an_unknown_recipe(tmp
     assert plan_training(str(tmp_path), digits, None, recipe="auto").searched != ()
     with pytest.raises(ValueError, match="recipe: expected one of auto, paper, got 'best'"):
         plan_training(str(tmp_path), digits, None, recipe="best")
+
+
+def test_validation_takes_whole_recordings() -> None:
+    labels = np.array([2] * 10 + [0] * 4 + [1, 0] * 5)
+    assert np.flatnonzero(last_of_each_class(labels)).tolist() == [8, 9, 22, 23]
 
 
 def test_larger_images_get_more_convolutions() -> None:
