@@ -63,8 +63,7 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         loop = train_judge(net, images.numpy(), labels.numpy(), timed)
         found.append(cost("judge", 1, judge.updates, judge.batch_size, loop))
     if codes_tried:
-        vaes = len(codes_tried) + ("label_weight" in plan.searched)
-        found.append(cost("search: VAEs", vaes, VAE_UPDATES, vae_training.batch_size, one_vae()))
+        found.append(cost("search: VAEs", len(codes_tried), VAE_UPDATES, vae_training.batch_size, one_vae()))
         trials, batch = num_trials(plan), ensemble_training.batch_size
         found.append(cost("search: ensembles", trials, ENSEMBLE_UPDATES, batch, members(MEMBERS)))
     found.append(cost("VAE", 1, updates(vae_training, counted["images"]), vae_training.batch_size, one_vae()))

@@ -2,7 +2,7 @@
 
 Chooses the size of the code, the weight of the KL term and the step of the adversary together, as none of them can be
 chosen alone: a longer code keeps more of the image, and needs a longer adversary to keep counterfactuals realistic.
-Labels that count a little in the VAE's training can improve both. Of all trials, it takes the one with the largest
+Labels that count in the VAE's training can improve both. Of all trials, it takes the one with the largest
 product of the ensemble's accuracy on validation images and the share of requested counterfactuals that are reached and
 in which a held-out judge sees the target. Either factor alone misleads: accuracy grows with hybrids that only the
 ensemble takes for the target, and realism with codes that have lost the classes.
@@ -32,14 +32,12 @@ from clarity.training.loops import Codes, train_latent_members, train_vae, vae_w
 from clarity.training.plan import EXTRAS, TrainingPlan
 from clarity.vae import VAE, VAEConfig
 
-#: Codes that are tried: (D, weight of the KL term). The first is the paper's.
-CODES = ((16, 1.0), (32, 0.2), (64, 0.2))
+#: Codes that are tried: (D, weight of the KL term, of the labels). The first is the paper's.
+CODES = ((16, 1.0, 0.0), (32, 0.2, 0.0), (64, 0.2, 0.0), (64, 0.2, 10.0))
 #: Steps of the adversary that are tried, in standard deviations of the codes.
 STEPS = (0.05, 0.2, 0.5)
 #: Further steps, as factors of the best one.
 FACTORS = (0.5, 1.6)
-#: Weight of the labels in the VAE's training that is tried with the best of these settings.
-LABEL_WEIGHT = 10.0
 #: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
 WIDE = (64, 64)
 #: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
@@ -118,7 +116,7 @@ def own_values(plan: TrainingPlan) -> dict[str, Any]:
 def recipe_key(plan: TrainingPlan) -> str:
     """Digest of everything that the search depends on."""
     described = {name: value for name, value in plan.describe().items() if name not in EXTRAS}
-    tried = [CODES, STEPS, LABEL_WEIGHT, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
+    tried = [CODES, STEPS, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
     content = [described, sorted(plan.searched), *tried]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -184,7 +182,7 @@ def last_of_each_class(labels: np.ndarray) -> np.ndarray:
 
 def searched_codes(plan: TrainingPlan) -> list[VAEConfig]:
     """The VAE of each code to try; a value that was given is kept."""
-    tried = [{"latent_dim": dim, "beta": beta} for dim, beta in CODES]
+    tried = [dict(zip(("latent_dim", "beta", "label_weight"), code)) for code in CODES]
     kept = [{name: code[name] for name in code if name in plan.searched} for code in tried]
     return list(dict.fromkeys(replace(plan.vae, **code) for code in kept))  # type: ignore[arg-type]
 
@@ -196,8 +194,7 @@ def searched_steps(plan: TrainingPlan) -> tuple[float, ...]:
 
 def num_trials(plan: TrainingPlan) -> int:
     """How many ensembles the search trains."""
-    further = len(FACTORS) * ("adversarial_eps" in plan.searched)
-    further += ("label_weight" in plan.searched) + ("hidden" in plan.searched)
+    further = len(FACTORS) * ("adversarial_eps" in plan.searched) + ("hidden" in plan.searched)
     return len(searched_codes(plan)) * len(searched_steps(plan)) + further
 
 
@@ -218,7 +215,7 @@ class Trials:
     device: str | torch.device
 
     def run(self) -> Iterator[Trial]:
-        """Every setting; the best with labels in the VAE's training; two steps around the best; it with wide layers."""
+        """Every setting, two more steps around the best one, and the best one with wide layers."""
         found: list[Trial] = []
         own, searched = self.plan.ensemble.hidden, self.plan.searched
         trial_of = {}
@@ -227,12 +224,6 @@ class Trials:
             for step in searched_steps(self.plan):
                 found.append(trial_of[code](step, own))
                 yield found[-1]
-        if "label_weight" in searched:
-            best = best_of(found)
-            code = replace(best.vae_config(self.plan), label_weight=LABEL_WEIGHT)
-            trial_of[code] = self.of_code(code)
-            found.append(trial_of[code](best.adversarial_eps, own))
-            yield found[-1]
         best = best_of(found)
         for factor in FACTORS if "adversarial_eps" in searched else ():
             found.append(trial_of[best.vae_config(self.plan)](round(best.adversarial_eps * factor, 3), own))

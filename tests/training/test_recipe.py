@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of two codes and two steps, of a few updates each."""
     for name, value in {
-        "CODES": ((3, 1.0), (5, 0.5)), "STEPS": (0.1, 0.4), "WIDE": (9, 8), "VAE_UPDATES": 20, "ENSEMBLE_UPDATES": 30,
-        "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
+        "CODES": ((3, 1.0, 0.0), (5, 0.5, 10.0)), "STEPS": (0.1, 0.4), "WIDE": (9, 8), "VAE_UPDATES": 20,
+        "ENSEMBLE_UPDATES": 30, "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
     }.items():  # fmt: skip
         monkeypatch.setattr(recipe, name, value)
 
@@ -106,20 +106,18 @@ def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, s
     images = load_images(plan, plan.dataset, 200)
     judge = trained_judge(plan, Worker(), images)
     found = search_recipe(plan, images, judge, "cpu", lines.append)
-    settings = {(trial["latent_dim"], trial["beta"], trial["adversarial_eps"]) for trial in found["trials"]}
-    grid = {(3, 1.0, 0.1), (3, 1.0, 0.4), (5, 0.5, 0.1), (5, 0.5, 0.4)}
+    code = "latent_dim", "beta", "label_weight"
+    settings = [tuple(trial[name] for name in (*code, "adversarial_eps")) for trial in found["trials"]]
+    grid = [(3, 1.0, 0.0, 0.1), (3, 1.0, 0.0, 0.4), (5, 0.5, 10.0, 0.1), (5, 0.5, 10.0, 0.4)]
     best = best_trial(found["trials"][:4])
-    assert [trial["label_weight"] for trial in found["trials"][:5]] == [0, 0, 0, 0, 10]
-    same = "latent_dim", "beta", "adversarial_eps"
-    assert all(found["trials"][4][name] == best[name] for name in same)
-    best = best_trial(found["trials"][:5])
-    around = {round(best["adversarial_eps"] * factor, 3) for factor in (0.5, 1.6)}
-    assert settings == grid | {(best["latent_dim"], best["beta"], step) for step in around}
-    assert all(trial["label_weight"] == best["label_weight"] for trial in found["trials"][5:])
+    around = [(*(best[name] for name in code), round(best["adversarial_eps"] * factor, 3)) for factor in (0.5, 1.6)]
+    assert settings[:6] == grid + around
     best = best_trial(found["trials"])
-    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 7 + [(9, 8)]
+    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 6 + [(9, 8)]
     assert num_trials(plan) == len(found["trials"])
-    assert found["chosen"] == {name: best[name] for name in (*same, "label_weight")} | {"hidden": list(best["hidden"])}
+    assert found["chosen"] == {name: best[name] for name in (*code, "adversarial_eps")} | {
+        "hidden": list(best["hidden"])
+    }
     assert lines[-1] == f"recipe: {found['why']}" and "product" in found["why"]
     json.dumps(found)
     assert search_recipe(plan, images, judge, "cpu", print)["chosen"] == found["chosen"]
