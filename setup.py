@@ -1,4 +1,4 @@
-"""Compiles the search and the judges for CPUs once for each instruction set; all else is in pyproject.toml.
+"""Compiles the search and the networks for CPUs once for each instruction set; all else is in pyproject.toml.
 
 The modules are installed beside the package, not in it: a Ray worker imports the package from the source tree in its
 working directory, which has no compiled files. Each module is optional: without a compiler PyTorch does their work.
@@ -45,7 +45,7 @@ setup(
             language="c++",
             optional=True,
         )
-        for module, source in (("engine", "search"), ("judge", "judge"))
+        for module, source in (("engine", "search"), ("maps", "maps"))
         for name, flags in BUILDS.items()
     ],
 )

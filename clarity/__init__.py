@@ -16,7 +16,7 @@ The package never imports ray, never prints and does nothing at import. The prog
 import importlib
 from typing import Any
 
-__version__ = "0.3.0"
+__version__ = "0.3.1"
 
 #: The public names and their modules, which are imported on first use: readers of an audit do not load torch.
 _MODULES = {

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clarity import kernels
-from clarity.rows import folded, in_blocks, in_halves, require_eval, require_rows
+from clarity.compiled import Maps, kept
+from clarity.rows import compiled_or_not, folded, in_blocks, require_eval, require_rows
 
 #: Widths of the blocks for images above 32 pixels.
 LARGE_CHANNELS = (16, 32, 64, 96)
-#: Of the 3x3 weights for F(2x2, 3x3), see native/judge.cpp.
-WINOGRAD = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -73,43 +70,14 @@ def judge_rows(net: JudgeNet, x: Tensor) -> np.ndarray:
     """Class probabilities (B, K) of images (B, C, H, W) in [0, 1], each row independent of its batch (``rows``)."""
     require_eval(net)
     require_rows(x, net.config.image_shape)
-    compiled = x.device.type == "cpu" and kernels.judge_module() is not None
-    trunk = compiled_trunk(net) if compiled else batched_trunk(net)
-    return in_blocks(lambda block: net.head(net.project(trunk(block))).softmax(1), x).cpu().numpy()
+    return in_blocks(kept(net, "judge", lambda: judge_of(net)), x, counted=True).cpu().numpy()
 
 
-def batched_trunk(net: JudgeNet) -> Callable[[Tensor], Tensor]:
-    """The trunk on blocks of images in PyTorch."""
-    layers = [max_of_four if isinstance(layer, nn.MaxPool2d) else layer for layer in net.trunk]
-    return lambda block: in_halves(layers, block.contiguous(memory_format=torch.channels_last))
-
-
-def compiled_trunk(net: JudgeNet) -> Callable[[Tensor], Tensor]:
-    """The trunk on blocks of images in compiled code, with BatchNorm folded: a third of the time."""
-    convolutions = [layer for layer in folded(net.trunk) if isinstance(layer, nn.Conv2d)]
-    transformed = [
-        torch.einsum("rx,oixy,cy->rcio", WINOGRAD, layer.weight.double(), WINOGRAD) for layer in convolutions
-    ]
-    weights = torch.cat([weight.flatten() for weight in transformed]).float().numpy()
-    biases = torch.cat([layer.bias for layer in convolutions if layer.bias is not None]).numpy()
-    widths = np.array([layer.out_channels for layer in convolutions], np.int32)
-
-    def trunk(block: Tensor) -> Tensor:
-        features = np.empty((len(block), widths[-1]), np.float32)
-        module = kernels.judge_module()
-        assert module is not None
-        module.features(block.numpy(), *net.config.image_shape, widths, weights, biases, features)
-        return torch.from_numpy(features)
-
-    return trunk
-
-
-def max_of_four(h: Tensor) -> Tensor:
-    """The maximum of each 2x2 window of maps without negative values: max pooling, several times as fast on CPUs."""
-    if h.shape[2] % 2 or h.shape[3] % 2:
-        h = F.pad(h, (0, h.shape[3] % 2, 0, h.shape[2] % 2))
-    wide = torch.maximum(h[..., ::2], h[..., 1::2])
-    return torch.maximum(wide[:, :, ::2], wide[:, :, 1::2])
+def judge_of(net: JudgeNet) -> Maps:
+    """Class probabilities (B, K) of blocks of images."""
+    *layers, mean, flatten = folded(net.trunk)
+    maps, end = compiled_or_not(layers, net.config.image_shape), nn.Sequential(mean, flatten, net.project, net.head)
+    return lambda block, count: end(maps(block, count)).softmax(1)
 
 
 def predict_probs(net: JudgeNet, images: np.ndarray, *, sigmoid: bool = False) -> np.ndarray:

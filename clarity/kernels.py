@@ -10,7 +10,7 @@ Layers are (weight (M, in, out), bias (M, out)), with a ReLU between two.
 import functools
 import importlib
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, no_type_check
@@ -58,15 +58,6 @@ def native_module(build: str) -> ModuleType:
         have = f"this machine runs {', '.join(modules)}" if modules else "pip install . with a C++ compiler builds it"
         raise ValueError(f"build {build!r} of the native search is not available; {have}")
     return modules[build]
-
-
-@functools.cache
-def judge_module() -> ModuleType | None:
-    """The fastest build of native/judge.cpp that is installed and that this processor can run, or None."""
-    for build in native_modules():
-        with suppress(ImportError):
-            return importlib.import_module(f"_clarity_judge_{build}")
-    return None
 
 
 def native_search(

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from clarity.classifiers import LEAST_OUTPUTS, ImageEnsemble, LatentEnsemble
+from clarity.compiled import Maps, compiled, kept
 from clarity.uncertainty import decompose
 from clarity.vae import VAE, Decoder
 
 #: Rows of a block by device: the fastest of 16 ... 512 for 28x28 images on a CPU. Part of the arithmetic: never tuned.
 ROW_BLOCK = {"cpu": 128, "cuda": 1024}
-
-#: Bytes of feature maps above which a block is decoded in halves: it would come from memory, newly mapped each time.
-CACHE_BYTES = 4 << 20
 
 #: Number of threads that torch has outside of ``one_thread``; set inside of it.
 _THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
@@ -53,7 +50,9 @@ def one_thread(threads: int | None = None) -> Iterator[int]:
         _THREADS.reset(token)
 
 
-def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0, at_once: int | None = None) -> Tensor:
+def in_blocks(
+    function: Callable[..., Tensor], rows: Tensor, dim: int = 0, at_once: int | None = None, counted: bool = False
+) -> Tensor:
     """Apply a function to rows in blocks of one fixed size, the last one padded with zeros, without gradients.
 
     On a CPU each block is computed on one thread, several blocks at a time. The library then always picks the same
@@ -64,6 +63,7 @@ def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0, 
         rows: (B, ...).
         dim: axis of the rows in the output.
         at_once: blocks computed at a time on a CPU; torch's number of threads by default.
+        counted: the function also takes the number of a block's rows before the zeros.
     """
     size = ROW_BLOCK.get(rows.device.type, 1024)
 
@@ -73,7 +73,8 @@ def in_blocks(function: Callable[[Tensor], Tensor], rows: Tensor, dim: int = 0, 
             # A new buffer for each block: kernels are chosen by memory alignment, too.
             block = rows.new_zeros((size, *rows.shape[1:]))
             block[: len(part)] = part
-            return function(block).narrow(dim, 0, len(part))
+            found = function(block, len(part)) if counted else function(block)
+            return found.narrow(dim, 0, len(part))
 
     starts = range(0, max(len(rows), 1), size)
     if rows.device.type != "cpu":
@@ -119,19 +120,19 @@ def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean and log-variance (B, D) of images (B, C, H, W)."""
     require_eval(vae)
     require_rows(x, vae.config.image_shape)
-    layers = folded(vae.encoder_layers)
+    mean, log_var = in_blocks(kept(vae, "encode", lambda: encoder_of(vae)), x, counted=True).chunk(2, 1)
+    return mean.contiguous(), log_var.contiguous()
+
+
+def encoder_of(vae: VAE) -> Maps:
+    """Means and log-variances side by side (B, 2 D) of blocks of images."""
+    maps = compiled_or_not(list(folded(vae.encoder_layers)), vae.config.image_shape)
     weight = torch.cat([vae.mean.weight, vae.log_var.weight])
     bias = torch.cat([vae.mean.bias, vae.log_var.bias])
     outputs = len(bias)
     if outputs < LEAST_OUTPUTS:
         weight, bias = (torch.cat([each, each.new_zeros(LEAST_OUTPUTS, *each.shape[1:])]) for each in (weight, bias))
-
-    def encode(block: Tensor) -> Tensor:
-        h = layers(block.contiguous(memory_format=torch.channels_last))
-        return F.linear(h.contiguous().flatten(1), weight, bias)[:, :outputs]
-
-    mean, log_var = in_blocks(encode, x).chunk(2, 1)
-    return mean.contiguous(), log_var.contiguous()
+    return lambda block, count: F.linear(maps(block, count).flatten(1), weight, bias)[:, :outputs]
 
 
 @torch.inference_mode()
@@ -139,45 +140,22 @@ def decode_rows(decoder: VAE | Decoder, z: Tensor) -> Tensor:
     """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
     require_eval(decoder)
     require_rows(z, (decoder.config.latent_dim,))
-    *layers, convolution = folded(decoder.decoder_layers)
-    last = partial(narrow_convolution, convolution) if z.device.type == "cpu" else convolution
-
-    def decode(block: Tensor) -> Tensor:
-        h = decoder.decoder_input(block).unflatten(1, decoder.feature_shape)
-        h = h.contiguous(memory_format=torch.channels_last)
-        return torch.sigmoid(in_halves([*layers, last], h).contiguous())
-
-    return in_blocks(decode, z)
+    return in_blocks(kept(decoder, "decode", lambda: decoder_of(decoder)), z, counted=True)
 
 
-def in_halves(layers: Sequence[Callable[[Tensor], Tensor]], h: Tensor) -> Tensor:
-    """Apply layers to a block; on a CPU it continues in halves where its feature maps have outgrown the cache."""
-    for index, layer in enumerate(layers):
-        if h.nbytes > CACHE_BYTES and h.device.type == "cpu" and len(h) > 1:
-            return torch.cat([in_halves(layers[index:], half) for half in h.chunk(2)])
-        h = layer(h)
-    return h
+def decoder_of(decoder: VAE | Decoder) -> Maps:
+    """Images of blocks of codes."""
+    layers, shape = list(folded(decoder.decoder_layers)), decoder.feature_shape
+    first = nn.Sequential(*itertools.takewhile(lambda layer: isinstance(layer, nn.PReLU | nn.LeakyReLU), layers))
+    maps, enter = compiled_or_not(layers[len(first) :], shape), decoder.decoder_input
+    return lambda block, count: torch.sigmoid(maps(first(enter(block).unflatten(1, shape)), count))
 
 
-def narrow_convolution(layer: nn.Module, x: Tensor) -> Tensor:
-    """A convolution, transposed or of stride 1, to few channels: a product of matrices whose parts are then summed.
-
-    Libraries pad the output channels to the width of a vector, so that one or three channels cost as much as sixteen.
-    """
-    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    weight, padding, extra = layer.weight, int(layer.padding[0]), layer.output_padding
-    if isinstance(layer, nn.Conv2d):
-        weight, padding = weight.transpose(0, 1).flip(2, 3), layer.kernel_size[0] - 1 - padding
-    (inputs, outputs, size, _), stride = weight.shape, layer.stride[0]
-    rows, _, height, width = x.shape
-    pixels = x.permute(0, 2, 3, 1).reshape(-1, inputs)
-    terms = (weight.permute(1, 2, 3, 0).reshape(-1, inputs) @ pixels.t()).view(outputs, size, size, rows, height, width)
-    high, wide = stride * (height - 1), stride * (width - 1)
-    out = x.new_zeros(outputs, rows, high + size + extra[0], wide + size + extra[1])
-    for i, j in itertools.product(range(size), repeat=2):
-        out[:, :, i : i + high + 1 : stride, j : j + wide + 1 : stride] += terms[:, i, j]
-    out = out[:, :, padding : out.shape[2] - padding, padding : out.shape[3] - padding]
-    return out.transpose(0, 1) if layer.bias is None else out.transpose(0, 1) + layer.bias.view(-1, 1, 1)
+def compiled_or_not(layers: Sequence[nn.Module], shape: tuple[int, ...]) -> Maps:
+    """The layers as a function of images (B, *shape): in compiled code where that is possible, else in PyTorch."""
+    network = nn.Sequential(*layers)
+    in_torch: Maps = lambda x, _: network(x.contiguous(memory_format=torch.channels_last)).contiguous()  # noqa: E731
+    return compiled(layers, shape) or in_torch
 
 
 @torch.inference_mode()

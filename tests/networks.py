@@ -1,14 +1,21 @@
 """Small networks with weights and BatchNorm moments that look trained, every axis of another size."""
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from clarity import kernels
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.model import Model, save_model
 from clarity.vae import VAE, VAEConfig, vae_config
+
+#: The builds of native/maps.cpp that run here, and None for PyTorch alone.
+BUILD_NAMES = [name for build in kernels.native_modules() if find_spec(name := f"_clarity_maps_{build}")] + ["none"]
+BUILDS = [*map(import_module, BUILD_NAMES[:-1]), None]
 
 
 def small_vae(architecture: str, shape: tuple[int, int, int], latent_dim: int = 5) -> VAE:

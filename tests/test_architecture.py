@@ -15,13 +15,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from levels above its own line; modules of one line may not import each other, those of one
 # package may.
 LEVELS = [
-    {"ids", "images", "refine", "updates"},
+    {"ids", "images", "refine", "updates", "compiled"},
     {"storage", "vae", "uncertainty", "schema", "report.text", "findings.statistics"},
     {"findings.verdict", "figure"},
     {"data", "classifiers", "audit"},
     {"objectives", "rows"},
-    {"attributes", "kernels"},
-    {"judges"},
+    {"judges", "attributes", "kernels"},
     {"model", "search", "predictions", "predictor"},
     {"methods"},
     {"tables"},

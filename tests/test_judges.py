@@ -1,14 +1,14 @@
 """A held-out judge learns, is repeatable, and reads bytes and floats alike."""
 
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
+import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from networks import BUILD_NAMES, BUILDS
 
-from clarity import kernels
+from clarity import compiled
 from clarity.judges import JudgeNet, build_judge, judge_rows, predict_features, predict_probs, probs_of_features
 from clarity.training.judge import JudgeTraining, augmented, train_judge
 
@@ -66,17 +66,10 @@ def test_features_are_what_the_head_reads(judge: JudgeNet) -> None:
     assert np.allclose(probs_of_features(judge, features), predict_probs(judge, images), atol=1e-5)
 
 
-def modules() -> list[ModuleType | None]:
-    """The builds of the compiled judge that run here, and none."""
-    names = [f"_clarity_judge_{build}" for build in kernels.native_modules()]
-    return [*(import_module(name) for name in names if find_spec(name)), None]
-
-
-@pytest.mark.parametrize("module", modules(), ids=lambda value: getattr(value, "__name__", str(value)))
-def test_judge_rows_do_not_depend_on_the_batch(
-    judge: JudgeNet, module: ModuleType | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "judge_module", lambda: module)
+@pytest.mark.parametrize("module", BUILDS, ids=BUILD_NAMES)
+def test_judge_rows_do_not_depend_on_the_batch(judge: JudgeNet, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "maps_module", lambda: module)
+    judge = copy.deepcopy(judge)
     x = torch.from_numpy(bars(150, seed=8)[0]).float() / 255
     together = judge_rows(judge, x)
     assert np.allclose(together, predict_probs(judge, x.numpy()), atol=1e-5)
@@ -85,12 +78,12 @@ def test_judge_rows_do_not_depend_on_the_batch(
     assert np.array_equal(judge_rows(judge, x[141:142]), together[141:142])
 
 
-@pytest.mark.parametrize("module", modules(), ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("module", BUILDS, ids=BUILD_NAMES)
 @pytest.mark.parametrize("shape", [(1, 9, 14), (3, 40, 33), (2, 1, 3)])
 def test_judge_rows_agree_with_the_network(
-    shape: tuple[int, int, int], module: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "judge_module", lambda: module)
+    monkeypatch.setattr(compiled, "maps_module", lambda: module)
     net, x = build_judge(shape, K), torch.rand(150, *shape)
     with torch.no_grad():
         net(x)  # moves the averages of BatchNorm
@@ -100,28 +93,6 @@ def test_judge_rows_agree_with_the_network(
                 layer.bias.uniform_(-1, 1)
         expected = net.eval()(x).softmax(1).numpy()
     np.testing.assert_allclose(judge_rows(net, x), expected, atol=1e-5)
-
-
-def test_builds_of_the_judge_with_fused_multiply_add_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x = build_judge((1, 28, 28), K).eval(), torch.rand(40, 1, 28, 28)
-    found = []
-    for build in {"avx512", "avx2"} & set(kernels.native_modules()):
-        monkeypatch.setattr(kernels, "judge_module", lambda build=build: import_module(f"_clarity_judge_{build}"))
-        found.append(judge_rows(net, x))
-    if len(found) < 2:
-        pytest.skip("this processor runs one of them at most")
-    assert np.array_equal(*found), "nodes of both kinds work at one audit"
-
-
-def test_compiled_judge_refuses_arrays_that_do_not_fit() -> None:
-    module = kernels.judge_module() or pytest.skip("the judge is not compiled here")
-    fits = [np.zeros((2, 1, 4, 4), np.float32), 1, 4, 4, np.array([3, 5], np.int32)]
-    fits += [np.zeros(size, np.float32) for size in (16 * (3 + 15), 8, 10)]
-    module.features(*fits)
-    wrong = {0: fits[0][..., 1:].copy(), 4: np.array([3], np.int32), 5: fits[5][1:], 7: fits[7][1:]}
-    for index, value in wrong.items():
-        with pytest.raises(ValueError, match="do not agree"):
-            module.features(*fits[:index], value, *fits[index + 1 :])
 
 
 def test_large_images_get_another_block() -> None:

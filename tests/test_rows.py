@@ -1,18 +1,24 @@
 """Batch-independent inference: the bits of a row do not depend on the other rows, its index, or the threads."""
 
+from typing import Any
+
 import pytest
 import torch
-from networks import ENSEMBLES, points, small_vae
-from torch import nn
+from networks import BUILD_NAMES, BUILDS, ENSEMBLES, points, small_vae
 
-from clarity.rows import decode_rows, encode_rows, logits_rows, narrow_convolution, one_thread, predict
+from clarity import compiled
+from clarity.rows import decode_rows, encode_rows, logits_rows, one_thread, predict
 from clarity.vae import VAES
 
 
 @pytest.mark.parametrize("architecture", VAES)
 @pytest.mark.parametrize("shape", [(1, 8, 12), (3, 33, 18)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_rows_have_the_same_bits_in_any_batch(architecture: str, shape: tuple[int, int, int], threads: int) -> None:
+@pytest.mark.parametrize("module", BUILDS, ids=BUILD_NAMES)
+def test_rows_have_the_same_bits_in_any_batch(
+    architecture: str, shape: tuple[int, int, int], threads: int, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "maps_module", lambda: module)
     vae = small_vae(architecture, shape)
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(200, *shape, generator=generator)
@@ -57,40 +63,14 @@ def test_predictions_have_the_same_bits_in_any_batch() -> None:
 
 
 @pytest.mark.parametrize("architecture", VAES)
-def test_rows_agree_with_the_network(architecture: str) -> None:
+@pytest.mark.parametrize("module", BUILDS, ids=BUILD_NAMES)
+def test_rows_agree_with_the_network(architecture: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "maps_module", lambda: module)
     vae = small_vae(architecture, (3, 33, 18))
     x, z = torch.rand(7, 3, 33, 18), torch.randn(7, 5)
     with torch.no_grad():
         for ours, theirs in zip((*encode_rows(vae, x), decode_rows(vae, z)), (*vae.encode(x), vae.decode(z))):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (4, 7)])
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(5, 3, 3, padding=1),
-        nn.ConvTranspose2d(5, 1, 3, stride=2, padding=1, output_padding=(1, 0)),
-        nn.ConvTranspose2d(5, 2, 3, stride=2, padding=1, output_padding=(0, 1)),
-    ],
-)
-def test_narrow_convolution_agrees_with_the_layer(layer: nn.Module, size: tuple[int, int]) -> None:
-    x = torch.randn(2, 5, *size)
-    with torch.no_grad():
-        torch.testing.assert_close(narrow_convolution(layer, x), layer(x), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("architecture", VAES)
-def test_rows_decoded_in_halves_have_the_same_bits_in_any_batch(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vae, z = small_vae(architecture, (3, 33, 18)), torch.randn(200, 5)
-    whole = decode_rows(vae, z)
-    monkeypatch.setattr("clarity.rows.CACHE_BYTES", 1 << 16)
-    halved = decode_rows(vae, z)
-    torch.testing.assert_close(halved, whole, atol=1e-5, rtol=1e-4)
-    for index in (torch.randperm(200), torch.tensor([131]), torch.arange(3, 140)):
-        assert torch.equal(decode_rows(vae, z[index]), halved[index])
 
 
 def test_rows_change_neither_the_network_nor_the_number_of_threads() -> None:
