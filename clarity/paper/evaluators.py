@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from clarity import storage
 from clarity.judges import build_judge, in_batches, predict_probs
-from clarity.training.judge import JudgeTraining, fit, train_judge
+from clarity.training.judge import JudgeTraining, fit, train_attributes, train_judge
 
 JUDGES_FILE, JUDGES_JSON = "judges.safetensors", "judges.json"
 
@@ -111,15 +111,7 @@ def train_judges(
     for net, (name, rows) in zip(judges.autoencoders, [*groups.items(), ("all", known)]):
         yield from fit(f"autoencoder {name}", net, images, rows, max(200, config.updates // 3), config, redrawn)
     if judges.attribute_net is not None and attributes is not None:
-        truth = torch.from_numpy(attributes.astype(np.float32))
-
-        def crossed(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-            wanted = truth[rows]
-            weight = (wanted >= 0).float()
-            return F.binary_cross_entropy_with_logits(net(x).float(), wanted.clamp(min=0), weight=weight)
-
-        rows = np.arange(len(images))
-        yield from fit("attributes", judges.attribute_net, images, rows, config.updates, config, crossed, augment=True)
+        yield from train_attributes(judges.attribute_net, images, attributes, config, "attributes")
     judges.card |= {"training": asdict(config), "num_images": len(images), "num_labelled": len(known)}
 
 

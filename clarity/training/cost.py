@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from clarity.judges import build_judge
-from clarity.training.judge import train_judge
+from clarity.training.judge import JudgeTraining, train_judge
 from clarity.training.loops import Codes, num_epochs, train_image_members, train_latent_members, train_vae
 from clarity.training.loops import updates_per_epoch as per_epoch
 from clarity.training.plan import TrainingPlan
@@ -54,14 +54,17 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         training = replace(plan.ensemble_training, **short)
         return train_latent_members(codes, replace(ensemble, num_members=count), training, range(count))
 
+    def image_net(part: str, outputs: int, training: JudgeTraining) -> Cost:
+        timed = replace(training, updates=TIMED, batch_size=ROWS)
+        loop = train_judge(build_judge(vae.image_shape, outputs), images.numpy(), labels.numpy(), timed)
+        return cost(part, 1, training.updates, training.batch_size, loop)
+
     counted, ensemble_training, vae_training = plan.data, plan.ensemble_training, plan.vae_training
     one_vae = partial(train_vae, images, vae, replace(vae_training, **short))
     rows = counted["labelled"] if plan.predictor is None else counted["codes"]
     found = []
     if (judge := plan.judge_training) is not None and counted["labelled"]:
-        net, timed = build_judge(vae.image_shape, ensemble.num_classes), replace(judge, updates=TIMED, batch_size=ROWS)
-        loop = train_judge(net, images.numpy(), labels.numpy(), timed)
-        found.append(cost("judge", 1, judge.updates, judge.batch_size, loop))
+        found.append(image_net("judge", ensemble.num_classes, judge))
     if codes_tried:
         found.append(cost("search: VAEs", len(codes_tried), VAE_UPDATES, vae_training.batch_size, one_vae()))
         trials, batch = num_trials(plan), ensemble_training.batch_size
@@ -75,6 +78,9 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         member = train_image_members(images, labels, one, vae, replace(training, **short), [0])
         found.append(cost("image ensemble", plan.image_members, count, training.batch_size, member))
     if plan.decoder == "sharp":
+        if counted["labelled"] or plan.attributes:
+            outputs = ensemble.num_classes + len(plan.attributes)
+            found.append(image_net("guide", outputs, JudgeTraining.for_images(counted["images"] // 2)))
         sharp, count = plan.sharp_training, updates(plan.sharp_training, counted["images"])
         epochs = train_sharp(images, VAE(vae).eval(), replace(sharp, **short))
         found.append(cost("sharp decoder", 1, count, sharp.batch_size, epochs))

@@ -70,6 +70,20 @@ def train_judge(
     yield from fit(name, net, images, np.flatnonzero(labels >= 0), config.updates, config, loss, augment=True)
 
 
+def train_attributes(
+    net: JudgeNet, images: np.ndarray, truth: np.ndarray, config: JudgeTraining, name: str
+) -> Iterator[dict[str, Any]]:
+    """Trains a network by binary cross-entropy, see ``fit``; ``truth`` (N, F) of 0, 1, negative where unknown."""
+    targets = torch.from_numpy(np.asarray(truth, dtype=np.float32))
+
+    def loss(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        wanted = targets[rows]
+        weight = (wanted >= 0).float()
+        return F.binary_cross_entropy_with_logits(net(x).float(), wanted.clamp(min=0), weight=weight)
+
+    yield from fit(name, net, images, np.arange(len(images)), config.updates, config, loss, augment=True)
+
+
 def fit(
     name: str,
     net: nn.Module,

@@ -1,6 +1,7 @@
 """Training of a sharper decoder for the codes of a finished VAE, which stays as it is.
 
-Its critic is trained with it, judges nothing else and is then dropped. Does not know files.
+Its critic is trained with it; its guide, an image network that knows classes and attributes, before it. Both judge
+nothing else and are then dropped. Does not know files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ SHARP_TRAINING = VAETraining(epochs=4, min_updates=1200, batch_size=32, learning
 #: Weights of the critic's features and of its verdict beside the mean absolute error of a pixel.
 FEATURE_WEIGHT = 1.0
 ADVERSARIAL_WEIGHT = 0.01
+#: Of the guide's cross-entropy, in nats.
+GUIDE_WEIGHT = 0.005
 
 
 class Critic(nn.Module):
@@ -44,6 +47,7 @@ def train_sharp(
     images: Tensor,
     vae: VAE,
     training: VAETraining = SHARP_TRAINING,
+    guide: nn.Module | None = None,
     *,
     state: Mapping[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
@@ -51,11 +55,13 @@ def train_sharp(
 ) -> Iterator[Epoch]:
     """Trains a decoder on codes drawn from the posteriors: L1, a critic's features, and its hinge loss.
 
-    After Larsen et al. 2016 (features) and Lim and Ye 2017 (hinge). BatchNorm keeps the VAE's statistics, ``images``
-    are uint8 (N, C, H, W). Yields an Epoch each, with loss (L1 of a pixel and features), l1, and critic.
+    After Larsen et al. 2016 (features) and Lim and Ye 2017 (hinge). ``guide`` gives logits (B, F) of classes and
+    attributes, which a picture is to have as its image has them. BatchNorm keeps the VAE's statistics, ``images`` are
+    uint8 (N, C, H, W). Yields an Epoch each, with loss (L1 of a pixel, features, guide), l1, critic, and guide.
     """
     device = torch.device(device)
     images, vae = images.to(device), vae.to(device)
+    guide = None if guide is None else guide.to(device)
     decoder = Decoder(vae.config)
     decoder.load_state_dict({name: value for name, value in vae.state_dict().items() if name.startswith("decoder_")})
     critic = seeded(lambda: Critic(vae.config.image_shape[0]), training.seed, "critic", 0)
@@ -78,15 +84,20 @@ def train_sharp(
             with mixed_precision(precision, device):
                 drawn = decoder(mean + torch.exp(0.5 * log_var) * noise.to(device))
                 (wanted, real), (found, fake) = critic(x), critic(drawn)
-            l1 = (drawn - x).abs().mean()
-            loss = l1 + FEATURE_WEIGHT * sum((a - b.detach()).abs().mean() for a, b in zip(found, wanted))
+            l1, guided = (drawn - x).abs().mean(), torch.zeros((), device=device)
+            if guide is not None:
+                with torch.no_grad():
+                    asked = torch.sigmoid(guide(x))
+                guided = F.binary_cross_entropy_with_logits(guide(drawn), asked, reduction="sum") / len(x)
+            features = sum((a - b.detach()).abs().mean() for a, b in zip(found, wanted))
+            loss = l1 + FEATURE_WEIGHT * features + GUIDE_WEIGHT * guided
             hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
             gradients = torch.autograd.grad(loss - ADVERSARIAL_WEIGHT * fake.mean(), drawing, retain_graph=True)
             for parameter, gradient in zip(drawing, gradients):
                 parameter.grad = gradient
             for parameter, gradient in zip(judging, torch.autograd.grad(hinge, judging)):
                 parameter.grad = gradient
-            yield {"loss": loss, "l1": l1, "critic": hinge}
+            yield {"loss": loss, "l1": l1, "critic": hinge, "guide": guided}
 
     yield from run_epochs(networks, training, len(images), one_cycle, state, updates_of)
 

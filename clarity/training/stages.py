@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from clarity.predictor import Predictor
 from clarity.rows import encode_rows
 from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
 from clarity.training.evaluate import LabelledImages, evenly
-from clarity.training.judge import JudgeTraining, train_judge
+from clarity.training.judge import JudgeTraining, train_attributes, train_judge
 from clarity.training.loops import (
     Codes,
     Epoch,
@@ -285,10 +285,46 @@ def judge_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
 
 
+def guide_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
+    """Trains the sharp decoder's guide on images that the judge has not seen, on the first worker."""
+    if worker.rank:
+        return
+    split = images().take(np.flatnonzero(~in_judges_half(images().ids)))
+    truth = known_of(plan, split)
+    rows = np.flatnonzero((truth >= 0).any(1))
+    if not len(rows):
+        save_finished(plan.file("guide.safetensors"), {})
+        return
+    training = replace(JudgeTraining.for_images(len(rows)), precision=plan.precision)
+    net = new_guide(plan)
+    started = time.monotonic()
+    for report in train_attributes(net, split.pixels.numpy()[rows], truth[rows], training, "guide"):
+        worker.log(describe_update("guide", report, started))
+    save_finished(plan.file("guide.safetensors"), net.state_dict())
+
+
+def new_guide(plan: TrainingPlan) -> JudgeNet:
+    """An untrained guide: an output for each class and each attribute."""
+    outputs = len(plan.class_names) + len(plan.attributes)
+    return seeded(lambda: build_judge(plan.vae.image_shape, outputs), plan.sharp_training.seed, "guide", 0)
+
+
+def known_of(plan: TrainingPlan, split: LabelledImages) -> np.ndarray:
+    """Whether each image is of each class and has each attribute: (N, F) of 0 and 1, -1 where that is unknown."""
+    labels = split.labels.numpy()[:, None]
+    known = np.where(labels >= 0, labels == np.arange(len(plan.class_names)), -1)
+    listing = list_images(replace(plan.dataset, attributes=plan.attributes))
+    rows = pc.index_in(pa.array(split.ids), value_set=listing["image_id"])
+    columns = [listing[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in plan.attributes]
+    values = [np.where(np.isnan(column), -1, column == np.nanmax(column))[rows] for column in columns]
+    return np.stack([*known.T, *values], 1)
+
+
 def sharp_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the sharp decoder, on the first worker."""
     if not worker.rank:
-        loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training)
+        guide = load_weights(lambda: new_guide(plan), plan.file("guide.safetensors"))
+        loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training, guide)
         train_network(plan, worker, "sharp", "sharp decoder", loop, decoder_of)
 
 
@@ -305,9 +341,14 @@ def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) ->
     net = seeded(lambda: build_judge(plan.vae.image_shape, len(plan.class_names)), training.seed, "judge", 0)
     started = time.monotonic()
     for report in train_judge(net, images.pixels[half].numpy(), labels, training):
-        update = f"update {report['update']}/{report['updates']}"
-        worker.log(f"judge: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}")
+        worker.log(describe_update("judge", report, started))
     return net
+
+
+def describe_update(what: str, report: Mapping[str, Any], started: float) -> str:
+    """A line of progress."""
+    update = f"update {report['update']}/{report['updates']}"
+    return f"{what}: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}"
 
 
 def train_stacks(
@@ -350,6 +391,11 @@ def encoded(plan: TrainingPlan) -> bool:
     return storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")) or STAGES["latent"].done(plan)
 
 
+def guided(plan: TrainingPlan) -> bool:
+    """Whether a guide is there, or no decoder needs it."""
+    return STAGES["sharp"].done(plan) or is_finished(plan.file("guide.safetensors"))
+
+
 #: In the order in which they run.
 STAGES = {
     "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None),
@@ -365,6 +411,7 @@ STAGES = {
         lambda plan: build_judge(plan.vae.image_shape, len(plan.class_names)),
         by_member=True,  # the last worker trains it
     ),
+    "guide": Stage(guide_stage, guided),
     "sharp": Stage(
         sharp_stage,
         lambda plan: plan.decoder != "sharp" or is_finished(plan.file("sharp.safetensors")),
@@ -377,11 +424,16 @@ TRAINED = tuple(name for name in STAGES if name != "recipe")
 
 def load_network(plan: TrainingPlan, name: str) -> Any:
     """The network that a stage trained, in eval mode; None where it made none."""
-    file, build = plan.file(f"{name}.safetensors"), STAGES[name].network
+    build = STAGES[name].network
+    return None if build is None else load_weights(partial(build, plan), plan.file(f"{name}.safetensors"))
+
+
+def load_weights(build: Callable[[], nn.Module], file: str) -> Any:
+    """A network with the weights of a checkpoint, in eval mode; None where there are none."""
     weights = weights_of(load_tensors(file)) if storage.exists(file) else None
-    if build is None or not weights:
+    if not weights:
         return None
-    network = build(plan)
+    network = build()
     network.load_state_dict(weights)
     return network.requires_grad_(False).eval()
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from bars import arguments, bars, files_of, write_bars
 from torch import Tensor
 
@@ -15,14 +18,18 @@ import clarity
 from clarity import schema, storage
 from clarity.data import open_dataset
 from clarity.explainer import Explainer
+from clarity.ids import in_judges_half
+from clarity.images import encode_png
+from clarity.judges import build_judge
 from clarity.model import Model, load_tensors, save_model
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
 from clarity.training.directory import begin, finish
+from clarity.training.judge import JudgeTraining, train_attributes
 from clarity.training.loops import VAETraining
 from clarity.training.plan import TrainingPlan, plan_training
 from clarity.training.sharp import decoder_of, train_sharp
-from clarity.training.stages import TRAINED, Worker, run_stages
+from clarity.training.stages import STAGES, TRAINED, Worker, load_images, run_stages
 from clarity.vae import Decoder
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
@@ -110,6 +117,58 @@ def test_training_brings_the_pictures_nearer_and_leaves_the_vae() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
     decoder = Decoder(vae.config)
     decoder.load_state_dict(decoder_of(epochs[-1].state()))
+
+
+def test_guide_makes_pictures_show_what_images_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clarity.training.sharp.GUIDE_WEIGHT", 0.5)
+    images, labels = bars(90)
+    vae = networks.small_vae("conv", (1, 8, 12))
+    guide, truth = build_judge((1, 8, 12), 3), (labels[:, None] == torch.arange(3)).numpy()
+    list(train_attributes(guide, images.numpy(), truth, JudgeTraining(updates=60, batch_size=30), "guide"))
+    guide.requires_grad_(False)
+    training = dataclasses.replace(TRAINING, epochs=20)
+    told = []
+    for each in (None, guide):
+        *_, last = train_sharp(images, vae, training, each)
+        decoder = Decoder(vae.config).eval()
+        decoder.load_state_dict(decoder_of(last.state()))
+        with torch.no_grad():
+            wanted, found = guide(images.float() / 255), guide(decoder(vae.encode(images.float() / 255)[0]))
+        told.append(float(F.binary_cross_entropy_with_logits(found, wanted.sigmoid())))
+    assert told[1] < 0.8 * told[0]
+    assert last.metrics["guide"] > 0
+
+
+def test_guide_learns_what_is_known_of_images_that_the_judge_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"image{i}" for i in range(30)]
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 1, 8, 8), np.uint8)
+    wings = [None if i % 3 == 0 else 4 * (i % 2) for i in range(30)]
+    columns = {"image_id": names, "image": encode_png(pixels), "label": ["ant", "bee", None] * 10, "wings": wings} | {
+        "split": ["train"] * 30
+    }
+    pq.write_table(pa.table(columns), tmp_path / "images.parquet")
+    dataset = open_dataset("parquet", tmp_path, unlabelled=True)
+    fields = arguments(attributes=["wings"], decoder="sharp", recipe="paper")
+    plan = plan_training(str(tmp_path.parent / "out"), dataset, None, **fields)
+    given: list[Any] = []
+    monkeypatch.setattr("clarity.training.stages.train_attributes", lambda *all: given.extend(all) or [])
+    STAGES["guide"].run(plan, Worker(), lambda: load_images(plan, dataset))
+    net, images, truth, _, name = given
+    mine = [i for i in range(30) if not in_judges_half([names[i]])[0]]
+    known = [
+        [[1, 0], [0, 1], [-1, -1]][i % 3] + [-1 if wings[i] is None else int(wings[i] == 4)]
+        for i in mine
+        if i % 3 != 2 or wings[i] is not None
+    ]
+    assert name == "guide" and net.config.num_outputs == 3 and truth.tolist() == known
+    assert np.array_equal(images, pixels[[i for i in mine if i % 3 != 2 or wings[i] is not None]])
+    assert guided_and_finished(plan)
+
+
+def guided_and_finished(plan: TrainingPlan) -> bool:
+    return STAGES["guide"].done(plan) and storage.exists(plan.file("guide.safetensors"))
 
 
 @pytest.mark.parametrize("method", ["clarity", "revise_e", "schut"])
