@@ -7,13 +7,16 @@ beside MARKER.
 
 import contextlib
 import os
+import pkgutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from jobfiles import load_job
@@ -81,82 +84,41 @@ def strikes(marker: str, times: int | None) -> bool:
     return times is None
 
 
-def in_search(act: Act, shards: Collection[int], times: int | None = None) -> Plant:
-    """A fault in the search of some shards, for each so many times."""
+def during(stage: str, owner: str, name: str) -> Callable[..., Plant]:
+    """Faults of a stage of the job, where it calls the function ``name`` of ``owner``, a module or module:class."""
 
-    def plant(job: Any, marker: str) -> None:
-        class Disturbed(job.ExplainShard):  # type: ignore[misc, name-defined]
-            def __call__(self, batch: Any) -> Any:
-                shard, explainer = batch["shard"][0].as_py(), self.explainer
-                search = type(explainer).search_shard
+    def fault(act: Act, shards: Collection[int], times: int | None = None, folder: str = "") -> Plant:
+        """Strikes in some shards, for each so many times; of the files written, at those in a folder of the audit."""
 
-                def disturbed(*args: Any) -> Any:
-                    if shard in shards and strikes(f"{marker}-{shard}", times):
-                        return act(lambda: search(explainer, *args))
-                    return search(explainer, *args)
+        def plant(job: Any, marker: str) -> None:
+            real = getattr(job, stage)
 
-                explainer.search_shard = disturbed
-                return super().__call__(batch)
+            def broken(run: Any, batch: Any, *rest: Any) -> Any:
+                found = pkgutil.resolve_name(owner)
+                call, shard = getattr(found, name), batch["shard"][0].as_py()
 
-        job.ExplainShard = Disturbed
+                def disturbed(*args: Any, **options: Any) -> Any:
+                    struck = shard in shards and (not folder or f"/{folder}/" in str(args[0]))
+                    step = partial(call, *args, **options)
+                    return act(step) if struck and strikes(f"{marker}-{shard}", times) else step()
 
-    return plant
+                with patch.object(found, name, disturbed):
+                    return run(batch, *rest)
 
+            if isinstance(real, type):
+                call = {"__call__": lambda self, batch: broken(partial(real.__call__, self), batch)}
+                setattr(job, stage, type(stage, (real,), call))
+            else:
+                setattr(job, stage, lambda batch, work: broken(real, batch, work))
 
-def in_reader(act: Act, shard: int, times: int | None = None) -> Plant:
-    """A fault in reading a shard, within its attempt."""
+        return plant
 
-    def plant(job: Any, marker: str) -> None:
-        real = job.read_shard
-
-        def read_shard(batch: Any, work: Any) -> Any:
-            from clarity import data
-
-            number, read = batch["shard"][0].as_py(), data.read_images
-
-            def disturbed(*args: Any) -> Any:
-                if number == shard and strikes(marker, times):
-                    act(lambda: None)
-                return read(*args)
-
-            data.read_images = disturbed
-            try:
-                return real(batch, work)
-            finally:
-                data.read_images = read
-
-        job.read_shard = read_shard
-
-    return plant
+    return fault
 
 
-def in_writer(act: Act, shards: Collection[int], folder: str = "", times: int | None = None) -> Plant:
-    """A fault in writing each file of some shards that lies in a folder of the audit."""
-
-    def plant(job: Any, marker: str) -> None:
-        real = job.write_shard
-
-        def write_shard(batch: Any, work: Any) -> Any:
-            from clarity import storage
-
-            shard, write = batch["shard"][0].as_py(), storage.write_bytes
-
-            def disturbed(uri: Any, data: bytes, **options: Any) -> None:
-                parent = str(uri).split("?")[0].rsplit("/", 2)[-2]
-                if shard in shards and folder in ("", parent) and strikes(marker, times):
-                    act(lambda: write(uri, data, **options))
-                else:
-                    write(uri, data, **options)
-
-            storage.write_bytes = disturbed  # type: ignore[assignment]
-            try:
-                return real(batch, work)
-            finally:
-                storage.write_bytes = write
-
-        job.write_shard = write_shard
-
-    return plant
+in_search = during("ExplainShard", "clarity.explainer:Explainer", "search_shard")
+in_reader = during("read_shard", "clarity.data", "read_images")
+in_writer = during("write_shard", "clarity.storage", "write_bytes")
 
 
 def before_writing(name: str) -> Plant:
@@ -256,14 +218,14 @@ FAULTS: dict[str, Plant] = {
     "search-raises-once": in_search(fail, [4], 1),
     "search-raises-always": in_search(fail, [4]),
     "search-raises-twice-everywhere": in_search(fail, range(SHARDS), 2),
-    "reader-dies": in_reader(die, 0, 1),
-    "reader-dies-always": in_reader(die, 0),
-    "reader-raises-always": in_reader(fail_as_a_disk, 5),
-    "writer-dies-between-tables": in_writer(die, [2], "counterfactuals", 1),
-    "writer-dies-before-commit": in_writer(die, [2], "_commits", 1),
-    "writer-dies-after-commit": in_writer(die_after, [2], "_commits", 1),
-    "writer-dies-always": in_writer(die, [2], "_commits"),
-    "writer-raises-once": in_writer(fail_as_a_disk, [2], "codes", 1),
+    "reader-dies": in_reader(die, [0], 1),
+    "reader-dies-always": in_reader(die, [0]),
+    "reader-raises-always": in_reader(fail_as_a_disk, [5]),
+    "writer-dies-between-tables": in_writer(die, [2], 1, "counterfactuals"),
+    "writer-dies-before-commit": in_writer(die, [2], 1, "_commits"),
+    "writer-dies-after-commit": in_writer(die_after, [2], 1, "_commits"),
+    "writer-dies-always": in_writer(die, [2], None, "_commits"),
+    "writer-raises-once": in_writer(fail_as_a_disk, [2], 1, "codes"),
     "slow-writers": in_writer(dawdle, range(SHARDS)),  # time to be killed between data and commit
     "lingering-writers": in_writer(linger, range(1, SHARDS)),  # time for another driver to start
     "driver-dies-between-commit-and-success": before_success,
