@@ -106,8 +106,8 @@ def during(stage: str, owner: str, name: str) -> Callable[..., Plant]:
                     return run(batch, *rest)
 
             if isinstance(real, type):
-                call = {"__call__": lambda self, batch: broken(partial(real.__call__, self), batch)}
-                setattr(job, stage, type(stage, (real,), call))
+                methods = {"__call__": lambda self, batch: broken(partial(real.__call__, self), batch)}
+                setattr(job, stage, type(stage, (real,), methods))
             else:
                 setattr(job, stage, lambda batch, work: broken(real, batch, work))
 
