@@ -182,6 +182,7 @@ def node_is_killed(job: Any, victim: str) -> None:
         time.sleep(0.05)
     actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], address=cluster.address, limit=100)
     homes = {a.node_id for a in actors if "ExplainShard" in a.class_name}
+    assert homes, "no actor is found"
     chosen = [node for node in workers if (node.node_id in homes) == (victim == "actor")]
     cluster.remove_node((chosen or workers)[0], allow_graceful=False)
     thread.join()
