@@ -180,7 +180,7 @@ def node_is_killed(job: Any, victim: str) -> None:
     thread.start()
     while not list(out.glob("_commits/*.json")) and thread.is_alive():
         time.sleep(0.05)
-    actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], address=cluster.address, limit=100)
+    actors = ray.util.state.list_actors(address=cluster.address, limit=100)
     homes = {a.node_id for a in actors if "ExplainShard" in a.class_name}
     assert homes, "no actor is found"
     chosen = [node for node in workers if (node.node_id in homes) == (victim == "actor")]
