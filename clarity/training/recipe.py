@@ -3,9 +3,10 @@
 Chooses the size of the code, the weight of the KL term and the step of the adversary together, as none of them can be
 chosen alone: a longer code keeps more of the image, and needs a longer adversary to keep counterfactuals realistic.
 Labels that count in the VAE's training can improve both. Of all trials, it takes the one with the largest
-product of the ensemble's accuracy on validation images and the share of requested counterfactuals that are reached and
-in which a held-out judge sees the target. Either factor alone misleads: accuracy grows with hybrids that only the
-ensemble takes for the target, and realism with codes that have lost the classes.
+product of the ensemble's accuracy on validation images, the share of requested counterfactuals that are reached, and
+the square of the share of these in which a held-out judge sees the target. Either alone misleads: accuracy grows with
+hybrids that only the ensemble takes for the target, and realism with codes that have lost the classes. The square is
+there because a hybrid misleads, while a counterfactual that is not reached is only missing.
 """
 
 import hashlib
@@ -69,6 +70,11 @@ class Trial:
     judged: float  # share of them that were reached and in which the judge sees the target
     judge_on_reconstructions: float  # accuracy of the judge on reconstructed images
     seconds: float  # of the training and the search, with a share of its VAE's
+
+    @property
+    def seen(self) -> float:
+        """Share of the counterfactuals that were reached in which the judge sees the target."""
+        return self.judged / self.reached if self.reached else 0.0
 
     def vae_config(self, plan: TrainingPlan) -> VAEConfig:
         """The plan's VAE with the values of this trial."""
@@ -152,11 +158,13 @@ def search_recipe(
     tried = []
     for trial in trials.run():
         tried.append(trial)
-        log(f"recipe: {trial}: accuracy {trial.accuracy:.1%}, judge sees the target in {trial.judged:.1%}")
+        figures = f"accuracy {trial.accuracy:.1%}, reached {trial.reached:.1%}, seen as the target {trial.seen:.1%}"
+        log(f"recipe: {trial}: {figures}")
     best = best_of(tried)
     why = (
-        f"{best}: of {len(tried)} trials the largest product of accuracy ({best.accuracy:.1%}) and counterfactuals in "
-        f"which a held-out judge sees the target ({best.judged:.1%})"
+        f"{best}: of {len(tried)} trials the largest product of accuracy ({best.accuracy:.1%}), counterfactuals that "
+        f"are reached ({best.reached:.1%}), and the square of the share of these in which a held-out judge sees the "
+        f"target ({best.seen:.1%})"
     )
     log(f"recipe: {why}")
     return found | {
@@ -200,7 +208,7 @@ def num_trials(plan: TrainingPlan) -> int:
 
 def best_of(trials: Sequence[Trial]) -> Trial:
     """The rule."""
-    return max(trials, key=lambda trial: trial.accuracy * trial.judged)
+    return max(trials, key=lambda trial: trial.accuracy * trial.reached * trial.seen**2)
 
 
 @dataclass(frozen=True)
