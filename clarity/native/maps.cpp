@@ -44,18 +44,26 @@ INLINE Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 // TERMS products with those of the weights become OUT outputs.
 struct Same {
     static constexpr int IN = 4, FIRST = -1, STEP = 2, TERMS = 4, OUT = 2;
-    INLINE static void factors(const Vec *d, Vec *t) { t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3]; }
+    INLINE static void factors(const Vec *d, Vec *t) {
+        t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+    }
     INLINE static void outputs(const Vec *t, Vec *y) { y[0] = t[0] + t[1] + t[2], y[1] = t[1] - t[2] - t[3]; }
 };
 struct Down {
     static constexpr int IN = 5, FIRST = -1, STEP = 4, TERMS = 5, OUT = 2;
-    INLINE static void factors(const Vec *d, Vec *t) { t[0] = d[0] - d[2], t[1] = d[2], t[2] = d[2] - d[4], t[3] = d[1], t[4] = d[3]; }
+    INLINE static void factors(const Vec *d, Vec *t) {
+        t[0] = d[0] - d[2], t[1] = d[2], t[2] = d[2] - d[4], t[3] = d[1], t[4] = d[3];
+    }
     INLINE static void outputs(const Vec *t, Vec *y) { y[0] = t[0] + t[1] + t[3], y[1] = t[1] - t[2] + t[4]; }
 };
 struct Up {
     static constexpr int IN = 3, FIRST = 0, STEP = 2, TERMS = 5, OUT = 4;
-    INLINE static void factors(const Vec *d, Vec *t) { t[0] = d[0] - d[1], t[1] = d[1], t[2] = d[1] - d[2], t[3] = d[0], t[4] = d[1]; }
-    INLINE static void outputs(const Vec *t, Vec *y) { y[0] = t[3], y[1] = t[0] + t[1], y[2] = t[4], y[3] = t[1] - t[2]; }
+    INLINE static void factors(const Vec *d, Vec *t) {
+        t[0] = d[0] - d[1], t[1] = d[1], t[2] = d[1] - d[2], t[3] = d[0], t[4] = d[1];
+    }
+    INLINE static void outputs(const Vec *t, Vec *y) {
+        y[0] = t[3], y[1] = t[0] + t[1], y[2] = t[4], y[3] = t[1] - t[2];
+    }
 };
 
 // At least so many values, the memory of more kept.
@@ -157,9 +165,13 @@ void convolve(const Layer &layer, Maps &from, Maps &to, std::vector<Vec> &factor
             const int begin = bound(out, parts, p), channels = bound(out, parts, p + 1) - begin;
             const float *weight = layer.weight + static_cast<int64_t>(TERMS * TERMS) * in * begin;
             switch (channels) {
-#define CASE(R) case R: if (R <= LIMIT) multiply_all<(R <= LIMIT ? R : 1), T>(weight, in, TERMS * TERMS, factors.data(), sums); break;
+#define CASE(R) \
+    case R: \
+        if (R <= LIMIT) multiply_all<(R <= LIMIT ? R : 1), T>(weight, in, TERMS * TERMS, factors.data(), sums); \
+        break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-                CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18) CASE(19) CASE(20) CASE(21) CASE(22) CASE(23) CASE(24)
+                CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18) CASE(19) CASE(20) CASE(21) CASE(22) CASE(23)
+                CASE(24)
 #undef CASE
             }
             for (int o = 0; o < channels; o++) {
@@ -185,12 +197,15 @@ void convolve(const Layer &layer, Maps &from, Maps &to, std::vector<Vec> &factor
                     Vec *at = layer.pooled ? to.at(begin + o, row[t], column[t]) : to.at(begin + o, top, left);
                     if (layer.pooled) {
                         Vec most{};  // no value is below zero where maxima are taken
-                        for (int r = 0; r < rows; r++) for (int c = 0; c < lines; c++) most = larger(most, found[r][c]);
+                        for (int r = 0; r < rows; r++)
+                            for (int c = 0; c < lines; c++) most = larger(most, found[r][c]);
                         *at = most;
                     } else if (rows == OUT && lines == OUT) {
-                        UNROLL for (int r = 0; r < OUT; r++) UNROLL for (int c = 0; c < OUT; c++) at[r * to.stride() + c] = found[r][c];
+                        UNROLL for (int r = 0; r < OUT; r++, at += to.stride())
+                            UNROLL for (int c = 0; c < OUT; c++) at[c] = found[r][c];
                     } else {
-                        for (int r = 0; r < rows; r++) for (int c = 0; c < lines; c++) at[r * to.stride() + c] = found[r][c];
+                        for (int r = 0; r < rows; r++, at += to.stride())
+                            for (int c = 0; c < lines; c++) at[c] = found[r][c];
                     }
                 }
             }
@@ -222,7 +237,8 @@ void apply(const float *images, int64_t rows, int channels, int height, int widt
             for (int y = 0; y < height; y++) {
                 float *line = reinterpret_cast<float *>(from.at(c, y, 0));
                 for (int lane = 0; lane < WIDTH; lane++) {  // lanes without an image repeat the last one
-                    const float *pixel = image + ((std::min(lane, lanes - 1) * int64_t{channels} + c) * height + y) * width;
+                    const int64_t plane = std::min(lane, lanes - 1) * int64_t{channels} + c;
+                    const float *pixel = image + (plane * height + y) * width;
                     for (int x = 0; x < width; x++) line[x * WIDTH + lane] = pixel[x];
                 }
             }
@@ -258,7 +274,8 @@ bool read_layers(const Py_buffer &described, const float *weight, int channels, 
             if (after != expected && !(kind == 2 && after == expected + 1)) return false;
         }
         const int64_t size = int64_t{kind == 0 ? 16 : 25} * channels * out;
-        layers.push_back({kind, channels, out, high, wide, pooled, weight + used, weight + used + size, weight + used + size + out});
+        const float *first = weight + used;
+        layers.push_back({kind, channels, out, high, wide, pooled, first, first + size, first + size + out});
         used += size + 2 * out;
         channels = out, height = pooled ? (high + 1) / 2 : high, width = pooled ? (wide + 1) / 2 : wide;
     }
@@ -272,8 +289,8 @@ PyObject *pack(PyObject *, PyObject *arguments) {
     std::vector<Layer> layers;
     std::vector<float> packed;
     int64_t used = 0;
-    const bool fits = read_layers(described, static_cast<float *>(weights.buf), channels, height, width, layers, used) &&
-                      weights.len == 4 * used;
+    const float *first = static_cast<float *>(weights.buf);
+    const bool fits = read_layers(described, first, channels, height, width, layers, used) && weights.len == 4 * used;
     for (const Layer &layer : layers) {
         if (!fits) break;
         const int limit = SUMS / tiles_at_once(layer), parts = (layer.out + limit - 1) / limit;
@@ -297,12 +314,14 @@ PyObject *apply(PyObject *, PyObject *arguments) {
         return nullptr;
     std::vector<Layer> layers;
     int64_t used = 0, rows = 0, outputs = 0;
-    bool starved = false, fits = read_layers(described, static_cast<float *>(weights.buf), channels, height, width, layers, used);
+    const float *first = static_cast<float *>(weights.buf);
+    bool starved = false, fits = read_layers(described, first, channels, height, width, layers, used);
     if (fits) {
         const Layer &last = layers.back();
         const int64_t bytes = int64_t{4} * channels * height * width;
         rows = images.len / bytes;
-        outputs = int64_t{last.out} * (last.pooled ? (last.height + 1) / 2 * ((last.width + 1) / 2) : last.height * last.width);
+        const int side = last.pooled ? 2 : 1;
+        outputs = int64_t{last.out} * ((last.height + side - 1) / side) * ((last.width + side - 1) / side);
         fits = images.len == rows * bytes && weights.len == 4 * used && found.len == 4 * rows * outputs;
     }
     if (fits) {
