@@ -63,8 +63,9 @@ FIRST_SHARDS = 3
 #: Set in the driver of a job submitted by `ray job submit`.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
-#: Not empty while this process is connected to a Ray by ``start_ray``.
+#: Not empty while this process is connected to a Ray by ``start_ray``; the threads in which ``end_ray`` ends it.
 _started: list[bool] = []
+_ending: list[threading.Thread] = []
 
 Config = TypeVar("Config")
 #: Shards as they end, each with its note.
@@ -287,6 +288,8 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     import ray
     import ray.data
 
+    while _ending:
+        _ending.pop().join()
     logging.getLogger("ray.data").setLevel("ERROR")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -382,7 +385,8 @@ def has_gpus(args: argparse.Namespace) -> bool:
 def end_ray() -> None:
     """Shut down the Ray that this process started, while the process goes on without it."""
     if _started:
-        threading.Thread(target=sys.modules["ray"].shutdown).start()
+        _ending.append(threading.Thread(target=sys.modules["ray"].shutdown))
+        _ending[-1].start()
         _started.clear()
 
 
