@@ -22,7 +22,7 @@ SHARP_TRAINING = VAETraining(epochs=4, min_updates=1200, batch_size=32, learning
 FEATURE_WEIGHT = 1.0
 ADVERSARIAL_WEIGHT = 0.01
 #: Of the guide's cross-entropy, in nats.
-GUIDE_WEIGHT = 0.02
+GUIDE_WEIGHT = 0.005
 
 
 class Critic(nn.Module):
