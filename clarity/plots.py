@@ -246,6 +246,8 @@ class Counterfactual:
         """Original, reconstruction, counterfactual and difference; decoded from the codes where none is stored."""
         row, reconstruction = self.row, self.decoded("z")
         p = f"p({row['target_name']}) = {row['target_prob_final']:.3f}, {row['steps']} steps"
+        if (told := row.get("prediction_target_prob_final")) is not None:
+            p += f"; your model {told:.3f}"
         x = self.stored(self.code["x"], "z")
         return counterfactual(
             x,

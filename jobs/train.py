@@ -172,23 +172,31 @@ def train(args: argparse.Namespace) -> int:
     start = time.time()
     plan = make_plan(args)
     if args.dry_run:
-        print("\n".join([about_images(plan), *describe_costs(costs(plan)), *plan.data["remarks"]]))
+        print(
+            "\n".join([about_images(plan), *describe_costs(costs(plan)), *plan.data["remarks"], *about_predictor(plan)])
+        )
         return 0
     plan = choose(plan)
     out = storage.display(plan.out)
     if begin(plan):
         print(f"already finished\n{describe(plan)}\nmodel      {out}")
         return 0
-    if plan.predictor is not None:
-        predictor, listing = load_predictor(plan.predictor), list_images(plan.dataset)
-        print(describe_predictor(predictor, plan.dataset, listing, plan.preprocessing))
-    print("\n".join([f"training {out} on {about_images(plan)}", *plan.data["remarks"]]), flush=True)
+    lines = [*about_predictor(plan), f"training {out} on {about_images(plan)}", *plan.data["remarks"]]
+    print("\n".join(lines), flush=True)
     driver.start_ray(OBJECT_STORE_BYTES)
     for by_member in (False, True):
         fit(plan, [name for name in TRAINED if STAGES[name].by_member == by_member], args.workers)
     finish(plan, log=print_line)
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0
+
+
+def about_predictor(plan: TrainingPlan) -> list[str]:
+    """What the predictor sees in one image, so that a wrong preprocessing shows."""
+    if plan.predictor is None:
+        return []
+    predictor, listing = load_predictor(plan.predictor), list_images(plan.dataset)
+    return [describe_predictor(predictor, plan.dataset, listing, plan.preprocessing)]
 
 
 def describe_costs(found: Sequence[Cost]) -> list[str]:

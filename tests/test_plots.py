@@ -105,12 +105,18 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
     stored = decode_png([row["x_cf"]], tables.image_shape)[0, 0] / 255
     assert np.allclose(picture.axes[2].images[0].get_array(), stored)
     assert found._repr_png_().startswith(b"\x89PNG")
+    assert "your model" not in picture.axes[2].get_xlabel()
+    found.row["prediction_target_prob_final"] = 0.55
+    assert found.picture().axes[2].get_xlabel().endswith("; your model 0.550")
     # The search again, by the audit's own model and configuration.
     steps = found.trace["step"].to_pylist()
     assert steps == list(range(len(steps))) and set(found.trace["target"].to_pylist()) == {3}
     strip = found.path(frames=4)
     assert len([ax for ax in strip.axes if ax.images]) == min(4, len(steps))
     assert found.uncertainty().axes[0].get_xlabel() == "step"
+    assert set(opened.query("closest_to", source="ant", target="dog").column_names) >= {"image_id", "distance"}
+    with pytest.raises(ValueError, match=r"(source|target): expected a class of ant, bee, cow, dog, got '[49]'"):
+        opened.query("closest_to")
     with pytest.raises(ValueError, match="it is classified as"):
         plots.Counterfactual(opened, row["image_id"], row["source_name"])
     with pytest.raises(ValueError, match="no such image"):

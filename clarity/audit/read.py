@@ -10,7 +10,7 @@ import pyarrow.dataset as pads
 from clarity import storage
 from clarity.audit.commits import valid_commits
 from clarity.audit.plan import Plan, read_plan
-from clarity.audit.queries import connect, query
+from clarity.audit.queries import connect, load_queries, query
 from clarity.audit.summary import summarise
 from clarity.findings.verdict import verdict
 
@@ -49,7 +49,13 @@ class Audit:
         """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``.
 
         ``metadata`` is the table that ``by_metadata`` joins: Arrow or pandas, with the columns image_id and segment.
+        ValueError for a source or target that is no class of the audit, also where none is given and the default is
+        none.
         """
+        asked = {**(load_queries()[name].parameters if name in load_queries() else {}), **parameters}
+        for role in {"source", "target"} & asked.keys():
+            if asked[role] not in self.class_names:
+                raise ValueError(f"{role}: expected a class of {', '.join(self.class_names[:10])}, got {asked[role]!r}")
         return query(connect(self.codes, self.counterfactuals), name, metadata=metadata, **parameters)
 
     def __repr__(self) -> str:

@@ -209,8 +209,8 @@ def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     assert other.vae_training.seed == other.ensemble_training.seed == other.image_training.seed == 3
 
 
-def test_relative_onnx_file_is_found_wherever_a_worker_runs(
-    job: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_relative_onnx_file_is_found_wherever_a_worker_runs_and_shown_by_a_dry_run(
+    job: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_onnx(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -218,6 +218,9 @@ def test_relative_onnx_file_is_found_wherever_a_worker_runs(
     plan = job.make_plan(job.new_parser().parse_args(argv))
     monkeypatch.chdir("/")
     assert load_predictor(plan.predictor).digest == load_predictor(tmp_path / "model.onnx").digest
+    monkeypatch.chdir(tmp_path)
+    assert job.main([*argv, "--dry-run"]) == 0
+    assert re.search(r"predictor  .*model.onnx: image \S+ \(label \S+\) is ", capsys.readouterr().out)
 
 
 def test_job_holds_out_validation_where_there_is_no_test_and_says_so(
