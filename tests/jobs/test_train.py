@@ -184,7 +184,7 @@ def test_stages_are_divided_by_nodes_or_by_networks(job: Any, folder: Path, tmp_
     plan = job.make_plan(job.new_parser().parse_args(argv))
     nodes = [{"CPU": 4.0}, {"CPU": 4.0}]
     one_a_node, one_a_network = (2, 4, False), (5, 1, False)
-    expected = dict.fromkeys(("vae", "encode", "sharp"), one_a_node)
+    expected = dict.fromkeys(("vae", "encode", "guide", "sharp"), one_a_node)
     expected |= dict.fromkeys(("latent", "images", "judge"), one_a_network)
     assert {name: job.divide(plan, [name], nodes, None) for name in job.TRAINED} == expected
     assert job.divide(plan, ["recipe"], nodes, 1) == (1, 4, False) and job.divide(plan, ["vae"], [], 3) == (3, 1, False)
