@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -212,3 +212,11 @@ class ExplainShard:
             return {"note": explained.stats, **packed}
 
         return attempted(self.work, row["shard"], "explain", run, names)
+
+
+def explain_here(items: Sequence[dict[str, Any]], work: Work, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Reads, explains and writes shards in this process, one after the other; gives each with its note."""
+    explain = ExplainShard(work, **options)
+    for item in items:
+        row = unpack_row(write_shard(explain(read_shard(pa.Table.from_pylist([item]), work)), work))
+        yield row["shard"], row["note"]

@@ -34,6 +34,11 @@ class Resources:
     io_cpus: float
     num_nodes: int
 
+    @property
+    def device(self) -> str:
+        """What actors compute on."""
+        return "cuda" if self.gpus_per_actor else "cpu"
+
     def describe(self) -> str:
         """One line for the console."""
         if not self.num_actors:

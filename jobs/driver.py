@@ -117,15 +117,15 @@ def number_or_auto(text: str) -> Any:
     return text if text == "auto" else float(text)
 
 
-def add_resource_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the flags of the actor plan in a group of their own, which is returned."""
-    add = (group := parser.add_argument_group("resources")).add_argument
+def add_resource_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of the actor plan in a group of their own; returns the parser."""
+    add = parser.add_argument_group("resources").add_argument
     add("--actors", type=int, metavar="N", help="Number of searching processes (default: as many as are useful).")
     about = "GPUs of each actor; a fraction shares one (default: 1 if there are GPUs, else 0)."
     add("--gpus-per-actor", type=float, metavar="X", help=about)
     about = "Plan for N nodes if the autoscaler's limit is not visible to the job, as on Kubernetes."
     add("--max-nodes", type=int, metavar="N", help=about)
-    return group
+    return parser
 
 
 def config_from(args: argparse.Namespace, config: type[Config], **fixed: Any) -> Config:

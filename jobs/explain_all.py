@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Explain a data set: for every image and every other class, a similar picture that is classified as that class.
 
-Reads, searches and writes the images by shards over Ray, or in this process where that ends before Ray has started,
-then verifies the result. The same command resumes an interrupted run and reports a complete one. Exit codes: 0
-complete, 1 incomplete (run it again), 2 bad input.
+Reads, searches and writes the images by shards, a small audit's in this process, others over Ray; then verifies. The
+same command resumes an interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete, 2 bad input.
 """
 
 import dataclasses
@@ -18,7 +17,6 @@ from typing import Any
 import driver
 import pyarrow as pa
 from actors import Resources
-from driver import Notes
 
 from clarity import data, planning, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim
@@ -34,7 +32,7 @@ from clarity.predictions import add_predictions, describe_coverage, read_predict
 from clarity.predictor import load_predictor
 from clarity.report.page import write_report
 from clarity.search import ENGINES, SearchConfig, cpu_engines
-from clarity.worker import ExplainShard, Work, read_shard, shard_item, unpack_row, write_shard
+from clarity.worker import ExplainShard, Work, explain_here, read_shard, shard_item, write_shard
 
 
 def new_parser() -> ArgumentParser:
@@ -65,8 +63,7 @@ def new_parser() -> ArgumentParser:
     add("--shard-rows", type=int, metavar="N", help="Images of a shard (default: by image size and method).")
     add("--dry-run", action="store_true", help="Measure a few images, print the plan, write nothing.")
     add("--no-report", action="store_true", help="Write no HTML report.")
-    driver.add_resource_flags(parser)
-    return parser
+    return driver.add_resource_flags(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,10 +100,9 @@ def explain_all(args: Namespace) -> int:
         rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"], rows))
     if args.dry_run:
-        useful = planning.useful_actors(plan, model, range(len(plan.shards)))
-        measured = measure(args, useful, plan, model_uri, dataset, listing.slice(0, 32))
-        resources = driver.plan_actors(args, useful)
-        print(f"{describe_plan(plan, out, measured, resources.num_actors)}\n{resources.describe()}")
+        resources = driver.plan_actors(args, planning.useful_actors(plan, model, range(len(plan.shards))))
+        measured = measure(args, resources.num_actors, plan, model_uri, dataset, listing.slice(0, 32))
+        print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
         return 0
     with claim(out, plan, model_uri) as held:
         if held.complete:
@@ -136,8 +132,7 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
         return int(read_plan(out).shards[0]["stop"])
     listing, seconds, targets = images[-1], 0.0, model.num_classes - 1
     if METHODS[plan.method].classifier not in ("ensemble", "member"):
-        few = listing.slice(0, max(1, 256 // targets))
-        seconds = measure(args, 1, plan, *images[:-1], few)["seconds_per_image"]
+        seconds = measure(args, 1, plan, *images[:-1], listing.slice(0, max(1, 256 // targets)))["seconds_per_image"]
     return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, driver.has_gpus(args))
 
 
@@ -175,18 +170,12 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
     print(describe(summary))
 
 
-def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> Notes:
-    """Read, explain and write shards; gives each shard, as it ends, with a note of how.
-
-    Over Ray a shard is one row; without an actor the shards are done here, one after the other.
-    """
+def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> driver.Notes:
+    """Read, explain and write shards, over Ray or, without an actor, here; gives each, as it ends, with its note."""
     items = [shard_item(work.plan, shard, listing) for shard in todo]
-    device = "cuda" if resources.gpus_per_actor else "cpu"
-    options = {"engine": args.engine, "threads": resources.threads_per_actor, "device": device}
+    options = {"engine": args.engine, "threads": resources.threads_per_actor, "device": resources.device}
     if not resources.num_actors:
-        explain = ExplainShard(work, **options)
-        done = (write_shard(explain(read_shard(pa.Table.from_pylist([item]), work)), work) for item in items)
-        return ((row["shard"], row["note"]) for row in map(unpack_row, done))
+        return explain_here(items, work, **options)
     import ray.data
 
     one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}

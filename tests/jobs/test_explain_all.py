@@ -226,14 +226,15 @@ def test_small_job_runs_without_ray_resumes_and_writes_the_same_files(
     program = """
 import sys
 import explain_all
+from clarity import worker
 
-def interrupted(batch, work, write=explain_all.write_shard, seen=[]):
+def interrupted(batch, work, write=worker.write_shard, seen=[]):
     seen.append(batch)
     if len(seen) == 3:
         raise KeyboardInterrupt
     return write(batch, work)
 
-explain_all.write_shard = interrupted
+worker.write_shard = interrupted
 codes = [explain_all.main([*sys.argv[1:], "--dry-run"]), *(explain_all.main(sys.argv[1:]) for _ in range(2))]
 print(codes, "ray" in sys.modules)
 """
