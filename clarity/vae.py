@@ -121,9 +121,9 @@ def elbo(logits: Tensor, mean: Tensor, log_var: Tensor, x: Tensor, config: VAECo
     """The negative evidence lower bound with the KL term weighted by beta (Higgins et al. 2017).
 
     Args:
-        logits: of the pixels of a sampled code (B, C, H, W), which a VAE returns with
-        mean: and
-        log_var: (B, D), of the posteriors.
+        logits: pixel logits (B, C, H, W) of sampled codes, as a VAE returns them with mean and log_var.
+        mean: of the posteriors (B, D).
+        log_var: their log-variances (B, D).
         x: images (B, C, H, W).
         config: of the VAE.
 

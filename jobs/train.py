@@ -172,9 +172,8 @@ def train(args: argparse.Namespace) -> int:
     start = time.time()
     plan = make_plan(args)
     if args.dry_run:
-        print(
-            "\n".join([about_images(plan), *describe_costs(costs(plan)), *plan.data["remarks"], *about_predictor(plan)])
-        )
+        lines = [about_images(plan), *describe_costs(costs(plan)), *plan.data["remarks"], *about_predictor(plan)]
+        print("\n".join(lines))
         return 0
     plan = choose(plan)
     out = storage.display(plan.out)

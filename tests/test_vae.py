@@ -40,6 +40,15 @@ def test_beta_vae_is_that_of_pytorch_vae_with_a_bounded_output() -> None:
     assert "Tanh" not in {type(module).__name__ for module in vae.modules()}
 
 
+def test_config_without_label_weight_is_described_as_in_older_models() -> None:
+    assert "label_weight" not in VAEConfig().to_json()
+    weighted = VAEConfig(label_weight=2.0)
+    assert (
+        weighted.to_json() == {**VAEConfig().to_json(), "label_weight": 2.0}
+        and VAEConfig(**weighted.to_json()) == weighted
+    )
+
+
 def test_elbo_is_the_bound_term_by_term() -> None:
     vae = small_vae("conv", (1, 8, 12)).train(False)
     x, noise = torch.rand(3, 1, 8, 12), torch.randn(3, 5)

@@ -49,8 +49,7 @@ class Audit:
         """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``.
 
         ``metadata`` is the table that ``by_metadata`` joins: Arrow or pandas, with the columns image_id and segment.
-        ValueError for a source or target that is no class of the audit, also where none is given and the default is
-        none.
+        ValueError where source or target, given or by default, is no class of the audit.
         """
         asked = {**(load_queries()[name].parameters if name in load_queries() else {}), **parameters}
         for role in {"source", "target"} & asked.keys():

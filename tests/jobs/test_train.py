@@ -201,8 +201,11 @@ def test_flags_take_their_defaults_from_the_dataclasses(job: Any) -> None:
     assert plan.image_training == IMAGE_TRAINING and plan.ensemble.num_members == 50
     assert plan.vae == clarity.vae.VAEConfig() and plan.image_members == plan.num_folds == 0
     other = job.make_plan(
-        job.new_parser().parse_args(["--out", "/nowhere", "--vae", "beta_vae", "--seed", "3", "--image-size", "32"])
+        job.new_parser().parse_args(
+            ["--out", "/nowhere", "--vae", "beta_vae", "--seed", "3", "--image-size", "32", "--label-weight", "2"]
+        )
     )
+    assert other.vae.label_weight == 2
     assert other.vae.channels == (32, 64, 128, 256, 512) and other.vae.image_shape == (1, 32, 32)
     colour = job.make_plan(job.new_parser().parse_args(["--out", "/nowhere", "--mode", "RGB", "--center-crop", "20"]))
     assert colour.vae.image_shape == (3, 28, 28) and colour.preprocessing.center_crop == 20

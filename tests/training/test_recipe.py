@@ -147,6 +147,25 @@ def test_training_takes_what_was_chosen_and_searches_once(
     assert again.fingerprint == model.fingerprint
 
 
+def test_labels_that_the_recipe_weighs_reach_each_training_of_a_vae(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "CODES", ((3, 1.0, 5.0),))
+    given, train_vae = [], recipe.train_vae
+
+    def recorded(*args: Any, labels: Any = None, **options: Any) -> Any:
+        given.append(labels)
+        return train_vae(*args, labels=labels, **options)
+
+    monkeypatch.setattr(recipe, "train_vae", recorded)
+    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
+    lines: list[str] = []
+    model = clarity.train("folder", tmp_path / "out", data=folder, log=lines.append, **short)
+    assert [set(labels.tolist()) for labels in given] == [{0, 1, 2}]
+    assert model.vae.config.label_weight == 5 and "label_weight" in model.card["vae"]
+    assert any(line.startswith("vae: epoch 1/1") and "  labels " in line for line in lines)
+
+
 def test_finished_model_is_never_searched_again(folder: Path, tmp_path: Path) -> None:
     short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
     model = clarity.train("folder", tmp_path / "out", data=folder, recipe="paper", **short)
