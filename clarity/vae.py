@@ -25,8 +25,9 @@ class VAEConfig:
         channels: output channels of each stride-2 convolution of the encoder; the decoder mirrors them.
         beta: weight of the KL term.
         loss: a key of ``LOSSES``.
-        label_weight: weight of the cross-entropy of a linear classifier of sampled codes in the training (Kingma et al.
-            2014, Eq. 9), so that the codes know the classes; 0: none, as in the paper.
+        label_weight: weight, in the training, of the cross-entropy of linear heads of sampled codes for classes and
+            attributes (after Kingma et al. 2014, Eq. 9), so that the codes know them, and of what a guide sees in
+            pictures (``training.loops.guide_loss``), so that the decoder shows them; 0: none, as in the paper.
     """
 
     architecture: str = "conv"

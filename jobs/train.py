@@ -78,7 +78,10 @@ def new_parser() -> argparse.ArgumentParser:
     add("--latent-dim", **number, help=f"Latent dimensions ({of_vaes('latent_dim')}).")
     add("--channels", nargs="+", **number, help=f"Channels of the encoder ({of_vaes('channels')}).")
     add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
-    about = "Weight of labels in the VAE's training: the codes know classes better (default: 0; auto tries 10)."
+    about = (
+        "Weight of labels and --attributes in the VAE's training: its codes know them, and its pictures show them "
+        "(default: 0; auto tries 10)."
+    )
     add("--label-weight", type=float, metavar="X", help=about)
     add("--loss", help=f"Reconstruction loss ({of_vaes('loss')}).")
     about = "Side, or height and width, of the images (default: from the data)."

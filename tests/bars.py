@@ -4,11 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clarity.classifiers import EnsembleConfig
+from clarity.judges import JudgeNet, build_judge
+from clarity.training.judge import JudgeTraining, train_attributes
 from clarity.training.loops import EnsembleTraining, VAETraining
 from clarity.vae import VAEConfig
 
@@ -51,6 +54,13 @@ def write_bars(root: Path, rows: int, folder: Callable[[int, int], str] = lambda
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x[0].numpy()).save(file)
     return root
+
+
+def guide_of(images: Tensor, truth: np.ndarray) -> JudgeNet:
+    """A guide that was trained for a second; truth (N, F) as in ``train_attributes``."""
+    guide = build_judge(tuple(images.shape[1:]), truth.shape[1])
+    list(train_attributes(guide, images.numpy(), truth, JudgeTraining(updates=60, batch_size=30), "guide"))
+    return guide.requires_grad_(False)
 
 
 def files_of(out: Path) -> dict[str, bytes]:

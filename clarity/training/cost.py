@@ -37,7 +37,8 @@ def costs(plan: TrainingPlan) -> list[Cost]:
     """The cost of each part of a training; with ``searched`` values, of the largest code that the search may choose."""
     codes_tried = searched_codes(plan) if plan.searched and plan.data["labelled"] >= LEAST_LABELLED else []
     dim = max((code.latent_dim for code in codes_tried), default=plan.vae.latent_dim)
-    vae, ensemble = replace(plan.vae, latent_dim=dim), replace(plan.ensemble, latent_dim=dim)
+    weight = max((code.label_weight for code in codes_tried), default=plan.vae.label_weight)
+    vae, ensemble = replace(plan.vae, latent_dim=dim, label_weight=weight), replace(plan.ensemble, latent_dim=dim)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (ROWS, *vae.image_shape), generator=generator).to(torch.uint8)
     labels = torch.arange(len(images)) % ensemble.num_classes
@@ -60,7 +61,9 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         return cost(part, 1, training.updates, training.batch_size, loop)
 
     counted, ensemble_training, vae_training = plan.data, plan.ensemble_training, plan.vae_training
-    one_vae = partial(train_vae, images, vae, replace(vae_training, **short))
+    known = torch.ones(len(images), ensemble.num_classes + len(plan.attributes))
+    guide = build_judge(vae.image_shape, known.shape[1]).eval().requires_grad_(False)
+    one_vae = partial(train_vae, images, vae, replace(vae_training, **short), known=known, guide=guide)
     rows = counted["labelled"] if plan.predictor is None else counted["codes"]
     found = []
     if (judge := plan.judge_training) is not None and counted["labelled"]:
@@ -77,10 +80,9 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         one = replace(plan.image_ensemble, num_members=1)
         member = train_image_members(images, labels, one, vae, replace(training, **short), [0])
         found.append(cost("image ensemble", plan.image_members, count, training.batch_size, member))
+    if (counted["labelled"] or plan.attributes) and (weight or plan.decoder == "sharp"):
+        found.append(image_net("guide", known.shape[1], JudgeTraining.for_images(counted["images"] // 2)))
     if plan.decoder == "sharp":
-        if counted["labelled"] or plan.attributes:
-            outputs = ensemble.num_classes + len(plan.attributes)
-            found.append(image_net("guide", outputs, JudgeTraining.for_images(counted["images"] // 2)))
         sharp, count = plan.sharp_training, updates(plan.sharp_training, counted["images"])
         epochs = train_sharp(images, VAE(vae).eval(), replace(sharp, **short))
         found.append(cost("sharp decoder", 1, count, sharp.batch_size, epochs))

@@ -41,6 +41,8 @@ def begin(plan: TrainingPlan) -> bool:
     kept = set(EXTRAS)
     if card is None and found.get("image_training"):
         kept -= {"image_training"}
+    if card is None and (plan.vae.label_weight or plan.decoder == "sharp"):
+        kept -= {"attributes"}  # which the guide learns
     if card is not None and not taught_alike(plan, found):
         kept |= plan.asked.keys() | {"ensemble_training"}
     names = [name for name in dict.fromkeys([*wanted, *TEACHERS]) if name not in kept]

@@ -1,7 +1,8 @@
 """Training of held-out networks: random shifts, turns and scales instead of adversarial steps."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,3 +144,15 @@ def augmented(x: Tensor, config: JudgeTraining, generator: torch.Generator) -> T
     )
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def describe_update(what: str, report: Mapping[str, Any], started: float) -> str:
+    """A line of progress."""
+    update = f"update {report['update']}/{report['updates']}"
+    return f"{what}: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}"
+
+
+def minutes_since(started: float) -> str:
+    """Minutes and seconds since then."""
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -126,9 +126,9 @@ def member_states(stack: Mapping[str, Tensor], num_members: int) -> list[dict[st
 
 
 def vae_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A VAE's tensors among those of its checkpoint, without those of a classifier that was trained with it."""
+    """A VAE's tensors among those of its checkpoint, without those of the heads that were trained with it."""
     weights = weights_of(state)
-    return {name.removeprefix("vae."): weights[name] for name in weights if not name.startswith("classify.")}
+    return {name.removeprefix("vae."): weights[name] for name in weights if not name.startswith("heads.")}
 
 
 def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -167,22 +167,32 @@ def run_epochs(
             sums = {name: sums.get(name, 0) + value.detach().double() for name, value in metrics.items()}
         means = {name: float(value) / updates for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            what = {VAE: "VAE", LabelledVAE: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
+            what = {VAE: "VAE", TaughtVAE: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
             raise ValueError(f"the {what}'s loss is {means['loss']} after epoch {epoch + 1}: lower its learning_rate")
         yield Epoch(epoch + 1, total, means, lambda done=epoch + 1: checkpoint(network, adam, done))  # type: ignore[misc]
 
 
-class LabelledVAE(nn.Module):
-    """A VAE with a linear classifier of its codes, with which it is trained."""
+class TaughtVAE(nn.Module):
+    """A VAE with linear heads of its codes for classes and attributes, with which it is trained."""
 
-    def __init__(self, vae: VAE, num_classes: int) -> None:
+    def __init__(self, vae: VAE, num_outputs: int) -> None:
         super().__init__()
-        self.vae, self.classify = vae, nn.Linear(vae.config.latent_dim, num_classes)
+        self.vae, self.heads = vae, nn.Linear(vae.config.latent_dim, num_outputs)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        """What the VAE returns, and class logits (B, K) of the sampled codes."""
+        """What the VAE returns, and the heads' logits (B, F) of the sampled codes."""
         logits, mean, log_var = self.vae(x, noise)
-        return logits, mean, log_var, self.classify(mean + torch.exp(0.5 * log_var) * noise)
+        return logits, mean, log_var, self.heads(mean + torch.exp(0.5 * log_var) * noise)
+
+
+def guide_loss(guide: nn.Module, drawn: Tensor, x: Tensor) -> Tensor:
+    """Cross-entropy of what a guide sees in pictures with what it sees in their images (B, C, H, W).
+
+    Nats a row, summed over the classes and attributes of which the guide gives logits (B, F).
+    """
+    with torch.no_grad():
+        asked = torch.sigmoid(guide(x).float())
+    return F.binary_cross_entropy_with_logits(guide(drawn).float(), asked, reduction="sum") / len(x)
 
 
 def train_vae(
@@ -190,7 +200,8 @@ def train_vae(
     config: VAEConfig,
     training: VAETraining,
     *,
-    labels: Tensor | None = None,
+    known: Tensor | None = None,
+    guide: nn.Module | None = None,
     state: Mapping[str, Tensor] | None = None,
     rank: int = 0,
     world: int = 1,
@@ -202,19 +213,24 @@ def train_vae(
 
     All ranks draw the same order and noise and take their share of each batch; gradients are averaged by ``wrap`` and
     BatchNorm's moments over all ranks, so the result depends on the number of ranks only by rounding. ``images`` are
-    uint8 (N, C, H, W), the same on every rank, ``labels`` (N,) class indices, -1 where unknown, which count with
-    ``config.label_weight``. ``state`` is a checkpoint to continue from; ``vae_weights`` takes the VAE out of one.
+    uint8 (N, C, H, W), the same on every rank. With ``config.label_weight`` count ``known`` (N, F), whether an image is
+    of each class and has each attribute (1, 0, or -1 where that is unknown), which the codes are to tell; and
+    ``guide``, see ``guide_loss``, which the pictures are to show. ``state`` is a checkpoint to continue from;
+    ``vae_weights`` takes the VAE out of one.
     """
     device = torch.device(device)
     images = images.to(device)
+    if not config.label_weight or (known is not None and (known < 0).all()):
+        known = guide = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network: nn.Module = (vae := VAE(config))
-        if config.label_weight and labels is not None and labels.max() >= 0:
-            network, labels = LabelledVAE(vae, int(labels.max()) + 1), labels.to(device)
+        if known is not None:
+            network, known = TaughtVAE(vae, known.shape[1]), known.to(device).float()
     if state is not None:
         network.load_state_dict(weights_of(state))
     network.to(device).to(memory_format=torch.channels_last).train()
+    guide = None if guide is None else guide.to(device)
     model = wrap(synchronise(network) if world > 1 else network)
 
     def updates_of(epoch: int, updates: int) -> Iterator[dict[str, Tensor]]:
@@ -226,12 +242,16 @@ def train_vae(
             rows = batch[rank::world].to(device)
             x = images[rows].float().div_(255).contiguous(memory_format=torch.channels_last)
             with mixed_precision(precision, device):
-                logits, mean, log_var, *classes = model(x, noise.to(device))
+                logits, mean, log_var, *told = model(x, noise.to(device))
                 terms = elbo(logits, mean, log_var, x, config)
-            for found in classes:
-                assert labels is not None
-                wrong = F.cross_entropy(found.float(), labels[rows], ignore_index=-1, reduction="sum") / len(rows)
-                terms |= {"loss": terms["loss"] + config.label_weight * wrong, "labels": wrong}
+                taught = {}
+                if guide is not None:
+                    taught["guide"] = guide_loss(guide, torch.sigmoid(logits), x)
+            if known is not None:
+                truth = known[rows]
+                wrong = F.binary_cross_entropy_with_logits(told[0].float(), truth.clamp(min=0), reduction="none")
+                taught["labels"] = (wrong * (truth >= 0)).sum() / len(x)
+            terms |= {"loss": terms["loss"] + config.label_weight * sum(taught.values()), **taught}
             # Ranks' gradients are averaged: this makes the average the mean over the whole batch.
             share = len(x) * world / len(batch)
             model.zero_grad()

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from clarity.model import Model, read_card
 from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.search import SearchConfig
 from clarity.training.evaluate import LabelledImages
+from clarity.training.guide import known_of, train_guide
 from clarity.training.loops import Codes, train_latent_members, train_vae, vae_weights, weights_of
 from clarity.training.plan import EXTRAS, TrainingPlan
 from clarity.vae import VAE, VAEConfig
@@ -152,7 +154,7 @@ def search_recipe(
         return found | {"seconds": 0.0}
     x = images.pixels[torch.from_numpy(validation)].to(device).float() / 255
     train = images.take(np.flatnonzero(~left_out))
-    trials = Trials(plan, judge.to(device).eval(), train, x, labels[validation], device)
+    trials = Trials(plan, judge.to(device).eval(), train, x, labels[validation], device, log)
     accuracy = trials.accuracy_of_judge(x)
     log(f"recipe: the judge sees {accuracy:.1%} of {len(x)} validation images right")
     tried = []
@@ -221,6 +223,17 @@ class Trials:
     x: Tensor
     truth: np.ndarray
     device: str | torch.device
+    log: Callable[[str], None]
+
+    @cached_property
+    def known(self) -> Tensor:
+        """What is known of the training images, see ``known_of``."""
+        return torch.from_numpy(known_of(self.plan, self.train))
+
+    @cached_property
+    def guide(self) -> JudgeNet | None:
+        """A guide that has not seen the validation images."""
+        return train_guide(self.plan, self.train, self.log)
 
     def run(self) -> Iterator[Trial]:
         """Every setting, two more steps around the best one, and the best one with wide layers."""
@@ -244,8 +257,9 @@ class Trials:
         """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
         started, plan = time.monotonic(), self.plan
         training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
-        images, labels, precision = self.train.pixels, self.train.labels, plan.precision
-        *_, last = train_vae(images, config, training, labels=labels, device=self.device, precision=precision)
+        taught: dict[str, Any] = {"known": self.known, "guide": self.guide} if config.label_weight else {}
+        images, precision = self.train.pixels, plan.precision
+        *_, last = train_vae(images, config, training, **taught, device=self.device, precision=precision)
         vae = VAE(config)
         vae.load_state_dict(vae_weights(last.state()))
         vae.to(self.device).eval()

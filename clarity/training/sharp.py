@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from clarity.training.loops import Epoch, VAETraining, mixed_precision, run_epochs, seeded, weights_of
+from clarity.training.loops import Epoch, VAETraining, guide_loss, mixed_precision, run_epochs, seeded, weights_of
 from clarity.training.optimiser import generator_for, one_cycle
 from clarity.vae import VAE, Decoder
 
@@ -86,9 +86,7 @@ def train_sharp(
                 (wanted, real), (found, fake) = critic(x), critic(drawn)
             l1, guided = (drawn - x).abs().mean(), torch.zeros((), device=device)
             if guide is not None:
-                with torch.no_grad():
-                    asked = torch.sigmoid(guide(x))
-                guided = F.binary_cross_entropy_with_logits(guide(drawn), asked, reduction="sum") / len(x)
+                guided = guide_loss(guide, drawn, x)
             features = sum((a - b.detach()).abs().mean() for a, b in zip(found, wanted))
             loss = l1 + FEATURE_WEIGHT * features + GUIDE_WEIGHT * guided
             hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()

@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -24,7 +24,8 @@ from clarity.predictor import Predictor
 from clarity.rows import encode_rows
 from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
 from clarity.training.evaluate import LabelledImages, evenly
-from clarity.training.judge import JudgeTraining, train_attributes, train_judge
+from clarity.training.guide import known_of, new_guide, train_guide
+from clarity.training.judge import JudgeTraining, describe_update, minutes_since, train_judge
 from clarity.training.loops import (
     Codes,
     Epoch,
@@ -143,10 +144,25 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     worker.wait_for_all()
 
 
+def guide_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
+    """Trains the guide of what draws the pictures, on the first worker."""
+    if worker.rank == 0:
+        guide = train_guide(plan, images(), worker.log)
+        save_finished(plan.file("guide.safetensors"), guide.state_dict() if guide else {})
+    worker.wait_for_all()
+
+
+def load_guide(plan: TrainingPlan) -> JudgeNet | None:
+    """The guide, if one was trained."""
+    return load_weights(partial(new_guide, plan), plan.file("guide.safetensors"))
+
+
 def vae_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the VAE, all workers together."""
-    loop = partial(train_vae, images().pixels, plan.vae, plan.vae_training, labels=images().labels, wrap=worker.wrap)
-    loop = partial(loop, rank=worker.rank, world=worker.world)
+    loop = partial(train_vae, images().pixels, plan.vae, plan.vae_training, rank=worker.rank, world=worker.world)
+    if plan.vae.label_weight:
+        loop = partial(loop, known=torch.from_numpy(known_of(plan, images())), guide=load_guide(plan))
+    loop = partial(loop, wrap=worker.wrap)
     train_network(plan, worker, "vae", "vae", loop, vae_weights)
     worker.wait_for_all()
 
@@ -194,12 +210,6 @@ def follow(
     if epoch and before is not None and (fall := (before - losses[epoch.total]) / abs(before)) > STILL_FALLING:
         log(f"{what}: the loss still fell by {fall:.1%} in the last third of the epochs: more of them would help")
     return epoch.state() if epoch and save is not None else None
-
-
-def minutes_since(started: float) -> str:
-    """Minutes and seconds since then."""
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    return f"{minutes}:{seconds:02d}"
 
 
 def plan_predictor(plan: TrainingPlan, device: str | torch.device = "cpu") -> Predictor | None:
@@ -285,46 +295,10 @@ def judge_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
 
 
-def guide_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
-    """Trains the sharp decoder's guide on images that the judge has not seen, on the first worker."""
-    if worker.rank:
-        return
-    split = images().take(np.flatnonzero(~in_judges_half(images().ids)))
-    truth = known_of(plan, split)
-    rows = np.flatnonzero((truth >= 0).any(1))
-    if not len(rows):
-        save_finished(plan.file("guide.safetensors"), {})
-        return
-    training = replace(JudgeTraining.for_images(len(rows)), precision=plan.precision)
-    net = new_guide(plan)
-    started = time.monotonic()
-    for report in train_attributes(net, split.pixels.numpy()[rows], truth[rows], training, "guide"):
-        worker.log(describe_update("guide", report, started))
-    save_finished(plan.file("guide.safetensors"), net.state_dict())
-
-
-def new_guide(plan: TrainingPlan) -> JudgeNet:
-    """An untrained guide: an output for each class and each attribute."""
-    outputs = len(plan.class_names) + len(plan.attributes)
-    return seeded(lambda: build_judge(plan.vae.image_shape, outputs), plan.sharp_training.seed, "guide", 0)
-
-
-def known_of(plan: TrainingPlan, split: LabelledImages) -> np.ndarray:
-    """Whether each image is of each class and has each attribute: (N, F) of 0 and 1, -1 where that is unknown."""
-    labels = split.labels.numpy()[:, None]
-    known = np.where(labels >= 0, labels == np.arange(len(plan.class_names)), -1)
-    listing = list_images(replace(plan.dataset, attributes=plan.attributes))
-    rows = pc.index_in(pa.array(split.ids), value_set=listing["image_id"])
-    columns = [listing[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in plan.attributes]
-    values = [np.where(np.isnan(column), -1, column == np.nanmax(column))[rows] for column in columns]
-    return np.stack([*known.T, *values], 1)
-
-
 def sharp_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the sharp decoder, on the first worker."""
     if not worker.rank:
-        guide = load_weights(lambda: new_guide(plan), plan.file("guide.safetensors"))
-        loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training, guide)
+        loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training, load_guide(plan))
         train_network(plan, worker, "sharp", "sharp decoder", loop, decoder_of)
 
 
@@ -343,12 +317,6 @@ def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) ->
     for report in train_judge(net, images.pixels[half].numpy(), labels, training):
         worker.log(describe_update("judge", report, started))
     return net
-
-
-def describe_update(what: str, report: Mapping[str, Any], started: float) -> str:
-    """A line of progress."""
-    update = f"update {report['update']}/{report['updates']}"
-    return f"{what}: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}"
 
 
 def train_stacks(
@@ -392,13 +360,15 @@ def encoded(plan: TrainingPlan) -> bool:
 
 
 def guided(plan: TrainingPlan) -> bool:
-    """Whether a guide is there, or no decoder needs it."""
-    return STAGES["sharp"].done(plan) or is_finished(plan.file("guide.safetensors"))
+    """Whether a guide is there, or no training needs it."""
+    needed = plan.vae.label_weight > 0 and not STAGES["vae"].done(plan)
+    return not (needed or not STAGES["sharp"].done(plan)) or is_finished(plan.file("guide.safetensors"))
 
 
 #: In the order in which they run.
 STAGES = {
     "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None),
+    "guide": Stage(guide_stage, guided),
     "vae": Stage(vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), lambda plan: VAE(plan.vae)),
     "encode": Stage(encode_stage, encoded),
     "latent": Stage(
@@ -411,7 +381,6 @@ STAGES = {
         lambda plan: build_judge(plan.vae.image_shape, len(plan.class_names)),
         by_member=True,  # the last worker trains it
     ),
-    "guide": Stage(guide_stage, guided),
     "sharp": Stage(
         sharp_stage,
         lambda plan: plan.decoder != "sharp" or is_finished(plan.file("sharp.safetensors")),

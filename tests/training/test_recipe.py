@@ -12,7 +12,9 @@ from pictures import write_images
 
 import clarity
 from clarity import data, storage
+from clarity.judges import JudgeNet
 from clarity.training import recipe
+from clarity.training.judge import JudgeTraining
 from clarity.training.loops import EnsembleTraining
 from clarity.training.plan import TrainingPlan, channels_for, plan_training
 from clarity.training.recipe import Trial, best_of, last_of_each_class, num_trials, search_recipe, with_recipe
@@ -33,6 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "ENSEMBLE_UPDATES": 30, "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
     }.items():  # fmt: skip
         monkeypatch.setattr(recipe, name, value)
+    monkeypatch.setattr(JudgeTraining, "for_images", classmethod(lambda cls, count: cls(updates=30)))
 
 
 def plan_of(folder: Path, out: Path, **fields: Any) -> TrainingPlan:
@@ -151,19 +154,33 @@ def test_labels_that_the_recipe_weighs_reach_each_training_of_a_vae(
     folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "CODES", ((3, 1.0, 5.0),))
-    given, train_vae = [], recipe.train_vae
+    given: dict[str, list[Any]] = {"known": [], "guide": [], "images": []}
+    train_vae, train_guide = recipe.train_vae, recipe.train_guide
 
-    def recorded(*args: Any, labels: Any = None, **options: Any) -> Any:
-        given.append(labels)
-        return train_vae(*args, labels=labels, **options)
+    def recorded(*args: Any, **options: Any) -> Any:
+        for name, values in given.items():
+            values.extend([options[name]] if name in options else [])
+        return train_vae(*args, **options)
+
+    def recorded_guide(plan: TrainingPlan, images: Any, log: Any) -> Any:
+        given["images"].append(images.ids)
+        return train_guide(plan, images, log)
 
     monkeypatch.setattr(recipe, "train_vae", recorded)
+    monkeypatch.setattr(recipe, "train_guide", recorded_guide)
     short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
     lines: list[str] = []
     model = clarity.train("folder", tmp_path / "out", data=folder, log=lines.append, **short)
-    assert [set(labels.tolist()) for labels in given] == [{0, 1, 2}]
+    assert [set(map(tuple, known.tolist())) for known in given["known"]] == [{(1, 0, 0), (0, 1, 0), (0, 0, 1)}]
+    assert [isinstance(guide, JudgeNet) for guide in given["guide"]] == [True]
+    # Validation images, the last fifth of each class, are not the search's guide's.
+    everything = data.list_images(data.open_dataset("folder", folder))
+    labels = data.label_indices(everything["label_name"], model.class_names).to_numpy(zero_copy_only=False)
+    left_out = {everything["image_id"][int(row)].as_py() for row in np.flatnonzero(last_of_each_class(labels))}
+    assert len(given["images"]) == 1 and not left_out & set(given["images"][0]) and left_out
     assert model.vae.config.label_weight == 5 and "label_weight" in model.card["vae"]
-    assert any(line.startswith("vae: epoch 1/1") and "  labels " in line for line in lines)
+    assert any(line.startswith("vae: epoch 1/1") and "  guide " in line and "  labels " in line for line in lines)
+    assert [line for line in lines if line.startswith("guide: update")]
 
 
 def test_finished_model_is_never_searched_again(folder: Path, tmp_path: Path) -> None:

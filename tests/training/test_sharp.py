@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from bars import arguments, bars, files_of, write_bars
+from bars import arguments, bars, files_of, guide_of, write_bars
 from torch import Tensor
 
 import clarity
@@ -20,12 +20,10 @@ from clarity.data import open_dataset
 from clarity.explainer import Explainer
 from clarity.ids import in_judges_half
 from clarity.images import encode_png
-from clarity.judges import build_judge
 from clarity.model import Model, load_tensors, save_model
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
 from clarity.training.directory import begin, finish
-from clarity.training.judge import JudgeTraining, train_attributes
 from clarity.training.loops import VAETraining
 from clarity.training.plan import TrainingPlan, plan_training
 from clarity.training.sharp import decoder_of, train_sharp
@@ -81,6 +79,23 @@ def test_finished_model_takes_a_sharp_decoder_and_keeps_all_else(folder: Path, t
     assert begin(plan_of(folder, tmp_path, "sharp")) and plan_of(folder, tmp_path, "plain").decoder == "sharp"
 
 
+def test_training_with_a_guide_goes_on_with_the_same_attributes_alone(folder: Path, tmp_path: Path) -> None:
+    for number, decoder in enumerate(("plain", "sharp")):
+        plan = plan_of(folder, tmp_path / str(number), decoder)
+        begin(plan)
+        wings = dataclasses.replace(plan, attributes=("wings",))
+        if decoder == "plain":
+            assert not begin(wings)
+        else:
+            with pytest.raises(ValueError, match="attributes is None there"):
+                begin(wings)
+    labelled = dataclasses.replace(plan.vae, label_weight=2.0)
+    plan = dataclasses.replace(plan, out=str(tmp_path / "labelled"), vae=labelled, decoder="plain")
+    begin(plan)
+    with pytest.raises(ValueError, match="attributes is None there"):
+        begin(dataclasses.replace(plan, attributes=("wings",)))
+
+
 def test_cut_training_of_the_decoder_ends_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,9 +138,7 @@ def test_guide_makes_pictures_show_what_images_show(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("clarity.training.sharp.GUIDE_WEIGHT", 0.5)
     images, labels = bars(90)
     vae = networks.small_vae("conv", (1, 8, 12))
-    guide, truth = build_judge((1, 8, 12), 3), (labels[:, None] == torch.arange(3)).numpy()
-    list(train_attributes(guide, images.numpy(), truth, JudgeTraining(updates=60, batch_size=30), "guide"))
-    guide.requires_grad_(False)
+    guide = guide_of(images, (labels[:, None] == torch.arange(3)).numpy())
     training = dataclasses.replace(TRAINING, epochs=20)
     told = []
     for each in (None, guide):
@@ -153,7 +166,7 @@ def test_guide_learns_what_is_known_of_images_that_the_judge_has_not_seen(
     fields = arguments(attributes=["wings"], decoder="sharp", recipe="paper")
     plan = plan_training(str(tmp_path.parent / "out"), dataset, None, **fields)
     given: list[Any] = []
-    monkeypatch.setattr("clarity.training.stages.train_attributes", lambda *all: given.extend(all) or [])
+    monkeypatch.setattr("clarity.training.guide.train_attributes", lambda *all: given.extend(all) or [])
     STAGES["guide"].run(plan, Worker(), lambda: load_images(plan, dataset))
     net, images, truth, _, name = given
     mine = [i for i in range(30) if not in_judges_half([names[i]])[0]]

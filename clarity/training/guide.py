@@ -1,0 +1,52 @@
+"""The guide: an image network of classes and attributes, which tells a decoder what its pictures are to show.
+
+It is trained on images that the judge has not seen, before what it guides, judges nothing, and is then dropped.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clarity.data import list_images
+from clarity.ids import in_judges_half
+from clarity.judges import JudgeNet, build_judge
+from clarity.training.evaluate import LabelledImages
+from clarity.training.judge import JudgeTraining, describe_update, train_attributes
+from clarity.training.loops import seeded
+from clarity.training.plan import TrainingPlan
+
+
+def new_guide(plan: TrainingPlan) -> JudgeNet:
+    """An untrained guide: an output for each class and each attribute."""
+    outputs = len(plan.class_names) + len(plan.attributes)
+    return seeded(lambda: build_judge(plan.vae.image_shape, outputs), plan.sharp_training.seed, "guide", 0)
+
+
+def train_guide(plan: TrainingPlan, images: LabelledImages, log: Callable[[str], None]) -> JudgeNet | None:
+    """A guide trained on what is known of those images that the judge does not see; None where nothing is."""
+    split = images.take(np.flatnonzero(~in_judges_half(images.ids)))
+    truth = known_of(plan, split)
+    rows = np.flatnonzero((truth >= 0).any(1))
+    if not len(rows):
+        return None
+    training = replace(JudgeTraining.for_images(len(rows)), precision=plan.precision)
+    net = new_guide(plan)
+    started = time.monotonic()
+    for report in train_attributes(net, split.pixels.numpy()[rows], truth[rows], training, "guide"):
+        log(describe_update("guide", report, started))
+    return net.requires_grad_(False)
+
+
+def known_of(plan: TrainingPlan, split: LabelledImages) -> np.ndarray:
+    """Whether each image is of each class and has each attribute: (N, F) of 0 and 1, -1 where that is unknown."""
+    labels = split.labels.numpy()[:, None]
+    known = np.where(labels >= 0, labels == np.arange(len(plan.class_names)), -1)
+    listing = list_images(replace(plan.dataset, attributes=plan.attributes))
+    rows = pc.index_in(pa.array(split.ids), value_set=listing["image_id"])
+    columns = [listing[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in plan.attributes]
+    values = [np.where(np.isnan(column), -1, column == np.nanmax(column))[rows] for column in columns]
+    return np.stack([*known.T, *values], 1)
