@@ -53,9 +53,10 @@ class Work:
 
 
 def shard_item(plan: Plan, shard: int, listing: pa.Table) -> dict[str, Any]:
-    """Input of ``read_shard``: the shard's number and its part of the listing."""
+    """Input of ``read_shard``: the shard's number and its part of the listing, compressed as the driver holds all."""
     span = plan.shards[shard]
-    return {"shard": shard, "listing": pack(listing[span["start"] : span["stop"]]).to_pybytes()}
+    part = listing[span["start"] : span["stop"]].combine_chunks()
+    return {"shard": shard, "listing": pack(part, compression="zstd").to_pybytes()}
 
 
 def read_shard(batch: pa.Table, work: Work) -> pa.Table:
@@ -155,16 +156,16 @@ def unpack_row(batch: pa.Table) -> dict[str, Any]:
     return row
 
 
-def pack(table: pa.Table) -> pa.Buffer:
+def pack(table: pa.Table, compression: str | None = None) -> pa.Buffer:
     """A table as bytes."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
     return sink.getvalue()
 
 
 def unpack(buffer: pa.Buffer) -> pa.Table:
-    """The inverse of ``pack``; a view where it can be one."""
+    """The inverse of ``pack``; a view of what was not compressed."""
     return pa.ipc.open_stream(buffer).read_all()
 
 

@@ -26,7 +26,7 @@ from clarity.planning import make_checks, make_plan
 from clarity.predictions import add_predictions, read_predictions
 from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
-from clarity.worker import ExplainShard, Work, read_shard, shard_item, write_shard
+from clarity.worker import ExplainShard, Work, read_shard, shard_item, unpack, write_shard
 
 
 @pytest.fixture
@@ -43,6 +43,19 @@ def work(tiny_digits_model: Path, tmp_path: Path) -> Any:
 
 def item(listing: pa.Table, work: Work, shard: int) -> pa.Table:
     return pa.Table.from_pylist([shard_item(work.plan, shard, listing)])
+
+
+def test_items_hold_a_small_part_of_the_listing(work: Any) -> None:
+    """The driver holds the item of each shard beside the listing."""
+    work, _ = work
+    ids = pa.array([f"photos/of/people/{row:08d}.png" for row in range(256)])
+    sizes = pa.array(np.random.default_rng(0).integers(10_000, 20_000, 256))
+    columns = [ids, ids, pa.array(np.zeros(256, int)), sizes, pa.array(["cat", "dog"] * 128)]
+    listing = pa.table(dict(zip(data.LISTING_COLUMNS, columns)))
+    plan = replace(work.plan, shards=[{"start": 0, "stop": 256, "ids": ""}])
+    packed = shard_item(plan, 0, listing)["listing"]
+    assert unpack(packed).equals(listing)
+    assert len(packed) < listing.nbytes / 4
 
 
 def note_of(batch: pa.Table) -> dict[str, Any]:

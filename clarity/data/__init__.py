@@ -26,6 +26,7 @@ from clarity.data.files import read_files
 from clarity.data.folder import folder_splits, list_folder
 from clarity.data.listing import (
     LISTING_COLUMNS,
+    PIECE,
     SPLIT_NAMES,
     Dataset,
     Source,
@@ -219,11 +220,11 @@ def listing_fingerprint(listing: pa.Table) -> str:
         digest.update(json.dumps([field.name, str(field.type), len(column)]).encode())
         digest.update(np.packbits(column.is_null().to_numpy()).tobytes())
         if pa.types.is_string(field.type):
-            digest.update(pc.binary_length(column.fill_null("")).to_numpy().astype("<i4").tobytes())
-            for start in range(0, len(column), 1 << 16):  # all at once they would take a hundred bytes each
-                digest.update("".join(text or "" for text in column[start : start + (1 << 16)].to_pylist()).encode())
+            digest.update(pc.binary_length(column).fill_null(0).to_numpy().astype("<i4"))
+            for start in range(0, len(column), PIECE):
+                digest.update("".join(text or "" for text in column[start : start + PIECE].to_pylist()).encode())
         else:
-            digest.update(column.cast(pa.int64(), safe=False).fill_null(0).to_numpy().astype("<i8").tobytes())
+            digest.update(column.cast(pa.int64(), safe=False).fill_null(0).to_numpy().astype("<i8"))
     return digest.hexdigest()
 
 

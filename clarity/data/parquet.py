@@ -60,7 +60,7 @@ def list_parquet(dataset: Dataset) -> pa.Table:
         tables.append(table)
         others += dropped
     try:
-        listing = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+        listing = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(f"attributes: expected one type in all files of {dataset.data}, found {error}") from None
     counts = {"rows whose split is none of train, validation and test": others}

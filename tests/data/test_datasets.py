@@ -1,13 +1,19 @@
 """What holds for every source: labels, fingerprints, reading in parts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from pictures import GREY, HEIGHT, WIDTH, opened, random_pixels, write_images
 
 from clarity import data
+from clarity.data.listing import require_unique
 from clarity.images import Preprocessing
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_label_indices_are_null_for_what_the_model_does_not_know() -> None:
@@ -38,6 +44,30 @@ def test_fingerprint_sees_each_change_and_no_chunks() -> None:
     for name, column in changed.items():
         others.append(listing.set_column(listing.schema.get_field_index(name), name, column))
     assert len({fingerprint, *map(data.listing_fingerprint, others)}) == 1 + len(others)
+
+
+def test_ids_with_equal_hashes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = pa.chunked_array([["a", "b"], ["c"]], pa.string())
+    monkeypatch.setattr("clarity.data.listing.hash", lambda text: 7, raising=False)
+    require_unique(ids, "here")
+    with pytest.raises(ValueError, match=r"found 1 duplicates \('b'\)"):
+        require_unique(pa.chunked_array([*ids.chunks, ["b"]], pa.string()), "here")
+
+
+def test_a_listing_is_checked_in_less_memory_than_it_takes() -> None:
+    code = (
+        "import re; import numpy as np; import pyarrow as pa; import pyarrow.compute as pc; from clarity import data\n"
+        "from clarity.data.listing import require_unique\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10\n"
+        "rows = pa.array(np.arange(1_000_000))\n"
+        "ids = pc.binary_join_element_wise('photos/of/people/', rows.cast(pa.string()), '.png', '')\n"
+        "listing = pa.table({'image_id': ids, 'location': ids, 'row': rows})\n"
+        "before = peak()\n"
+        "require_unique(listing['image_id'], 'here'); data.listing_fingerprint(listing)\n"
+        "print((peak() - before) / listing.nbytes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert float(done.stdout) < 0.5
 
 
 def test_reading_is_the_same_in_shards_of_any_size() -> None:
