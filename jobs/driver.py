@@ -81,7 +81,7 @@ def add_data_flags(parser: argparse.ArgumentParser, split: str, split_help: str)
     """Add ``--dataset``, ``--data``, ``--split`` and ``--columns`` in a group of their own, which is returned."""
     add = (group := parser.add_argument_group("data")).add_argument
     add("--dataset", default="digits", choices=list(data.SOURCES), help="Source of the images (default: digits).")
-    add("--data", metavar="URI", help="Path or s3:// URI of the images; required but for digits.")
+    add("--data", metavar="URI", help="Path or s3:// URI of the images; required except for digits.")
     add("--split", default=split, help=f"{split_help} (default: {split}).")
     about = "The data's names of image, label, image_id or split, as in image=img label=fine_label."
     add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=about)
@@ -298,6 +298,8 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     require_answer(os.environ.get("RAY_ADDRESS", ""))
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS", "local") == "local":  # which is silent while it waits for its processes
+        print("starting Ray", flush=True)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     interruptible()
     try:
@@ -425,7 +427,7 @@ def request_first_node(alive: Callable[[], list[dict[str, float]]], gpus: float 
     """Ask the autoscaler for a node with a CPU and ``gpus`` GPUs, and wait until one is alive."""
     import ray.autoscaler.sdk
 
-    print("no node offers a CPU yet; the autoscaler is asked for one", flush=True)
+    print("no node offers a CPU yet; asking the autoscaler for one", flush=True)
     ray.autoscaler.sdk.request_resources(bundles=[{"CPU": 1} | ({"GPU": math.ceil(gpus)} if gpus else {})])
     end = time.monotonic() + FIRST_NODE_S
     while not any(node.get("CPU") for node in alive()) and time.monotonic() < end:

@@ -339,7 +339,11 @@ def train_stacks(
             for m, member in zip(members, member_states(state, len(members))):
                 save_tensors(plan.member_file(kind, m), member)
 
-        some = f"{len(members)} of {count} members" if len(members) > 1 else f"member {members[0]} of {count}"
+        some = f"member {members[0] + 1} of {count}"
+        if len(members) > 1:
+            some = (
+                f"all {count} members" if len(members) == count else f"this worker's {len(members)} of {count} members"
+            )
         log = worker.log if worker.rank == 0 or stack_size < count else (lambda line: None)
         epochs = loop(members, states={m: states[m] for m in members} if states[members[0]] else None)
         final = follow(epochs, f"{kind} classifiers ({some})", log, save)

@@ -180,7 +180,7 @@ def test_job_is_told_how_many_nodes_may_come(tiny_digits_model: Path, tmp_path: 
         assert "--max-nodes" in blind.stdout
         run = submit(env, *argv, "--max-nodes", "2")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "the autoscaler is asked for one" in run.stdout
+    assert "asking the autoscaler for one" in run.stdout
     assert json.loads((out / "summary.json").read_text())["resources"]["num_nodes"] == 2
 
 
