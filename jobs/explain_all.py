@@ -54,7 +54,13 @@ def new_parser() -> ArgumentParser:
     add("--min-target-prob", type=driver.number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
     driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
     driver.add_config_flags(search, Requirements())
-    add("--keep", nargs="+", default=[], metavar="NAME", help="Attributes of the model's heads not to change.")
+    add(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Attributes that must not change; the model needs heads for them.",
+    )
     add("--engine", default="auto", choices=["auto", *ENGINES], help="Search engine (default: auto, the fastest).")
     add("--trace", type=int, default=0, metavar="N", help="Trace the searches of the first N images (default: 0).")
     add = parser.add_argument_group("output").add_argument

@@ -52,6 +52,8 @@ SAME_NAMES = [
     "decoder",
     "precision",
 ]
+#: What the trainings' flags train, by their prefix.
+NETWORKS = {"vae": "VAE", "ensemble": "ensemble", "image": "image ensemble"}
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
 
@@ -71,15 +73,15 @@ def new_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--vae", default="conv", choices=list(VAES), help="Architecture of the VAE (default: conv).")
     about = (
-        "Latent dimensions, weights of the KL term and of labels, adversary's step and hidden layers that are not "
-        "given: the paper's, or (auto) searched (default: paper for digits, mnist and beta_vae, else auto)."
+        "Source of latent dimensions, KL and label weights, adversary's step and hidden layers that are not given: the "
+        "paper, or a search (auto) (default: paper for digits, mnist and beta_vae, else auto)."
     )
     add("--recipe", choices=RECIPES, help=about)
     add("--latent-dim", **number, help=f"Latent dimensions ({of_vaes('latent_dim')}).")
     add("--channels", nargs="+", **number, help=f"Channels of the encoder ({of_vaes('channels')}).")
     add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
     about = (
-        "Weight of labels and --attributes in the VAE's training: its codes know them, and its pictures show them "
+        "Weight of labels and --attributes in the VAE's training, so that codes know them and pictures show them "
         "(default: 0; auto tries 10)."
     )
     add("--label-weight", type=float, metavar="X", help=about)
@@ -95,7 +97,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--hidden", nargs="*", **number, help=about)
     about = "Members of an image ensemble, for the methods that need one (default: 0)."
     add("--image-members", default=0, **number, help=about)
-    about = "Ensembles that each leave out a part of the training split, to explain it with (default: 0)."
+    about = "Ensembles that each leave out a part of the training split, to explain that part with (default: 0)."
     add("--folds", default=0, **number, help=about)
     about = "Updates of the held-out judge; 0: no judge (default: by the number of images)."
     add("--judge-updates", **number, help=about)
@@ -104,7 +106,7 @@ def new_parser() -> argparse.ArgumentParser:
     about = "What draws the pictures: the VAE's own decoder, or a sharp one, trained after it (default: plain)."
     add("--decoder", default="plain", choices=DECODERS, help=about)
     for prefix, training in TRAININGS.items():
-        group = parser.add_argument_group(f"training of the {prefix}")
+        group = parser.add_argument_group(f"training of the {NETWORKS[prefix]}")
         driver.add_config_flags(group, training, f"{prefix}_", ["seed"])
     # What is not given stays None: a number of epochs alone is meant as such, whatever min_updates is by default.
     parser.set_defaults(**dict.fromkeys(training_flags()))
@@ -114,7 +116,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--seed", default=seed, **number, help=f"Random seed of the training (default: {seed}).")
     about = "Precision of convolutions; auto: bf16 on GPUs, else fp32 (default: auto)."
     add("--precision", default="auto", choices=PRECISIONS, help=about)
-    about = "Training processes (default: one a GPU, else one a CPU; for the VAE one a node)."
+    about = "Training processes (default: one per GPU, else one per CPU; for the VAE one per node)."
     add("--workers", **number, help=about)
     add("--dry-run", action="store_true", help="Say what the training would cost on this machine, and train nothing.")
     return parser
@@ -210,7 +212,7 @@ def describe_costs(found: Sequence[Cost]) -> list[str]:
     minutes = sum(cost.seconds for cost in found) / 60
     return [
         *lines,
-        f"about {minutes:.0f} minutes by this machine's processor; measuring and the trials' searches apart",
+        f"about {minutes:.0f} minutes on this machine's processor, without measuring and the trials' searches",
     ]
 
 
@@ -292,10 +294,10 @@ def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
     """How far the ensemble may speak for the predictor, by the card."""
     if "codes" not in told:
         return [f"predictor  {told['name']}, no held-out image to compare the ensemble with it"]
-    shares = [f"{told[name]['agreement']:.2%} on {name}" for name in ("codes", "reconstructions", "perturbed")]
+    shares = [f"{told[name]['agreement']:.2%} of {name}" for name in ("codes", "reconstructions", "perturbed")]
     lines = [
-        f"predictor  the ensemble agrees in {', '.join(shares)} codes; {told['images']} held-out images",
-        f"{'':<10} reconstructing changes what it sees in {1 - told['reconstructing']['agreement']:.2%}",
+        f"predictor  the ensemble agrees on {', '.join(shares)} codes; {told['images']} held-out images",
+        f"{'':<10} the reconstruction alone changes its answer on {1 - told['reconstructing']['agreement']:.2%}",
     ]
     if confused := told["confused"]:
         pairs = [f"{name} seen as {other} in {share:.0%}" for name, other, share in confused[:SHOWN_CLASSES]]

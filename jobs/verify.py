@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Verify an audit against its plan: files, sums, images, pairs, order and contents; decode a sample again.
+"""Verify an audit against its plan: files, checksums, images, pairs, order and contents; decode a sample again.
 
 Exit codes: 0 complete and sound, 1 not, 2 no audit there.
 """
