@@ -36,7 +36,7 @@ CODES: dict[str, Column] = {
     "probs": Column("float[K]", "mean class probabilities of the latent ensemble"),
     "predictive": Column("float", "predictive uncertainty: entropy of probs, in nats"),
     "aleatoric": Column("float", "aleatoric uncertainty: mean entropy over the members, in nats"),
-    "epistemic": Column("float", "epistemic uncertainty: predictive minus aleatoric, in nats"),
+    "epistemic": Column("float", "epistemic uncertainty, the members' disagreement: predictive minus aleatoric"),
     "z": Column("float[D]", "latent code: the posterior mean"),
     "reconstruction_l1": Column("float", "sum over pixels of |decode(z) - x|, pixels in [0, 1]"),
     "status": Column("string", "ok, or error if the image could not be read", True),

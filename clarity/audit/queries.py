@@ -28,20 +28,20 @@ class PairFigure(NamedTuple):
 
 #: Columns of the view class_pair_figures that ``plots.class_pairs`` and the report show.
 PAIR_FIGURES = {
-    "strict_validity": PairFigure("Strict validity", "share of pairs", "pairs that converged", True),
+    "strict_validity": PairFigure(
+        "Converged", "share of pairs", "searches in which the target reached the requested probability", True
+    ),
     "reencoded_agreement": PairFigure(
-        "Re-encoded agreement", "share of pairs", "pairs classified as their target after encoding again", True
+        "Survived re-encoding", "share of pairs", "pictures still classified as the target when encoded again", True
     ),
     "judge_agreement": PairFigure(
-        "Judge agreement", "share of pairs", "pairs that a held-out network classifies as their target", True
+        "Judge sees the target", "share of pairs", "pictures that a held-out network classifies as the target", True
     ),
-    "confirmed_share": PairFigure(
-        "Confirmed", "share of pairs", "pairs whose written picture passed every check", True
-    ),
-    "median_steps": PairFigure("Steps", "updates, median of converged pairs", "number of updates of the search"),
+    "confirmed_share": PairFigure("Confirmed", "share of pairs", "pictures that passed every check", True),
+    "median_steps": PairFigure("Steps", "updates, median of converged pairs", "length of the search"),
     "median_distance": PairFigure("Latent distance", "L1, median of converged pairs", "size of the change"),
-    "epistemic_initial": PairFigure("Epistemic before", "nats, median", "epistemic uncertainty of the images"),
-    "epistemic_final": PairFigure("Epistemic after", "nats, median", "epistemic uncertainty of the counterfactuals"),
+    "epistemic_initial": PairFigure("Disagreement before", "nats, median", "the ensemble's, about the images"),
+    "epistemic_final": PairFigure("Disagreement after", "nats, median", "the ensemble's, about the counterfactuals"),
     "pairs": PairFigure("Pairs", "count", "number of pairs"),
 }
 

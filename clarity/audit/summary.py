@@ -75,7 +75,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     ]
     if given := summary.get("predictions"):
         agree = share(given["agree"], given["images"])
-        lines.append(f"predicted  {given['images']}; the ensemble sees the same in {agree}")
+        lines.append(f"predicted  {given['images']}; the ensemble predicts the same for {agree}")
     lines += [
         f"pairs      {summary['pairs']}, {summary['nonfinite']} not finite",
         f"converged  {share(summary['converged'], summary['pairs'])}",
@@ -94,13 +94,13 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s",
         f"stages     {', '.join(stages)} (seconds, summed over the processes)",
         f"engine     {', '.join(engines) or 'none'}",
-        f"verified   sums, keys, order, contents; {summary['redecoded']} pairs decoded again",
+        f"verified   checksums, keys, order, contents; {summary['redecoded']} pairs decoded again",
         *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
     if summary.get("unsound"):
         lines.append(f"TAKEN BACK {summary['unsound']} unsound shards; the same command redoes them")
     if summary.get("committed", 0) < summary.get("planned", 0):
-        lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command goes on")
+        lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command resumes")
     return "\n".join(lines)
 
 
@@ -116,7 +116,7 @@ def unreached(summary: Mapping[str, Any]) -> str:
     reach, converged, pairs = (summary.get(name) for name in ("target_prob_p5", "converged", "pairs"))
     if not pairs or reach is None or converged >= 0.9 * pairs:
         return ""
-    told = f"{share(pairs - converged, pairs)} of the targets are out of reach; 95 % of the pairs get {reach:.3f}"
+    told = f"{share(pairs - converged, pairs)} of the targets are out of reach; 95 % of the pairs reach {reach:.3f}"
     # Below one half another class may be as likely: no threshold to recommend.
     threshold = f", or {reach - 0.005:.2f}" if reach > 0.505 else ""
     return f"{told}: try --min-target-prob auto{threshold}"

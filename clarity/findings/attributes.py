@@ -40,8 +40,8 @@ def check_attributes(facts: Facts) -> Outcome:
         f"{facts.arrow((source, target))} should leave “{attribute}” alone, but moves its probability by "
         f"{mean:+.2f} on average and flips it in {percent(flipped, len(change))} of "
         f"{plural(len(change), 'pair')}.{others}",
-        f"Signed-rank tests of {len(rows):,} attributes of class pairs, Holm-corrected: at most 5 % of audits "
-        "without any drift would show one. The attributes are one network's view.",
+        f"Signed-rank tests of {len(rows):,} combinations of attribute and class pair, Holm-corrected: at most 5 % of "
+        "audits without any drift would show one. Attributes are as one network sees them.",
         tuple(dict.fromkeys((row[1], row[2]) for _, row in drifting))[:6],
         figures={"drift": mean, "attributes": len(names), "comparisons": len(rows)},
     )
@@ -78,11 +78,11 @@ def check_kept(facts: Facts) -> Outcome:
         0.5 if max(shares) > MOST_FLIPPED else 0.3,
         f"Keeping {listed(list(facts.keep))} leaves {plural(missed, 'pair')} out of reach",
         f"With {plural(len(facts.keep), 'attribute')} kept, {percent(missed, facts.num_pairs)} of "
-        f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Decoded and encoded again, "
-        f"the kept attribute flips: {listed(losses)}."
-        + (f" For the held-out judge of attributes it flips: {listed(seen)}." if seen else ""),
+        f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Once decoded and "
+        f"encoded again, kept attributes flip: {listed(losses)}."
+        + (f" According to the held-out judge of attributes they flip: {listed(seen)}." if seen else ""),
         f"Counted; expected out of reach for similar images: {share_text(missed, facts.num_pairs)}. Flips "
-        "are those of the model's linear heads: an attribute is kept only as far as the code knows it.",
+        "are measured by the model's linear heads: an attribute is kept only as far as the code represents it.",
         figures={"missed": missed, "flipped": flips, "judged": judged},
     )
 

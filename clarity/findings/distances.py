@@ -25,7 +25,7 @@ def check_extremes(facts: Facts) -> Outcome:
     failing = ranked(np.where((pairs >= MIN_DESCRIBED) & ~converged, -facts.pairs["strict_validity"], np.nan))
     if np.isfinite(described).sum() < 3:
         return NotChecked(
-            f"fewer than three class pairs have {MIN_DESCRIBED} pairs and mostly converge, which a comparison needs"
+            f"a comparison needs three class pairs of at least {MIN_DESCRIBED} pairs that mostly converge"
         )
     usual = float(np.nanmedian(described))
     found = []
@@ -36,17 +36,17 @@ def check_extremes(facts: Facts) -> Outcome:
         first = order[0]
         beside = ""
         if failing and kind == "hardest":
-            beside = f" {plural(len(failing), 'class pair')} that mostly fail are not in this order: "
-            beside += f"{listed([facts.arrow(pair) for pair in failing[:3]])}."
+            beside = f" Not ranked, with more failures than successes: {plural(len(failing), 'class pair')} "
+            beside += f"({listed([facts.arrow(pair) for pair in failing[:3]])})."
         found.append(
             Finding(
                 kind,
                 severity,
                 f"{adjective.capitalize()} change: {facts.arrow(first)}",
                 f"{facts.arrow(first)} has the {adjective} median latent distance of {len(order)} class pairs: "
-                f"{distance[first]:.1f} in {steps[first]:.0f} steps, against {usual:.1f} for the middle one. "
+                f"{distance[first]:.1f} in {steps[first]:.0f} steps, where the median class pair has {usual:.1f}. "
                 f"Next: {listed([facts.arrow(pair) for pair in order[1:4]])}.{beside}",
-                "A description: no test says that class pairs next to each other in this order differ.",
+                "Descriptive: class pairs close to each other in this order may not differ significantly.",
                 tuple(order[:6]),
                 figures={"distance": float(distance[first]), "usual": usual},
             )
@@ -85,7 +85,7 @@ def check_asymmetry(facts: Facts) -> Outcome:
         )
     others = ""
     if asymmetric[1:]:
-        others = f" {plural(len(asymmetric) - 1, 'other class pair')} likewise: "
+        others = f" The same holds for {plural(len(asymmetric) - 1, 'other class pair')}: "
         others += f"{listed([facts.arrow(pair) for pair in asymmetric[1:4]])}."
     return Finding(
         "asymmetry",

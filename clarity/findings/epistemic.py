@@ -24,7 +24,7 @@ def check_epistemic(facts: Facts) -> Outcome:
     target, source, prob, final = (np.asarray(columns[name]) for name in columns)
     if not len(final):
         nothing = not np.nansum(facts.pairs["converged"])
-        return NotChecked("no search converged" if nothing else "a single classifier has no epistemic uncertainty")
+        return NotChecked("no search converged" if nothing else "a single classifier has no disagreement")
     columns = facts.con.execute(
         "SELECT class, prob, epistemic FROM codes JOIN ensemble USING (image_id) WHERE epistemic IS NOT NULL"
     ).fetchnumpy()
@@ -44,7 +44,7 @@ def check_epistemic(facts: Facts) -> Outcome:
             escaping.append((float(beyond.mean()), t, len(beyond), float(np.median(final[mine])), most, sources))
     if not compared:
         return NotChecked(
-            f"fewer than {MIN_IMAGES} images are as sure as the counterfactuals, or no target has {MIN_COUNTERFACTUALS}"
+            f"{MIN_IMAGES} images as certain as the counterfactuals, and {MIN_COUNTERFACTUALS} of these, are needed"
         )
     if not escaping:
         return []
@@ -55,9 +55,9 @@ def check_epistemic(facts: Facts) -> Outcome:
         "epistemic",
         min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
         f"Explanations towards {facts.name(t)} leave the training data",
-        f"{percent(share)} of the counterfactuals towards {facts.name(t)} have more epistemic uncertainty than 95 "
-        f"% of the images that the ensemble is as sure of (median {number(after)} nats; the images' 95 % quantile "
-        f"{number(most)}). Targets concerned: {names}.",
+        f"On {percent(share)} of the counterfactuals towards {facts.name(t)} the members of the ensemble disagree more "
+        f"than on 95 % of the images that it is as sure of (median {number(after)} nats; the images' 95 % quantile is "
+        f"{number(most)}). Affected targets: {names}.",
         f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
         f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
         tuple((s, entry[1]) for entry in escaping[:3] for s in entry[5][:3]),

@@ -18,7 +18,7 @@ def check_labels(facts: Facts) -> Outcome:
     if not images:
         return NotChecked("no image has a label")
     if images < MIN_LABELLED:
-        return NotChecked(f"{plural(images, 'image has', 'images have')} a label, {MIN_LABELLED} are needed")
+        return NotChecked(f"only {plural(images, 'image has', 'images have')} a label; {MIN_LABELLED} are needed")
     label, source = (facts.suspicion[name].to_numpy() for name in ("label", "source"))
     agreement = float((label == source).mean())
     if agreement < MIN_AGREEMENT:
@@ -43,12 +43,12 @@ def check_labels(facts: Facts) -> Outcome:
         f"{plural(count, 'label')} {'looks' if count == 1 else 'look'} wrong",
         f"{plural(count, 'image')} of {images:,} labelled ones ({percent(share)}) "
         f"{'carries' if count == 1 else 'carry'} a label that the ensemble and the nearest images contradict. "
-        f"First: {first['image_id']} is labelled {facts.name(first['label'])}; the ensemble predicts "
+        f"The most suspicious: {first['image_id']} is labelled {facts.name(first['label'])}; the ensemble predicts "
         f"{facts.name(first['source'])} and gives the label a probability of {probability(first['label_prob'])}."
         f"{trained}",
         f"The ensemble predicts "
-        f"{share_text(agreement * images, images)} of the labels. In simulations with correct labels up to one in "
-        "a thousand was called wrong; an unusual image may have the right label: look at it.",
+        f"{share_text(agreement * images, images)} of the labels. In simulations with correct labels, up to one in "
+        "a thousand was called wrong; an unusual image may be labelled correctly: look at it.",
         tuple(pairs)[:6],
         tuple((row["image_id"], row["label"]) for row in rows),
         {"images": count, "share": share},

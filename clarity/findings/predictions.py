@@ -31,15 +31,15 @@ def check_predictions(facts: Facts) -> Outcome:
             "AS flipped FROM counterfactuals GROUP BY image_id) WHERE flipped IS NOT NULL"
         )
         sentence += (
-            ", whose gradient leads the search, predicts the class that your model predicts. The reconstruction alone "
-            f"changes your model's answer to a target on {flipped:,} of {plural(images, 'image')} "
-            f"({percent(flipped, images)}): there a flip proves nothing."
+            f", whose gradient leads the search, predicts the same class as your model. On {flipped:,} of "
+            f"{plural(images, 'image')} ({percent(flipped, images)}) the reconstruction alone turns your model's "
+            "answer into a target: there a flip proves nothing."
         )
     else:
-        sentence += " predicts the class that your model predicts; an explanation speaks for your model only there."
+        sentence += " predicts the same class as your model; only there does an explanation speak for your model."
     if same < total:
         worst = [f"{facts.name(row[0])} ({percent(row[2], row[1])})" for row in rows[:3] if row[2] < row[1]]
-        sentence += f" Least agreement where your model predicts {listed(worst)}."
+        sentence += f" Agreement is lowest where your model predicts {listed(worst)}."
         counts = facts.rows(
             "SELECT sum(images), sum(images) FILTER (prediction = label), sum(images) FILTER (source = label) "
             "FROM prediction_agreement WHERE prediction <> source AND label IS NOT NULL"
@@ -48,12 +48,12 @@ def check_predictions(facts: Facts) -> Outcome:
         if labelled:
             sentence += (
                 f" Of {labelled:,} labelled images where the two differ, the label is your model's class in "
-                f"{theirs:,}, the ensemble's in {ours:,}, neither in {labelled - theirs - ours:,}."
+                f"{theirs:,}, the ensemble's in {ours:,}, neither's in {labelled - theirs - ours:,}."
             )
     return Finding(
         "predictions",
         0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
-        f"The ensemble agrees with your model on {percent(same, total)}",
+        f"The ensemble agrees with your model on {percent(same, total)} of the images",
         sentence,
         f"Counted; expected for similar images: {share_text(same, total)}.",
         tuple(dict.fromkeys((seen, prediction) for _, prediction, seen in examples)),

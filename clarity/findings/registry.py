@@ -43,7 +43,7 @@ CHECKS = {
     "epistemic": Check(
         check_epistemic,
         "targets whose explanations leave the training data",
-        "The members disagree about counterfactuals no more than about images of the same probability.",
+        "The members disagree about counterfactuals no more than about images that they are as sure of.",
     ),
     "reencoding": Check(
         check_reencoding,
@@ -98,5 +98,5 @@ def lowered(finding: Finding) -> Finding:
     """A finding that rests on a model to be read with care, which is no alert."""
     if finding.severity <= MAX_WITH_CARE:
         return finding
-    why = " Severity lowered: the verdict on the model is with care."
+    why = " Severity lowered, because the verdict on the model is “with care”."
     return replace(finding, severity=MAX_WITH_CARE, evidence=finding.evidence + why)

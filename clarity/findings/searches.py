@@ -27,7 +27,7 @@ def check_unread(facts: Facts) -> Outcome:
                 0.5 + 0.5 * min(1.0, 10 * failed / images),
                 f"{plural(failed, 'image')} could not be read",
                 f"{failed:,} of {plural(images, 'image')} ({percent(failed, images)}) were not explained: {reasons}"
-                f"{' and other reasons' if len(rows) > 3 else ''}. First: {rows[0][2]}.",
+                f"{' and other reasons' if len(rows) > 3 else ''}. The first is {rows[0][2]}.",
                 COUNTED,
                 figures={"images": images, "failed": failed},
             )
@@ -68,10 +68,10 @@ def check_unconverged(facts: Facts) -> Outcome:
         else ""
     )
     if share_beyond:  # a model that sees nothing in real images has no threshold to ask for
-        asks = ": a threshold for each class (--min-target-prob auto) asks for what they get."
+        asks = ": --min-target-prob auto asks only for what real images of each class get."
         reason += "." if facts.verdict.level == "no-go" else asks
     if facts.keep:
-        reason += f" The search kept {listed(list(facts.keep))}, which puts pairs out of reach."
+        reason += f" The search kept {listed(list(facts.keep))}, which puts some pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach
     # for real images too, or that is the price of kept attributes.
     most_severe = 0.95 if mostly.any() and share_beyond < 0.5 and not facts.keep else 0.65

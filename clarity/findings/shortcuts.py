@@ -35,7 +35,7 @@ def check_shortcuts(facts: Facts) -> Outcome:
             alarm = (
                 found["concentration"] >= MIN_FLATNESS and found["spread"] <= MAX_SPREAD and found["real"] >= MIN_REAL
             )
-            shape, title = "tint", f"{'Shortcut: a' if alarm else 'A'} tint decides for {name}"
+            shape, title = "tint", f"{'Shortcut: a' if alarm else 'A'} tint determines {name}"
             shift = ", ".join(f"{value:+.2f}" for value in found["tint"])
             colours = "red, green, blue " if len(found["tint"]) == 3 else "brightness "
             sentence = (
@@ -43,20 +43,20 @@ def check_shortcuts(facts: Facts) -> Outcome:
                 f"({colours}{shift} of full scale), which is {percent(found['concentration'])} of their mean change. "
                 f"{real}{percent(found['real'])} is such a shift."
             )
-            why = "; so even a shift is hardly natural"
+            why = ". So even a shift is hardly natural"
         elif found := region_of(differences, target):
             alarm = found["border"] and found["variation"] <= MAX_VARIATION
             top, bottom, left, right = found["box"]
             height, width = differences.target_mean.shape[2:]
             where = position((top + bottom) / 2 / height, (left + right) / 2 / width)
-            shape, title = "patch", f"{'Shortcut: a patch' if alarm else 'One region'} {where} decides for {name}"
+            shape, title = "patch", f"{'Shortcut: a patch' if alarm else 'One region'} {where} determines {name}"
             sentence = (
                 f"Counterfactuals towards {name} change the same region regardless of the start: "
                 f"{percent(found['concentration'])} of their mean change lies in {percent(found['area'])} of the "
                 f"picture, {where} (rows {top}–{bottom - 1}, columns {left}–{right - 1}). "
                 f"{real}{percent(found['real'])} lies there."
             )
-            why = "; the same values at the border whatever the start are hardly natural"
+            why = ". The same values at the border, whatever the start, are hardly natural"
         else:
             continue
         pairs = np.nan_to_num(facts.pairs["pairs"][:, target])
@@ -67,7 +67,7 @@ def check_shortcuts(facts: Facts) -> Outcome:
                 0.95 if alarm else 0.35,
                 title,
                 sentence + (f" The model may have learned a {shape} instead of the class." if alarm else ""),
-                "A mean over the sampled pairs. That it decides is measured; whether it should is yours to judge"
+                "A mean over the sampled pairs. That it matters is measured; whether it should is for you to judge"
                 f"{why if alarm else ''}.",
                 tuple((source, target) for source in sources),
                 figures={"target": target, "shape": shape, **found},

@@ -24,7 +24,7 @@ GUESSED, BEYOND = "no-go: no better than guessing", "out of reach"
 OPENINGS = {
     "no-go": "No-go: this model is not good enough for an audit",
     "with care": "With care: read this audit with reservations",
-    "sound": "Sound: the held-out figures show no reason against an audit of this model",
+    "sound": "Sound: the held-out figures give no reason against an audit of this model",
 }
 REMEDY = (
     "the code loses what separates the classes. A longer code (--latent-dim), a smaller --beta or a smaller "
@@ -96,18 +96,18 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
             care.append(f"it is {100 * behind:.0f} points behind logistic regression on principal components: {remedy}")
         if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
             error = percent(reconstruction["vae"], reconstruction["mean_image"])
-            care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the images")
+            care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the detail")
         judge = evaluation.get("judge")
         if judge and judge["accuracy"] - judge["accuracy_on_reconstructions"] > MAX_LOST:
             care.append(
                 f"the judge recognises {percent(judge['accuracy'])} of the images, but only "
-                f"{percent(judge['accuracy_on_reconstructions'])} of their reconstructions: pictures lose what tells "
-                "the classes"
+                f"{percent(judge['accuracy_on_reconstructions'])} of their reconstructions: pictures lose what "
+                "tells the classes apart"
             )
         if unreachable:
             care.append(
                 f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "
-                f"tenths of the real images get less than {MIN_REACHED:g}, and explanations exceed them"
+                f"tenths of their real images get a probability below {MIN_REACHED:g}, which explanations must exceed"
             )
     level = "no-go" if no_go else "with care" if care else "sound"
     reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
@@ -118,8 +118,8 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
 def judge_fidelity(told: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
     """How far the ensemble may speak for the predictor: reasons for no-go, for with care, and figures."""
     same, agree = told["reconstructing"]["agreement"], told["codes"]["agreement"]
-    lost = f"your model sees only {percent(same)} of the reconstructions as it sees the images"
-    unlike = f"the ensemble predicts what your model does on only {percent(agree)} of the images"
+    lost = f"your model keeps its answer on only {percent(same)} of the reconstructions"
+    unlike = f"the ensemble predicts the same class as your model on only {percent(agree)} of the images"
     perturbed = percent(told["perturbed"]["agreement"])
     note = f"{plural(told['images'], 'image')}, KL {number(told['codes']['kl'])} nats; on perturbed codes {perturbed}"
     no_go = [lost] if same < MIN_RECONSTRUCTED else []
@@ -171,24 +171,25 @@ def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: floa
     right, count = evaluation["correct"], evaluation["images"]
     bounds = share_interval(right, count)
     rows = [
-        ("Accuracy", percent(right, count), f"{interval(*bounds)}, {plural(count, 'image')}"),
+        ("Accuracy", percent(right, count), f"{interval(*bounds)}; {plural(count, 'image')}"),
         ("Balanced accuracy", percent(balanced), interval(low, high)),
     ]
     if majority := evaluation.get("majority"):
-        rows.append(("Most frequent class", percent(majority["share"]), str(majority["class"])))
+        name = f"Always answering “{majority['class']}”"
+        rows.append((name, percent(majority["share"]), "accuracy; the most frequent class"))
     if baseline := evaluation.get("baseline"):
-        note = f"balanced; logistic regression on {plural(baseline['components'], 'principal component')}"
+        note = f"balanced accuracy; logistic regression on {plural(baseline['components'], 'principal component')}"
         rows.append(("Baseline", percent(baseline["balanced_accuracy"]), note))
     error = (((card.get("metrics") or {}).get("ensemble")) or {}).get("calibration_error")
     if error is not None:
-        rows.append(("Calibration error", percent(error), "confidence minus accuracy, 15 bins"))
+        rows.append(("Calibration error", percent(error), "gap between confidence and accuracy, 15 bins"))
     if reconstruction := evaluation.get("reconstruction"):
         note = (
-            f"of the mean image's squared error; a linear code of {plural(reconstruction['latent_dim'], 'number')} has "
+            f"of the mean image's squared error; with {plural(reconstruction['latent_dim'], 'principal component')} "
             f"{percent(reconstruction['linear_code'], reconstruction['mean_image'])}"
         )
         rows.append(("Reconstruction error", percent(reconstruction["vae"], reconstruction["mean_image"]), note))
     if judge := evaluation.get("judge"):
-        note = f"a held-out network; {percent(judge['accuracy_on_reconstructions'])} on reconstructions"
+        note = f"accuracy of a held-out network; {percent(judge['accuracy_on_reconstructions'])} on reconstructions"
         rows.append(("Judge", percent(judge["accuracy"]), note))
     return rows

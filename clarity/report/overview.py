@@ -76,18 +76,17 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[
     if total["checked"]:
         note = f"passed every check, {total['went_on']:,} after a further search"
         figures.append(("Confirmed", *share_of_pairs("confirmed", "checked", note)))
-    note = (
-        f"still the target once encoded again, with a median probability of {text_of(total['reencoded'], probability)}"
-    )
+    survived = f"still seen as the target, with a median probability of {text_of(total['reencoded'], probability)}"
     distance = f"median latent distance {text_of(total['median_distance'])}"
-    before = f"median after; before {text_of(total['epistemic_initial'])}"
+    before = f"median, nats; before the search {text_of(total['epistemic_initial'])}"
+    reached = f"{lost:,} did not reach" if lost else "all reached"
     figures += [
         ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
         ("Counterfactuals", f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),
-        ("Strict validity", *share_of_pairs("converged", "pairs", f"{lost:,} did not" if lost else "all converged")),
-        ("Re-encoded agreement", *share_of_pairs("reencoded_as_target", "pairs", note)),
+        ("Converged", *share_of_pairs("converged", "pairs", f"{reached} the requested probability")),
+        ("Survived re-encoding", *share_of_pairs("reencoded_as_target", "pairs", survived)),
         ("Median steps", text_of(total["median_steps"]), distance if total["converged"] else "nothing converged"),
-        ("Epistemic, nats", text_of(after), before if after else "a single classifier has none"),
+        ("Ensemble's disagreement", text_of(after), before if after else "a single classifier has none"),
     ]
     if total["labelled"]:
         differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not, by "

@@ -135,10 +135,10 @@ const pairsAt = (s, t, a) => `${textAt("pairs", s, t, a)} pair${data.audits[a].p
 function describe(s, t, a) {
   if (data.audits[a].pairs[s][t] === null) return "no pairs";
   const text = (key) => textAt(key, s, t, a);
-  return `${pairsAt(s, t, a)}, strict validity ${text("strict_validity")}, re-encoded agreement ${text("reencoded_agreement")}, ` +
-    (mapOf.judge_agreement ? `judge agreement ${text("judge_agreement")}, ` : "") +
+  return `${pairsAt(s, t, a)}, ${text("strict_validity")} converged, ${text("reencoded_agreement")} survived re-encoding, ` +
+    (mapOf.judge_agreement ? `the judge sees the target in ${text("judge_agreement")}, ` : "") +
     (text("median_steps") === "–" ? "nothing converged" : `median ${text("median_steps")} steps over a latent distance of ${text("median_distance")}`) +
-    (text("epistemic_final") === "–" ? "" : `, epistemic ${text("epistemic_initial")} → ${text("epistemic_final")} nats`);
+    (text("epistemic_final") === "–" ? "" : `, disagreement ${text("epistemic_initial")} → ${text("epistemic_final")} nats`);
 }
 // A median of fewer pairs is uncertain: such cells are drawn with a cut corner.
 const FEW = 5;
@@ -248,7 +248,7 @@ function rowFacts(row, t, extra) {
     fact("steps", get("steps") + (get("converged") ? "" : ", not converged"), !get("converged")),
     fact("distance", get("distance")),
     fact(`p(${names[t]})`, get("target_prob")),
-    get("epistemic") === null ? null : fact("epistemic", get("epistemic")),
+    get("epistemic") === null ? null : fact("disagreement", get("epistemic")),
     fact("aleatoric", get("aleatoric")),
     seen("re-encoded", get("reencoded"), get("reencoded_prob")),
     seen("judge", get("judge"), get("judge_prob")),
@@ -364,7 +364,7 @@ function look(id) {
   }).flat());
   const facts = el("dl", { class: "facts" }, fact("classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, image.label !== image.source),
     image.prediction === null || image.prediction === undefined ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
-    fact("epistemic", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));
+    fact("disagreement", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));
   const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("div", { style: "height:.5rem" }), probs))];
   data.audits.forEach((audit) => {
     const rows = audit.rows[id] || [];

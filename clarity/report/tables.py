@@ -34,7 +34,7 @@ def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
     if folds := int(view.audit.plan.model.get("num_folds") or 0):
         note += f" Each image was explained by the one of {folds} ensembles that was not trained on it."
     elif view.facts.trained_on_labels:
-        note += " The ensemble may have been trained on these images and then trusts their labels: train with folds."
+        note += " The ensemble may have been trained on these images, and then trusts their labels: train with folds."
     counts = "SELECT label, source, count(*) FROM codes WHERE status = 'ok' AND label IS NOT NULL GROUP BY ALL"
     return {"rows": rows, "agreement": agreement(view, counts), "note": note}
 

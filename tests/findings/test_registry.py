@@ -104,7 +104,7 @@ def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
     found = told(failing(make_tables(), source=2, target=0))
     assert found["unconverged"].pairs == ((2, 0),) and found["unconverged"].level == "alert"
     assert (2, 0) not in found["hardest"].pairs and found["hardest"].level == "fact"
-    assert "1 class pair that mostly fail" in found["hardest"].sentence
+    assert "more failures than successes: 1 class pair (cow → ant)" in found["hardest"].sentence
 
 
 def test_find_tells_which_way_is_harder() -> None:
@@ -148,7 +148,7 @@ def test_find_compares_with_the_predictions_handed_in() -> None:
         finding.sentence
     )
     whole = told(make_tables(planted=Planted(prediction_errors=0)))["predictions"]
-    assert whole.level == "fact" and "(100 %)" in whole.sentence and "Least agreement" not in whole.sentence
+    assert whole.level == "fact" and "(100 %)" in whole.sentence and "Agreement is lowest" not in whole.sentence
 
 
 def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
@@ -157,7 +157,9 @@ def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
     assert (
         agree.figures["agreement"] == pytest.approx(111 / 120) and "whose gradient leads the search" in agree.sentence
     )
-    assert "changes your model's answer to a target on 4 of 120 images" in agree.sentence
+    assert (
+        "On 4 of 120 images (3.3 %) the reconstruction alone turns your model's answer into a target" in agree.sentence
+    )
     # The example is the counterfactual towards the ensemble's class; towards the source there is none.
     assert {target for image_id, target in agree.examples if image_id == "img-00000"} == {1}
     confirmed = found["confirmed"]
@@ -244,7 +246,7 @@ NOT_CHECKED: list[tuple[Callable[[], Tables], dict[str, Any], dict[str, str]]] =
     (
         lambda: without(make_tables(), "counterfactuals", "epistemic_final"),
         {},
-        {"epistemic": "a single classifier has no epistemic uncertainty"},
+        {"epistemic": "a single classifier has no disagreement"},
     ),
     (
         lambda: one_target(make_tables(200)),
@@ -262,8 +264,8 @@ NOT_CHECKED: list[tuple[Callable[[], Tables], dict[str, Any], dict[str, str]]] =
         lambda: make_tables(24),
         {"differences": False},
         {
-            "labels": "24 images have a label, 40 are needed",
-            "epistemic": "fewer than 40 images are as sure",
+            "labels": "only 24 images have a label; 40 are needed",
+            "epistemic": "40 images as certain as the counterfactuals",
             "shortcut": "the audit has neither pictures",
         },
     ),

@@ -105,9 +105,9 @@ def fidelity(codes: float = 0.99, reconstructing: float = 0.99) -> dict[str, Any
     ("told", "level", "reason"),
     [
         (fidelity(), "sound", ""),
-        (fidelity(codes=0.8), "with care", "predicts what your model does on only 80 % of the images"),
-        (fidelity(reconstructing=0.8), "with care", "sees only 80 % of the reconstructions as it sees the images"),
-        (fidelity(reconstructing=0.4), "no-go", "sees only 40 % of the reconstructions"),
+        (fidelity(codes=0.8), "with care", "predicts the same class as your model on only 80 % of the images"),
+        (fidelity(reconstructing=0.8), "with care", "keeps its answer on only 80 % of the reconstructions"),
+        (fidelity(reconstructing=0.4), "no-go", "keeps its answer on only 40 % of the reconstructions"),
     ],
 )
 def test_verdict_says_how_far_the_ensemble_speaks_for_the_predictor(

@@ -215,7 +215,7 @@ def test_report_writes_shares_with_their_intervals(tmp_path: Path) -> None:
     page = page_of(tmp_path, make_tables(planted=Planted(wrong_labels=4)))
     html = page.html
     assert re.search(r"Classified as labelled</dt><dd>96.7 %\s*<div class=\"sub\">91.7 % to 99.08 %; 4 are not", html)
-    assert re.search(r"Strict validity</dt><dd>100 %\s*<div class=\"sub\">97.0 % to 100 %; all converged", html)
+    assert re.search(r"Converged</dt><dd>100 %\s*<div class=\"sub\">97.0 % to 100 %; all reached the requested", html)
     # Of what the audit does not have, nothing is said.
     assert 'class="verdict not-checked"' in html and "because its card has no held-out figures" in html
     assert 'id="predictions"' not in html and "prediction_name" not in html
