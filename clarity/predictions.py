@@ -22,7 +22,7 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
     Args:
         uri: a Parquet or CSV file, local or s3://. ``class`` holds names or indices, ``probabilities`` lists of
             numbers; instead of both there may be a column of probabilities for each class, under its name. What
-            indices and lists refer to is told by the file's metadata (``classes``, or a ClassLabel), or by
+            indices and lists refer to is given by the file's metadata (``classes``, or a ClassLabel), or by
             FILE.classes.txt beside it, a name a line.
         listing: all images; rows of the file about others are dropped and counted (``data.left_out``).
 

@@ -9,7 +9,7 @@ from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_
 from clarity.findings.statistics import can_be_told, holm, signed_rank_p
 from clarity.report.text import listed, percent, plural
 
-#: Pairs of a class pair at least, and mean change of the attribute's probability from which a drift is told.
+#: Pairs of a class pair at least, and mean change of the attribute's probability from which a drift is reported.
 MIN_PAIRS, MIN_DRIFT = 12, 0.1
 #: Share of flips from which an attribute counts as not kept.
 MOST_FLIPPED = 0.1

@@ -13,7 +13,7 @@ from clarity.report.text import listed, percent, plural
 MIN_DESCRIBED = 5
 #: Pairs in each direction below which two directions are not compared.
 MIN_COMPARED = 8
-#: An asymmetry is told from this ratio of median distances, or from this difference of shares that converge.
+#: An asymmetry is reported from this ratio of median distances, or from this difference of shares that converge.
 MIN_RATIO, MIN_GAP = 1.4, 0.2
 
 

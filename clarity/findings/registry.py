@@ -22,7 +22,7 @@ class Check(NamedTuple):
     clear: str = ""
 
 
-#: Every check, in the order in which equally severe findings are told.
+#: Every check, in the order in which equally severe findings are listed.
 CHECKS = {
     "unread": Check(
         check_unread, "images and searches that failed", "Every image was read and every search stayed finite."
