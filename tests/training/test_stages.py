@@ -68,18 +68,22 @@ def test_training_of_a_folder_writes_a_model_that_says_how_it_was_made(trained: 
     lines = (trained.parent / "log").read_text().splitlines()
     assert any(line.startswith("vae: epoch 3/3  loss ") for line in lines)
     assert any("accuracy" in line for line in lines)
+    said = {line.partition(":")[0] for line in lines}
+    assert {"latent classifiers (all 4 members)", "image classifiers (member 1 of 3)"} <= said
 
 
 def test_stages_shared_by_workers_give_the_same_members(folder: Path, tmp_path: Path, uncut: dict[str, bytes]) -> None:
     plan = plan_of(folder, tmp_path, image_members=3, num_folds=2)
     begin(plan)
+    lines: list[str] = []
     run_stages(plan, ("vae",), Worker())
     for rank in (2, 0, 1):
         run_stages(plan, ("encode",), Worker(rank, 3)) if rank == 0 else None
     for rank in (2, 0, 1):
-        run_stages(plan, ("latent", "images", "judge"), Worker(rank, 3))
+        run_stages(plan, ("latent", "images", "judge"), Worker(rank, 3, log=lines.append))
     finish(plan)
     assert files_of(tmp_path) == uncut
+    assert any(line.startswith("latent classifiers (this worker's 2 of 4 members): epoch 1/") for line in lines)
 
 
 def test_training_cut_goes_on_with_another_number_of_folds(
