@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import actors
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -288,6 +289,7 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     import ray
     import ray.data
 
+    pa.default_memory_pool().release_unused()  # what planning used: Arrow would keep it
     while _ending:
         _ending.pop().join()
     logging.getLogger("ray.data").setLevel("ERROR")

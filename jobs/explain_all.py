@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import driver
-import pyarrow as pa
 from actors import Resources
 
 from clarity import data, planning, storage
@@ -54,13 +53,7 @@ def new_parser() -> ArgumentParser:
     add("--min-target-prob", type=driver.number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
     driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
     driver.add_config_flags(search, Requirements())
-    add(
-        "--keep",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="Attributes that must not change; the model needs heads for them.",
-    )
+    add("--keep", nargs="+", default=[], metavar="NAME", help="Attributes not to change; the model needs their heads.")
     add("--engine", default="auto", choices=["auto", *ENGINES], help="Search engine (default: auto, the fastest).")
     add("--trace", type=int, default=0, metavar="N", help="Trace the searches of the first N images (default: 0).")
     add = parser.add_argument_group("output").add_argument
@@ -110,6 +103,8 @@ def explain_all(args: Namespace) -> int:
         measured = measure(args, resources.num_actors, plan, model_uri, dataset, listing.slice(0, 32))
         print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
         return 0
+    items = [shard_item(plan, shard, listing) for shard in range(len(plan.shards))]
+    del everything, listing  # while the job runs, the items alone stay in memory, compressed
     with claim(out, plan, model_uri) as held:
         if held.complete:
             print(f"already complete\n{describe(held.summary())}")
@@ -118,7 +113,7 @@ def explain_all(args: Namespace) -> int:
             driver.check_visible(held.uri, held.run, dataset.data)
             preprocessing = (model.preprocessing, predictor and predictor.sees(model.preprocessing))
             work = Work(out, held.run, held.plan, dataset, *preprocessing, args.predictor)
-            fill(args, held, resources, work, listing)
+            fill(args, held, resources, work, items)
         print(f"model      {model_uri}\naudit      {out}")
         if held.complete:
             if not args.no_report and not storage.exists(storage.join(out, "report.html")):
@@ -142,7 +137,7 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
     return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, driver.has_gpus(args))
 
 
-def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing: pa.Table) -> None:
+def fill(args: Namespace, held: Claim, resources: Resources, work: Work, items: Sequence[dict[str, Any]]) -> None:
     """Explain what is pending, retry what failed, verify, and print how it went."""
     plan, start, pairs = held.plan, time.time(), 0
     driver.interruptible()
@@ -153,7 +148,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
     for _ in range(MAX_ATTEMPTS):
         todo = [shard for shard in held.pending if "given_up" not in failures.get(shard, {})]
         try:
-            ended = pipeline(args, resources, work, listing, todo) if todo else ()
+            ended = pipeline(args, resources, work, [items[shard] for shard in todo]) if todo else ()
             for shard, note in driver.progress(ended, len(todo)):
                 held.check()
                 held.require_same_engine(shard, note.get("engine"))
@@ -176,9 +171,8 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, listing
     print(describe(summary))
 
 
-def pipeline(args: Namespace, resources: Resources, work: Work, listing: pa.Table, todo: Sequence[int]) -> driver.Notes:
+def pipeline(args: Namespace, resources: Resources, work: Work, items: list[dict[str, Any]]) -> driver.Notes:
     """Read, explain and write shards, over Ray or, without an actor, here; gives each, as it ends, with its note."""
-    items = [shard_item(work.plan, shard, listing) for shard in todo]
     options = {"engine": args.engine, "threads": resources.threads_per_actor, "device": resources.device}
     if not resources.num_actors:
         return explain_here(items, work, **options)

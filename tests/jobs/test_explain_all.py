@@ -224,25 +224,32 @@ def test_small_job_runs_without_ray_resumes_and_writes_the_same_files(
     tiny_digits_model: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
     program = """
-import sys
+import sys, weakref
 import explain_all
-from clarity import worker
+from clarity import data, worker
+
+def watched(dataset, listed=data.list_images):
+    listing = listed(dataset)
+    listings.append(weakref.ref(listing))
+    return listing
 
 def interrupted(batch, work, write=worker.write_shard, seen=[]):
     seen.append(batch)
+    held.extend(listing() for listing in listings if listing() is not None)
     if len(seen) == 3:
         raise KeyboardInterrupt
     return write(batch, work)
 
-worker.write_shard = interrupted
+listings, held = [], []
+data.list_images, worker.write_shard = watched, interrupted
 codes = [explain_all.main([*sys.argv[1:], "--dry-run"]), *(explain_all.main(sys.argv[1:]) for _ in range(2))]
-print(codes, "ray" in sys.modules)
+print(codes, "ray" in sys.modules, len(listings), held)
 """
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'jobs'}"
     argv = [sys.executable, "-c", program, *flags(tiny_digits_model, tmp_path)]
     run = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300)
-    assert run.stdout.splitlines()[-1] == "[0, 1, 0] False", run.stderr
+    assert run.stdout.splitlines()[-1] == "[0, 1, 0] False 3 []", run.stderr
     assert "4 of 6 shards to do; in this process" in run.stdout
     assert "interrupted; the same command resumes" in run.stderr
     assert files_of(tmp_path) == undisturbed[1]
