@@ -286,10 +286,10 @@ def interruptible() -> None:
 
 def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     """Join the Ray that runs here (RAY_ADDRESS, or `ray start`), else start one with an object store of fixed size."""
+    pa.default_memory_pool().release_unused()  # what planning used: Arrow would keep it
     import ray
     import ray.data
 
-    pa.default_memory_pool().release_unused()  # what planning used: Arrow would keep it
     while _ending:
         _ending.pop().join()
     logging.getLogger("ray.data").setLevel("ERROR")
