@@ -55,10 +55,10 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         training = replace(plan.ensemble_training, **short)
         return train_latent_members(codes, replace(ensemble, num_members=count), training, range(count))
 
-    def image_net(part: str, outputs: int, training: JudgeTraining) -> Cost:
+    def image_net(part: str, outputs: int, training: JudgeTraining, networks: int = 1) -> Cost:
         timed = replace(training, updates=TIMED, batch_size=ROWS)
         loop = train_judge(build_judge(vae.image_shape, outputs), images.numpy(), labels.numpy(), timed)
-        return cost(part, 1, training.updates, training.batch_size, loop)
+        return cost(part, networks, training.updates, training.batch_size, loop)
 
     counted, ensemble_training, vae_training = plan.data, plan.ensemble_training, plan.vae_training
     known = torch.ones(len(images), ensemble.num_classes + len(plan.attributes))
@@ -81,7 +81,8 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         member = train_image_members(images, labels, one, vae, replace(training, **short), [0])
         found.append(cost("image ensemble", plan.image_members, count, training.batch_size, member))
     if (counted["labelled"] or plan.attributes) and (weight or plan.decoder == "sharp"):
-        found.append(image_net("guide", known.shape[1], JudgeTraining.for_images(counted["images"] // 2)))
+        networks = 1 + any(code.label_weight for code in codes_tried)  # the search trains its own
+        found.append(image_net("guide", known.shape[1], JudgeTraining.for_images(counted["images"] // 2), networks))
     if plan.decoder == "sharp":
         sharp, count = plan.sharp_training, updates(plan.sharp_training, counted["images"])
         epochs = train_sharp(images, VAE(vae).eval(), replace(sharp, **short))

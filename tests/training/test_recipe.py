@@ -81,7 +81,7 @@ def test_larger_images_get_more_convolutions() -> None:
     assert [len(channels_for((3, side, 20))) for side in (8, 28, 32, 33, 64, 128, 256)] == [3, 3, 3, 4, 4, 5, 6]
 
 
-def test_rule_weighs_accuracy_and_realism_and_hybrids_twice() -> None:
+def test_rule_weighs_accuracy_and_reach_and_hybrids_most() -> None:
     blurred = Trial(
         16,
         1.0,
@@ -106,7 +106,7 @@ def test_rule_weighs_accuracy_and_realism_and_hybrids_twice() -> None:
 
 
 def best_trial(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"] ** 2 / max(trial["reached"], 1e-9))
+    return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"] ** 4 / max(trial["reached"], 1e-9) ** 3)
 
 
 def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
