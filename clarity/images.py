@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import deflate
 import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
@@ -253,7 +252,7 @@ def encode_png(images: np.ndarray) -> list[bytes]:
         filtered[:, 1:, 0] = 2
         filtered[:, 1:, 1:] -= lines[:, :-1]
     start, end = png_start(channels, height, width), png_chunk(b"IEND", b"")
-    return [start + png_chunk(b"IDAT", deflate.zlib_compress(picture, 1)) + end for picture in filtered]
+    return [start + png_chunk(b"IDAT", zlib.compress(picture, 1)) + end for picture in filtered]
 
 
 def png_start(channels: int, height: int, width: int) -> bytes:
@@ -262,7 +261,7 @@ def png_start(channels: int, height: int, width: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
 
 
-def png_chunk(kind: bytes, data: bytes | bytearray) -> bytes:
+def png_chunk(kind: bytes, data: bytes) -> bytes:
     """One chunk of a PNG file: length, type, data, checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
 
