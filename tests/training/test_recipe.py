@@ -106,7 +106,7 @@ def test_rule_weighs_accuracy_and_reach_and_hybrids_most() -> None:
 
 
 def best_trial(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"] ** 4 / max(trial["reached"], 1e-9) ** 3)
+    return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"] ** 3 / max(trial["reached"], 1e-9) ** 2)
 
 
 def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
