@@ -224,5 +224,5 @@ def test_finding_counts_what_a_held_out_judge_sees_flip() -> None:
     found = check_kept(gather(con, tables.class_names, keep=["Male", "Young"]))
     assert isinstance(found, Finding)
     assert found.figures["judged"] == {"Male": ((reached & (index % 4 == 0)).sum(), reached.sum())}
-    assert "For the held-out judge of attributes it flips: “Male” in 2" in found.sentence
+    assert "According to the held-out judge of attributes they flip: “Male” in 2" in found.sentence
     assert found.level == "look"
