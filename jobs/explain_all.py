@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Explain a data set: for every image and every other class, a similar picture that is classified as that class.
 
-Reads, searches and writes the images by shards, a small audit's in this process, others over Ray; then verifies. The
-same command resumes an interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete, 2 bad input.
+Reads, searches and writes the images by shards, over Ray unless the audit is small; then verifies. The same command
+resumes an interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete or unsound, 2 bad input.
 """
 
 import dataclasses

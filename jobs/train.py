@@ -210,10 +210,9 @@ def describe_costs(found: Sequence[Cost]) -> list[str]:
         networks = f"{cost.networks} x " if cost.networks > 1 else ""
         lines.append(f"{cost.part:<18} {f'{networks}{cost.updates} updates':>20}  {cost.seconds:8.0f} s")
     minutes = sum(cost.seconds for cost in found) / 60
-    return [
-        *lines,
-        f"about {minutes:.0f} minutes on this machine's processor, without measuring and the trials' searches",
-    ]
+    searched = any(cost.part.startswith("search") for cost in found)
+    left_out = "measuring and the trials' counterfactuals" if searched else "measuring"
+    return [*lines, f"about {minutes:.0f} minutes of one free core here, without {left_out}"]
 
 
 def choose(plan: TrainingPlan) -> TrainingPlan:
