@@ -167,12 +167,12 @@ def run_epochs(
             sums = {name: sums.get(name, 0) + value.detach().double() for name, value in metrics.items()}
         means = {name: float(value) / updates for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            what = {VAE: "VAE", TaughtVAE: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
+            what = {VAE: "VAE", VAEWithHeads: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
             raise ValueError(f"the {what}'s loss is {means['loss']} after epoch {epoch + 1}: lower its learning_rate")
         yield Epoch(epoch + 1, total, means, lambda done=epoch + 1: checkpoint(network, adam, done))  # type: ignore[misc]
 
 
-class TaughtVAE(nn.Module):
+class VAEWithHeads(nn.Module):
     """A VAE with linear heads of its codes for classes and attributes, with which it is trained."""
 
     def __init__(self, vae: VAE, num_outputs: int) -> None:
@@ -226,7 +226,7 @@ def train_vae(
         torch.manual_seed(training.seed)
         network: nn.Module = (vae := VAE(config))
         if known is not None:
-            network, known = TaughtVAE(vae, known.shape[1]), known.to(device).float()
+            network, known = VAEWithHeads(vae, known.shape[1]), known.to(device).float()
     if state is not None:
         network.load_state_dict(weights_of(state))
     network.to(device).to(memory_format=torch.channels_last).train()

@@ -3,10 +3,10 @@
 Chooses the size of the code, the weight of the KL term and the step of the adversary together, as none of them can be
 chosen alone: a longer code keeps more of the image, and needs a longer adversary to keep counterfactuals realistic.
 Labels count in the VAE's training. Of all trials, it takes the one with the largest product of the ensemble's accuracy
-on validation images, the share of requested counterfactuals that are reached, and the cube of the share of these in
-which a held-out judge sees the target. Either alone misleads: accuracy grows with hybrids that only the ensemble takes
-for the target, and realism with codes that have lost the classes. The cube is there because a hybrid misleads, while a
-counterfactual that is not reached is only missing, and a lower threshold reaches it.
+on validation images, the share of requested counterfactuals that are reached, and the fourth power of the share of
+these in which a held-out judge sees the target. Either alone misleads: accuracy grows with hybrids that only the
+ensemble takes for the target, and realism with codes that have lost the classes. The power is there because a hybrid
+misleads, while a counterfactual that is not reached is only missing, and a lower threshold reaches it.
 """
 
 import hashlib
@@ -165,8 +165,8 @@ def search_recipe(
     best = best_of(tried)
     why = (
         f"{best}: of {len(tried)} trials the largest product of accuracy ({best.accuracy:.1%}), counterfactuals that "
-        f"are reached ({best.reached:.1%}), and the cube of the share of these in which a held-out judge sees "
-        f"the target ({best.seen:.1%})"
+        f"are reached ({best.reached:.1%}), and the fourth power of the share of these in which a held-out judge "
+        f"sees the target ({best.seen:.1%})"
     )
     log(f"recipe: {why}")
     return found | {
@@ -210,7 +210,7 @@ def num_trials(plan: TrainingPlan) -> int:
 
 def best_of(trials: Sequence[Trial]) -> Trial:
     """The rule."""
-    return max(trials, key=lambda trial: trial.accuracy * trial.reached * trial.seen**3)
+    return max(trials, key=lambda trial: trial.accuracy * trial.reached * trial.seen**4)
 
 
 @dataclass(frozen=True)

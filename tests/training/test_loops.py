@@ -78,14 +78,14 @@ def test_train_vae_goes_on_where_it_was_cut(architecture: str, label_weight: flo
 
 def test_train_vae_learns_labels_by_their_weight_where_there_are_any() -> None:
     images, labels = bars()
-    config, training = dataclasses.replace(CONFIG, label_weight=20.0), dataclasses.replace(SHORT_VAE, epochs=12)
+    config, training = dataclasses.replace(CONFIG, label_weight=20.0), dataclasses.replace(SHORT_VAE, epochs=24)
     plain = last(train_vae(images, CONFIG, training))
     assert equal(last(train_vae(images, CONFIG, training, known=known(labels))).state(), plain.state())
     assert equal(last(train_vae(images, config, training, known=known(labels * 0 - 1))).state(), plain.state())
     some = torch.where(torch.arange(len(labels)) % 4 > 0, labels, -1)
     epochs = list(train_vae(images, config, training, known=known(some)))
     parts = epochs[-1].metrics
-    assert parts["labels"] < 0.7 * epochs[0].metrics["labels"]
+    assert parts["labels"] < 0.5 * epochs[0].metrics["labels"]
     assert parts["loss"] == pytest.approx(parts["reconstruction"] + parts["kl"] + 20 * parts["labels"], rel=1e-6)
     apart = [between_classes(epoch.state(), images, labels) for epoch in (plain, epochs[-1])]
     assert apart[1] > 1.5 * apart[0]

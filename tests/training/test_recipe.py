@@ -101,12 +101,16 @@ def test_rule_weighs_accuracy_and_reach_and_hybrids_most() -> None:
     missing = dataclasses.replace(blurred, accuracy=0.837, reached=0.85, judged=0.76)
     misleading = dataclasses.replace(blurred, latent_dim=64, accuracy=0.862, reached=0.978, judged=0.75)
     assert best_of((misleading, missing)) is missing
+    # Traffic signs: a lower power would choose the second.
+    crisp = dataclasses.replace(blurred, accuracy=0.97, reached=0.85, judged=0.85 * 0.978)
+    reached = dataclasses.replace(blurred, latent_dim=64, accuracy=0.987, reached=0.905, judged=0.905 * 0.957)
+    assert best_of((reached, crisp)) is crisp
     none = dataclasses.replace(blurred, reached=0.0, judged=0.0)
     assert best_of((none, misleading)) is misleading
 
 
 def best_trial(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"] ** 3 / max(trial["reached"], 1e-9) ** 2)
+    return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"] ** 4 / max(trial["reached"], 1e-9) ** 3)
 
 
 def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
