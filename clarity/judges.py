@@ -4,6 +4,7 @@ Independent of the ensembles by another architecture (pairs of 3x3 convolutions 
 another seed, and other training images: only those for which ``ids.in_judges_half`` is true.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,16 +17,22 @@ from clarity.rows import compiled_or_not, folded, in_blocks, require_eval, requi
 
 #: Widths of the blocks for images above 32 pixels.
 LARGE_CHANNELS = (16, 32, 64, 96)
+#: Images of which a side is longer, in pixels, are averaged over squares first.
+MAX_SIDE = 64
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The shape of a held-out image network, with an output for each class or attribute."""
+    """The shape of a held-out image network, with an output for each class or attribute.
+
+    It looks at means of squares of ``square`` pixels a side.
+    """
 
     image_shape: tuple[int, int, int]
     num_outputs: int
     channels: tuple[int, ...] = (12, 24, 48)
     num_features: int = 64
+    square: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
@@ -38,6 +45,7 @@ class JudgeNet(nn.Module):
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         self.config = config
+        self.shrink = nn.AvgPool2d(config.square, ceil_mode=True) if config.square > 1 else nn.Identity()
         layers: list[nn.Module] = []
         before = config.image_shape[0]
         for channels in config.channels:
@@ -52,7 +60,7 @@ class JudgeNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The (B, F) activations before the last layer: the space of implausibility and Frechet distances."""
-        return self.project(self.trunk(x.contiguous(memory_format=torch.channels_last)))
+        return self.project(self.trunk(self.shrink(x).contiguous(memory_format=torch.channels_last)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, outputs) of images in [0, 1]."""
@@ -60,9 +68,10 @@ class JudgeNet(nn.Module):
 
 
 def build_judge(image_shape: tuple[int, int, int], num_outputs: int) -> JudgeNet:
-    """An untrained network; images above 32 pixels get one more block and wider ones."""
-    large = max(image_shape[1:]) > 32
-    return JudgeNet(JudgeConfig(image_shape, num_outputs, LARGE_CHANNELS if large else JudgeConfig.channels))
+    """An untrained network; images above 32 pixels get one more block and wider ones, above 64 they are shrunk."""
+    side = max(image_shape[1:])
+    channels = LARGE_CHANNELS if side > 32 else JudgeConfig.channels
+    return JudgeNet(JudgeConfig(image_shape, num_outputs, channels, square=math.ceil(side / MAX_SIDE)))
 
 
 @torch.inference_mode()
@@ -76,8 +85,10 @@ def judge_rows(net: JudgeNet, x: Tensor) -> np.ndarray:
 def judge_of(net: JudgeNet) -> Maps:
     """Class probabilities (B, K) of blocks of images."""
     *layers, mean, flatten = folded(net.trunk)
-    maps, end = compiled_or_not(layers, net.config.image_shape), nn.Sequential(mean, flatten, net.project, net.head)
-    return lambda block, count: end(maps(block, count)).softmax(1)
+    channels, *sides = net.config.image_shape
+    shape = (channels, *(math.ceil(side / net.config.square) for side in sides))
+    maps, end = compiled_or_not(layers, shape), nn.Sequential(mean, flatten, net.project, net.head)
+    return lambda block, count: end(maps(net.shrink(block), count)).softmax(1)
 
 
 def predict_probs(net: JudgeNet, images: np.ndarray, *, sigmoid: bool = False) -> np.ndarray:

@@ -79,7 +79,7 @@ def test_judge_rows_do_not_depend_on_the_batch(judge: JudgeNet, module: Any, mon
 
 
 @pytest.mark.parametrize("module", BUILDS, ids=BUILD_NAMES)
-@pytest.mark.parametrize("shape", [(1, 9, 14), (3, 40, 33), (2, 1, 3)])
+@pytest.mark.parametrize("shape", [(1, 9, 14), (3, 40, 33), (2, 1, 3), (1, 131, 40)])
 def test_judge_rows_agree_with_the_network(
     shape: tuple[int, int, int], module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +97,13 @@ def test_judge_rows_agree_with_the_network(
 
 def test_large_images_get_another_block() -> None:
     assert len(build_judge((C, 33, 12), K).config.channels) == len(build_judge((C, 32, 12), K).config.channels) + 1
+
+
+def test_images_above_64_pixels_are_seen_at_most_that_large() -> None:
+    assert [build_judge((C, side, 20), K).config.square for side in (64, 65, 128, 129)] == [1, 2, 2, 3]
+    net, x = build_judge((1, 128, 66), K).eval(), torch.rand(3, 1, 128, 66)
+    mixed = x.view(3, 1, 64, 2, 33, 2).flip(3, 5).reshape(x.shape)  # the pixels of each square change places
+    np.testing.assert_allclose(judge_rows(net, mixed), judge_rows(net, x), atol=1e-6)
 
 
 def test_budget_follows_the_number_of_images() -> None:

@@ -7,10 +7,14 @@ on validation images, the share of requested counterfactuals that are reached, a
 these in which a held-out judge sees the target. Either alone misleads: accuracy grows with hybrids that only the
 ensemble takes for the target, and realism with codes that have lost the classes. The power is there because a hybrid
 misleads, while a counterfactual that is not reached is only missing, and a lower threshold reaches it.
+
+Images above 32 pixels are searched as small ones, of means of squares: what a trial costs does not grow with them. The
+reconstruction loss is a sum over pixels, so that the weights of the other terms grow with the squares' size.
 """
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clarity import storage
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
@@ -32,15 +37,18 @@ from clarity.search import SearchConfig
 from clarity.training.evaluate import LabelledImages
 from clarity.training.guide import known_of, train_guide
 from clarity.training.loops import Codes, train_latent_members, train_vae, vae_weights, weights_of
-from clarity.training.plan import EXTRAS, TrainingPlan
+from clarity.training.plan import EXTRAS, TrainingPlan, channels_for
 from clarity.vae import VAE, VAEConfig
 
-#: Codes that are tried: (D, weight of the KL term, of the labels); without labels the first is the paper's.
+#: Pixels a side above which the search looks at smaller images.
+MAX_SIDE = 32
+#: Codes that are tried: (D, weight of the KL term, of the labels), the weights for images of at most 32 pixels; without
+#: labels the first is the paper's.
 CODES = ((16, 1.0, 10.0), (64, 0.2, 10.0))
 #: Steps of the adversary that are tried, in standard deviations of the codes.
 STEPS = (0.05, 0.2, 0.5, 0.8)
 #: Further steps, as factors of the best one.
-FACTORS = (0.5, 1.3)
+FACTORS = (0.75, 1.3)
 #: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
 WIDE = (64, 64)
 #: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
@@ -124,7 +132,7 @@ def own_values(plan: TrainingPlan) -> dict[str, Any]:
 def recipe_key(plan: TrainingPlan) -> str:
     """Digest of everything that the search depends on."""
     described = {name: value for name, value in plan.describe().items() if name not in EXTRAS}
-    tried = [CODES, STEPS, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
+    tried = [MAX_SIDE, CODES, STEPS, FACTORS, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
     content = [described, sorted(plan.searched), *tried]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -138,10 +146,11 @@ def search_recipe(
 ) -> dict[str, Any]:
     """Searches the values that ``plan.searched`` names; returns the entry ``recipe`` of model.json.
 
-    ``images`` are labelled, of the training split, some or all; ``judge`` was trained on the judges' half of them, and
-    is None where a class has too few.
+    ``images`` are labelled, of the training split, some or all, as large as those of ``small_plan``, as the judge's
+    are; ``judge`` was trained on the judges' half of them, and is None where a class has too few.
     """
     started = time.monotonic()
+    weight = square_of(plan) ** 2
     chosen = own_values(plan)
     found: dict[str, Any] = {"key": recipe_key(plan), "searched": sorted(plan.searched), "chosen": chosen, "trials": []}
     labels = images.labels.numpy()
@@ -154,11 +163,12 @@ def search_recipe(
         return found | {"seconds": 0.0}
     x = images.pixels[torch.from_numpy(validation)].to(device).float() / 255
     train = images.take(np.flatnonzero(~left_out))
-    trials = Trials(plan, judge.to(device).eval(), train, x, labels[validation], device, log)
+    trials = Trials(small_plan(plan), judge.to(device).eval(), train, x, labels[validation], device, log)
     accuracy = trials.accuracy_of_judge(x)
     log(f"recipe: the judge sees {accuracy:.1%} of {len(x)} validation images right")
     tried = []
-    for trial in trials.run():
+    for small in trials.run():
+        trial = replace(small, beta=small.beta * weight, label_weight=small.label_weight * weight)
         tried.append(trial)
         figures = f"accuracy {trial.accuracy:.1%}, reached {trial.reached:.1%}, seen as the target {trial.seen:.1%}"
         log(f"recipe: {trial}: {figures}")
@@ -169,8 +179,9 @@ def search_recipe(
         f"sees the target ({best.seen:.1%})"
     )
     log(f"recipe: {why}")
+    values = asdict(best) | {"hidden": list(best.hidden)}
     return found | {
-        "chosen": {name: getattr(best, name) for name in chosen} | {"hidden": list(best.hidden)},
+        "chosen": chosen | {name: values[name] for name in plan.searched},
         "why": why,
         "trials": [asdict(trial) for trial in tried],
         "judge": {"accuracy": accuracy, "images": len(x)},
@@ -188,6 +199,31 @@ def last_of_each_class(labels: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(labels == label)
         marked[rows[len(rows) - len(rows) // VALIDATION_PARTS :]] = True
     return marked
+
+
+def square_of(plan: TrainingPlan) -> int:
+    """Pixels a side of the squares whose means the search looks at."""
+    return math.ceil(max(plan.vae.image_shape[1:]) / MAX_SIDE)
+
+
+def small_plan(plan: TrainingPlan) -> TrainingPlan:
+    """The plan for the search's images; the same where these are not smaller."""
+    if (square := square_of(plan)) == 1:
+        return plan
+    channels, *sides = plan.vae.image_shape
+    height, width = (math.ceil(side / square) for side in sides)
+    stages = len(channels_for((channels, height, width)))
+    weights = {name: getattr(plan.vae, name) / square**2 for name in ("beta", "label_weight")}
+    vae = replace(plan.vae, image_shape=(channels, height, width), channels=plan.vae.channels[:stages], **weights)
+    return replace(plan, vae=vae, preprocessing=replace(plan.preprocessing, height=height, width=width))
+
+
+def small_images(plan: TrainingPlan, images: LabelledImages) -> LabelledImages:
+    """Images of the plan's size as those of ``small_plan``."""
+    if (square := square_of(plan)) == 1:
+        return images
+    parts = [F.avg_pool2d(part.float(), square, ceil_mode=True) for part in images.pixels.split(1024)]
+    return replace(images, pixels=torch.cat([part.round().to(torch.uint8) for part in parts]))
 
 
 def searched_codes(plan: TrainingPlan) -> list[VAEConfig]:

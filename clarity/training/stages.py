@@ -40,7 +40,7 @@ from clarity.training.loops import (
 )
 from clarity.training.optimiser import generator_for
 from clarity.training.plan import TrainingPlan
-from clarity.training.recipe import IMAGES, search_recipe, with_recipe
+from clarity.training.recipe import IMAGES, search_recipe, small_images, small_plan, with_recipe
 from clarity.training.sharp import decoder_of, train_sharp
 from clarity.vae import VAE, Decoder
 
@@ -136,9 +136,11 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         if (predictor := plan_predictor(plan, worker.device)) is not None:
             listing = list_images(plan.dataset)
             some = relabel(some, original_probs(predictor, plan.dataset, listing, some, plan.preprocessing))
-        judge = trained_judge(plan, worker, images() if predictor is None else some)
+        small, some = small_plan(plan), small_images(plan, some)
+        keep = small is plan and predictor is None and plan.judge_training is not None  # others are trained later
+        judge = trained_judge(small, worker, images() if keep else some)
         found = search_recipe(plan, some, judge, worker.device, worker.log)
-        if predictor is None and plan.judge_training is not None:
+        if keep:
             save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
         storage.write_json(plan.file("recipe.json"), found)
     worker.wait_for_all()

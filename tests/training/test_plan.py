@@ -56,6 +56,8 @@ def test_costs_count_the_updates_of_every_network(tmp_path: Path) -> None:
     # Two codes, as the dimension is given and the weights of the KL term and the labels are not: 2 x 4 steps and 2
     # further ones; the widths are given. The search trains a guide of its own.
     assert (more["search: VAEs"].networks, more["search: ensembles"].networks) == (2, 10)
-    assert more["guide"].networks == 2 and more["guide"].updates == 400
+    assert more["search: guide"].updates == more["guide"].updates == 400 and "search: judge" not in more
+    large = {cost.part for cost in costs(plan_training(str(tmp_path), dataset, None, recipe="auto", image_size=40))}
+    assert "search: judge" in large
     few = replace(longer, data={**longer.data, "labelled": LEAST_LABELLED - 1})
     assert {"search: VAEs", "search: ensembles"}.isdisjoint(cost.part for cost in costs(few))

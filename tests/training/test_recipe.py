@@ -17,7 +17,17 @@ from clarity.training import recipe
 from clarity.training.judge import JudgeTraining
 from clarity.training.loops import EnsembleTraining
 from clarity.training.plan import TrainingPlan, channels_for, plan_training
-from clarity.training.recipe import Trial, best_of, last_of_each_class, num_trials, search_recipe, with_recipe
+from clarity.training.recipe import (
+    Trial,
+    best_of,
+    last_of_each_class,
+    num_trials,
+    search_recipe,
+    searched_codes,
+    small_images,
+    small_plan,
+    with_recipe,
+)
 from clarity.training.stages import Worker, load_images, run_stages, trained_judge
 
 
@@ -123,7 +133,7 @@ def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, s
     settings = [tuple(trial[name] for name in (*code, "adversarial_eps")) for trial in found["trials"]]
     grid = [(3, 1.0, 0.0, 0.1), (3, 1.0, 0.0, 0.4), (5, 0.5, 10.0, 0.1), (5, 0.5, 10.0, 0.4)]
     best = best_trial(found["trials"][:4])
-    around = [(*(best[name] for name in code), round(best["adversarial_eps"] * factor, 3)) for factor in (0.5, 1.3)]
+    around = [(*(best[name] for name in code), round(best["adversarial_eps"] * factor, 3)) for factor in (0.75, 1.3)]
     assert settings[:6] == grid + around
     best = best_trial(found["trials"])
     assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 6 + [(9, 8)]
@@ -152,6 +162,43 @@ def test_training_takes_what_was_chosen_and_searches_once(
     assert model.card["plan"]["ensemble_training"]["adversarial_eps"] == chosen.ensemble_training.adversarial_eps
     again = clarity.train("folder", tmp_path / "out", data=folder, **short)
     assert again.fingerprint == model.fingerprint
+
+
+def test_large_images_are_searched_as_small_ones(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert small_plan(plan := plan_of(folder, tmp_path / "out")) is plan
+    large = small_plan(plan_of(folder, tmp_path / "out", image_size=128))
+    assert (large.vae.image_shape, large.vae.channels) == ((1, 32, 32), (32, 64, 128))
+    monkeypatch.setattr(recipe, "CODES", ((3, 0.5, 10.0),))
+    monkeypatch.setattr(recipe, "MAX_SIDE", 12)
+    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
+    fields: dict[str, Any] = short | {"image_size": (19, 30), "vae_fields": {"beta": 2.7}}
+    plan = plan_of(folder, tmp_path / "out", **fields)
+    images = load_images(plan, plan.dataset, 20)
+    fewer = small_images(plan, images).pixels
+    assert fewer.shape[1:] == small_plan(plan).preprocessing.image_shape == (1, 7, 10)
+    assert (fewer[:, 0, 1, 2].float() - images.pixels[:, 0, 3:6, 6:9].float().mean((1, 2))).abs().max() <= 0.5
+    # A reconstruction loss of a ninth of the pixels, and other terms with a ninth of their weights.
+    assert [code.beta for code in searched_codes(small_plan(plan))] == [2.7 / 9]
+    seen = []
+    train_vae = recipe.train_vae
+
+    def recorded(pixels: Any, config: Any, *args: Any, **options: Any) -> Any:
+        seen.append((tuple(pixels.shape[1:]), config.image_shape, config.label_weight))
+        return train_vae(pixels, config, *args, **options)
+
+    monkeypatch.setattr(recipe, "train_vae", recorded)
+    model = clarity.train("folder", tmp_path / "out", data=folder, **fields)
+    assert seen == [((1, 7, 10), (1, 7, 10), 10.0)]
+    assert (model.vae.config.image_shape, model.vae.config.beta, model.vae.config.label_weight) == (
+        (1, 19, 30),
+        2.7,
+        90,
+    )
+    trials = model.card["recipe"]["trials"]
+    assert {(trial["label_weight"], round(trial["beta"], 9)) for trial in trials} == {(90.0, 2.7)}
+    assert model.judge is not None and model.judge.config.image_shape == (1, 19, 30)
 
 
 def test_labels_that_the_recipe_weighs_reach_each_training_of_a_vae(
