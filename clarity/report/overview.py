@@ -118,6 +118,8 @@ def evidence(
             caption += f" → {names[target]}"
         if finding.kind == "labels":
             caption = f"{image_id}: labelled {names[target]}, classified as {source}"
+        elif image["label_name"] is not None:
+            caption += f", labelled {image['label_name']}"
         if any(tile >= 0 for tile, _ in pictures):
             drawn = [{"tile": tile, "alt": alt, "size": tiles.width_at(46), "signed": False} for tile, alt in pictures]
             shown.append((drawn, caption))

@@ -266,7 +266,7 @@ function strip(row, s, t, size = small) {
     return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${texts[i]}`),
       el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, texts[i]));
   });
-  return figure(el("div", { class: "strip" }, frames), `straight path, p(${names[t]})`);
+  return figure(el("div", { class: "strip" }, frames), `from the reconstruction to the counterfactual in equal steps of the code, with p(${names[t]})`);
 }
 const rowOf = (audit, id, t) => audit.rows[id]?.find((row) => row[field.target] === t);
 function example(id, s, t) {
@@ -283,10 +283,10 @@ function example(id, s, t) {
     box.append(el("div", { class: "frames" },
       a === 0 ? figure(picture(image.x, large, `image ${id}, original`), "original") : null,
       from === undefined ? null : figure(picture(from, large, `image ${id}, reconstruction, classified as ${names[start]}`), "reconstruction"),
-      strip(row, start, t),
       figure(picture(to, large, `image ${id}, counterfactual ${names[t]}`), "counterfactual"),
       // Without a model there is no reconstruction, and the image itself has to do.
-      figure(difference(from ?? image.x, to, large, `image ${id}, what changed`), from === undefined ? "difference to the original" : "difference")),
+      figure(difference(from ?? image.x, to, large, `image ${id}, what changed`), from === undefined ? "difference to the original" : "difference"),
+      strip(row, start, t)),
       rowFacts(row, t, a === 0 ? [
         el("div", {}, el("dt", {}, "image"), el("dd", {}, el("a", { href: "#image=" + encodeURIComponent(id) }, id))),
         image.label_name === null ? null : fact("label", image.label_name, image.label !== null && image.label !== image.source),
@@ -387,7 +387,7 @@ for (const node of document.querySelectorAll(".pic")) {
 }
 function follow(scroll) {
   const pair = /^#pair=(\d+)-(\d+)$/.exec(location.hash), image = /^#image=(.+)$/.exec(location.hash);
-  if (pair) { go(+pair[1], +pair[2]); if (scroll) $(matchMedia("(min-width: 1150px)").matches ? "maps" : "gallery").scrollIntoView(); }
+  if (pair) { go(+pair[1], +pair[2]); if (scroll) $(matchMedia("(min-width: 1250px)").matches ? "maps" : "gallery").scrollIntoView(); }
   if (image) { look(decodeURIComponent(image[1])); if (scroll) $("images").scrollIntoView(); }
   return pair || image;
 }

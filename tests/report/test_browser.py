@@ -214,6 +214,18 @@ def test_page_fits_every_width(chromium: Any, page: str, width: int) -> None:
         assert chromium.execute_script(FITS)
 
 
+def test_page_shows_the_pictures_of_a_pair_in_one_row_and_breaks_before_the_path(chromium: Any, page: str) -> None:
+    rows = """return [...document.querySelectorAll('#gallery .frames:has(.strip)')].map((frames) =>
+        [...frames.children].map((figure) => [figure.offsetTop, Boolean(figure.querySelector('.strip'))]))"""
+    with window(chromium, 1280):
+        open_page(chromium, page)
+        click(chromium, chromium.find_element("css selector", 'td[data-s="2"][data-t="1"]'))
+        found = chromium.execute_script(rows)
+    assert found
+    for figures in found:
+        assert [strip for _, strip in figures] == [False] * 4 + [True] and len({top for top, _ in figures[:4]}) == 1
+
+
 @pytest.mark.parametrize("width", [360, 1300])
 def test_page_of_long_names_keeps_its_width(chromium: Any, tmp_path: Path, tiny_model: Any, width: int) -> None:
     names = ("x" * 300, "automobile_red", "automobile_blue", "a name of several words that goes on and on " * 4)

@@ -56,6 +56,7 @@ def test_report_tells_the_findings_in_words_and_in_order(tmp_path: Path) -> None
     assert told == sorted(told) and len(told) >= 8
     assert page.made.complete and page.made.size == len(page.html.encode())
     assert "not checked, because" in page.section("<h3>Not checked</h3>", "</div>")
+    assert re.search(r"<figcaption>\S+: \w+ → \w+, labelled \w+</figcaption>", page.html)
     # It asks for nothing from outside.
     assert "default-src 'none'" in page.html and not re.search(r"""(src|href)=["']?(https?:)?//""", page.html)
 
