@@ -47,14 +47,16 @@ def new_parser() -> ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="URI", help="Model directory (default: runs/DATASET/model, trained for digits if missing).")
     add = (search := parser.add_argument_group("search")).add_argument
-    add("--method", default="clarity", choices=list(METHODS), help="Search method (default: clarity).")
+    about = "Search method: the paper's own, clarity, or one that docs/paper.md compares with it (default: clarity)."
+    add("--method", default="clarity", choices=list(METHODS), help=about)
     add("--targets", nargs="+", default=["all"], metavar="CLASS", help="Target classes, by name (default: all).")
     about = "Probability of the target to exceed; auto: what real images of each class reach, at most 0.99"
     add("--min-target-prob", type=driver.number_or_auto, default=0.99, metavar="X", help=f"{about} (default: 0.99).")
     driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
     driver.add_config_flags(search, Requirements())
     add("--keep", nargs="+", default=[], metavar="NAME", help="Attributes not to change; the model needs their heads.")
-    add("--engine", default="auto", choices=["auto", *ENGINES], help="Search engine (default: auto, the fastest).")
+    about = "Code that searches: for GPUs (triton), compiled (native), PyTorch's (default: auto, the fastest here)."
+    add("--engine", default="auto", choices=["auto", *ENGINES], help=about)
     add("--trace", type=int, default=0, metavar="N", help="Trace the searches of the first N images (default: 0).")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="URI", help="Audit directory (default: runs/DATASET/audit, or audit-METHOD).")
@@ -100,7 +102,8 @@ def explain_all(args: Namespace) -> int:
         plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"], rows))
     if args.dry_run:
         resources = driver.plan_actors(args, planning.useful_actors(plan, model, range(len(plan.shards))))
-        measured = measure(args, resources.num_actors, plan, model_uri, dataset, listing.slice(0, 32))
+        probed = plan, model_uri, dataset, listing.slice(0, 32), args.predictor
+        measured = driver.call_as_actor(args, resources.num_actors, planning.probe, *probed, engine=args.engine)
         print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
         return 0
     items = [shard_item(plan, shard, listing) for shard in range(len(plan.shards))]
@@ -122,18 +125,15 @@ def explain_all(args: Namespace) -> int:
         return 0 if held.complete else 1
 
 
-def measure(args: Namespace, useful: int, plan: Plan, *images: Any) -> dict[str, Any]:
-    """``probe`` where an actor would run, with its threads."""
-    return driver.call_as_actor(args, useful, planning.probe, plan, *images, args.predictor, engine=args.engine)
-
-
 def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list[Any]) -> int:
     """Images of a shard: those of an audit in ``out``, else from their size and the measured speed of a slow method."""
     if storage.exists(storage.join(out, "plan.json")):
         return int(read_plan(out).shards[0]["stop"])
     listing, seconds, targets = images[-1], 0.0, model.num_classes - 1
     if METHODS[plan.method].classifier not in ("ensemble", "member"):
-        seconds = measure(args, 1, plan, *images[:-1], listing.slice(0, max(1, 256 // targets)))["seconds_per_image"]
+        probed = plan, *images[:-1], listing.slice(0, max(1, 256 // targets)), args.predictor
+        measured = driver.call_as_actor(args, 1, planning.probe, *probed, engine=args.engine)
+        seconds = measured["seconds_per_image"]
     return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, driver.has_gpus(args))
 
 

@@ -85,7 +85,8 @@ def new_parser() -> argparse.ArgumentParser:
         "(default: 0; auto: 10)."
     )
     add("--label-weight", type=float, metavar="X", help=about)
-    add("--loss", help=f"Reconstruction loss ({of_vaes('loss')}).")
+    about = "Reconstruction loss: bce (binary cross-entropy), mse (squared error) or l1 (absolute error)"
+    add("--loss", metavar="NAME", help=f"{about} ({of_vaes('loss')}).")
     about = "Side, or height and width, of the images (default: from the data)."
     add("--image-size", nargs="+", **number, help=about)
     add("--mode", choices=["L", "RGB"], help="Grey or colour (default: from the data).")
@@ -93,11 +94,14 @@ def new_parser() -> argparse.ArgumentParser:
     members = EnsembleConfig.num_members
     add("--num-members", default=members, **number, help=f"Members of the ensemble (default: {members}).")
     widths = " ".join(map(str, EnsembleConfig.hidden))
-    about = f"Widths of the classifiers' hidden layers (default: {widths}; auto searches them)."
+    about = f"Width of each hidden layer of a classifier; none: a linear one (default: {widths}; auto searches them)."
     add("--hidden", nargs="*", **number, help=about)
     about = "Members of an image ensemble, for the methods that need one (default: 0)."
     add("--image-members", default=0, **number, help=about)
-    about = "Ensembles that each leave out a part of the training split, to explain that part with (default: 0)."
+    about = (
+        "Also train N ensembles, each without a part of the training split, so that --split train explains each image "
+        "by one that has not seen it (default: 0)."
+    )
     add("--folds", default=0, **number, help=about)
     about = "Updates of the held-out judge; 0: no judge (default: by the number of images)."
     add("--judge-updates", **number, help=about)
@@ -209,10 +213,11 @@ def describe_costs(found: Sequence[Cost]) -> list[str]:
     for cost in found:
         networks = f"{cost.networks} x " if cost.networks > 1 else ""
         lines.append(f"{cost.part:<18} {f'{networks}{cost.updates} updates':>20}  {cost.seconds:8.0f} s")
-    minutes = sum(cost.seconds for cost in found) / 60
+    minutes = max(1, round(sum(cost.seconds for cost in found) / 60))
     searched = any(cost.part.startswith("search") for cost in found)
     left_out = "measuring and the trials' counterfactuals" if searched else "measuring"
-    return [*lines, f"about {minutes:.0f} minutes of one free core here, without {left_out}"]
+    about = f"about {minutes} minute{'s' * (minutes > 1)} on one free core of this machine, less on several"
+    return [*lines, f"{about}; without {left_out}"]
 
 
 def choose(plan: TrainingPlan) -> TrainingPlan:

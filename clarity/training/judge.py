@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clarity.judges import JudgeNet
-from clarity.training.loops import mixed_precision
+from clarity.training.loops import LOG_SECONDS, minutes_since, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def fit(
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=updates + 1)
     pixels, order = torch.from_numpy(images), torch.empty(0, dtype=torch.int64)
-    total, since, report = 0.0, 0, max(1, updates // 10)
+    total, since, report, reported = 0.0, 0, max(1, updates // 10), time.monotonic()
     if isinstance(net, JudgeNet):  # half as fast again; the autoencoders lose by it
         net.to(memory_format=torch.channels_last)
     net.train()
@@ -121,9 +121,9 @@ def fit(
         optimiser.step()
         cycle.step()
         total, since = total + float(loss.detach()), since + 1
-        if update % report == 0 or update == updates:
+        if update % report == 0 or update == updates or time.monotonic() - reported > LOG_SECONDS:
             yield {"net": name, "update": update, "updates": updates, "loss": total / since}
-            total, since = 0.0, 0
+            total, since, reported = 0.0, 0, time.monotonic()
     net.eval()
 
 
@@ -150,9 +150,3 @@ def describe_update(what: str, report: Mapping[str, Any], started: float) -> str
     """A line of progress."""
     update = f"update {report['update']}/{report['updates']}"
     return f"{what}: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}"
-
-
-def minutes_since(started: float) -> str:
-    """Minutes and seconds since then."""
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    return f"{minutes}:{seconds:02d}"

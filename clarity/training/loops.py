@@ -1,6 +1,7 @@
 """Training loops of the VAE and of ensemble members, which yield the metrics of each epoch."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +18,11 @@ from clarity.training.optimiser import Adam, cosine_decay, derived_seed, generat
 from clarity.vae import VAE, VAEConfig, elbo
 
 Stacked = LatentEnsemble | ImageEnsemble
+#: Receives lines about the progress.
+Log = Callable[[str], None]
+
+#: Seconds after which a loop logs how far it is, however long an epoch takes.
+LOG_SECONDS = 20.0
 
 #: Arithmetic of convolutions in training: fp32; bf16, with float32 weights and sums; auto: bf16 on CUDA, else fp32.
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -139,6 +145,12 @@ def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def minutes_since(started: float) -> str:
+    """Minutes and seconds since then."""
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
 def run_epochs(
     network: nn.Module,
     training: VAETraining,
@@ -146,11 +158,13 @@ def run_epochs(
     schedule_of: Callable[[Adam, int], LRScheduler],
     state: Mapping[str, Tensor] | None,
     updates_of: Callable[[int, int], Iterator[dict[str, Tensor]]],
+    log: Log,
 ) -> Iterator[Epoch]:
     """Adam under a schedule, for a network on its device, which has the weights of the checkpoint ``state``.
 
     ``updates_of``, given an epoch and its number of updates, sets gradients and yields metrics, the loss among them.
     """
+    started = logged = time.monotonic()
     total, updates = num_epochs(training, num_rows), updates_per_epoch(num_rows, training.batch_size)
     adam = Adam(network.named_parameters(), training.learning_rate)
     schedule = schedule_of(adam, total * updates)
@@ -165,6 +179,10 @@ def run_epochs(
             adam.step()
             schedule.step()
             sums = {name: sums.get(name, 0) + value.detach().double() for name, value in metrics.items()}
+            if time.monotonic() - logged > LOG_SECONDS:
+                logged = time.monotonic()
+                loss = float(metrics["loss"])
+                log(f"update {adam.count}/{total * updates}  loss {loss:#.4g}  {minutes_since(started)}")
         means = {name: float(value) / updates for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
             what = {VAE: "VAE", VAEWithHeads: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
@@ -208,6 +226,7 @@ def train_vae(
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     device: str | torch.device = "cpu",
     precision: str = "auto",
+    log: Log = lambda line: None,
 ) -> Iterator[Epoch]:
     """Trains a VAE with Adam under a one-cycle schedule and yields an Epoch each; loss, reconstruction and kl in nats.
 
@@ -258,7 +277,7 @@ def train_vae(
             (terms["loss"] * share).backward()
             yield {name: term * share for name, term in terms.items()}
 
-    yield from run_epochs(network, training, len(images), one_cycle, state, updates_of)
+    yield from run_epochs(network, training, len(images), one_cycle, state, updates_of, log)
 
 
 @dataclass(frozen=True)
@@ -296,6 +315,7 @@ def train_latent_members(
     *,
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     device: str | torch.device = "cpu",
+    log: Log = lambda line: None,
 ) -> Iterator[Epoch]:
     """Trains the members of the latent ensemble with these numbers as one stack and yields an Epoch each.
 
@@ -317,7 +337,7 @@ def train_latent_members(
     one = replace(config, num_members=1)
     stack = stack_members([seeded(lambda: LatentEnsemble(one), training.seed, "latent", m) for m in members])
     eps = training.adversarial_eps * codes.std()
-    yield from train_members(stack, members, labels, training, draw, eps, None, states, device)
+    yield from train_members(stack, members, labels, training, draw, eps, None, states, device, log=log)
 
 
 def train_image_members(
@@ -331,6 +351,7 @@ def train_image_members(
     states: Mapping[int, Mapping[str, Tensor]] | None = None,
     device: str | torch.device = "cpu",
     precision: str = "auto",
+    log: Log = lambda line: None,
 ) -> Iterator[Epoch]:
     """``train_latent_members`` for the image ensemble, on images uint8 (N, C, H, W) with labels int64 (N,)."""
     device = torch.device(device)
@@ -344,7 +365,7 @@ def train_image_members(
     stack = stack_members([seeded(lambda: ImageEnsemble(one, vae_config), training.seed, "image", m) for m in members])
     stack.to(memory_format=torch.channels_last)
     eps, limits = training.adversarial_eps, (0.0, 1.0)
-    yield from train_members(stack, members, labels, training, draw, eps, limits, states, device, precision)
+    yield from train_members(stack, members, labels, training, draw, eps, limits, states, device, precision, log)
 
 
 def seeded(build: Callable[[], Any], seed: int, purpose: str, member: int) -> Any:
@@ -365,6 +386,7 @@ def train_members(
     states: Mapping[int, Mapping[str, Tensor]] | None,
     device: torch.device,
     precision: str = "fp32",
+    log: Log = lambda line: None,
 ) -> Iterator[Epoch]:
     """Trains an untrained stack with Adam under a cosine decay, see ``train_latent_members``.
 
@@ -404,7 +426,7 @@ def train_members(
                 hits = (logits.detach().argmax(-1) == wanted).double().mean()
                 yield {"loss": clean.detach().double() / len(members), "accuracy": hits}
 
-    yield from run_epochs(stack, training, len(labels), cosine_decay, state, updates_of)
+    yield from run_epochs(stack, training, len(labels), cosine_decay, state, updates_of, log)
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

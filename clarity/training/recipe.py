@@ -293,9 +293,9 @@ class Trials:
         """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
         started, plan = time.monotonic(), self.plan
         training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
-        taught: dict[str, Any] = {"known": self.known, "guide": self.guide} if config.label_weight else {}
-        images, precision = self.train.pixels, plan.precision
-        *_, last = train_vae(images, config, training, **taught, device=self.device, precision=precision)
+        options: dict[str, Any] = {"known": self.known, "guide": self.guide} if config.label_weight else {}
+        options |= {"device": self.device, "precision": plan.precision, "log": self.progress_of("VAE")}
+        *_, last = train_vae(self.train.pixels, config, training, **options)
         vae = VAE(config)
         vae.load_state_dict(vae_weights(last.state()))
         vae.to(self.device).eval()
@@ -310,7 +310,8 @@ class Trials:
             started, code = time.monotonic(), (config.latent_dim, config.beta, config.label_weight)
             shape = EnsembleConfig(len(plan.class_names), config.latent_dim, hidden, MEMBERS)
             training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
-            *_, last = train_latent_members(codes, shape, training, range(MEMBERS), device=self.device)
+            log, members = self.progress_of("ensemble"), range(MEMBERS)
+            *_, last = train_latent_members(codes, shape, training, members, device=self.device, log=log)
             ensemble = LatentEnsemble(shape)
             ensemble.load_state_dict(weights_of(last.state()))
             model = Model(vae, ensemble.to(self.device).eval(), plan.class_names, plan.preprocessing, judge=self.judge)
@@ -320,6 +321,10 @@ class Trials:
             return Trial(*code, step, hidden, accuracy, reached, judged, reconstructed, seconds)
 
         return trial
+
+    def progress_of(self, network: str) -> Callable[[str], None]:
+        """Logs how far the training of a trial's network is."""
+        return lambda line: self.log(f"recipe: {network} of a trial: {line}")
 
     def accuracy_of_judge(self, x: Tensor) -> float:
         """Of validation images, or their reconstructions."""

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from clarity.training.loops import Epoch, VAETraining, guide_loss, mixed_precision, run_epochs, seeded, weights_of
+from clarity.training.loops import (
+    Epoch,
+    Log,
+    VAETraining,
+    guide_loss,
+    mixed_precision,
+    run_epochs,
+    seeded,
+    weights_of,
+)
 from clarity.training.optimiser import generator_for, one_cycle
 from clarity.vae import VAE, Decoder
 
@@ -52,6 +61,7 @@ def train_sharp(
     state: Mapping[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
     precision: str = "auto",
+    log: Log = lambda line: None,
 ) -> Iterator[Epoch]:
     """Trains a decoder on codes drawn from the posteriors: L1, a critic's features, and its hinge loss.
 
@@ -97,7 +107,7 @@ def train_sharp(
                 parameter.grad = gradient
             yield {"loss": loss, "l1": l1, "critic": hinge, "guide": guided}
 
-    yield from run_epochs(networks, training, len(images), one_cycle, state, updates_of)
+    yield from run_epochs(networks, training, len(images), one_cycle, state, updates_of, log)
 
 
 def decoder_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,12 +25,13 @@ from clarity.rows import encode_rows
 from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
 from clarity.training.evaluate import LabelledImages, evenly
 from clarity.training.guide import known_of, new_guide, train_guide
-from clarity.training.judge import JudgeTraining, describe_update, minutes_since, train_judge
+from clarity.training.judge import JudgeTraining, describe_update, train_judge
 from clarity.training.loops import (
     Codes,
     Epoch,
     join_states,
     member_states,
+    minutes_since,
     seeded,
     train_image_members,
     train_latent_members,
@@ -180,7 +181,7 @@ def train_network(
     """Trains a network from its checkpoint on; the first worker writes it, and at the end its weights alone."""
     file = plan.file(f"{name}.safetensors")
     state = load_tensors(file) if storage.exists(file) else None
-    epochs = loop(state=state, device=worker.device, precision=plan.precision)
+    epochs = partial(loop, state=state, device=worker.device, precision=plan.precision)
     if worker.rank:
         follow(epochs, what)
         return
@@ -190,7 +191,7 @@ def train_network(
 
 
 def follow(
-    epochs: Iterator[Epoch],
+    loop: Callable[..., Iterator[Epoch]],
     what: str,
     log: Callable[[str], None] = lambda line: None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
@@ -199,7 +200,7 @@ def follow(
     started = saved = time.monotonic()
     epoch = None
     losses: dict[int, float] = {}
-    for epoch in epochs:
+    for epoch in loop(log=lambda line: log(f"{what}: {line}")):
         losses[epoch.number] = epoch.metrics["loss"]
         # A small data set takes hundreds of epochs, of which about twelve are reported.
         if epoch.number in (1, epoch.total) or epoch.number % math.ceil(epoch.total / 12) == 0:
@@ -347,8 +348,8 @@ def train_stacks(
                 f"all {count} members" if len(members) == count else f"this worker's {len(members)} of {count} members"
             )
         log = worker.log if worker.rank == 0 or stack_size < count else (lambda line: None)
-        epochs = loop(members, states={m: states[m] for m in members} if states[members[0]] else None)
-        final = follow(epochs, f"{kind} classifiers ({some})", log, save)
+        resumed = {m: states[m] for m in members} if states[members[0]] else None
+        final = follow(partial(loop, members, states=resumed), f"{kind} classifiers ({some})", log, save)
         finals = member_states(final, len(members)) if final else [states[m] for m in members]
         for m, state in zip(members, finals):
             save_finished(plan.member_file(kind, m), weights_of(state))

@@ -123,7 +123,9 @@ def best_trial(trials: list[dict[str, Any]]) -> dict[str, Any]:
     return max(trials, key=lambda trial: trial["accuracy"] * trial["judged"] ** 4 / max(trial["reached"], 1e-9) ** 3)
 
 
-def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, small: None) -> None:
+def test_search_tries_every_setting_and_says_why(
+    folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(folder, tmp_path / "out", judge_updates=30)
     lines: list[str] = []
     images = load_images(plan, plan.dataset, 200)
@@ -143,7 +145,10 @@ def test_search_tries_every_setting_and_says_why(folder: Path, tmp_path: Path, s
     }
     assert lines[-1] == f"recipe: {found['why']}" and "product" in found["why"]
     json.dumps(found)
-    assert search_recipe(plan, images, judge, "cpu", print)["chosen"] == found["chosen"]
+    monkeypatch.setattr("clarity.training.loops.LOG_SECONDS", -1.0)
+    assert search_recipe(plan, images, judge, "cpu", lines.append)["chosen"] == found["chosen"]
+    for network in ("VAE", "ensemble"):
+        assert any(line.startswith(f"recipe: {network} of a trial: update 1/") for line in lines)
 
 
 def test_training_takes_what_was_chosen_and_searches_once(

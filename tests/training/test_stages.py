@@ -1,6 +1,7 @@
 """A whole training: shared by workers, cut anywhere, resumed, extended, and refused where another model is."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,20 @@ def test_training_says_when_its_loss_still_falls(folder: Path, tmp_path: Path, m
     begin(plan)
     run_stages(plan, ("vae",), Worker(log=lines.append))
     assert lines[-1].startswith("vae: the loss still fell by ") and lines[-1].endswith("more of them would help")
+
+
+def test_training_says_how_far_it_is_within_a_long_epoch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("loops", "judge"):
+        monkeypatch.setattr(f"clarity.training.{module}.LOG_SECONDS", -1.0)
+    lines: list[str] = []
+    plan = plan_of(folder, tmp_path, image_members=2, judge_updates=11)
+    begin(plan)
+    run_stages(plan, TRAINED, Worker(log=lines.append))
+    told = "\n".join(lines)
+    for what in (r"vae", r"latent classifiers \(all 5 members\)", r"image classifiers \(member 1 of 2\)", "judge"):
+        assert re.search(rf"^{what}: update 1/\d+  loss \S+  \d+:\d\d\n{what}: update 2/", told, re.MULTILINE), what
 
 
 def test_finished_training_is_not_done_again(folder: Path, trained: Path, uncut: dict[str, bytes]) -> None:
