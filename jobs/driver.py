@@ -46,6 +46,8 @@ OBJECT_STORE_BYTES = 1_000_000_000
 WORKER_ENVIRONMENT = {
     # Threads that spin while they wait take the processor from those that they wait for, where others use it too.
     "OMP_WAIT_POLICY": "passive",
+    # Ray's own niceness of 15 leaves workers hardly any of a processor that other programs use, too.
+    "RAY_worker_niceness": "0",
     # Feature maps in memory that was used before: glibc would map and clear new pages for each of them.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),

@@ -192,23 +192,23 @@ def test_silent_core_hears_nothing_and_gives_stderr_back(capfd: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_workers_of_a_ray_started_here_wait_passively_and_it_can_be_started_again(
+def test_workers_of_a_ray_started_here_wait_passively_at_no_niceness_and_it_can_be_started_again(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     program = """
 import os
 import driver, ray
 driver.start_ray()
-print(ray.get(ray.remote(lambda: os.environ["OMP_WAIT_POLICY"]).remote()))
+print(*ray.get(ray.remote(lambda: [os.environ["OMP_WAIT_POLICY"], os.nice(0)]).remote()))
 driver.end_ray()
 driver.start_ray()
 print(ray.is_initialized() and ray.get(ray.remote(lambda: "again").remote()))
 """
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env = {name: value for name, value in os.environ.items() if name not in driver.WORKER_ENVIRONMENT}
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short:
         env |= {"RAY_TMPDIR": short, "PYTHONPATH": str(Path(driver.__file__).parent), "RAY_ADDRESS": "local"}
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=300)
-    assert run.stdout.splitlines() == ["starting Ray", "passive", "starting Ray", "again"], run.stderr
+    assert run.stdout.splitlines() == ["starting Ray", "passive 0", "starting Ray", "again"], run.stderr
 
 
 def test_job_without_a_useful_actor_needs_no_ray_unless_somebody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
