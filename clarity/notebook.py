@@ -40,7 +40,7 @@ def explain(
     Args:
         model: a Model, or the URI of one.
         images: (B, C, H, W) or (B, H, W) pixels, uint8 or floats in [0, 1], of the model's size; or a sequence of such
-            arrays, PIL images, or paths of image files.
+            arrays, PIL images, or paths or bytes of image files.
         targets: all, or class names or indices; an image's own predicted class is left out.
         method: a key of METHODS.
         config: of the search.
