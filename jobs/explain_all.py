@@ -55,7 +55,7 @@ def new_parser() -> ArgumentParser:
     driver.add_config_flags(search, SearchConfig(), skip=["min_target_prob"])
     driver.add_config_flags(search, Requirements())
     add("--keep", nargs="+", default=[], metavar="NAME", help="Attributes not to change; the model needs their heads.")
-    about = "Code that searches: for GPUs (triton), compiled (native), PyTorch's (default: auto, the fastest here)."
+    about = "Implementation of the search: GPU kernel (triton), C++ (native), PyTorch (default: auto, the fastest)."
     add("--engine", default="auto", choices=["auto", *ENGINES], help=about)
     add("--trace", type=int, default=0, metavar="N", help="Trace the searches of the first N images (default: 0).")
     add = parser.add_argument_group("output").add_argument

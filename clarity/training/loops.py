@@ -181,7 +181,7 @@ def run_epochs(
             sums = {name: sums.get(name, 0) + value.detach().double() for name, value in metrics.items()}
             if time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
-                loss = float(metrics["loss"])
+                loss = float(metrics["loss"].detach())
                 log(f"update {adam.count}/{total * updates}  loss {loss:#.4g}  {minutes_since(started)}")
         means = {name: float(value) / updates for name, value in sums.items()}
         if not math.isfinite(means["loss"]):
