@@ -44,13 +44,13 @@ from clarity.vae import VAE, VAEConfig
 MAX_SIDE = 32
 #: Codes that are tried: (D, weight of the KL term, of the labels), the weights for images of at most 32 pixels; without
 #: labels the first is the paper's.
-CODES = ((16, 1.0, 10.0), (64, 0.2, 10.0))
+CODES = ((16, 1.0, 10.0), (32, 0.45, 10.0), (64, 0.2, 10.0))
 #: Steps of the adversary that are tried, in standard deviations of the codes.
 STEPS = (0.05, 0.2, 0.5, 0.8)
-#: Further steps, as factors of the best one.
-FACTORS = (0.75, 1.3)
 #: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
 WIDE = (64, 64)
+#: Further steps of the best of all these, as factors of its own.
+FACTORS = (0.75, 1.3)
 #: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
 #: ensemble; members of an ensemble; images and targets of each whose counterfactuals are searched.
 IMAGES = 6_000
@@ -58,7 +58,7 @@ VALIDATION_PARTS = 5
 VAE_UPDATES = 400
 ENSEMBLE_UPDATES = 1000
 MEMBERS = 10
-ASKED_IMAGES = 200
+ASKED_IMAGES = 400
 ASKED_TARGETS = 4
 #: Validation images below which nothing can be chosen.
 MIN_VALIDATION = 40
@@ -272,7 +272,7 @@ class Trials:
         return train_guide(self.plan, self.train, self.log)
 
     def run(self) -> Iterator[Trial]:
-        """Every setting, two more steps around the best one, and the best one with wide layers."""
+        """Every setting, the best one with wide layers, and two more steps around the best of all these."""
         found: list[Trial] = []
         own, searched = self.plan.ensemble.hidden, self.plan.searched
         trial_of = {}
@@ -281,13 +281,14 @@ class Trials:
             for step in searched_steps(self.plan):
                 found.append(trial_of[code](step, own))
                 yield found[-1]
-        best = best_of(found)
-        for factor in FACTORS if "adversarial_eps" in searched else ():
-            found.append(trial_of[best.vae_config(self.plan)](round(best.adversarial_eps * factor, 3), own))
-            yield found[-1]
         if "hidden" in searched:
             best = best_of(found)
-            yield trial_of[best.vae_config(self.plan)](best.adversarial_eps, WIDE)
+            found.append(trial_of[best.vae_config(self.plan)](best.adversarial_eps, WIDE))
+            yield found[-1]
+        best = best_of(found)
+        for factor in FACTORS if "adversarial_eps" in searched else ():
+            step = round(best.adversarial_eps * factor, 3)
+            yield trial_of[best.vae_config(self.plan)](step, best.hidden)
 
     def of_code(self, config: VAEConfig) -> Callable[[float, tuple[int, ...]], Trial]:
         """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""

@@ -135,10 +135,13 @@ def test_search_tries_every_setting_and_says_why(
     settings = [tuple(trial[name] for name in (*code, "adversarial_eps")) for trial in found["trials"]]
     grid = [(3, 1.0, 0.0, 0.1), (3, 1.0, 0.0, 0.4), (5, 0.5, 10.0, 0.1), (5, 0.5, 10.0, 0.4)]
     best = best_trial(found["trials"][:4])
+    assert found["trials"][4]["hidden"] == (9, 8)
+    assert settings[:5] == [*grid, tuple(best[name] for name in (*code, "adversarial_eps"))]
+    best = best_trial(found["trials"][:5])
     around = [(*(best[name] for name in code), round(best["adversarial_eps"] * factor, 3)) for factor in (0.75, 1.3)]
-    assert settings[:6] == grid + around
+    assert settings[5:] == around
+    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 4 + [(9, 8)] + [best["hidden"]] * 2
     best = best_trial(found["trials"])
-    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 6 + [(9, 8)]
     assert num_trials(plan) == len(found["trials"])
     assert found["chosen"] == {name: best[name] for name in (*code, "adversarial_eps")} | {
         "hidden": list(best["hidden"])
