@@ -91,7 +91,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         lines.append(f"confirmed  {share(given['confirmed'], given['pairs'])}; {rungs}")
     lines += [
         f"steps      median {summary['median_steps']}, mean {summary['mean_steps']}; most: {', '.join(slow)}",
-        f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s, start of the workers included",
+        f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s, start-up included",
         f"stages     {', '.join(stages)} (seconds, summed over the processes)",
         f"engine     {', '.join(engines) or 'none'}",
         f"verified   checksums, keys, order, contents; {summary['redecoded']} pairs decoded again",
