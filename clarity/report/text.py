@@ -30,10 +30,12 @@ def plural(count: float, noun: str, nouns: str | None = None) -> str:
 
 
 def probability(value: float) -> str:
-    """A probability with two digits, never rounded to one nor to nothing."""
+    """A probability with two digits, above 0.98 with three, never rounded to one nor to nothing."""
     if value < 0.001:
         return "<0.001" if value > 0 else "0"
-    return ">0.99" if value > 0.995 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+    if value > 0.98:
+        return f"{value:.3f}" if value < 0.9995 else ">0.999"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def number(value: float) -> str:

@@ -42,7 +42,7 @@ def test_verdict_is_sound_for_a_good_model() -> None:
     found = verdict(card())
     assert found.level == "sound" and not found.reasons
     assert [row[0] for row in found.classes] == list(NAMES)
-    assert found.classes[0][1].startswith("95.0 % (89 % to") and found.classes[0][2:] == ("0.90", "0.99", "")
+    assert found.classes[0][1].startswith("95.0 % (89 % to") and found.classes[0][2:] == ("0.90", "0.990", "")
     shown = {name: value for name, value, _ in found.figures}
     assert shown["Baseline"] == "90 %" and shown["Calibration error"] == "3.1 %"
     assert shown["Reconstruction error"] == "20 %"

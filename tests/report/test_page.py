@@ -149,7 +149,7 @@ def test_report_sets_the_predictions_handed_in_beside_the_ensemble(tmp_path: Pat
     names = ["ant", "bee", "cow", "dog"]
     rows = re.findall(
         r"<tr><td><span.*?data-tile=\"(\d+)\".*?data-tile=\"(\d+)\".*?>(img-\d+)</a></th>\s*<td>(\w+)</td>\s*"
-        r"<td>(\w+) <span class=\"quiet-text\">&gt;0.99</span></td>\s*<td>(\w+) ",
+        r"<td>(\w+) <span class=\"quiet-text\">&gt;0.999</span></td>\s*<td>(\w+) ",
         part,
         re.S,
     )

@@ -38,7 +38,9 @@ def test_plural_takes_an_irregular_plural() -> None:
 
 
 def test_probability_never_rounds_to_one() -> None:
-    assert [text.probability(p) for p in (0.9999, 0.5, 0.0123, 1e-9)] == [">0.99", "0.50", "0.012", "<0.001"]
+    assert [text.probability(p) for p in (0.9999, 0.5, 0.0123, 1e-9)] == [">0.999", "0.50", "0.012", "<0.001"]
+    # On which side of 0.99, the usual threshold, a search ended.
+    assert [text.probability(p) for p in (0.9872, 0.9904)] == ["0.987", "0.990"]
 
 
 def test_number_has_three_digits_and_no_exponent_where_it_is_large() -> None:
