@@ -109,9 +109,10 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
 
     @cache
     def images() -> LabelledImages:
+        log = worker.log if worker.rank == 0 else (lambda line: None)
+        log(f"reading {plan.data['images']} images")
         found = load_images(plan, plan.dataset)
-        if worker.rank == 0:
-            log_errors(found, worker.log)
+        log_errors(found, log)
         return found
 
     for name in stages:

@@ -148,6 +148,7 @@ def test_training_says_how_far_it_is_within_a_long_epoch(
     begin(plan)
     run_stages(plan, TRAINED, Worker(log=lines.append))
     told = "\n".join(lines)
+    assert lines[0] == f"reading {plan.data['images']} images"
     for what in (r"vae", r"latent classifiers \(all 4 members\)", r"image classifiers \(member 1 of 2\)", "judge"):
         assert re.search(rf"^{what}: update 1/\d+  loss \S+  \d+:\d\d\n{what}: update 2/", told, re.MULTILINE), what
 
