@@ -104,7 +104,7 @@ def evidence(
         caption = f"mean change towards {names[target]}"
         tile = tiles.add_change(view.facts.differences.target_mean[target])
         shown.append(([{"tile": tile, "alt": caption, "size": tiles.width_at(84), "signed": True}], caption))
-    examples = [example for example in finding.examples if example[1] >= 0][:4] or [
+    examples = [example for example in finding.examples if example[1] >= 0][:3] or [
         (sample.examples[pair][0][0], pair[1]) for pair in finding.pairs[:3] if pair in sample.examples
     ]
     for image_id, target in examples:
