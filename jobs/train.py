@@ -145,7 +145,7 @@ def of_vaes(name: str) -> str:
 def make_plan(args: argparse.Namespace) -> TrainingPlan:
     """Everything that can be wrong is found here, before anything starts."""
     if args.predictor and args.predictor.endswith(".onnx") and "://" not in args.predictor:
-        args.predictor = os.path.abspath(args.predictor)  # training workers change their directory
+        args.predictor = os.path.abspath(args.predictor)  # a Ray that runs already has another working directory
     given = {name: value for name in training_flags() if (value := getattr(args, name)) is not None}
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"workers: expected at least 1, got {args.workers}")
@@ -313,6 +313,7 @@ def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None) -> None:
     """Run stages on all workers, in one trainer; nothing where nothing is left to do."""
     if all(STAGES[stage].done(plan) for stage in stages):
         return
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a predictor may read files by relative paths
     nodes = driver.offered_nodes()
     count, threads, use_gpu = divide(plan, stages, nodes, workers)
     with progress() as lines:

@@ -123,6 +123,16 @@ def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(
     assert (audit / "report.html").exists()
 
 
+def test_workers_of_a_training_keep_the_working_directory(
+    ray_local: Any, job: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """From which a predictor may read files; Ray Train's own lies below the model's."""
+    plan = job.make_plan(job.new_parser().parse_args(command(folder, tmp_path / "model")[2:]))
+    monkeypatch.setattr(job, "work", lambda config: config["log"](f"in {os.getcwd()}"))
+    job.fit(plan, ["vae"], 1)
+    assert f"in {os.getcwd()}\n" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_job_searches_the_recipe_once(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """The folder is too small for trials, so the paper's values are taken, by the same path."""
