@@ -21,6 +21,7 @@ from clarity.training.recipe import (
     LEAST_LABELLED,
     MEMBERS,
     VAE_UPDATES,
+    long_updates,
     num_trials,
     searched_codes,
     small_plan,
@@ -96,7 +97,8 @@ def costs(plan: TrainingPlan) -> list[Cost]:
             found.append(image_net("search: judge", ensemble.num_classes, some, small_vae))
         if weight:
             found.append(image_net("search: guide", outputs, some, small_vae))
-        found.append(vaes("search: VAEs", len(codes_tried), VAE_UPDATES, small_vae))
+        found.append(vaes("search: VAEs", len(codes_tried), min(VAE_UPDATES, long_updates(plan)), small_vae))
+        found.append(vaes("search: longer VAE", 1, long_updates(plan), small_vae))
         found.append(cost("search: ensembles", num_trials(plan), ENSEMBLE_UPDATES, members(MEMBERS)))
     found.append(vaes("VAE", 1, updates(vae_training, counted["images"]), vae))
     count = updates(ensemble_training, rows)

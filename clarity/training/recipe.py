@@ -36,7 +36,15 @@ from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.search import SearchConfig
 from clarity.training.evaluate import LabelledImages
 from clarity.training.guide import known_of, train_guide
-from clarity.training.loops import Codes, train_latent_members, train_vae, vae_weights, weights_of
+from clarity.training.loops import (
+    Codes,
+    num_epochs,
+    train_latent_members,
+    train_vae,
+    updates_per_epoch,
+    vae_weights,
+    weights_of,
+)
 from clarity.training.plan import EXTRAS, TrainingPlan, channels_for
 from clarity.vae import VAE, VAEConfig
 
@@ -46,16 +54,18 @@ MAX_SIDE = 32
 #: labels the first is the paper's.
 CODES = ((16, 1.0, 10.0), (32, 0.45, 10.0), (64, 0.2, 10.0))
 #: Steps of the adversary that are tried, in standard deviations of the codes.
-STEPS = (0.05, 0.2, 0.5, 0.8)
-#: Hidden layers that are tried with the best of these settings; the others are tried with the plan's own, the paper's.
+STEPS = (0.2, 0.5, 0.8)
+#: Steps that are tried with the best code, after a longer training of its VAE, as factors of the best step.
+FACTORS = (0.5, 0.75, 1.0, 1.35, 1.8)
+#: Hidden layers that are tried then, too; the others are the plan's own, the paper's.
 WIDE = (64, 64)
-#: Further steps of the best of all these, as factors of its own.
-FACTORS = (0.75, 1.3)
-#: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE and of each
-#: ensemble; members of an ensemble; images and targets of each whose counterfactuals are searched.
+#: The budget: labelled images that are looked at, one in five of them for validation; updates of each VAE, of the
+#: best code's, at most, and of each ensemble; members of an ensemble; images and targets of each whose counterfactuals
+#: are searched.
 IMAGES = 6_000
 VALIDATION_PARTS = 5
 VAE_UPDATES = 400
+LONG_UPDATES = 1500
 ENSEMBLE_UPDATES = 1000
 MEMBERS = 10
 ASKED_IMAGES = 400
@@ -75,6 +85,7 @@ class Trial:
     label_weight: float  # of the labels in the VAE's training
     adversarial_eps: float  # step of the adversary, in standard deviations of the codes
     hidden: tuple[int, ...]  # widths of the classifiers' hidden layers
+    vae_updates: int  # of its VAE's training
     accuracy: float  # of the ensemble
     reached: float  # share of the requested counterfactuals whose search reached 0.99
     judged: float  # share of them that were reached and in which the judge sees the target
@@ -132,7 +143,7 @@ def own_values(plan: TrainingPlan) -> dict[str, Any]:
 def recipe_key(plan: TrainingPlan) -> str:
     """Digest of everything that the search depends on."""
     described = {name: value for name, value in plan.describe().items() if name not in EXTRAS}
-    tried = [MAX_SIDE, CODES, STEPS, FACTORS, WIDE, IMAGES, VAE_UPDATES, ENSEMBLE_UPDATES]
+    tried = [MAX_SIDE, CODES, STEPS, FACTORS, WIDE, IMAGES, VAE_UPDATES, LONG_UPDATES, ENSEMBLE_UPDATES]
     content = [described, sorted(plan.searched), *tried]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -238,15 +249,29 @@ def searched_steps(plan: TrainingPlan) -> tuple[float, ...]:
     return STEPS if "adversarial_eps" in plan.searched else (plan.ensemble_training.adversarial_eps,)
 
 
+def further_settings(plan: TrainingPlan) -> list[tuple[float, tuple[int, ...]]]:
+    """Factors of the best step, and hidden layers, that are tried with the best code."""
+    factors = FACTORS if "adversarial_eps" in plan.searched else (1.0,)
+    widths = [plan.ensemble.hidden, WIDE] if "hidden" in plan.searched else [plan.ensemble.hidden]
+    return [(factor, hidden) for hidden in widths for factor in factors]
+
+
+def long_updates(plan: TrainingPlan) -> int:
+    """Updates of the best code's VAE: as many as in the training itself, or LONG_UPDATES."""
+    training, images = plan.vae_training, plan.data["images"]
+    return min(LONG_UPDATES, num_epochs(training, images) * updates_per_epoch(images, training.batch_size))
+
+
 def num_trials(plan: TrainingPlan) -> int:
     """How many ensembles the search trains."""
-    further = len(FACTORS) * ("adversarial_eps" in plan.searched) + ("hidden" in plan.searched)
-    return len(searched_codes(plan)) * len(searched_steps(plan)) + further
+    return len(searched_codes(plan)) * len(searched_steps(plan)) + len(further_settings(plan))
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The rule."""
-    return max(trials, key=lambda trial: trial.accuracy * trial.reached * trial.seen**4)
+    """The rule, among the trials of the VAEs that were trained for longest."""
+    longest = max(trial.vae_updates for trial in trials)
+    comparable = [trial for trial in trials if trial.vae_updates == longest]
+    return max(comparable, key=lambda trial: trial.accuracy * trial.reached * trial.seen**4)
 
 
 @dataclass(frozen=True)
@@ -272,28 +297,27 @@ class Trials:
         return train_guide(self.plan, self.train, self.log)
 
     def run(self) -> Iterator[Trial]:
-        """Every setting, the best one with wide layers, and two more steps around the best of all these."""
-        found: list[Trial] = []
-        own, searched = self.plan.ensemble.hidden, self.plan.searched
-        trial_of = {}
-        for code in searched_codes(self.plan):
-            trial_of[code] = self.of_code(code)
-            for step in searched_steps(self.plan):
-                found.append(trial_of[code](step, own))
-                yield found[-1]
-        if "hidden" in searched:
-            best = best_of(found)
-            found.append(trial_of[best.vae_config(self.plan)](best.adversarial_eps, WIDE))
-            yield found[-1]
-        best = best_of(found)
-        for factor in FACTORS if "adversarial_eps" in searched else ():
-            step = round(best.adversarial_eps * factor, 3)
-            yield trial_of[best.vae_config(self.plan)](step, best.hidden)
+        """Every code and step; then the best code, trained for longer, with steps around its best and wide layers.
 
-    def of_code(self, config: VAEConfig) -> Callable[[float, tuple[int, ...]], Trial]:
-        """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
+        A short training tells which code suits, but not how long the step has to be: classes part, and counterfactuals
+        get easier to reach and less often seen as their target, for as long as a VAE learns labels.
+        """
+        short = min(VAE_UPDATES, long_updates(self.plan))
+        found: list[Trial] = []
+        for code in searched_codes(self.plan):
+            trial = self.of_code(code, short, len(searched_steps(self.plan)))
+            for step in searched_steps(self.plan):
+                found.append(trial(step, self.plan.ensemble.hidden))
+                yield found[-1]
+        best, settings = best_of(found), further_settings(self.plan)
+        trial = self.of_code(best.vae_config(self.plan), long_updates(self.plan), len(settings))
+        for factor, hidden in settings:
+            yield trial(round(best.adversarial_eps * factor, 3), hidden)
+
+    def of_code(self, config: VAEConfig, updates: int, trials: int) -> Callable[[float, tuple[int, ...]], Trial]:
+        """Trains a VAE and encodes the images; one of so many trials by the adversary's step and hidden layers."""
         started, plan = time.monotonic(), self.plan
-        training = replace(plan.vae_training, epochs=1, min_updates=VAE_UPDATES)
+        training = replace(plan.vae_training, epochs=1, min_updates=updates)
         options: dict[str, Any] = {"known": self.known, "guide": self.guide} if config.label_weight else {}
         options |= {"device": self.device, "precision": plan.precision, "log": self.progress_of("VAE")}
         *_, last = train_vae(self.train.pixels, config, training, **options)
@@ -318,8 +342,8 @@ class Trials:
             model = Model(vae, ensemble.to(self.device).eval(), plan.class_names, plan.preprocessing, judge=self.judge)
             reached, judged = judge_counterfactuals(model, self.x)
             accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == self.truth).mean())
-            seconds = round(vae_seconds / len(searched_steps(plan)) + time.monotonic() - started, 1)
-            return Trial(*code, step, hidden, accuracy, reached, judged, reconstructed, seconds)
+            seconds = round(vae_seconds / trials + time.monotonic() - started, 1)
+            return Trial(*code, step, hidden, updates, accuracy, reached, judged, reconstructed, seconds)
 
         return trial
 

@@ -42,7 +42,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of two codes and two steps, of a few updates each."""
     for name, value in {
         "CODES": ((3, 1.0, 0.0), (5, 0.5, 10.0)), "STEPS": (0.1, 0.4), "WIDE": (9, 8), "VAE_UPDATES": 20,
-        "ENSEMBLE_UPDATES": 30, "MEMBERS": 2, "ASKED_IMAGES": 20, "MIN_VALIDATION": 10,
+        "LONG_UPDATES": 25, "FACTORS": (0.7, 1.0), "ENSEMBLE_UPDATES": 30, "MEMBERS": 2, "ASKED_IMAGES": 20,
+        "MIN_VALIDATION": 10,
     }.items():  # fmt: skip
         monkeypatch.setattr(recipe, name, value)
     monkeypatch.setattr(JudgeTraining, "for_images", classmethod(lambda cls, count: cls(updates=30)))
@@ -98,6 +99,7 @@ def test_rule_weighs_accuracy_and_reach_and_hybrids_most() -> None:
         0.0,
         0.2,
         (16, 16),
+        vae_updates=400,
         accuracy=0.779,
         reached=0.999,
         judged=0.974,
@@ -117,6 +119,9 @@ def test_rule_weighs_accuracy_and_reach_and_hybrids_most() -> None:
     assert best_of((reached, crisp)) is crisp
     none = dataclasses.replace(blurred, reached=0.0, judged=0.0)
     assert best_of((none, misleading)) is misleading
+    # A longer training is compared with its like alone.
+    longer = dataclasses.replace(misleading, vae_updates=1500)
+    assert best_of((longer, both)) is longer
 
 
 def best_trial(trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,13 +140,11 @@ def test_search_tries_every_setting_and_says_why(
     settings = [tuple(trial[name] for name in (*code, "adversarial_eps")) for trial in found["trials"]]
     grid = [(3, 1.0, 0.0, 0.1), (3, 1.0, 0.0, 0.4), (5, 0.5, 10.0, 0.1), (5, 0.5, 10.0, 0.4)]
     best = best_trial(found["trials"][:4])
-    assert found["trials"][4]["hidden"] == (9, 8)
-    assert settings[:5] == [*grid, tuple(best[name] for name in (*code, "adversarial_eps"))]
-    best = best_trial(found["trials"][:5])
-    around = [(*(best[name] for name in code), round(best["adversarial_eps"] * factor, 3)) for factor in (0.75, 1.3)]
-    assert settings[5:] == around
-    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 4 + [(9, 8)] + [best["hidden"]] * 2
-    best = best_trial(found["trials"])
+    around = [(*(best[name] for name in code), round(best["adversarial_eps"] * factor, 3)) for factor in (0.7, 1.0)]
+    assert settings == grid + 2 * around
+    assert [trial["hidden"] for trial in found["trials"]] == [(16, 16)] * 6 + [(9, 8)] * 2
+    assert [trial["vae_updates"] for trial in found["trials"]] == [20] * 4 + [25] * 4
+    best = best_trial(found["trials"][4:])
     assert num_trials(plan) == len(found["trials"])
     assert found["chosen"] == {name: best[name] for name in (*code, "adversarial_eps")} | {
         "hidden": list(best["hidden"])
@@ -198,7 +201,7 @@ def test_large_images_are_searched_as_small_ones(
 
     monkeypatch.setattr(recipe, "train_vae", recorded)
     model = clarity.train("folder", tmp_path / "out", data=folder, **fields)
-    assert seen == [((1, 7, 10), (1, 7, 10), 10.0)]
+    assert seen == [((1, 7, 10), (1, 7, 10), 10.0)] * 2
     assert (model.vae.config.image_shape, model.vae.config.beta, model.vae.config.label_weight) == (
         (1, 19, 30),
         2.7,
@@ -230,8 +233,8 @@ def test_labels_that_the_recipe_weighs_reach_each_training_of_a_vae(
     short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
     lines: list[str] = []
     model = clarity.train("folder", tmp_path / "out", data=folder, log=lines.append, **short)
-    assert [set(map(tuple, known.tolist())) for known in given["known"]] == [{(1, 0, 0), (0, 1, 0), (0, 0, 1)}]
-    assert [isinstance(guide, JudgeNet) for guide in given["guide"]] == [True]
+    assert [set(map(tuple, known.tolist())) for known in given["known"]] == [{(1, 0, 0), (0, 1, 0), (0, 0, 1)}] * 2
+    assert [isinstance(guide, JudgeNet) for guide in given["guide"]] == [True] * 2
     # Validation images, the last fifth of each class, are not the search's guide's.
     everything = data.list_images(data.open_dataset("folder", folder))
     labels = data.label_indices(everything["label_name"], model.class_names).to_numpy(zero_copy_only=False)
