@@ -58,7 +58,7 @@ def test_costs_count_the_updates_of_every_network(tmp_path: Path) -> None:
     # Three codes, as the dimension is given and the weights of the KL term and the labels are not: 3 x 3 steps and 5
     # further ones; the widths are given. The search trains a guide of its own.
     assert (more["search: VAEs"].networks, more["search: ensembles"].networks) == (3, 14)
-    assert (more["search: VAEs"].updates, more["search: longer VAE"].updates) == (400, 1500)
+    assert (more["search: VAEs"].updates, more["search: longer VAE"].updates) == (400, 800)
     assert more["search: guide"].updates == more["guide"].updates == 400 and "search: judge" not in more
     large = plan_training(str(tmp_path), dataset, None, recipe="auto", image_size=33, **network, **short)
     assert "search: judge" in {cost.part for cost in costs(large)}
