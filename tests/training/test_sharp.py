@@ -118,7 +118,8 @@ def test_cut_training_of_the_decoder_ends_the_same(
     begin(plan)
     run_stages(plan, TRAINED, Worker(log=lines.append))
     finish(plan)
-    assert [line.split("  ")[0] for line in lines] == ["sharp decoder: epoch 2/3", "sharp decoder: epoch 3/3"]
+    seen = [line.split("  ")[0] for line in lines]
+    assert seen == ["reading 108 images", "sharp decoder: epoch 2/3", "sharp decoder: epoch 3/3"]
     name = "sharp.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
