@@ -61,7 +61,7 @@ WORKER_ENVIRONMENT = {
 RAY_CONTACT_S = 15
 #: How long to wait for the first node of an autoscaler.
 FIRST_NODE_S = 900
-#: After so many shards a run says so where targets are out of reach.
+#: After so many shards a run says so where many searches do not converge.
 FIRST_SHARDS = 3
 #: Set in the driver of a job submitted by `ray job submit`.
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -469,7 +469,7 @@ def check_visible(uri: str, run: str, data_uri: str | None) -> None:
 def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Notes:
     """Pass on the shards that ended, under a bar on a terminal, with a line now and then elsewhere.
 
-    After the first shards it says so where targets are out of reach.
+    After the first shards it says so where many searches do not converge.
     """
     console, printed, seen = Console(stderr=True), time.time(), Counter[str]()
     columns = ("shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")

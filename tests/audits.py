@@ -39,6 +39,8 @@ class Planted:
 
 EVERYTHING = Planted(hard=(1, 3), asymmetry=(0, 2), wrong_labels=4, edge=5, rising=2, lost=1, unreadable=2, nonfinite=1)
 CONFIG = {"min_target_prob": 0.99, "max_steps": 500}
+#: What the findings are told of it.
+SEARCHED: dict[str, Any] = {"thresholds": (0.99, 0.99), "max_steps": 500}
 
 
 @dataclass

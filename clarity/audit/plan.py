@@ -83,6 +83,14 @@ class Plan:
         """Attributes that the search keeps."""
         return list(self.checks.get("keep", []))
 
+    @property
+    def thresholds(self) -> tuple[float, float] | None:
+        """The smallest and the largest threshold of the classes; None where the method has none."""
+        if "min_target_prob" not in self.config:
+            return None
+        found = self.checks.get("min_target_probs", [self.config["min_target_prob"]])
+        return min(found), max(found)
+
     def min_target_prob(self, targets: np.ndarray) -> np.ndarray:
         """The threshold of each target (P,), float32."""
         classes = np.full(len(self.class_names), self.config["min_target_prob"], np.float32)

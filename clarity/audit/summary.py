@@ -112,11 +112,11 @@ def require_readable(summary: Mapping[str, Any]) -> None:
 
 
 def unreached(summary: Mapping[str, Any]) -> str:
-    """Where more than a tenth of the targets is out of reach, a line with the threshold to try; else no text."""
+    """Where more than a tenth of the searches did not converge, a line with the threshold to try; else no text."""
     reach, converged, pairs = (summary.get(name) for name in ("target_prob_p5", "converged", "pairs"))
     if not pairs or reach is None or converged >= 0.9 * pairs:
         return ""
-    told = f"{share(pairs - converged, pairs)} of the targets are out of reach; 95 % of the pairs reach {reach:.3f}"
+    told = f"{share(pairs - converged, pairs)} of the searches did not converge; 95 % of the pairs reach {reach:.3f}"
     # Below one half another class may be as likely: no threshold to recommend.
     threshold = f", or {reach - 0.005:.2f}" if reach > 0.505 else ""
     return f"{told}: try --min-target-prob auto{threshold}"

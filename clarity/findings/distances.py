@@ -37,7 +37,7 @@ def check_extremes(facts: Facts) -> Outcome:
         beside = ""
         if failing and kind == "hardest":
             beside = f" Not ranked, with more failures than successes: {plural(len(failing), 'class pair')} "
-            beside += f"({listed([facts.arrow(pair) for pair in failing[:3]])})."
+            beside += f"({facts.arrows(failing)})."
         found.append(
             Finding(
                 kind,
@@ -85,8 +85,8 @@ def check_asymmetry(facts: Facts) -> Outcome:
         )
     others = ""
     if asymmetric[1:]:
-        others = f" The same holds for {plural(len(asymmetric) - 1, 'other class pair')}: "
-        others += f"{listed([facts.arrow(pair) for pair in asymmetric[1:4]])}."
+        number = plural(len(asymmetric) - 1, "other class pair")
+        others = f" The same holds for {number}: {facts.arrows(asymmetric[1:])}."
     return Finding(
         "asymmetry",
         severity,

@@ -13,7 +13,7 @@ from clarity.findings.differences import Differences
 from clarity.findings.statistics import share_interval
 from clarity.findings.suspicion import suspicious_labels
 from clarity.findings.verdict import Verdict, verdict
-from clarity.report.text import interval, percent
+from clarity.report.text import interval, listed, percent
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Facts:
     pairs: dict[str, np.ndarray]
     #: distinct images in the pairs; shares of pairs have intervals as if each image were one observation
     num_images: int
-    config: dict[str, Any]  # the search's min_target_prob and max_steps, for the sentences
+    thresholds: tuple[float, float] | None  # the smallest and the largest that a target probability had to exceed
+    max_steps: int | None  # of the search
     #: what counterfactuals change; None without pictures, and shortcuts are not looked for
     differences: Differences | None
     suspicion: pa.Table  # of ``suspicious_labels``
@@ -97,6 +98,10 @@ class Facts:
         """How a class pair is written."""
         return f"{self.class_names[pair[0]]} → {self.class_names[pair[1]]}"
 
+    def arrows(self, pairs: Sequence[tuple[int, int]]) -> str:
+        """Some class pairs, or three of them."""
+        return ("such as " if len(pairs) > 3 else "") + listed([self.arrow(pair) for pair in pairs[:3]])
+
     def share_of_pairs(self, part: float) -> str:
         """A share of all pairs with its interval, each image counted as one observation."""
         share = part / self.num_pairs
@@ -107,7 +112,8 @@ def gather(
     con: duckdb.DuckDBPyConnection,
     class_names: Sequence[str],
     *,
-    config: Mapping[str, Any] | None = None,
+    thresholds: tuple[float, float] | None = None,
+    max_steps: int | None = None,
     card: Mapping[str, Any] | None = None,
     differences: Differences | None = None,
     trained_on_labels: bool = False,
@@ -127,7 +133,8 @@ def gather(
         class_names=tuple(class_names),
         pairs=pairs,
         num_images=num_images,
-        config=dict(config or {}),
+        thresholds=thresholds,
+        max_steps=max_steps,
         differences=differences,
         suspicion=suspicious_labels(con),
         trained_on_labels=trained_on_labels,

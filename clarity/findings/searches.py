@@ -67,17 +67,19 @@ def check_unconverged(facts: Facts) -> Outcome:
         if share_beyond
         else ""
     )
+    least, most = facts.thresholds or (None, None)
     if share_beyond:  # a model that sees nothing in real images has no threshold to ask for
         asks = ": --min-target-prob auto asks only for what real images of each class get."
-        reason += "." if facts.verdict.level == "no-go" else asks
+        reason += "." if facts.verdict.level == "no-go" or least != most else asks
     if facts.keep:
         reason += f" The search kept {listed(list(facts.keep))}, which puts some pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach
     # for real images too, or that is the price of kept attributes.
     most_severe = 0.95 if mostly.any() and share_beyond < 0.5 and not facts.keep else 0.65
-    gamma, limit = facts.config.get("min_target_prob"), facts.config.get("max_steps")
-    wanted = f"a target probability of {gamma:g}" if gamma is not None else "the wanted target probability"
-    within = f" within {limit:,} steps" if limit is not None else ""
+    wanted = "the wanted target probability"
+    if facts.thresholds:
+        wanted = f"a target probability of {f'{most:g}' if least == most else f'{least:.2f} to {most:.2f} (by class)'}"
+    within = f" within {facts.max_steps:,} steps" if facts.max_steps is not None else ""
     parts = [f"{facts.arrow(pair)} ({failed[pair]:,.0f} of {facts.pairs['pairs'][pair]:,.0f})" for pair in worst[:3]]
     where = f"most often {listed(parts)}" if (failed > 0).sum() > 3 else listed(parts)
     return Finding(

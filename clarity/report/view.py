@@ -127,7 +127,8 @@ def open_view(audit: Audit, name: str) -> View:
     facts = gather(
         con,
         short_names(audit.class_names, MAX_NAME),
-        config=audit.plan.config,
+        thresholds=audit.plan.thresholds,
+        max_steps=audit.plan.config.get("max_steps"),
         card=None if model is None else model.card,
         differences=mean_changes(con, audit, model),
         # No folds, and no held-out split.

@@ -134,7 +134,7 @@ def test_unreached_targets_are_told_with_the_threshold_to_try() -> None:
     assert unreached({"pairs": 10, "converged": 9, "target_prob_p5": 0.5}) == ""
     assert unreached({"pairs": 0, "converged": 0, "target_prob_p5": None}) == ""
     told = unreached({"pairs": 10, "converged": 6, "target_prob_p5": 0.714})
-    assert told.startswith("4 (40.00 %) of the targets are out of reach; 95 % of the pairs reach 0.714")
+    assert told.startswith("4 (40.00 %) of the searches did not converge; 95 % of the pairs reach 0.714")
     assert told.endswith("try --min-target-prob auto, or 0.71")
     told = unreached({"pairs": 10, "converged": 0, "target_prob_p5": 0.303})
     assert told.endswith("95 % of the pairs reach 0.303: try --min-target-prob auto")

@@ -103,7 +103,7 @@ def results_of_two_classes(codes: pa.Table, pairs: pa.Table, names: list[str], t
     source, target = (pairs[name].to_numpy() for name in ("source", "target"))
     mine = codes.filter(pa.array(np.isin(codes["source"].to_numpy(), two)))
     some = pairs.filter(pa.array(np.isin(source, two) & np.isin(target, two)))
-    return find(gather(connect(mine, some), names, config={"min_target_prob": 0.99, "max_steps": 500}))
+    return find(gather(connect(mine, some), names, thresholds=(0.99, 0.99), max_steps=500))
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from audits import CONFIG, Planted, Tables, make_tables, replaced, with_predictor
+from audits import SEARCHED, Planted, Tables, make_tables, replaced, with_predictor
 
 from clarity.audit.queries import connect
 from clarity.findings.differences import mean_differences
@@ -30,11 +30,11 @@ ALARMS = {
 
 def results_of(tables: Tables, differences: bool = True, **others: Any) -> Results:
     others = {name: value for name, value in others.items() if value is not None}
-    facts = {name: others.pop(name) for name in ("trained_on_labels", "card") if name in others}
+    facts = {name: others.pop(name) for name in ("trained_on_labels", "card", "thresholds") if name in others}
     con = connect(tables.codes, tables.counterfactuals, **others)
     source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
     changes = mean_differences(tables.before, tables.after, source, target, len(tables.class_names))
-    return find(gather(con, tables.class_names, config=CONFIG, differences=changes if differences else None, **facts))
+    return find(gather(con, tables.class_names, differences=changes if differences else None, **{**SEARCHED, **facts}))
 
 
 def failing(tables: Tables, *, source: int | None = None, target: int, every: int = 1, first: int = 10_000) -> Tables:
@@ -80,6 +80,8 @@ def test_find_names_a_hard_pair_and_its_failures() -> None:
         found["unconverged"].sentence
     )
     assert all(target == 3 for _, target in found["unconverged"].examples)
+    by_class = told(make_tables(planted=Planted(hard=(1, 3))), thresholds=(0.676, 0.99))["unconverged"].sentence
+    assert "did not reach a target probability of 0.68 to 0.99 (by class) within 500 steps" in by_class
 
 
 def test_find_calls_failures_wrong_only_where_a_class_pair_mostly_fails() -> None:
