@@ -115,7 +115,7 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
     assert len([ax for ax in strip.axes if ax.images]) == min(4, len(steps))
     assert found.uncertainty().axes[0].get_xlabel() == "step"
     assert set(opened.query("closest_to", source="ant", target="dog").column_names) >= {"image_id", "distance"}
-    with pytest.raises(ValueError, match=r"(source|target): expected a class of ant, bee, cow, dog, got '[49]'"):
+    with pytest.raises(ValueError, match=r"(source|target): expected a class of ant, bee, cow, dog, got none"):
         opened.query("closest_to")
     with pytest.raises(ValueError, match="it is classified as"):
         plots.Counterfactual(opened, row["image_id"], row["source_name"])

@@ -54,7 +54,8 @@ class Audit:
         asked = {**(load_queries()[name].parameters if name in load_queries() else {}), **parameters}
         for role in {"source", "target"} & asked.keys():
             if asked[role] not in self.class_names:
-                raise ValueError(f"{role}: expected a class of {', '.join(self.class_names[:10])}, got {asked[role]!r}")
+                got = repr(parameters[role]) if role in parameters else "none"
+                raise ValueError(f"{role}: expected a class of {', '.join(self.class_names[:10])}, got {got}")
         return query(connect(self.codes, self.counterfactuals), name, metadata=metadata, **parameters)
 
     def __repr__(self) -> str:

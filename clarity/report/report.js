@@ -266,7 +266,7 @@ function strip(row, s, t, size = small) {
     return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${texts[i]}`),
       el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, texts[i]));
   });
-  return figure(el("div", { class: "strip" }, frames), `from the reconstruction to the counterfactual in equal steps of the code, with p(${names[t]})`);
+  return figure(el("div", { class: "strip" }, frames), `between the reconstruction and the counterfactual, in equal steps of the code, with p(${names[t]})`);
 }
 const rowOf = (audit, id, t) => audit.rows[id]?.find((row) => row[field.target] === t);
 function example(id, s, t) {

@@ -1,4 +1,4 @@
--- The images of one class that are closest to another.
+-- The images that the model sees as one class and that are closest to another.
 -- Parameters: {"source": "4", "target": "9", "count": 10}
 SELECT image_id, steps, round(distance_z_l1, 2) AS distance,
        round(target_prob_initial, 4) AS target_prob_initial,
