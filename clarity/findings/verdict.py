@@ -107,7 +107,7 @@ def verdict(card: Mapping[str, Any]) -> Verdict:
         if unreachable:
             care.append(
                 f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "
-                f"tenths of the real images get a probability below {MIN_REACHED:g}, and few explanations more"
+                f"tenths of the real images get a probability below {MIN_REACHED:g}; searches ask for more by default"
             )
     level = "no-go" if no_go else "with care" if care else "sound"
     reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
