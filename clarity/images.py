@@ -1,6 +1,7 @@
 """Image files to pixels and back: decoding within safe limits, orientation, crop, resize, and PNG files."""
 
 import io
+import math
 import re
 import struct
 import warnings
@@ -44,6 +45,17 @@ TURNS = {
 
 class UnreadableImage(ValueError):
     """Why one image cannot be used: what was expected, what was found, what to do. Becomes the row's ``error``."""
+
+
+def square_of(image_shape: tuple[int, int, int], max_side: int) -> int:
+    """Pixels a side of the squares whose means make an image (C, H, W) at most ``max_side`` pixels high and wide."""
+    return math.ceil(max(image_shape[1:]) / max_side)
+
+
+def shrunk_shape(image_shape: tuple[int, int, int], square: int) -> tuple[int, int, int]:
+    """Shape of the means of squares of an image (C, H, W), those at its edges cut, as of an average pooling."""
+    channels, height, width = image_shape
+    return channels, math.ceil(height / square), math.ceil(width / square)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Independent of the ensembles by another architecture (pairs of 3x3 convolutions 
 another seed, and other training images: only those for which ``ids.in_judges_half`` is true.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clarity.compiled import Maps, kept
+from clarity.images import shrunk_shape, square_of
 from clarity.rows import compiled_or_not, folded, in_blocks, require_eval, require_rows
 
 #: Widths of the blocks for images above 32 pixels.
@@ -69,9 +69,8 @@ class JudgeNet(nn.Module):
 
 def build_judge(image_shape: tuple[int, int, int], num_outputs: int) -> JudgeNet:
     """An untrained network; images above 32 pixels get one more block and wider ones, above 64 they are shrunk."""
-    side = max(image_shape[1:])
-    channels = LARGE_CHANNELS if side > 32 else JudgeConfig.channels
-    return JudgeNet(JudgeConfig(image_shape, num_outputs, channels, square=math.ceil(side / MAX_SIDE)))
+    channels = LARGE_CHANNELS if max(image_shape[1:]) > 32 else JudgeConfig.channels
+    return JudgeNet(JudgeConfig(image_shape, num_outputs, channels, square=square_of(image_shape, MAX_SIDE)))
 
 
 @torch.inference_mode()
@@ -85,8 +84,7 @@ def judge_rows(net: JudgeNet, x: Tensor) -> np.ndarray:
 def judge_of(net: JudgeNet) -> Maps:
     """Class probabilities (B, K) of blocks of images."""
     *layers, mean, flatten = folded(net.trunk)
-    channels, *sides = net.config.image_shape
-    shape = (channels, *(math.ceil(side / net.config.square) for side in sides))
+    shape = shrunk_shape(net.config.image_shape, net.config.square)
     maps, end = compiled_or_not(layers, shape), nn.Sequential(mean, flatten, net.project, net.head)
     return lambda block, count: end(maps(net.shrink(block), count)).softmax(1)
 

@@ -82,7 +82,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--beta", type=float, metavar="X", help=f"Weight of the KL term ({of_vaes('beta')}).")
     about = (
         "Weight of labels and --attributes in the VAE's training, so that codes know them and pictures show them "
-        "(default: 0; auto: 10)."
+        "(default: 0; auto: 10, and more for images above 32 pixels)."
     )
     add("--label-weight", type=float, metavar="X", help=about)
     about = "Reconstruction loss: bce (binary cross-entropy), mse (squared error) or l1 (absolute error)"

@@ -4,7 +4,7 @@ import numpy as np
 
 from clarity.findings.distances import MIN_DESCRIBED
 from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked
-from clarity.report.text import listed, percent, plural
+from clarity.report.text import listed, percent, plural, thresholds
 
 COUNTED = "Counted over every row of the audit."
 
@@ -67,18 +67,17 @@ def check_unconverged(facts: Facts) -> Outcome:
         if share_beyond
         else ""
     )
-    least, most = facts.thresholds or (None, None)
+    given = facts.thresholds
+    by_class = given is not None and given[0] < given[1]
     if share_beyond:  # a model that sees nothing in real images has no threshold to ask for
         asks = ": --min-target-prob auto asks only for what real images of each class get."
-        reason += "." if facts.verdict.level == "no-go" or least != most else asks
+        reason += "." if facts.verdict.level == "no-go" or by_class else asks
     if facts.keep:
         reason += f" The search kept {listed(list(facts.keep))}, which puts some pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach
     # for real images too, or that is the price of kept attributes.
     most_severe = 0.95 if mostly.any() and share_beyond < 0.5 and not facts.keep else 0.65
-    wanted = "the wanted target probability"
-    if facts.thresholds:
-        wanted = f"a target probability of {f'{most:g}' if least == most else f'{least:.2f} to {most:.2f} (by class)'}"
+    wanted = f"a target probability of {thresholds(given)}" if given else "the wanted target probability"
     within = f" within {facts.max_steps:,} steps" if facts.max_steps is not None else ""
     parts = [f"{facts.arrow(pair)} ({failed[pair]:,.0f} of {facts.pairs['pairs'][pair]:,.0f})" for pair in worst[:3]]
     where = f"most often {listed(parts)}" if (failed > 0).sum() > 3 else listed(parts)

@@ -20,7 +20,7 @@ from clarity.report import overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
 from clarity.report.sample import MAX_EXAMPLES, Sample, choose
-from clarity.report.text import listed, percent, plural, probability, short_names
+from clarity.report.text import listed, percent, plural, probability, short_names, thresholds
 from clarity.report.tiles import Tiles
 from clarity.report.view import View, open_views
 
@@ -94,7 +94,7 @@ def render(
     first, several = views[0], len(views) > 1
     files = resources.files("clarity.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"plural": plural, "percent": percent, "probability": probability}
+    environment.filters |= {"plural": plural, "percent": percent, "probability": probability, "thresholds": thresholds}
     # A class pair stays on one line.
     environment.filters |= {"display": storage.display, "unbroken": lambda text: text.replace(" → ", "\u00a0→\u00a0")}
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))

@@ -38,6 +38,12 @@ def probability(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
+def thresholds(span: tuple[float, float]) -> str:
+    """The smallest and the largest probability that targets had to exceed."""
+    least, most = span
+    return f"{most:g}" if least == most else f"{least:.2f} to {most:.2f} (by class)"
+
+
 def number(value: float) -> str:
     """Three significant digits: 0.0123, 12.3, 123, 12,345; a dash for NaN."""
     if math.isnan(value):

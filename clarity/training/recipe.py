@@ -2,7 +2,7 @@
 
 Chooses the size of the code, the weight of the KL term and the step of the adversary together, as none of them can be
 chosen alone: a longer code keeps more of the image, and needs a longer adversary to keep counterfactuals realistic.
-Labels count in the VAE's training. Of all trials, it takes the one with the largest product of the ensemble's accuracy
+Labels count in the VAE's training. Of the trials, it takes the one with the largest product of the ensemble's accuracy
 on validation images, the share of requested counterfactuals that are reached, and the fourth power of the share of
 these in which a held-out judge sees the target. Either alone misleads: accuracy grows with hybrids that only the
 ensemble takes for the target, and realism with codes that have lost the classes. The power is there because a hybrid
@@ -14,7 +14,6 @@ reconstruction loss is a sum over pixels, so that the weights of the other terms
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from clarity import storage
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.ids import in_judges_half
+from clarity.images import shrunk_shape, square_of
 from clarity.judges import JudgeNet, judge_rows
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model, read_card
@@ -90,7 +90,7 @@ class Trial:
     reached: float  # share of the requested counterfactuals whose search reached 0.99
     judged: float  # share of them that were reached and in which the judge sees the target
     judge_on_reconstructions: float  # accuracy of the judge on reconstructed images
-    seconds: float  # of the training and the search, with a share of its VAE's
+    seconds: float  # of the ensemble's training and the search
 
     @property
     def seen(self) -> float:
@@ -161,7 +161,7 @@ def search_recipe(
     are; ``judge`` was trained on the judges' half of them, and is None where a class has too few.
     """
     started = time.monotonic()
-    weight = square_of(plan) ** 2
+    pixels = square_of(plan.vae.image_shape, MAX_SIDE) ** 2  # for each that the search sees
     chosen = own_values(plan)
     found: dict[str, Any] = {"key": recipe_key(plan), "searched": sorted(plan.searched), "chosen": chosen, "trials": []}
     labels = images.labels.numpy()
@@ -179,7 +179,7 @@ def search_recipe(
     log(f"recipe: the judge sees {accuracy:.1%} of {len(x)} validation images right")
     tried = []
     for small in trials.run():
-        trial = replace(small, beta=small.beta * weight, label_weight=small.label_weight * weight)
+        trial = replace(small, beta=small.beta * pixels, label_weight=small.label_weight * pixels)
         tried.append(trial)
         figures = f"accuracy {trial.accuracy:.1%}, reached {trial.reached:.1%}, seen as the target {trial.seen:.1%}"
         log(f"recipe: {trial}: {figures}")
@@ -212,26 +212,20 @@ def last_of_each_class(labels: np.ndarray) -> np.ndarray:
     return marked
 
 
-def square_of(plan: TrainingPlan) -> int:
-    """Pixels a side of the squares whose means the search looks at."""
-    return math.ceil(max(plan.vae.image_shape[1:]) / MAX_SIDE)
-
-
 def small_plan(plan: TrainingPlan) -> TrainingPlan:
     """The plan for the search's images; the same where these are not smaller."""
-    if (square := square_of(plan)) == 1:
+    if (square := square_of(plan.vae.image_shape, MAX_SIDE)) == 1:
         return plan
-    channels, *sides = plan.vae.image_shape
-    height, width = (math.ceil(side / square) for side in sides)
-    stages = len(channels_for((channels, height, width)))
+    shape = shrunk_shape(plan.vae.image_shape, square)
+    channels = plan.vae.channels[: len(channels_for(shape))]
     weights = {name: getattr(plan.vae, name) / square**2 for name in ("beta", "label_weight")}
-    vae = replace(plan.vae, image_shape=(channels, height, width), channels=plan.vae.channels[:stages], **weights)
-    return replace(plan, vae=vae, preprocessing=replace(plan.preprocessing, height=height, width=width))
+    vae = replace(plan.vae, image_shape=shape, channels=channels, **weights)
+    return replace(plan, vae=vae, preprocessing=replace(plan.preprocessing, height=shape[1], width=shape[2]))
 
 
 def small_images(plan: TrainingPlan, images: LabelledImages) -> LabelledImages:
     """Images of the plan's size as those of ``small_plan``."""
-    if (square := square_of(plan)) == 1:
+    if (square := square_of(plan.vae.image_shape, MAX_SIDE)) == 1:
         return images
     parts = [F.avg_pool2d(part.float(), square, ceil_mode=True) for part in images.pixels.split(1024)]
     return replace(images, pixels=torch.cat([part.round().to(torch.uint8) for part in parts]))
@@ -305,18 +299,18 @@ class Trials:
         short = min(VAE_UPDATES, long_updates(self.plan))
         found: list[Trial] = []
         for code in searched_codes(self.plan):
-            trial = self.of_code(code, short, len(searched_steps(self.plan)))
+            trial = self.of_code(code, short)
             for step in searched_steps(self.plan):
                 found.append(trial(step, self.plan.ensemble.hidden))
                 yield found[-1]
-        best, settings = best_of(found), further_settings(self.plan)
-        trial = self.of_code(best.vae_config(self.plan), long_updates(self.plan), len(settings))
-        for factor, hidden in settings:
+        best = best_of(found)
+        trial = self.of_code(best.vae_config(self.plan), long_updates(self.plan))
+        for factor, hidden in further_settings(self.plan):
             yield trial(round(best.adversarial_eps * factor, 3), hidden)
 
-    def of_code(self, config: VAEConfig, updates: int, trials: int) -> Callable[[float, tuple[int, ...]], Trial]:
-        """Trains a VAE and encodes the images; one of so many trials by the adversary's step and hidden layers."""
-        started, plan = time.monotonic(), self.plan
+    def of_code(self, config: VAEConfig, updates: int) -> Callable[[float, tuple[int, ...]], Trial]:
+        """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
+        plan = self.plan
         training = replace(plan.vae_training, epochs=1, min_updates=updates)
         options: dict[str, Any] = {"known": self.known, "guide": self.guide} if config.label_weight else {}
         options |= {"device": self.device, "precision": plan.precision, "log": self.progress_of("VAE")}
@@ -329,7 +323,6 @@ class Trials:
         codes = Codes(means, log_vars, self.train.labels)
         z, _ = encode_rows(vae, self.x)
         reconstructed = self.accuracy_of_judge(decode_rows(vae, z))
-        vae_seconds = time.monotonic() - started
 
         def trial(step: float, hidden: tuple[int, ...]) -> Trial:
             started, code = time.monotonic(), (config.latent_dim, config.beta, config.label_weight)
@@ -342,7 +335,7 @@ class Trials:
             model = Model(vae, ensemble.to(self.device).eval(), plan.class_names, plan.preprocessing, judge=self.judge)
             reached, judged = judge_counterfactuals(model, self.x)
             accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == self.truth).mean())
-            seconds = round(vae_seconds / trials + time.monotonic() - started, 1)
+            seconds = round(time.monotonic() - started, 1)
             return Trial(*code, step, hidden, updates, accuracy, reached, judged, reconstructed, seconds)
 
         return trial

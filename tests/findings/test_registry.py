@@ -100,6 +100,8 @@ def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None
     assert "--min-target-prob auto" in found.sentence
     assert "--min-target-prob" not in told(tables, card=card | card_of(12))["unconverged"].sentence  # no-go: none helps
     assert told(tables)["unconverged"].level == "alert"
+    by_class = told(tables, card=card, thresholds=(0.7, 0.99))["unconverged"].sentence
+    assert "out of reach (dog)" in by_class and "--min-target-prob" not in by_class  # it was asked for
 
 
 def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
@@ -107,6 +109,14 @@ def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
     assert found["unconverged"].pairs == ((2, 0),) and found["unconverged"].level == "alert"
     assert (2, 0) not in found["hardest"].pairs and found["hardest"].level == "fact"
     assert "more failures than successes: 1 class pair (cow → ant)" in found["hardest"].sentence
+
+
+def test_more_than_three_class_pairs_are_said_to_be_examples() -> None:
+    tables = make_tables()
+    facts = gather(connect(tables.codes, tables.counterfactuals), tables.class_names)
+    pairs = [(0, 1), (0, 2), (0, 3), (1, 0)]
+    assert facts.arrows(pairs) == "such as ant → bee, ant → cow and ant → dog"
+    assert facts.arrows(pairs[:3]) == "ant → bee, ant → cow and ant → dog"
 
 
 def test_find_tells_which_way_is_harder() -> None:

@@ -50,6 +50,13 @@ def page_of(tmp_path: Path, tables: Tables | None = None, model: Any = None, **o
     return Page(write_audit(tmp_path / "audit", tables, model, **options), **asked)
 
 
+def test_report_says_which_probabilities_the_search_asked_for(tmp_path: Path) -> None:
+    lead = "until the mean target probability exceeded "
+    assert f"{lead}0.99 or 500 steps" in page_of(tmp_path / "one").html
+    by_class = page_of(tmp_path / "by_class", checks={"min_target_probs": [0.99, 0.676, 0.9, 0.99]}).html
+    assert f"{lead}0.68 to 0.99 (by class) or 500 steps" in by_class
+
+
 def test_report_tells_the_findings_in_words_and_in_order(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     told = [page.html.index(f">{finding.title}<") for finding in page.made.findings]
