@@ -184,14 +184,14 @@ def test_large_images_are_searched_as_small_ones(
     monkeypatch.setattr(recipe, "CODES", ((3, 0.5, 10.0),))
     monkeypatch.setattr(recipe, "MAX_SIDE", 12)
     short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
-    fields: dict[str, Any] = short | {"image_size": (19, 30), "vae_fields": {"beta": 2.7}}
+    fields: dict[str, Any] = short | {"image_size": (19, 30), "vae_fields": {"beta": 2.9}}
     plan = plan_of(folder, tmp_path / "out", **fields)
     images = load_images(plan, plan.dataset, 20)
     fewer = small_images(plan, images).pixels
     assert fewer.shape[1:] == small_plan(plan).preprocessing.image_shape == (1, 7, 10)
     assert (fewer[:, 0, 1, 2].float() - images.pixels[:, 0, 3:6, 6:9].float().mean((1, 2))).abs().max() <= 0.5
     # A reconstruction loss of a ninth of the pixels, and other terms with a ninth of their weights.
-    assert [code.beta for code in searched_codes(small_plan(plan))] == [2.7 / 9]
+    assert [code.beta for code in searched_codes(small_plan(plan))] == [2.9 / 9]
     seen = []
     train_vae = recipe.train_vae
 
@@ -204,11 +204,11 @@ def test_large_images_are_searched_as_small_ones(
     assert seen == [((1, 7, 10), (1, 7, 10), 10.0)] * 2
     assert (model.vae.config.image_shape, model.vae.config.beta, model.vae.config.label_weight) == (
         (1, 19, 30),
-        2.7,
+        2.9,
         90,
     )
     trials = model.card["recipe"]["trials"]
-    assert {(trial["label_weight"], round(trial["beta"], 9)) for trial in trials} == {(90.0, 2.7)}
+    assert {(trial["label_weight"], round(trial["beta"], 9)) for trial in trials} == {(90.0, 2.9)}
     assert model.judge is not None and model.judge.config.image_shape == (1, 19, 30)
 
 
