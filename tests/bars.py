@@ -4,14 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clarity.classifiers import EnsembleConfig
-from clarity.judges import JudgeNet, build_judge
-from clarity.training.judge import JudgeTraining, train_attributes
 from clarity.training.loops import EnsembleTraining, VAETraining
 from clarity.vae import VAEConfig
 
@@ -56,11 +53,12 @@ def write_bars(root: Path, rows: int, folder: Callable[[int, int], str] = lambda
     return root
 
 
-def guide_of(images: Tensor, truth: np.ndarray) -> JudgeNet:
-    """A guide that was trained for a second; truth (N, F) as in ``train_attributes``."""
-    guide = build_judge(tuple(images.shape[1:]), truth.shape[1])
-    list(train_attributes(guide, images.numpy(), truth, JudgeTraining(updates=60, batch_size=30), "guide"))
-    return guide.requires_grad_(False)
+class BarsGuide(nn.Module):
+    """A guide without a training, which would differ between processors: one logit for each place of a bar."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[:, 0, 1:7, 2:10].mean(2)
+        return 10 * (rows.unflatten(1, (3, 2)).mean(2) - 0.35)
 
 
 def files_of(out: Path) -> dict[str, bytes]:
