@@ -145,7 +145,7 @@ def test_guide_makes_pictures_show_what_images_show(monkeypatch: pytest.MonkeyPa
         decoder.load_state_dict(decoder_of(last.state()))
         with torch.no_grad():
             excess.append(float(guide_loss(guide, decoder(vae.encode(x)[0]), x) - guide_loss(guide, x, x)))
-    assert excess[1] < 0.5 * excess[0]
+    assert excess[1] < 0.8 * excess[0]
     assert last.metrics["guide"] > 0
 
 
