@@ -43,9 +43,9 @@ def machine(device: str, repeats: int) -> dict[str, float]:
     return found
 
 
-def gemm(device: str, dtype: torch.dtype = torch.float32) -> float:
+def gemm(device: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> float:
     """GFLOP/s of a product, the best of three so that a pause of the machine does not flatter what is compared."""
-    size = 2048 if device == "cpu" else 8192
+    size = int((2048 if device == "cpu" else 8192) * min(1.0, max(0.125, scale)))
     a = torch.rand(size, size, device=device, dtype=dtype)
     return max(2e-9 * size**3 / timed(lambda: a @ a, device) for _ in range(3))
 
@@ -259,7 +259,7 @@ def time_networks(vae: VAE, name: str, device: str, repeats: int, scale: float) 
             turns = []
             with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
                 for _ in range(repeats + 1):
-                    turns.append((timed(ours, device), timed(plain, device), gemm(device, DTYPES[precision])))
+                    turns.append((timed(ours, device), timed(plain, device), gemm(device, DTYPES[precision], scale)))
                 error = float((ours().float() - exact).abs().max())
             seconds, seconds_plain, peak = (statistics.median(each) for each in zip(*turns[1:]))
             results.append(
