@@ -18,6 +18,7 @@ import clarity
 from clarity import data, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import MAX_SHARD_ROWS, Plan, shard_table
+from clarity.audit.summary import no_known_label
 from clarity.checks import Requirements, kept_heads, require_judge
 from clarity.explainer import explainer_of
 from clarity.ids import sample
@@ -195,11 +196,21 @@ def make_checks(
 
 
 def describe_models(
-    model: Model, keep: Sequence[str], predictor: Predictor | None, dataset: data.Dataset, listing: pa.Table
-) -> list[str]:
-    """What a run says, before it starts, of the heads of kept attributes and of a predictor, where it has them."""
-    told = [describe_kept(model, keep)] if keep else []
-    return told if predictor is None else [*told, describe_predictor(predictor, dataset, listing, model.preprocessing)]
+    model: Model, plan: Plan, predictor: Predictor | None, dataset: data.Dataset, listing: pa.Table
+) -> str:
+    """What a run says, before it starts, of labels, thresholds, kept attributes and a predictor: a line each."""
+    names, told = listing["label_name"].drop_null(), []
+    if len(names) and not pc.any(pc.is_in(names, pa.array(model.class_names))).as_py():
+        told.append(f"WARNING    {no_known_label(len(names), plan)}")
+    if thresholds := plan.checks.get("min_target_probs"):
+        by_class = sorted(zip(thresholds, model.class_names))
+        (low, lowest), (high, highest) = by_class[0], by_class[-1]
+        told.append(f"thresholds {low:.3f} ({lowest}) to {high:.3f} ({highest}); plan.json holds that of each class")
+    if plan.keep:
+        told.append(describe_kept(model, plan.keep))
+    if predictor is not None:
+        told.append(describe_predictor(predictor, dataset, listing, model.preprocessing))
+    return "".join(f"{text}\n" for text in told)
 
 
 def describe_kept(model: Model, keep: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """What runs in the workers of a job: read, explain and write one shard, each stage a counted attempt.
 
 A table of one row passes from stage to stage: the shard's number, a note in JSON on how it went, and tables as bytes,
-which are not copied. Readers and writers are small processes: torch is loaded by ``ExplainShard`` alone. Does not know
-Ray.
+which are not copied. Readers and writers of their own are small processes: torch is loaded by ``ExplainShard`` alone.
+Does not know Ray.
 """
 
 from __future__ import annotations
@@ -170,10 +170,13 @@ def unpack(buffer: pa.Buffer) -> pa.Table:
 
 
 class ExplainShard:
-    """Second stage: images in, tables out; keeps the model from shard to shard."""
+    """Second stage: images in, tables out; keeps the model from shard to shard.
 
-    def __init__(self, work: Work, **options: Any) -> None:
-        self.work, self.options = work, options
+    ``then`` is the last stage, where it runs in this process, too.
+    """
+
+    def __init__(self, work: Work, then: Callable[[pa.Table, Work], pa.Table] | None = None, **options: Any) -> None:
+        self.work, self.then, self.options = work, then, options
         gc.set_threshold(100_000, 50)  # else a sixth of torch's import goes into looking for garbage
 
     @cached_property
@@ -194,7 +197,12 @@ class ExplainShard:
         return explainer_of(plan, model, self.work.predictor, **self.options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Explain one shard; a note of an earlier failure is passed on."""
+        """Explain one shard, and end it where there is a last stage."""
+        explained = self.explain(batch)
+        return explained if self.then is None else self.then(explained, self.work)
+
+    def explain(self, batch: pa.Table) -> pa.Table:
+        """The stage alone; a note of an earlier failure is passed on."""
         row = unpack_row(batch)
         names = ("codes", "counterfactuals", "traces")
         if not row["note"].get("seconds"):
@@ -217,7 +225,7 @@ class ExplainShard:
 
 def explain_here(items: Sequence[dict[str, Any]], work: Work, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """Reads, explains and writes shards in this process, one after the other; gives each with its note."""
-    explain = ExplainShard(work, **options)
+    explain = ExplainShard(work, write_shard, **options)
     for item in items:
-        row = unpack_row(write_shard(explain(read_shard(pa.Table.from_pylist([item]), work)), work))
+        row = unpack_row(explain(read_shard(pa.Table.from_pylist([item]), work)))
         yield row["shard"], row["note"]

@@ -47,9 +47,15 @@ class Resources:
         return (
             f"{self.num_actors} actor{'s' * (self.num_actors > 1)} on {self.num_nodes} "
             f"node{'s' * (self.num_nodes > 1)}, each {device}{self.cpus_per_actor:g} CPU, "
-            f"{self.threads_per_actor} thread{'s' * (self.threads_per_actor > 1)}; "
-            f"{self.io_cpus:g} CPU for a reader or writer"
+            f"{self.threads_per_actor} thread{'s' * (self.threads_per_actor > 1)}"
         )
+
+    def alone(self, out: str) -> bool:
+        """Whether each actor also reads and writes its shards: another process would take the one core that it has.
+
+        Beside a GPU, or several threads, others encode pictures meanwhile; and others wait for an object store.
+        """
+        return not self.gpus_per_actor and self.threads_per_actor == 1 and "://" not in out
 
 
 def plan_resources(

@@ -92,18 +92,17 @@ def explain_all(args: Namespace) -> int:
         listing = add_predictions(listing, predictions, model.class_names)
         print(describe_coverage(listing, predictions))
     predictor = load_predictor(args.predictor) if args.predictor else None
-    flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where", "shard_rows")}
+    flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where")}
     checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
-    for text in planning.describe_models(model, args.keep, predictor, dataset, listing):
-        print(text)
-    if args.shard_rows is None:
-        rows = shard_rows(args, out, model, plan, [model_uri, dataset, listing])
-        plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"], rows))
+    print(planning.describe_models(model, plan, predictor, dataset, listing), end="")
+    rows, images = args.shard_rows, [model_uri, dataset, listing]
+    rows = shard_rows(args, out, model, plan, images) if rows is None else rows
+    plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"], rows))
     if args.dry_run:
         resources = driver.plan_actors(args, planning.useful_actors(plan, model, range(len(plan.shards))))
-        probed = plan, model_uri, dataset, listing.slice(0, 32), args.predictor
-        measured = driver.call_as_actor(args, resources.num_actors, planning.probe, *probed, engine=args.engine)
+        images = [model_uri, dataset, listing.slice(0, 32), args.predictor]
+        measured = driver.call_as_actor(args, resources.num_actors, planning.probe, plan, *images, engine=args.engine)
         print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
         return 0
     items = [shard_item(plan, shard, listing) for shard in range(len(plan.shards))]
@@ -178,22 +177,23 @@ def pipeline(args: Namespace, resources: Resources, work: Work, items: list[dict
         return explain_here(items, work, **options)
     import ray.data
 
+    alone = resources.alone(work.uri)
     one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    actor = {"num_cpus": resources.cpus_per_actor, "num_gpus": resources.gpus_per_actor, **one}
+    other = {"num_cpus": resources.io_cpus, **one}
     ended = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(read_shard, fn_args=(work,), num_cpus=resources.io_cpus, **one)
+        .map_batches(read_shard, fn_args=(work,), **(actor if alone else other))  # alike, they run in one process
         .map_batches(
             ExplainShard,
-            fn_constructor_args=(work,),
+            fn_constructor_args=(work, write_shard if alone else None),
             fn_constructor_kwargs=options,
             compute=ray.data.ActorPoolStrategy(size=min(resources.num_actors, len(items))),
-            num_cpus=resources.cpus_per_actor,
-            num_gpus=resources.gpus_per_actor,
-            **one,
+            **actor,
         )
-        .map_batches(write_shard, fn_args=(work,), num_cpus=resources.io_cpus, **one)
     )
-    return ((int(row["shard"]), json.loads(row["note"])) for row in ended.iter_rows())
+    rows = (ended if alone else ended.map_batches(write_shard, fn_args=(work,), **other)).iter_rows()
+    return ((int(row["shard"]), json.loads(row["note"])) for row in rows)
 
 
 if __name__ == "__main__":

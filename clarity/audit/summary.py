@@ -30,7 +30,7 @@ def summarise(
         "committed": len(commits),
         "planned": len(plan.shards),
         **rows("summary_images")[0],
-        "errors": {row["error"]: row["images"] for row in rows("summary_errors")},
+        "errors": rows("summary_errors"),
         "left_out": plan.dataset.get("left_out", {}),
         "notes": plan.dataset.get("notes", []),
         "predictions": rows("summary_predictions")[0] if has_predictions(con) else None,
@@ -48,14 +48,19 @@ def warnings(plan: Plan, commits: Mapping[int, Mapping[str, Any]], con: duckdb.D
     found = []
     labelled, known = con.execute(statement("summary_labels")).fetchall()[0]
     if labelled and not known:
-        names = ", ".join(plan.class_names[:5]) + (" ..." if len(plan.class_names) > 5 else "")
-        found.append(
-            f"None of the {labelled} labels of the data is a class of the model ({names}): it was trained on "
-            "another data set."
-        )
+        found.append(no_known_label(labelled, plan))
     if clipped := sum(commit.get("clipped", 0) for commit in commits.values()):
         found.append(f"{clipped} images hold values above the range of the images that the model was trained on.")
     return found
+
+
+def no_known_label(labelled: int, plan: Plan) -> str:
+    """The warning of data with so many labels, none of which is a class of the plan's model."""
+    names = ", ".join(plan.class_names[:5]) + (" ..." if len(plan.class_names) > 5 else "")
+    return (
+        f"None of the {labelled} labels of the data is a class of the model ({names}): it was trained on "
+        "another data set."
+    )
 
 
 def describe(summary: Mapping[str, Any]) -> str:
@@ -69,7 +74,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"model      {model['sentence']}",
         *(f"           {reason}" for reason in model["reasons"][1:]),
         f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
-        *(f"           {count} x {reason}" for reason, count in summary["errors"].items()),
+        *(f"           {unread(row)}" for row in summary["errors"]),
         *(f"left out   {count} {reason}" for reason, count in summary.get("left_out", {}).items()),
         *(f"note       {note}" for note in summary.get("notes", [])),
     ]
@@ -104,10 +109,16 @@ def describe(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def unread(row: Mapping[str, Any]) -> str:
+    """A reason why images were not read, as text: how many, and which is the first."""
+    names = row["first"] if row["images"] == 1 else f"{row['first']} and others"
+    return f"{row['images']} x {row['error']} ({names})"
+
+
 def require_readable(summary: Mapping[str, Any]) -> None:
     """Raise ValueError if none of an audit's images could be read."""
     if summary["images"] and summary["unread"] == summary["images"]:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in list(summary["errors"].items())[:3])
+        reasons = "; ".join(unread(row) for row in summary["errors"][:3])
         raise ValueError(f"data: expected images, got {summary['images']} of which none could be read: {reasons}")
 
 

@@ -53,6 +53,10 @@ def test_audit_repr_says_what_is_there(filled: str) -> None:
     assert "5 rows" in said[3] and "12 rows" in said[4]
 
 
+#: What the job adds to a summary when a run has ended.
+ENDED = dict.fromkeys(("pairs_per_second", "seconds", "redecoded"), 0) | {"problems": []}
+
+
 def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no plan.json in .*: check the path"):
         read_audit(tmp_path)
@@ -62,7 +66,8 @@ def test_summarise_counts(plan: Plan, filled: str) -> None:
     found = read_audit(filled).summary()
     pairs = read_audit(filled).counterfactuals.to_table()
     assert found["images"] == 5
-    assert found["errors"] == {"truncated PNG": 1}
+    assert found["errors"] == [{"error": "truncated PNG", "images": 1, "first": "c"}]
+    assert "           1 x truncated PNG (c)\n" in describe(found | ENDED)
     assert found["pairs"] == len(pairs) == 12
     assert found["converged"] == pc.sum(pairs["converged"]).as_py()
     assert found["median_steps"] == 7
@@ -89,8 +94,7 @@ def test_summarise_warns_of_a_model_of_another_data_set(plan: Plan, filled: str)
     labelled = len(codes) - codes["label_name"].null_count
     assert found["warnings"][0].startswith(f"None of the {labelled} labels of the data is a class of the model (")
     assert found["warnings"][1].startswith("3 images hold values above the range")
-    told = dict.fromkeys(("pairs_per_second", "seconds", "redecoded"), 0) | {"problems": []}
-    assert describe(found | told).splitlines()[0].startswith("WARNING    None of the")
+    assert describe(found | ENDED).splitlines()[0].startswith("WARNING    None of the")
 
 
 def test_summarise_of_nothing_is_empty(plan: Plan, model_dir: str, tmp_path: Path) -> None:

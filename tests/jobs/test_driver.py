@@ -148,7 +148,13 @@ def test_plan_resources_shares_a_gpu() -> None:
 
 def test_resources_describe_themselves() -> None:
     described = actors.Resources(2, 0.5, 0.0, 2, 0.5, 2).describe()
-    assert described.startswith("2 actors on 2 nodes, each 0.5 CPU, 2 threads")
+    assert described == "2 actors on 2 nodes, each 0.5 CPU, 2 threads"
+
+
+def test_actors_of_one_core_read_and_write_where_nobody_waits() -> None:
+    small, large, gpu = (actors.plan_resources([each], num_shards=9) for each in (node(2), node(16), node(8, 1)))
+    assert [each.alone("/audits/digits") for each in (small, large, gpu)] == [True, False, False]
+    assert not small.alone("s3://bucket/audit")
 
 
 def test_job_path_keeps_away_from_a_temporary_working_directory(
