@@ -215,10 +215,10 @@ class Tolerant:
 
 
 def with_flag(message: str, parser: argparse.ArgumentParser) -> str:
-    """The message of a library error, with the parameter that it begins with (``shard_rows: ...``) as its flag."""
+    """The message of a library error, with each parameter that it speaks of (``shard_rows: ...``) as its flag."""
     flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
-    name = re.match(r"(?:\w+\.)?(\w+):", message)
-    return f"{flags[name[1]]}{message[name.end() - 1 :]}" if name and name[1] in flags else message
+    # At its beginning, or as one of a list: elsewhere it may be a word of a sentence.
+    return re.sub(r"(?:^|(?<=[:;] ))(?:\w+\.)?(\w+)(?=:)", lambda m: flags.get(m[1], m[0]), message)
 
 
 def train_if_missing(uri: str, dataset: str, data_uri: str | None, *more: str, may_train: bool) -> None:

@@ -84,8 +84,8 @@ def test_job_reports_a_finished_audit(
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--max-steps", "26"], "config.max_steps: 25 in the audit, 26 in this run"),
-        (["--limit", "39"], "another plan: data: 40 images in the audit, 39 in this run. Ask"),
+        (["--max-steps", "26"], "another plan: --max-steps: 25 in the audit, 26 in this run"),
+        (["--limit", "39"], "another plan: --data: 40 images in the audit, 39 in this run. Ask"),
     ],
 )
 def test_job_refuses_another_plan(
@@ -116,7 +116,7 @@ def test_job_keeps_attributes_and_refuses_to_keep_others_in_the_same_audit(
     pairs = clarity.read_audit(out).counterfactuals.to_table()
     assert pairs["kept_probs_final"].type.list_size == 2 and not pairs["kept_probs_final"].null_count
     assert job.main([*argv, "tall"]) == 2
-    assert "checks.keep" in capsys.readouterr().err
+    assert "plan: --keep" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
