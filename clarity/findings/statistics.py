@@ -7,6 +7,8 @@ from scipy import special
 
 #: Values up to which rank tests are exact.
 MAX_EXACT = 40
+#: Chance of any false rejection among many comparisons, at most.
+LEVEL = 0.05
 
 
 def share_interval(successes: float, count: float, level: float = 0.95) -> tuple[float, float]:
@@ -47,16 +49,16 @@ def fisher_p(a: int, n: int, b: int, m: int) -> float:
     return float(stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue)
 
 
-def can_be_told(smallest_p: float, comparisons: int, level: float = 0.05) -> bool:
+def can_be_told(smallest_p: float, comparisons: int) -> bool:
     """Whether the clearest outcome of one of many comparisons would pass Holm's procedure."""
-    return smallest_p * comparisons <= level
+    return smallest_p * comparisons <= LEVEL
 
 
-def holm(p_values: Sequence[float] | np.ndarray, level: float = 0.05) -> np.ndarray:
-    """Which hypotheses Holm's procedure rejects: the chance of any false rejection is at most ``level``."""
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Which hypotheses Holm's procedure rejects: the chance of any false rejection is at most LEVEL."""
     p = np.asarray(p_values, float)
     order = np.argsort(p, kind="stable")
-    passed = np.cumprod(p[order] <= level / (len(p) - np.arange(len(p)))).astype(bool)
+    passed = np.cumprod(p[order] <= LEVEL / (len(p) - np.arange(len(p)))).astype(bool)
     rejected = np.zeros(len(p), bool)
     rejected[order] = passed
     return rejected

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from clarity import storage
 from clarity.judges import build_judge, in_batches, predict_probs
+from clarity.training.evaluate import accuracies
 from clarity.training.judge import JudgeTraining, fit, train_attributes, train_judge
 
 JUDGES_FILE, JUDGES_JSON = "judges.safetensors", "judges.json"
@@ -106,10 +107,10 @@ def train_judges(
         return F.mse_loss(net(x).float(), x)
 
     yield from train_judge(judges.oracle, images, labels, config, "oracle")
-    known = np.flatnonzero(labels >= 0)
+    known, shorter = np.flatnonzero(labels >= 0), replace(config, updates=max(200, config.updates // 3))
     groups = {name: np.flatnonzero(labels == k) for k, name in enumerate(judges.class_names)}
     for net, (name, rows) in zip(judges.autoencoders, [*groups.items(), ("all", known)]):
-        yield from fit(f"autoencoder {name}", net, images, rows, max(200, config.updates // 3), config, redrawn)
+        yield from fit(f"autoencoder {name}", net, images, rows, shorter, redrawn)
     if judges.attribute_net is not None and attributes is not None:
         yield from train_attributes(judges.attribute_net, images, attributes, config, "attributes")
     judges.card |= {"training": asdict(config), "num_images": len(images), "num_labelled": len(known)}
@@ -129,11 +130,10 @@ def attribute_accuracies(names: Sequence[str], probs: np.ndarray, truth: np.ndar
     """Accuracies and share of each attribute; ``probs`` (B, A), ``truth`` (B, A) of 0, 1, negative where unknown."""
     found = {}
     for name, prob, wanted in zip(names, probs.T, truth.T):
-        yes, no = prob[wanted > 0] > 0.5, prob[wanted == 0] <= 0.5
-        if hits := [side.mean() for side in (yes, no) if len(side)]:
-            accuracy = float(np.concatenate([yes, no]).mean())
-            share = len(yes) / (len(yes) + len(no))
-            found[name] = {"accuracy": accuracy, "balanced_accuracy": float(np.mean(hits)), "share": share}
+        known = wanted >= 0
+        if known.any():
+            is_set = wanted[known] > 0
+            found[name] = {**accuracies(prob[known] > 0.5, is_set), "share": float(is_set.mean())}
     return found
 
 

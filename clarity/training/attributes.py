@@ -15,7 +15,7 @@ from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.data import Dataset, list_images, read_images, with_attributes
 from clarity.images import Preprocessing
 from clarity.rows import encode_rows
-from clarity.training.evaluate import evenly
+from clarity.training.evaluate import accuracies, evenly
 from clarity.vae import VAE
 
 #: Images that the heads are fitted to, and measured on, at most: spread evenly over the split.
@@ -82,11 +82,8 @@ def fit_heads(
     seen = attribute_rows(heads, torch.from_numpy(mean)) > 0.5
     for a, name in enumerate(attributes):
         known = ~np.isnan(values[:, a])
-        is_set = values[known, a] == highest[name]
-        hits = seen[known, a] == is_set
         if known.any():
-            sides = [hits[side].mean() for side in (is_set, ~is_set) if side.any()]
-            figures[name] |= {"accuracy": float(hits.mean()), "balanced_accuracy": float(np.mean(sides))}
+            figures[name] |= accuracies(seen[known, a], values[known, a] == highest[name])
     return heads, figures
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from clarity.judges import build_judge
 from clarity.rows import one_thread
 from clarity.training.judge import JudgeTraining, train_judge
-from clarity.training.loops import Codes, num_epochs, train_image_members, train_latent_members, train_vae
-from clarity.training.loops import updates_per_epoch as per_epoch
+from clarity.training.loops import Codes, num_updates, train_image_members, train_latent_members, train_vae
 from clarity.training.plan import TrainingPlan
 from clarity.training.recipe import (
     ENSEMBLE_UPDATES,
@@ -62,9 +61,6 @@ def costs(plan: TrainingPlan) -> list[Cost]:
     def cost(part: str, networks: int, updates: int, timed: Iterable[Any]) -> Cost:
         return Cost(part, networks, updates, networks * updates * seconds(timed))
 
-    def updates(training: Any, rows: int) -> int:
-        return num_epochs(training, rows) * per_epoch(rows, training.batch_size)
-
     def batch(training: Any, rows: int, vae: VAEConfig) -> tuple[Tensor, Tensor]:
         count = min(training.batch_size, rows)
         images = torch.randint(0, 256, (count, *vae.image_shape), dtype=torch.uint8, generator=generator)
@@ -100,18 +96,18 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         found.append(vaes("search: VAEs", len(codes_tried), min(VAE_UPDATES, long_updates(plan)), small_vae))
         found.append(vaes("search: longer VAE", 1, long_updates(plan), small_vae))
         found.append(cost("search: ensembles", num_trials(plan), ENSEMBLE_UPDATES, members(MEMBERS)))
-    found.append(vaes("VAE", 1, updates(vae_training, counted["images"]), vae))
-    count = updates(ensemble_training, rows)
+    found.append(vaes("VAE", 1, num_updates(vae_training, counted["images"]), vae))
+    count = num_updates(ensemble_training, rows)
     found.append(cost("ensembles", 1 + plan.num_folds, count, members(ensemble.num_members)))
     if plan.image_members:
-        training, count = plan.image_training, updates(plan.image_training, counted["labelled"])
+        training, count = plan.image_training, num_updates(plan.image_training, counted["labelled"])
         one, (images, labels) = replace(plan.image_ensemble, num_members=1), batch(training, counted["labelled"], vae)
         member = train_image_members(images, labels, one, vae, replace(training, **short), [0])
         found.append(cost("image ensemble", plan.image_members, count, member))
     if (counted["labelled"] or plan.attributes) and (weight or plan.decoder == "sharp"):
         found.append(image_net("guide", outputs, JudgeTraining.for_images(counted["images"] // 2), vae))
     if plan.decoder == "sharp":
-        sharp, count = plan.sharp_training, updates(plan.sharp_training, counted["images"])
+        sharp, count = plan.sharp_training, num_updates(plan.sharp_training, counted["images"])
         images, _ = batch(sharp, counted["images"], vae)
         found.append(cost("sharp decoder", 1, count, train_sharp(images, VAE(vae).eval(), replace(sharp, **short))))
     return found

@@ -106,11 +106,11 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
     judge = None
     if judged:
         real, again = (np.concatenate(classes) for classes in zip(*judged))
-        judge = accuracies(real, truth) | {"accuracy_on_reconstructions": float((again == truth).mean())}
+        judge = counted_accuracies(real, truth) | {"accuracy_on_reconstructions": float((again == truth).mean())}
     linear = linear_baseline(training(), held_out.pixels[held_out.labels >= 0], model.latent_dim)
     evaluation = {
         "images": count,
-        **accuracies(predicted, truth),
+        **counted_accuracies(predicted, truth),
         "per_class": {
             name: {"images": int(size), "correct": int(right)}
             for name, size, right in zip(model.class_names, sizes, correct)
@@ -124,7 +124,7 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
         "baseline": {
             "components": linear.num_components,
             "images": linear.num_images,
-            **accuracies(linear.predicted, truth),
+            **counted_accuracies(linear.predicted, truth),
         },
         "judge": judge,
     }
@@ -161,11 +161,16 @@ def classification_metrics(logits: Tensor, labels: Tensor, class_names: Sequence
     }
 
 
-def accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """Correct predictions, their share, and the mean over the classes present of the share in each."""
+def accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """The share of correct predictions, and the mean over the classes present of the share in each."""
     hits = predicted == truth
     by_class = [float(hits[truth == k].mean()) for k in np.unique(truth)]
-    return {"correct": int(hits.sum()), "accuracy": float(hits.mean()), "balanced_accuracy": float(np.mean(by_class))}
+    return {"accuracy": float(hits.mean()), "balanced_accuracy": float(np.mean(by_class))}
+
+
+def counted_accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """The number of correct predictions before their ``accuracies``."""
+    return {"correct": int((predicted == truth).sum()), **accuracies(predicted, truth)}
 
 
 @dataclass(frozen=True)

@@ -56,19 +56,18 @@ class JudgeTraining:
 
 
 def train_judge(
-    net: JudgeNet, images: np.ndarray, labels: np.ndarray, config: JudgeTraining | None = None, name: str = "judge"
+    net: JudgeNet, images: np.ndarray, labels: np.ndarray, config: JudgeTraining, name: str = "judge"
 ) -> Iterator[dict[str, Any]]:
     """Trains a judge by cross-entropy, see ``fit``, on the judges' half of the training images.
 
     ``images`` are (N, C, H, W) uint8, ``labels`` (N,) class indices, negative where unknown.
     """
-    config = config or JudgeTraining.for_images(len(images))
     targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))
 
     def loss(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         return F.cross_entropy(net(x).float(), targets[rows])
 
-    yield from fit(name, net, images, np.flatnonzero(labels >= 0), config.updates, config, loss, augment=True)
+    yield from fit(name, net, images, np.flatnonzero(labels >= 0), config, loss, augment=True)
 
 
 def train_attributes(
@@ -82,7 +81,7 @@ def train_attributes(
         weight = (wanted >= 0).float()
         return F.binary_cross_entropy_with_logits(net(x).float(), wanted.clamp(min=0), weight=weight)
 
-    yield from fit(name, net, images, np.arange(len(images)), config.updates, config, loss, augment=True)
+    yield from fit(name, net, images, np.arange(len(images)), config, loss, augment=True)
 
 
 def fit(
@@ -90,7 +89,6 @@ def fit(
     net: nn.Module,
     images: np.ndarray,
     rows: np.ndarray,
-    updates: int,
     config: JudgeTraining,
     loss_of: Callable[[Any, Tensor, Tensor], Tensor],
     *,
@@ -100,6 +98,7 @@ def fit(
     generator = torch.Generator().manual_seed(
         config.seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     )
+    updates = config.updates
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=updates + 1)
     pixels, order = torch.from_numpy(images), torch.empty(0, dtype=torch.int64)

@@ -101,6 +101,11 @@ def num_epochs(training: VAETraining, num_rows: int) -> int:
     return max(training.epochs, math.ceil(training.min_updates / updates_per_epoch(num_rows, training.batch_size)))
 
 
+def num_updates(training: VAETraining, num_rows: int) -> int:
+    """Updates of a whole training on so many rows."""
+    return num_epochs(training, num_rows) * updates_per_epoch(num_rows, training.batch_size)
+
+
 @dataclass(frozen=True)
 class Epoch:
     """The end of an epoch, from 1: means of its metrics, and a function that makes the tensors of the checkpoint."""

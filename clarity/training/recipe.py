@@ -38,10 +38,9 @@ from clarity.training.evaluate import LabelledImages
 from clarity.training.guide import known_of, train_guide
 from clarity.training.loops import (
     Codes,
-    num_epochs,
+    num_updates,
     train_latent_members,
     train_vae,
-    updates_per_epoch,
     vae_weights,
     weights_of,
 )
@@ -252,8 +251,7 @@ def further_settings(plan: TrainingPlan) -> list[tuple[float, tuple[int, ...]]]:
 
 def long_updates(plan: TrainingPlan) -> int:
     """Updates of the best code's VAE: as many as in the training itself, or LONG_UPDATES."""
-    training, images = plan.vae_training, plan.data["images"]
-    return min(LONG_UPDATES, num_epochs(training, images) * updates_per_epoch(images, training.batch_size))
+    return min(LONG_UPDATES, num_updates(plan.vae_training, plan.data["images"]))
 
 
 def num_trials(plan: TrainingPlan) -> int:
