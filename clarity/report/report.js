@@ -1,7 +1,7 @@
 "use strict";
 (() => {
 const data = JSON.parse(document.getElementById("data").textContent);
-const names = data.names, labels = data.labels, K = names.length, tile = data.tile;
+const names = data.names, labels = data.labels, K = names.length, tile = data.tile, several = data.audits.length > 1;
 const field = Object.fromEntries(data.fields.map((name, i) => [name, i]));
 const $ = (id) => document.getElementById(id);
 
@@ -177,7 +177,7 @@ function grid(a) {
     body.append(row);
   }
   table.append(el("thead", {}, head), body);
-  return el("div", { class: "map" }, data.audits.length > 1 ? el("h3", {}, audit.name) : null, el("div", { class: "scroller" }, table));
+  return el("div", { class: "map" }, several ? el("h3", {}, audit.name) : null, el("div", { class: "scroller" }, table));
 }
 const cellAt = (s, t, a = 0) => $("map").querySelector(`td[data-s="${s}"][data-t="${t}"][data-a="${a}"]`);
 function drawMaps() {
@@ -203,7 +203,7 @@ function readout(s, t) {
   const line = $("readout");
   line.replaceChildren();
   if (s === t) { line.append(el("b", {}, names[s]), ": a class is not explained towards itself."); return; }
-  data.audits.forEach((audit, a) => line.append(el("b", {}, (data.audits.length > 1 ? audit.name + ", " : "") + arrow(s, t)), ": " + describe(s, t, a) + ". "));
+  data.audits.forEach((audit, a) => line.append(el("b", {}, (several ? audit.name + ", " : "") + arrow(s, t)), ": " + describe(s, t, a) + ". "));
 }
 function cellOf(event) { return event.target.closest("td[data-s]"); }
 $("map").addEventListener("mouseover", (event) => { const cell = cellOf(event); if (cell) readout(+cell.dataset.s, +cell.dataset.t); });
@@ -275,8 +275,7 @@ function example(id, s, t) {
   const box = el("article", { class: "example", "aria-label": `image ${id}` });
   data.audits.forEach((audit, a) => {
     const row = rowOf(audit, id, t);
-    const many = data.audits.length > 1;
-    if (many) box.append(el("p", { class: "audit-tag" }, audit.name));
+    if (several) box.append(el("p", { class: "audit-tag" }, audit.name));
     if (!row) { box.append(el("p", { class: "quiet-text" }, "this audit has no such pair")); return; }
     const from = audit.reconstructions[id], to = row[field.cf];
     const start = row[field.source];
@@ -300,12 +299,12 @@ function gallery(s, t) {
     el("div", { class: "step" },
       el("button", { class: "small-button", type: "button", title: "the other way", on: { click: () => go(t, s) } }, `⇄ ${arrow(t, s)}`),
       el("button", { class: "small-button", type: "button", on: { click: () => { const cell = cellAt(s, t); cell.scrollIntoView({ block: "nearest" }); cell.focus(); } } }, "To the map")));
-  const about = el("div", {}, data.audits.map((audit, a) => el("p", { class: "note" }, data.audits.length > 1 ? el("b", {}, audit.name + ": ") : null, describe(s, t, a) + ".")));
+  const about = el("div", {}, data.audits.map((audit, a) => el("p", { class: "note" }, several ? el("b", {}, audit.name + ": ") : null, describe(s, t, a) + ".")));
   const notes = el("div", { class: "pair-note" });
   box.replaceChildren(head, notes);
   const changes = data.audits.filter((audit) => audit.change && audit.change[s][t] >= 0);
   if (changes.length) notes.append(el("div", { class: "frames" }, changes.map((audit) =>
-    figure(meanChange(audit.change[s][t], large, `mean change ${arrow(s, t)}`), "mean change", data.audits.length > 1 ? ", " + audit.name : ""))));
+    figure(meanChange(audit.change[s][t], large, `mean change ${arrow(s, t)}`), "mean change", several ? ", " + audit.name : ""))));
   notes.append(about);
   if (!list) {
     const asked = data.audits[0].pairs[s][t] !== null;
@@ -346,8 +345,7 @@ function look(id) {
   id = id.trim();
   $("image-id").value = id;
   const box = $("image"), image = data.images[id];
-  for (const button of $("contact").children) button.toggleAttribute("aria-current", button.dataset.id === id);
-  for (const button of $("contact").querySelectorAll("[aria-current]")) button.setAttribute("aria-current", "true");
+  for (const button of $("contact").children) button.setAttribute("aria-current", button.dataset.id === id);
   if (!id) { box.replaceChildren(); return; }
   if (!image || !data.lookup.includes(id)) {
     box.replaceChildren(el("div", { class: "empty" }, `“${id}” is not among the images on this page. This command adds it:`, command(`${data.command} --image ${quoted(id)}`)));
@@ -356,7 +354,7 @@ function look(id) {
   history.replaceState(null, "", "#image=" + encodeURIComponent(id));
   if (image.error !== null) { box.replaceChildren(el("div", { class: "empty" }, `“${id}” could not be read: ${image.error}.`)); return; }
   const left = el("div", { class: "frames" }, figure(picture(image.x, scaled(112), `image ${id}, original`), "original"),
-    data.audits.map((audit) => audit.reconstructions[id] === undefined ? null : figure(picture(audit.reconstructions[id], scaled(112), `image ${id}, reconstruction`), data.audits.length > 1 ? `reconstruction, ${audit.name}` : "reconstruction")));
+    data.audits.map((audit) => audit.reconstructions[id] === undefined ? null : figure(picture(audit.reconstructions[id], scaled(112), `image ${id}, reconstruction`), several ? `reconstruction, ${audit.name}` : "reconstruction")));
   const probs = el("div", { class: "probs" }, image.probs.map(([i, p, text]) => {
     const bar = el("i");
     bar.style.width = 100 * p + "%";
@@ -368,11 +366,14 @@ function look(id) {
   const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("div", { style: "height:.5rem" }), probs))];
   data.audits.forEach((audit) => {
     const rows = audit.rows[id] || [];
-    if (data.audits.length > 1) parts.push(el("p", { class: "audit-tag" }, audit.name));
-    parts.push(el("ol", { class: "towards", "aria-label": "Counterfactuals, nearest first" }, rows.map((row) => [row[field.target], row]).map(([t, row]) =>
-      el("li", {}, el("h4", {}, `→ ${names[t]}`), el("div", { class: "duo" }, picture(row[field.cf], large, `image ${id}, counterfactual ${names[t]}`),
-        difference(audit.reconstructions[id] ?? image.x, row[field.cf], large, `image ${id}, what changes towards ${names[t]}`)),
-        rowFacts(row, t, []), strip(row, row[field.source], t, Math.min(small, 28))))));
+    if (several) parts.push(el("p", { class: "audit-tag" }, audit.name));
+    parts.push(el("ol", { class: "towards", "aria-label": "Counterfactuals, nearest first" }, rows.map((row) => {
+      const t = row[field.target], from = audit.reconstructions[id] ?? image.x, to = row[field.cf];
+      return el("li", {}, el("h4", {}, `→ ${names[t]}`),
+        el("div", { class: "duo" }, picture(to, large, `image ${id}, counterfactual ${names[t]}`),
+          difference(from, to, large, `image ${id}, what changes towards ${names[t]}`)),
+        rowFacts(row, t), strip(row, row[field.source], t, Math.min(small, 28)));
+    })));
     if (!rows.length) parts.push(el("p", { class: "quiet-text" }, "This image has no counterfactuals."));
   });
   box.replaceChildren(...parts);
