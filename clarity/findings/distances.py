@@ -31,7 +31,7 @@ def check_extremes(facts: Facts) -> Outcome:
     found = []
     for kind, severity, adjective, order in (
         ("hardest", 0.2, "largest", ranked(described)),
-        ("easiest", 0.15, "smallest", ranked(described, descending=False)),
+        ("easiest", 0.15, "smallest", ranked(-described)),
     ):
         first = order[0]
         beside = ""

@@ -1,6 +1,5 @@
 """What checks read and what they return."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,9 +148,8 @@ def share_text(part: float, whole: float) -> str:
     return f"{percent(part, whole)}, 95 % interval {interval(*share_interval(part, whole))}"
 
 
-def ranked(values: np.ndarray, descending: bool = True) -> list[tuple[int, int]]:
+def ranked(values: np.ndarray) -> list[tuple[int, int]]:
     """The (source, target) of every entry but NaN, largest first, ties in reading order."""
-    keys = np.where(np.isnan(values), -np.inf if descending else np.inf, values)
-    order = np.argsort(-keys if descending else keys, axis=None, kind="stable")
-    cells = [(int(i) // values.shape[1], int(i) % values.shape[1]) for i in order]
-    return [cell for cell in cells if not math.isnan(values[cell])]
+    order = np.argsort(-values, axis=None, kind="stable").tolist()
+    cells = [divmod(i, values.shape[1]) for i in order]
+    return [cell for cell in cells if not np.isnan(values[cell])]
