@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def run_epochs(
         if not math.isfinite(means["loss"]):
             what = {VAE: "VAE", VAEWithHeads: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
             raise ValueError(f"the {what}'s loss is {means['loss']} after epoch {epoch + 1}: lower its learning_rate")
-        yield Epoch(epoch + 1, total, means, lambda done=epoch + 1: checkpoint(network, adam, done))  # type: ignore[misc]
+        yield Epoch(epoch + 1, total, means, partial(checkpoint, network, adam, epoch + 1))
 
 
 class VAEWithHeads(nn.Module):
