@@ -20,8 +20,9 @@ from clarity.model import Model
 from clarity.paper import metrics
 from clarity.paper.compare import NAMES, Images, first_pairs, pairs_of, parts
 from clarity.report.text import number, plural
-from clarity.rows import decode_rows, encode_rows, logits_rows
+from clarity.rows import decode_rows, logits_rows
 from clarity.search import SearchConfig
+from clarity.training.evaluate import encode_pixels
 from clarity.uncertainty import decompose
 
 #: Pairs of a batch in which steps are timed.
@@ -56,9 +57,7 @@ def accuracies(model: Model, oracle: judges.JudgeNet, x: np.ndarray, label: np.n
     """Shares of the test images that each classifier sees as labelled; images without a label are left out."""
     known = label >= 0
     images, label = x[known], label[known]
-    z = torch.cat(
-        [encode_rows(model.vae, torch.from_numpy(images[part]).float() / 255)[0] for part in parts(len(images))]
-    )
+    z, _ = encode_pixels(model.vae, torch.from_numpy(images))
     latent = torch.softmax(logits_rows(model.ensemble, z), -1)
     seen = [quantise(decode_rows(model.decoder, z[part])) for part in parts(len(z))]
 
@@ -116,16 +115,14 @@ def gradient_measures(model: Model, images: Images, count: int = 90) -> dict[str
     """How much the members' gradients with respect to the code disagree, on the same codes and targets."""
     of, target = first_pairs(images, count, model.num_classes)
     z, wanted = torch.from_numpy(images.z[of]), torch.from_numpy(target)
-    members = [model.ensemble.config.num_members]
-    if model.image_ensemble is not None:
-        members.append(model.image_ensemble.config.num_members)
-    if min(members) < 2:
-        return {}
-    latent = model.ensemble.select(range(min(members)))
-    out = {"latent classifiers": metrics.gradient_spread(member_gradients(latent, z, wanted))}
     image = model.image_ensemble
+    members = min(each.config.num_members for each in (model.ensemble, image) if each is not None)
+    if members < 2:
+        return {}
+    latent = model.ensemble.select(range(members))
+    out = {"latent classifiers": metrics.gradient_spread(member_gradients(latent, z, wanted))}
     if image is not None:
-        image = image.select(range(min(members)))
+        image = image.select(range(members))
         blocks = [
             member_gradients(lambda code: image(model.vae.decode(code)), z[part], wanted[part])
             for part in parts(len(z), 30)
@@ -137,7 +134,7 @@ def gradient_measures(model: Model, images: Images, count: int = 90) -> dict[str
 def far_measures(model: Model, images: Images, draws: int = 200) -> list[dict[str, float]]:
     """Mean epistemic uncertainty and certainty at random codes of growing norm, in units of the images' codes' norm."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.nn.functional.normalize(torch.randn(draws, model.latent_dim, generator=generator), dim=1)
+    direction = F.normalize(torch.randn(draws, model.latent_dim, generator=generator), dim=1)
     norm = float(np.median(np.linalg.norm(images.z, axis=1)))
     out = []
     for radius in (1.0, 2.0, 4.0):

@@ -26,6 +26,7 @@ from clarity.model import Model
 from clarity.paper import metrics
 from clarity.paper.evaluators import Judges
 from clarity.rows import decode_rows, encode_rows, logits_rows, predict
+from clarity.training.evaluate import encode_pixels
 
 log = logging.getLogger(__name__)
 
@@ -100,14 +101,11 @@ def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: in
                     "another: choose another directory"
                 )
         return
-    rank: dict[Any, int] = {}
-    order = []
-    for index, label in enumerate(listing["label_name"].to_pylist()):
-        rank[label] = rank.get(label, -1) + 1
-        order.append((rank[label], index))
-    chosen = np.array([index for _, index in sorted(order)[: count or None]])
-    pixels, ids, labels, _ = data.read_all(dataset, listing.take(np.sort(chosen)), preprocessing)
-    columns = {"image_id": ids, "image": encode_png(pixels), "label": pa.array(labels, pa.string())}
+    labels = listing["label_name"].to_pandas()
+    rank = labels.groupby(labels, dropna=False).cumcount()
+    chosen = np.argsort(rank.to_numpy(), kind="stable")[: count or None]
+    pixels, ids, names, _ = data.read_all(dataset, listing.take(np.sort(chosen)), preprocessing)
+    columns = {"image_id": ids, "image": encode_png(pixels), "label": pa.array(names, pa.string())}
     table = pa.table(columns | {"split": ["test"] * len(ids)})
     turn = {name: index for index, name in enumerate(listing["image_id"].take(chosen).to_pylist())}
     table = table.take(np.argsort([turn[name] for name in ids]))
@@ -116,7 +114,7 @@ def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: in
 
 def encode_images(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Images:
     """Encode, reconstruct and classify images, row by row as the audit does."""
-    z, log_var = encode_rows(model.vae, torch.from_numpy(x).float() / 255)
+    z, log_var = encode_pixels(model.vae, torch.from_numpy(x))
     reconstruction = quantise(decode_rows(model.decoder, z))
     probs = predict(logits_rows(model.ensemble, z)).probs
     return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, probs.argmax(1), label, probs.max(1))

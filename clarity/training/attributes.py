@@ -14,8 +14,7 @@ from clarity import schema
 from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.data import Dataset, list_images, read_images, with_attributes
 from clarity.images import Preprocessing
-from clarity.rows import encode_rows
-from clarity.training.evaluate import accuracies, evenly
+from clarity.training.evaluate import accuracies, encode_pixels, evenly
 from clarity.vae import VAE
 
 #: Images that the heads are fitted to, and measured on, at most: spread evenly over the split.
@@ -98,8 +97,8 @@ def encode_split(
         shard = read_images(dataset, listing.slice(start, CHUNK), preprocessing)
         shard = shard.filter(pc.is_valid(shard["image"]))
         pixels = schema.matrix(shard["image"]).reshape(-1, *preprocessing.image_shape)
-        mean, log_var = encode_rows(vae, torch.tensor(pixels, device=vae.mean.weight.device).float() / 255)
+        mean, log_var = encode_pixels(vae, torch.tensor(pixels))
         columns = [shard[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in attributes]
-        parts.append((mean.cpu().numpy(), log_var.cpu().numpy(), np.stack(columns, 1)))
+        parts.append((mean.numpy(), log_var.numpy(), np.stack(columns, 1)))
     codes, spreads, values = zip(*parts)
     return np.concatenate(codes), np.concatenate(spreads), np.concatenate(values)

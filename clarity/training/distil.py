@@ -19,9 +19,9 @@ from clarity.data import Dataset, read_all
 from clarity.images import Preprocessing
 from clarity.model import FILES, Model, read_card
 from clarity.predictor import Predictor, load_predictor
-from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
+from clarity.rows import decode_rows, logits_rows, mean_probs
 from clarity.tables import quantise
-from clarity.training.evaluate import LabelledImages
+from clarity.training.evaluate import LabelledImages, encode_pixels
 from clarity.vae import VAE
 
 #: Perturbed codes of each training image.
@@ -131,8 +131,7 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
     """
     known = ~probs.isnan().any(1)
     probs, pixels = probs[known], images.pixels[known]
-    parts = [encode_rows(model.vae, part.to(model.device).float() / 255)[0] for part in pixels.split(1024)]
-    z = torch.cat(parts).cpu()
+    z, _ = encode_pixels(model.vae, pixels)
     around = perturb(z, torch.Generator().manual_seed(0), copies=1)
     codes = z.to(model.device), around.to(model.device)
     reconstructed, perturbed = (code_probs(predictor, model.vae, part) for part in codes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from clarity.judges import judge_rows
 from clarity.model import Model
 from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
-from clarity.vae import LOSSES
+from clarity.vae import LOSSES, VAE
 
 #: Training images of the baseline at most, and its principal components.
 BASELINE_IMAGES = 20_000
@@ -43,6 +43,14 @@ class LabelledImages:
 def evenly(count: int, limit: int) -> np.ndarray:
     """Indices of at most ``limit`` of ``count`` rows, spread evenly."""
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int))
+
+
+def encode_pixels(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means and log-variances (N, D) of images uint8 (N, C, H, W), on the CPU."""
+    device = vae.mean.weight.device
+    parts = [encode_rows(vae, part.to(device).float() / 255) for part in pixels.split(1024)]
+    mean, log_var = (torch.cat(each).cpu() for each in zip(*parts))
+    return mean, log_var
 
 
 def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_out: LabelledImages) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from clarity.methods import METHODS, Pairs
 from clarity.model import Model, read_card
 from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.search import SearchConfig
-from clarity.training.evaluate import LabelledImages
+from clarity.training.evaluate import LabelledImages, encode_pixels
 from clarity.training.guide import known_of, train_guide
 from clarity.training.loops import (
     Codes,
@@ -316,9 +316,7 @@ class Trials:
         vae = VAE(config)
         vae.load_state_dict(vae_weights(last.state()))
         vae.to(self.device).eval()
-        encoded = [encode_rows(vae, part.to(self.device).float() / 255) for part in self.train.pixels.split(1024)]
-        means, log_vars = (torch.cat(parts).cpu() for parts in zip(*encoded))
-        codes = Codes(means, log_vars, self.train.labels)
+        codes = Codes(*encode_pixels(vae, self.train.pixels), self.train.labels)
         z, _ = encode_rows(vae, self.x)
         reconstructed = self.accuracy_of_judge(decode_rows(vae, z))
 

@@ -21,9 +21,8 @@ from clarity.ids import fold_of, in_judges_half
 from clarity.judges import JudgeNet, build_judge
 from clarity.model import load_tensors, save_tensors
 from clarity.predictor import Predictor
-from clarity.rows import encode_rows
 from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
-from clarity.training.evaluate import LabelledImages, evenly
+from clarity.training.evaluate import LabelledImages, encode_pixels, evenly
 from clarity.training.guide import known_of, new_guide, train_guide
 from clarity.training.judge import JudgeTraining, describe_update, train_judge
 from clarity.training.loops import (
@@ -240,13 +239,13 @@ def encode_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
             tensors = single_codes(predictor, vae, z)
         else:
             some = split.take(slice(starts[part], starts[part] + ENCODE_ROWS))
-            mean, log_var = encode_rows(vae, some.pixels.to(worker.device).float() / 255)
+            mean, log_var = encode_pixels(vae, some.pixels)
             ids, tensors = some.ids, {"mean": mean, "log_var": log_var, "labels": some.labels}
             if predictor is not None:
                 generator = generator_for(plan.ensemble_training.seed, "perturb", part)
-                around = single_codes(predictor, vae, perturb(mean.cpu(), generator))
+                around = single_codes(predictor, vae, perturb(mean, generator))
                 probs = original_probs(predictor, plan.dataset, listing, some, plan.preprocessing)
-                tensors = join_states([{"mean": mean.cpu(), "log_var": log_var.cpu(), "probs": probs}, around])
+                tensors = join_states([{"mean": mean, "log_var": log_var, "probs": probs}, around])
                 ids = ids * (1 + COPIES)
         folds = torch.tensor([fold_of(image_id, max(plan.num_folds, 1)) for image_id in ids])
         save_tensors(file, {**tensors, "folds": folds})
