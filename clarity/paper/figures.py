@@ -298,8 +298,8 @@ class LatentMap:
 
     epistemic: Array
     path: Array
-    image: Array | None = None
-    group: str = ""
+    image: Array
+    group: str
 
 
 @styled
@@ -330,16 +330,15 @@ def latent_paths(
         ax.plot(*panel.path.T, color="#d7301f", lw=1.3, zorder=5)
         ax.scatter(*panel.path[0], s=34, marker="o", c="white", edgecolors="black", linewidths=1, zorder=6)
         ax.scatter(*panel.path[-1], s=34, marker="s", c="black", edgecolors="white", linewidths=1, zorder=7)
-        ax.set(xlim=extent[:2], ylim=extent[2:], title=f"{name} ({panel.group})" if panel.group else name)
+        ax.set(xlim=extent[:2], ylim=extent[2:], title=f"{name} ({panel.group})")
         ax.set_box_aspect(1)
         if i >= len(panels) - columns:
             ax.set_xlabel("$z_1$")
         if i % columns == 0:
             ax.set_ylabel("$z_2$")
-        if panel.image is not None:
-            corner = ax.inset_axes((0.76, 0.76, 0.23, 0.23))
-            draw_image(corner, panel.image)
-            corner.spines[:].set_color("white")
+        corner = ax.inset_axes((0.76, 0.76, 0.23, 0.23))
+        draw_image(corner, panel.image)
+        corner.spines[:].set_color("white")
         bar = picture.colorbar(shown, ax=ax, shrink=0.8, aspect=24, pad=0.02)
         if i % columns == columns - 1 or i == len(panels) - 1:
             bar.set_label("epistemic uncertainty (nats)")

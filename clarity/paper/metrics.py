@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -221,11 +222,8 @@ def judge_images(
     by_all = reconstruct(judges.autoencoders, np.full(len(rows), len(judges.class_names)), results)
     far, swap = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
     where = np.flatnonzero(swapped)
-
-    def predict(images: Array) -> Array:
-        return predict_probs(judges.oracle, images)
-
     if len(where):
+        predict = partial(predict_probs, judges.oracle)
         swap[where] = cout(originals[where], results[where], source[where], target[where], predict)
     for k in np.unique(target):
         far[target == k] = implausibility(features[target == k], real.features[int(k)])
