@@ -30,6 +30,9 @@ from clarity.training.recipe import (
 )
 from clarity.training.stages import Worker, load_images, run_stages, trained_judge
 
+#: Of ``plan_training``, for a training of a second.
+SHORT: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -93,19 +96,8 @@ def test_larger_images_get_more_convolutions() -> None:
 
 
 def test_rule_weighs_accuracy_and_reach_and_hybrids_most() -> None:
-    blurred = Trial(
-        16,
-        1.0,
-        0.0,
-        0.2,
-        (16, 16),
-        vae_updates=400,
-        accuracy=0.779,
-        reached=0.999,
-        judged=0.974,
-        judge_on_reconstructions=0.6,
-        seconds=1,
-    )
+    figures = {"accuracy": 0.779, "reached": 0.999, "judged": 0.974, "judge_on_reconstructions": 0.6, "seconds": 1}
+    blurred = Trial(16, 1.0, 0.0, 0.2, (16, 16), vae_updates=400, **figures)
     hybrid = dataclasses.replace(blurred, latent_dim=64, accuracy=0.944, judged=0.632)
     both = dataclasses.replace(blurred, latent_dim=64, accuracy=0.943, judged=0.974)
     assert best_of((blurred, hybrid, both)) is both
@@ -160,18 +152,17 @@ def test_search_tries_every_setting_and_says_why(
 def test_training_takes_what_was_chosen_and_searches_once(
     folder: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
-    plan = plan_of(folder, tmp_path / "out", **short)
+    plan = plan_of(folder, tmp_path / "out", **SHORT)
     assert with_recipe(plan) is None
     run_stages(plan, ["recipe"], Worker())
     assert storage.exists(plan.file("recipe.json"))
     monkeypatch.setattr("clarity.training.stages.search_recipe", None)  # would fail if it were called again
     chosen = with_recipe(plan)
     assert chosen is not None and chosen.searched == () and chosen.vae.latent_dim in (3, 5)
-    model = clarity.train("folder", tmp_path / "out", data=folder, **short)
+    model = clarity.train("folder", tmp_path / "out", data=folder, **SHORT)
     assert model.latent_dim == chosen.vae.latent_dim and model.card["recipe"]["chosen"]["beta"] == chosen.vae.beta
     assert model.card["plan"]["ensemble_training"]["adversarial_eps"] == chosen.ensemble_training.adversarial_eps
-    again = clarity.train("folder", tmp_path / "out", data=folder, **short)
+    again = clarity.train("folder", tmp_path / "out", data=folder, **SHORT)
     assert again.fingerprint == model.fingerprint
 
 
@@ -183,8 +174,7 @@ def test_large_images_are_searched_as_small_ones(
     assert (large.vae.image_shape, large.vae.channels) == ((1, 32, 32), (32, 64, 128))
     monkeypatch.setattr(recipe, "CODES", ((3, 0.5, 10.0),))
     monkeypatch.setattr(recipe, "MAX_SIDE", 12)
-    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
-    fields: dict[str, Any] = short | {"image_size": (19, 30), "vae_fields": {"beta": 2.9}}
+    fields: dict[str, Any] = SHORT | {"image_size": (19, 30), "vae_fields": {"beta": 2.9}}
     plan = plan_of(folder, tmp_path / "out", **fields)
     images = load_images(plan, plan.dataset, 20)
     fewer = small_images(plan, images).pixels
@@ -202,11 +192,8 @@ def test_large_images_are_searched_as_small_ones(
     monkeypatch.setattr(recipe, "train_vae", recorded)
     model = clarity.train("folder", tmp_path / "out", data=folder, **fields)
     assert seen == [((1, 7, 10), (1, 7, 10), 10.0)] * 2
-    assert (model.vae.config.image_shape, model.vae.config.beta, model.vae.config.label_weight) == (
-        (1, 19, 30),
-        2.9,
-        90,
-    )
+    config = model.vae.config
+    assert (config.image_shape, config.beta, config.label_weight) == ((1, 19, 30), 2.9, 90)
     trials = model.card["recipe"]["trials"]
     assert {(trial["label_weight"], round(trial["beta"], 9)) for trial in trials} == {(90.0, 2.9)}
     assert model.judge is not None and model.judge.config.image_shape == (1, 19, 30)
@@ -230,9 +217,8 @@ def test_labels_that_the_recipe_weighs_reach_each_training_of_a_vae(
 
     monkeypatch.setattr(recipe, "train_vae", recorded)
     monkeypatch.setattr(recipe, "train_guide", recorded_guide)
-    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
     lines: list[str] = []
-    model = clarity.train("folder", tmp_path / "out", data=folder, log=lines.append, **short)
+    model = clarity.train("folder", tmp_path / "out", data=folder, log=lines.append, **SHORT)
     assert [set(map(tuple, known.tolist())) for known in given["known"]] == [{(1, 0, 0), (0, 1, 0), (0, 0, 1)}] * 2
     assert [isinstance(guide, JudgeNet) for guide in given["guide"]] == [True] * 2
     # Validation images, the last fifth of each class, are not the search's guide's.
@@ -246,11 +232,10 @@ def test_labels_that_the_recipe_weighs_reach_each_training_of_a_vae(
 
 
 def test_finished_model_is_never_searched_again(folder: Path, tmp_path: Path) -> None:
-    short: dict[str, Any] = {"vae_epochs": 1, "ensemble_epochs": 1, "num_members": 2, "judge_updates": 3}
-    model = clarity.train("folder", tmp_path / "out", data=folder, recipe="paper", **short)
-    assert clarity.train("folder", tmp_path / "out", data=folder, **short).fingerprint == model.fingerprint
+    model = clarity.train("folder", tmp_path / "out", data=folder, recipe="paper", **SHORT)
+    assert clarity.train("folder", tmp_path / "out", data=folder, **SHORT).fingerprint == model.fingerprint
     with pytest.raises(ValueError, match="holds another model: ensemble is"):
-        clarity.train("folder", tmp_path / "out", data=folder, **short | {"num_members": 3})
+        clarity.train("folder", tmp_path / "out", data=folder, **SHORT | {"num_members": 3})
 
 
 def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:

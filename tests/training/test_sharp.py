@@ -174,11 +174,7 @@ def test_guide_learns_what_is_known_of_images_that_the_judge_has_not_seen(
     ]
     assert name == "guide" and net.config.num_outputs == 3 and truth.tolist() == known
     assert np.array_equal(images, pixels[[i for i in mine if i % 3 != 2 or wings[i] is not None]])
-    assert guided_and_finished(plan)
-
-
-def guided_and_finished(plan: TrainingPlan) -> bool:
-    return STAGES["guide"].done(plan) and storage.exists(plan.file("guide.safetensors"))
+    assert STAGES["guide"].done(plan) and storage.exists(plan.file("guide.safetensors"))
 
 
 @pytest.mark.parametrize("method", ["clarity", "revise_e", "schut"])
