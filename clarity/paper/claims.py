@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from clarity import judges
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
-from clarity.explainer import quantise
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
 from clarity.paper import metrics
@@ -22,6 +21,7 @@ from clarity.paper.compare import NAMES, Images, first_pairs, pairs_of, parts
 from clarity.report.text import number, plural
 from clarity.rows import decode_rows, logits_rows
 from clarity.search import SearchConfig
+from clarity.tables import quantise
 from clarity.training.evaluate import encode_pixels
 from clarity.uncertainty import decompose
 

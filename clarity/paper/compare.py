@@ -18,7 +18,6 @@ import torch
 from clarity import data, judges, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.read import read_audit
-from clarity.explainer import quantise
 from clarity.ids import noise
 from clarity.images import Preprocessing, decode_png, encode_png
 from clarity.methods import METHODS, Pairs, classifier_logits
@@ -26,6 +25,7 @@ from clarity.model import Model
 from clarity.paper import metrics
 from clarity.paper.evaluators import Judges
 from clarity.rows import decode_rows, encode_rows, logits_rows, predict
+from clarity.tables import quantise
 from clarity.training.evaluate import encode_pixels
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The model directory of a training: begin it, take a finished model up again, assemble and measure its parts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from clarity.rows import logits_rows
 from clarity.training.attributes import fit_heads
 from clarity.training.distil import MEASURED_IMAGES, fidelity, original_probs
 from clarity.training.evaluate import BASELINE_IMAGES, evaluate, evenly
-from clarity.training.loops import join_states, member_states, weights_of
+from clarity.training.loops import Log, join_states, member_states, weights_of
 from clarity.training.plan import EXTRAS, TEACHERS, TrainingPlan
 from clarity.training.stages import (
     STAGES,
@@ -84,7 +84,7 @@ def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
             save_finished(plan.file(f"{name}.safetensors"), network.state_dict())
 
 
-def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -> Model:
+def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
     """Assembles the trained parts, measures them on the held-out split, and writes the model directory."""
     folds = [assemble(plan, plan.fold_kind(fold), LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
     image_ensemble = None
@@ -112,16 +112,8 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
         measured = evaluate(model, labelled, held_out)
     if heads_metrics:
         measured["metrics"]["attributes"] = heads_metrics
-    if folds and storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
-        # On the training split, each image by the ensemble that has not seen it.
-        codes, fold = load_codes(plan)
-        hits = torch.zeros(len(codes), dtype=torch.bool)
-        for number, ensemble in enumerate(folds):
-            rows = fold == number
-            hits[rows] = logits_rows(ensemble, codes.mean[rows]).softmax(-1).mean(0).argmax(-1) == codes.labels[rows]
-        measured["metrics"]["out_of_fold"] = {"accuracy": float(hits.double().mean())}
-    elif folds and (known := (read_card(plan.out) or {}).get("metrics", {}).get("out_of_fold")):
-        measured["metrics"]["out_of_fold"] = known
+    if folds and (found := measure_folds(plan, folds)):
+        measured["metrics"]["out_of_fold"] = found
     if (predictor := plan_predictor(plan)) is not None:
         refit = None if plan.refit is None else storage.display(plan.refit)
         measured["predictor"] = {"name": predictor.name, "digest": predictor.digest, "refit": refit}
@@ -133,6 +125,18 @@ def finish(plan: TrainingPlan, log: Callable[[str], None] = lambda line: None) -
     save_model(model, plan.out, card=card | ({"recipe": plan.recipe} if plan.recipe else {}))
     storage.delete_tree(plan.file())
     return model
+
+
+def measure_folds(plan: TrainingPlan, folds: Sequence[LatentEnsemble]) -> dict[str, float] | None:
+    """Accuracy on the training split, each image by the ensemble that has not seen it; without codes, that known."""
+    if not storage.exists(plan.file(f"codes-{plan.num_folds}", "count.json")):
+        return (read_card(plan.out) or {}).get("metrics", {}).get("out_of_fold")
+    codes, fold = load_codes(plan)
+    hits = torch.zeros(len(codes), dtype=torch.bool)
+    for number, ensemble in enumerate(folds):
+        rows = fold == number
+        hits[rows] = logits_rows(ensemble, codes.mean[rows]).softmax(-1).mean(0).argmax(-1) == codes.labels[rows]
+    return {"accuracy": float(hits.double().mean())}
 
 
 def assemble(plan: TrainingPlan, kind: str, network: Any) -> Any:

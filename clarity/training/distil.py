@@ -34,7 +34,7 @@ MEASURED_IMAGES = 5_000
 MAX_CONFUSED = 0.1
 
 
-def load_same(source: Any, digest: str, class_names: Sequence[str], device: Any = "cpu") -> Predictor:
+def load_same(source: Any, digest: str, class_names: Sequence[str], device: Any) -> Predictor:
     """The predictor of a plan, answering in the order of its classes; ValueError if it is another one by now."""
     predictor = load_predictor(source, str(device))
     if predictor.digest != digest:

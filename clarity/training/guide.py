@@ -3,8 +3,6 @@
 It is trained on images that the judge has not seen, before what it guides, judges nothing, and is then dropped.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +13,8 @@ from clarity.data import list_images
 from clarity.ids import in_judges_half
 from clarity.judges import JudgeNet, build_judge
 from clarity.training.evaluate import LabelledImages
-from clarity.training.judge import JudgeTraining, describe_update, train_attributes
-from clarity.training.loops import seeded
+from clarity.training.judge import JudgeTraining, log_updates, train_attributes
+from clarity.training.loops import Log, seeded
 from clarity.training.plan import TrainingPlan
 
 
@@ -26,7 +24,7 @@ def new_guide(plan: TrainingPlan) -> JudgeNet:
     return seeded(lambda: build_judge(plan.vae.image_shape, outputs), plan.sharp_training.seed, "guide", 0)
 
 
-def train_guide(plan: TrainingPlan, images: LabelledImages, log: Callable[[str], None]) -> JudgeNet | None:
+def train_guide(plan: TrainingPlan, images: LabelledImages, log: Log) -> JudgeNet | None:
     """A guide trained on what is known of those images that the judge does not see; None where nothing is."""
     split = images.take(np.flatnonzero(~in_judges_half(images.ids)))
     truth = known_of(plan, split)
@@ -35,9 +33,7 @@ def train_guide(plan: TrainingPlan, images: LabelledImages, log: Callable[[str],
         return None
     training = replace(JudgeTraining.for_images(len(rows)), precision=plan.precision)
     net = new_guide(plan)
-    started = time.monotonic()
-    for report in train_attributes(net, split.pixels.numpy()[rows], truth[rows], training, "guide"):
-        log(describe_update("guide", report, started))
+    log_updates("guide", train_attributes(net, split.pixels.numpy()[rows], truth[rows], training, "guide"), log)
     return net.requires_grad_(False)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clarity.judges import JudgeNet
-from clarity.training.loops import LOG_SECONDS, minutes_since, mixed_precision
+from clarity.training.loops import LOG_SECONDS, Log, minutes_since, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ def augmented(x: Tensor, config: JudgeTraining, generator: torch.Generator) -> T
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def describe_update(what: str, report: Mapping[str, Any], started: float) -> str:
-    """A line of progress."""
-    update = f"update {report['update']}/{report['updates']}"
-    return f"{what}: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}"
+def log_updates(what: str, training: Iterable[Mapping[str, Any]], log: Log) -> None:
+    """Runs a training of this module, with a line of progress for each of its reports."""
+    started = time.monotonic()
+    for report in training:
+        update = f"update {report['update']}/{report['updates']}"
+        log(f"{what}: {update}  loss {report['loss']:#.4g}  {minutes_since(started)}")

@@ -38,6 +38,7 @@ from clarity.training.evaluate import LabelledImages, encode_pixels
 from clarity.training.guide import known_of, train_guide
 from clarity.training.loops import (
     Codes,
+    Log,
     num_updates,
     train_latent_members,
     train_vae,
@@ -152,7 +153,7 @@ def search_recipe(
     images: LabelledImages,
     judge: JudgeNet | None,
     device: str | torch.device,
-    log: Callable[[str], None],
+    log: Log,
 ) -> dict[str, Any]:
     """Searches the values that ``plan.searched`` names; returns the entry ``recipe`` of model.json.
 
@@ -276,7 +277,7 @@ class Trials:
     x: Tensor
     truth: np.ndarray
     device: str | torch.device
-    log: Callable[[str], None]
+    log: Log
 
     @cached_property
     def known(self) -> Tensor:
@@ -336,7 +337,7 @@ class Trials:
 
         return trial
 
-    def progress_of(self, network: str) -> Callable[[str], None]:
+    def progress_of(self, network: str) -> Log:
         """Logs how far the training of a trial's network is."""
         return lambda line: self.log(f"recipe: {network} of a trial: {line}")
 

@@ -24,10 +24,11 @@ from clarity.predictor import Predictor
 from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
 from clarity.training.evaluate import LabelledImages, encode_pixels, evenly
 from clarity.training.guide import known_of, new_guide, train_guide
-from clarity.training.judge import JudgeTraining, describe_update, train_judge
+from clarity.training.judge import JudgeTraining, log_updates, train_judge
 from clarity.training.loops import (
     Codes,
     Epoch,
+    Log,
     join_states,
     member_states,
     minutes_since,
@@ -62,7 +63,7 @@ class Worker:
     world: int = 1  # number of processes
     device: str | torch.device = "cpu"  # to train on
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module  # makes a module data-parallel
-    log: Callable[[str], None] = lambda line: None  # receives lines about the progress
+    log: Log = lambda line: None  # receives lines about the progress
 
     def wait_for_all(self) -> None:
         """Returns when all workers have arrived here."""
@@ -124,7 +125,7 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
             STAGES[name].run(plan, worker, images)
 
 
-def log_errors(images: LabelledImages, log: Callable[[str], None]) -> None:
+def log_errors(images: LabelledImages, log: Log) -> None:
     """Logs how many images cannot be read, a line for each of the five most frequent reasons."""
     for reason, count in Counter(images.errors.values()).most_common(5):
         log(f"left out: {count} images that cannot be read: {reason}")
@@ -193,7 +194,7 @@ def train_network(
 def follow(
     loop: Callable[..., Iterator[Epoch]],
     what: str,
-    log: Callable[[str], None] = lambda line: None,
+    log: Log = lambda line: None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor] | None:
     """Runs a loop with a line of progress and a checkpoint now and then; its final state, None if already done."""
@@ -316,9 +317,7 @@ def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) ->
         return None
     training = plan.judge_training or JudgeTraining.for_images(len(labels))
     net = seeded(lambda: build_judge(plan.vae.image_shape, len(plan.class_names)), training.seed, "judge", 0)
-    started = time.monotonic()
-    for report in train_judge(net, images.pixels[half].numpy(), labels, training):
-        worker.log(describe_update("judge", report, started))
+    log_updates("judge", train_judge(net, images.pixels[half].numpy(), labels, training), worker.log)
     return net
 
 
@@ -342,11 +341,12 @@ def train_stacks(
             for m, member in zip(members, member_states(state, len(members))):
                 save_tensors(plan.member_file(kind, m), member)
 
-        some = f"member {members[0] + 1} of {count}"
-        if len(members) > 1:
-            some = (
-                f"all {count} members" if len(members) == count else f"this worker's {len(members)} of {count} members"
-            )
+        if len(members) == 1:
+            some = f"member {members[0] + 1} of {count}"
+        elif len(members) == count:
+            some = f"all {count} members"
+        else:
+            some = f"this worker's {len(members)} of {count} members"
         log = worker.log if worker.rank == 0 or stack_size < count else (lambda line: None)
         resumed = {m: states[m] for m in members} if states[members[0]] else None
         final = follow(partial(loop, members, states=resumed), f"{kind} classifiers ({some})", log, save)
