@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const names = data.names, labels = data.labels, K = names.length, tile = data.tile, several = data.audits.length > 1;
 const field = Object.fromEntries(data.fields.map((name, i) => [name, i]));
 const $ = (id) => document.getElementById(id);
+const root = document.documentElement, isDark = () => root.dataset.theme === "dark";
 
 // -- making elements: text never becomes markup ----------------------------------------------------------------------
 function el(tag, attributes, ...children) {
@@ -59,7 +60,7 @@ function picture(index, size, alt) {
 // Differences: blue taken away, orange added; none is the page's own ground, so both themes read alike.
 const signedOnPage = new Set();
 function ends() {
-  return document.documentElement.dataset.theme === "dark"
+  return isDark()
     ? [[86, 180, 255], [20, 23, 28], [255, 150, 60]] : [[16, 84, 150], [246, 246, 243], [196, 78, 0]];
 }
 function colour(pixels, values, gain) {
@@ -104,19 +105,19 @@ const meanChange = (index, size, alt) => index < 0 ? missing(size, alt, "–")
 // -- light and dark -----------------------------------------------------------------------------------------------------
 let metric = null, cursor = null, chosen = null;
 function retheme(theme) {
-  document.documentElement.dataset.theme = theme;
+  root.dataset.theme = theme;
   for (const canvas of signedOnPage) canvas.isConnected ? canvas.repaint() : signedOnPage.delete(canvas);
   const [low, zero, high] = ends().map((rgb) => `rgb(${rgb.join(" ")})`);
   if (metric) drawMaps();
-  for (const [name, value] of [["--d0", low], ["--d1", zero], ["--d2", high]]) document.documentElement.style.setProperty(name, value);
+  for (const [name, value] of [["--d0", low], ["--d1", zero], ["--d2", high]]) root.style.setProperty(name, value);
 }
 $("theme").addEventListener("click", () => {
-  const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+  const theme = isDark() ? "light" : "dark";
   try { localStorage.setItem("clarity-theme", theme); } catch (error) { /* a page from a disk may have no storage */ }
   retheme(theme);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => retheme(event.matches ? "dark" : "light"));
-retheme(document.documentElement.dataset.theme);
+retheme(root.dataset.theme);
 
 // -- maps ---------------------------------------------------------------------------------------------------------------
 const hasChange = data.audits.some((audit) => audit.change);
@@ -166,7 +167,7 @@ function grid(a) {
         const v = map.shade[s][t], text = map.text[s][t];
         const few = audit.pairs[s][t] < FEW;
         fewSeen ||= few;
-        cell.className = "value" + (few ? " few" : "") + (v > (document.documentElement.dataset.theme === "dark" ? 58 : 70) ? " high" : "");
+        cell.className = "value" + (few ? " few" : "") + (v > (isDark() ? 58 : 70) ? " high" : "");
         cell.style.setProperty("--heat", mixed(v));
         // The unit of a cell stands in the legend.
         cell.textContent = K > 28 ? "" : text.replace(" %", "");
