@@ -343,7 +343,7 @@ def train_latent_members(
     one = replace(config, num_members=1)
     stack = stack_members([seeded(lambda: LatentEnsemble(one), training.seed, "latent", m) for m in members])
     eps = training.adversarial_eps * codes.std()
-    yield from train_members(stack, members, labels, training, draw, eps, None, states, device, log=log)
+    yield from train_members(stack, members, labels, training, draw, eps, None, states, device, "fp32", log)
 
 
 def train_image_members(
@@ -391,8 +391,8 @@ def train_members(
     limits: tuple[float, float] | None,
     states: Mapping[int, Mapping[str, Tensor]] | None,
     device: torch.device,
-    precision: str = "fp32",
-    log: Log = lambda line: None,
+    precision: str,
+    log: Log,
 ) -> Iterator[Epoch]:
     """Trains an untrained stack with Adam under a cosine decay, see ``train_latent_members``.
 

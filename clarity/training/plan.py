@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
@@ -281,19 +280,14 @@ def training_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     for prefix, default in TRAININGS.items():
         names = [field.name for field in dataclass_fields(default)]
         given = {name: found.pop(f"{prefix}_{name}") for name in names if f"{prefix}_{name}" in found}
+        if "epochs" in given:  # alone they are exactly so many, whatever min_updates is by default
+            given = {"min_updates": 0, **given}
         if given:
             try:
-                found[f"{prefix}_training"] = set_fields(found.get(f"{prefix}_training", default), **given)
+                found[f"{prefix}_training"] = replace(found.get(f"{prefix}_training", default), **given)
             except ValueError as error:
-                raise ValueError(re.sub(r"^(?:\w+\.)?(\w+):", rf"{prefix}_\1:", str(error))) from None
+                raise ValueError(f"{prefix}_{error}") from None
     if unknown := sorted(set(found) - {*OPTIONS, *(f"{prefix}_training" for prefix in TRAININGS)}):
         short = [f"{prefix}_{field.name}" for prefix, c in TRAININGS.items() for field in dataclass_fields(c)]
         raise ValueError(f"{unknown[0]}: unknown; expected {', '.join(OPTIONS)}, or one of {', '.join(short)}")
     return found
-
-
-def set_fields(training: Any, **given: Any) -> Any:
-    """A training with some fields set; ``epochs`` alone are exactly so many, whatever ``min_updates`` is by default."""
-    if "epochs" in given:
-        given = {"min_updates": 0, **given}
-    return replace(training, **given)
