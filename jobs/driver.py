@@ -471,16 +471,17 @@ def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Notes:
 
     After the first shards it says so where many searches do not converge.
     """
-    console, printed, seen = Console(stderr=True), time.time(), Counter[str]()
+    console, printed, seen, reached = Console(stderr=True), time.time(), Counter[str](), list[float]()
     columns = ("shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         for done, (shard, note) in enumerate(ended, 1):
             seen.update({name: note.get(name, 0) for name in ("pairs", "converged")})
+            reached += [note["reach"]] if note.get("reach") is not None else []
             bar.update(task, advance=1, description=f"{seen['pairs']} pairs")
             if bar.disable and (time.time() - printed > 10 or done == total):
                 printed = time.time()
                 print(f"{done} of {total} shards, {seen['pairs']} pairs", flush=True)
-            if done == FIRST_SHARDS and (told := unreached({**seen, "target_prob_p5": note.get("reach")})):
+            if done == FIRST_SHARDS and (told := unreached({**seen, "target_prob_p5": min(reached, default=None)})):
                 print(told, flush=True)
             yield shard, note

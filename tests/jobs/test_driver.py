@@ -157,6 +157,20 @@ def test_actors_of_one_core_read_and_write_where_nobody_waits() -> None:
     assert not small.alone("s3://bucket/audit")
 
 
+def test_progress_advises_by_the_shard_that_reaches_least(capsys: pytest.CaptureFixture[str]) -> None:
+    notes = [
+        {"pairs": 10, "converged": 4, "reach": 0.7},
+        {"error": "lost"},
+        {"pairs": 9, "converged": 9, "reach": 0.99},
+    ]
+    assert len(list(driver.progress(enumerate(notes), 3))) == 3
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == (
+        "6 (31.58 %) of the searches did not converge; 95 % of the pairs reach 0.700: "
+        "try --min-target-prob auto, or 0.69"
+    )
+
+
 def test_job_path_keeps_away_from_a_temporary_working_directory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
