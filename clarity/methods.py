@@ -169,6 +169,11 @@ class Method:
     classifier: str
     doc: str
 
+    @property
+    def classifies_images(self) -> bool:
+        """Whether its classifiers read images, by far the slower ones, rather than codes."""
+        return self.classifier.startswith("image")
+
 
 METHODS: dict[str, Method] = {
     "clarity": Method(clarity, "latent", "ensemble", "Eq. 6: latent ensemble, penalty on the code"),
@@ -185,15 +190,15 @@ def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
     """Logits (M, B, K) of a method's own classifier at points of its space, by batch-independent inference."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    classifier, ensemble = METHODS[method].classifier, ensemble_of(model, method)
-    if classifier.startswith("image") and METHODS[method].space == "latent":
+    known, ensemble = METHODS[method], ensemble_of(model, method)
+    if known.classifies_images and known.space == "latent":
         points = decode_rows(model.vae, points)
-    return logits_rows(ensemble.member(0) if classifier.endswith("member") else ensemble, points)
+    return logits_rows(ensemble.member(0) if known.classifier.endswith("member") else ensemble, points)
 
 
 def ensemble_of(model: Model, method: str) -> LatentEnsemble | ImageEnsemble:
     """The ensemble that a method asks; raises ValueError where the model has none."""
-    return require_image_ensemble(model) if METHODS[method].classifier.startswith("image") else model.ensemble
+    return require_image_ensemble(model) if METHODS[method].classifies_images else model.ensemble
 
 
 def decoder(model: Model) -> Callable[[Tensor], Tensor]:

@@ -108,7 +108,7 @@ def make_plan(
     indices = class_indices(targets, model.class_names)
     num_folds = len(model.folds) if dataset.split in ("train", "all") else 0
     needed = {
-        "image_ensemble.safetensors": METHODS[method].classifier.startswith("image"),
+        "image_ensemble.safetensors": METHODS[method].classifies_images,
         "folds.safetensors": num_folds > 0,
         "judge.safetensors": True,
         "attributes.safetensors": "keep" in checks,
@@ -165,7 +165,7 @@ def shared_engine(engine: str, method: str, offered: Sequence[Sequence[str]], ke
     ``offered`` are ``search.cpu_engines`` of each machine, fastest first; none where the search runs on GPUs. ``kept``
     is the engine of the shards that are there, which goes on where all machines have it.
     """
-    if engine != "auto" or not offered or METHODS[method].classifier not in ("ensemble", "member"):
+    if engine != "auto" or not offered or METHODS[method].classifies_images:
         return engine
     common = [name for name in offered[0] if all(name in names for names in offered)]
     return kept if kept in common else common[0]
@@ -263,21 +263,20 @@ def probe(
 ) -> dict[str, Any]:
     """Explain the images of a listing to measure seconds and bytes per image, pairs per second, and the engine.
 
-    A method that searches in pixels is measured by one update, extrapolated to a hundred per pair.
+    A method with image classifiers is measured by one update, extrapolated to a hundred per pair.
     """
-    model = load_model(model_uri)
-    steps = None if METHODS[plan.method].classifier in ("ensemble", "member") else 1
-    if steps is not None:
-        plan = replace(plan, config=plan.config | {"max_steps": steps})
+    model, slow = load_model(model_uri), METHODS[plan.method].classifies_images
+    if slow:
+        plan = replace(plan, config=plan.config | {"max_steps": 1})
     explainer = explainer_of(plan, model, predictor, **options)
     images = data.read_images(dataset, listing, model.preprocessing)
     explainer.search_shard(images.slice(0, 2))  # warm up: the first call compiles and allocates
     start = time.perf_counter()
     explained = explainer.explain_shard(images)
     seconds = time.perf_counter() - start
-    if steps is not None:
+    if slow:
         search = explained.stats["seconds"].get("search", 0.0)
-        seconds += search / (steps + 1) * 100 - search
+        seconds += search / 2 * 100 - search  # of one update, which evaluates its objective twice
     size = sum(len(to_parquet(table)) for table in (explained.codes, explained.counterfactuals))
     return {
         "seconds_per_image": seconds / len(listing),
@@ -289,7 +288,7 @@ def probe(
 
 def useful_actors(plan: Plan, model: Model, shards: Sequence[int]) -> int:
     """How many actors some shards are worth: one each, but fewer, or none, where searching takes less than a start."""
-    if METHODS[plan.method].classifier not in ("ensemble", "member") or plan.requires_checks:
+    if METHODS[plan.method].classifies_images or plan.requires_checks:
         return len(shards)
     images = sum(plan.shards[shard]["stop"] - plan.shards[shard]["start"] for shard in shards)
     starts = images * raw_bytes_per_image(model, plan.pairs_per_image) / START_BYTES

@@ -139,11 +139,18 @@ def elbo(logits: Tensor, mean: Tensor, log_var: Tensor, x: Tensor, config: VAECo
 
 
 def feature_shape(config: VAEConfig) -> tuple[int, int, int]:
-    """Shape (channels, height, width) of the encoder's last feature map: each convolution halves it, rounding up."""
-    _, height, width = config.image_shape
-    for _ in config.channels:
-        height, width = (height + 1) // 2, (width + 1) // 2
+    """Shape (channels, height, width) of the encoder's last feature map."""
+    height, width = feature_sizes(config)[-1]
     return config.channels[-1], height, width
+
+
+def feature_sizes(config: VAEConfig) -> list[tuple[int, int]]:
+    """Heights and widths of the image and the encoder's feature maps: each convolution halves them, rounding up."""
+    sizes = [config.image_shape[1:]]
+    for _ in config.channels:
+        height, width = sizes[-1]
+        sizes.append(((height + 1) // 2, (width + 1) // 2))
+    return sizes
 
 
 def encoder_block(inputs: int, outputs: int, activation: Callable[[int], nn.Module]) -> list[nn.Module]:
@@ -153,10 +160,7 @@ def encoder_block(inputs: int, outputs: int, activation: Callable[[int], nn.Modu
 
 def upsampling_layers(config: VAEConfig, outputs: tuple[int, ...]) -> list[nn.ConvTranspose2d]:
     """Transposed convolutions that mirror the encoder's sizes exactly, for any height and width."""
-    sizes = [config.image_shape[1:]]
-    for _ in config.channels:
-        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-    sizes.reverse()
+    sizes = reversed(feature_sizes(config))
     inputs = (config.channels[-1], *outputs[:-1])
     return [
         nn.ConvTranspose2d(
@@ -220,8 +224,6 @@ VAES: dict[str, Architecture] = {
 
 def vae_config(architecture: str, image_shape: tuple[int, int, int], **fields: Any) -> VAEConfig:
     """The config of an architecture: its defaults, overridden by the given fields that are not None."""
-    if architecture not in VAES:
-        raise ValueError(f"unknown VAE architecture {architecture!r}; choose from {', '.join(sorted(VAES))}")
+    config = VAEConfig(architecture, image_shape)
     given = {name: value for name, value in fields.items() if value is not None}
-    config = VAEConfig(architecture=architecture, image_shape=image_shape)
     return replace(config, **{**VAES[architecture].defaults, **given})

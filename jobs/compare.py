@@ -107,9 +107,7 @@ def run_comparison(args: argparse.Namespace) -> int:
     model_uri = driver.job_path(args.model, storage.join(out, "model"), "--model")
     train_model(args, model_uri, "--image-members", str(args.image_members), given=args.model is not None)
     model = load_model(model_uri)
-    if lacking := [
-        name for name in methods if METHODS[name].classifier.startswith("image") and not model.image_ensemble
-    ]:
+    if lacking := [name for name in methods if METHODS[name].classifies_images and not model.image_ensemble]:
         raise ValueError(
             f"methods {', '.join(lacking)} need image classifiers, which {storage.display(model_uri)} lacks: train it "
             f"with --image-members, or choose --methods {' '.join(name for name in methods if name not in lacking)}"
@@ -201,7 +199,7 @@ def find_audits(
         audits[method] = storage.join(out, "audits", method)
         log.info("%s on %s", NAMES.get(method, method), storage.name(sample))
         where = ["--dataset", "parquet", "--data", sample, "--split", "test", "--model", model_uri]
-        if args.images and METHODS[method].classifier.startswith("image"):
+        if args.images and METHODS[method].classifies_images:
             # Enough pairs in each that few slots idle beside the longest search, enough shards to keep progress.
             enough = -(-SHARD_PAIRS // (model.num_classes - 1))
             where += ["--shard-rows", str(min(enough, -(-args.images // 8)))]

@@ -129,7 +129,7 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list
     if storage.exists(storage.join(out, "plan.json")):
         return int(read_plan(out).shards[0]["stop"])
     listing, seconds, targets = images[-1], 0.0, model.num_classes - 1
-    if METHODS[plan.method].classifier not in ("ensemble", "member"):
+    if METHODS[plan.method].classifies_images:
         probed = plan, *images[:-1], listing.slice(0, max(1, 256 // targets)), args.predictor
         measured = driver.call_as_actor(args, 1, planning.probe, *probed, engine=args.engine)
         seconds = measured["seconds_per_image"]

@@ -20,7 +20,7 @@ from clarity.search import Counterfactuals, SearchConfig
 from clarity.vae import VAE, VAEConfig
 
 MEMBERS, CLASSES, LATENT, IMAGE = 2, 4, 5, (1, 8, 12)
-ON_IMAGES = [name for name, method in METHODS.items() if method.classifier.startswith("image")]
+ON_IMAGES = [name for name, method in METHODS.items() if method.classifies_images]
 
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -80,7 +80,7 @@ def assert_same_bits(found: Counterfactuals, expected: Counterfactuals, index: T
 
 def members(model: Model, method: str) -> list[Callable[[Tensor], Tensor]]:
     """The method's classifiers, apart, each from a point (1, ...) to logits (K,)."""
-    ensemble: Any = model.image_ensemble if METHODS[method].classifier.startswith("image") else model.ensemble
+    ensemble: Any = model.image_ensemble if METHODS[method].classifies_images else model.ensemble
     count = 1 if METHODS[method].classifier.endswith("member") else MEMBERS
     alone = [ensemble.member(m) for m in range(count)]
     return [lambda point, net=net: net(point)[0, 0] for net in alone]
@@ -106,7 +106,7 @@ def transcription(model: Model, method: str, pair: Pairs, config: SearchConfig) 
     """One pair, one step at a time, modules in a loop, torch's own Adam."""
     nets = members(model, method)
     target = pair.target[:1]
-    on_images, in_pixels = METHODS[method].classifier.startswith("image"), METHODS[method].space == "image"
+    on_images, in_pixels = METHODS[method].classifies_images, METHODS[method].space == "image"
     start = pair.x if in_pixels else pair.z
     if method == "latent" or method.startswith("revise"):
         start = sample(pair)
@@ -168,7 +168,7 @@ def test_method_ends_one_step_past_a_known_boundary(method: str) -> None:
         for parameter in [*ensemble.parameters(), *(b for n, b in ensemble.named_buffers() if "running" in n)]:
             each = parameter.data.unflatten(0, (MEMBERS, -1))
             each[1:] = each[:1]
-    on_images, in_pixels = METHODS[method].classifier.startswith("image"), METHODS[method].space == "image"
+    on_images, in_pixels = METHODS[method].classifies_images, METHODS[method].space == "image"
     classifier: Any = model.image_ensemble if on_images else model.ensemble
     shape = model.image_shape if on_images else (LATENT,)
 
