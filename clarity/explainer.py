@@ -180,14 +180,11 @@ class Explainer:
     def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
         """``explain_shard`` without PNG encoding: the columns ``x`` and ``x_cf`` hold raw pixels."""
         extra = pa.table({}) if extra is None else extra
-        unreadable_extra = extra
-        if self.predictor is not None:
-            nulls = prediction_columns(self.model, None, len(shard))
-            unreadable_extra = pa.table(column_dict(extra) | column_dict(nulls))
         clock, engine = Clock(), None
         valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
         unreadable = np.flatnonzero(~valid)
-        codes = [error_rows(self.model, shard.take(unreadable), unreadable_extra.take(unreadable))]
+        predicted = self.predictor is not None
+        codes = [error_rows(self.model, shard.take(unreadable), extra.take(unreadable), predicted)]
         num_kept = 0 if self.kept is None else len(self.kept.names)
         pairs = [schema.counterfactuals_schema(self.model.latent_dim, num_kept=num_kept).empty_table()]
         traces = [schema.traces_schema(self.model.latent_dim).empty_table()]
@@ -272,7 +269,7 @@ class Explainer:
             probs = self.predictor.predict(originals, self.threads)
             return replace(
                 encoded,
-                extra=pa.table(column_dict(extra) | column_dict(prediction_columns(self.model, probs, len(probs)))),
+                extra=pa.table(column_dict(extra) | column_dict(prediction_columns(self.model, probs))),
                 source=probs.argmax(1).astype(np.int32),
                 predictor_probs=probs,
                 reconstruction_probs=self.predictor.predict(quantise(self.redrawn(encoded)), self.threads),

@@ -15,13 +15,14 @@ from torch import Tensor
 from clarity import schema, storage
 from clarity.audit.plan import read_plan
 from clarity.audit.read import Audit
-from clarity.explainer import Explainer, explainer_of, quantise
+from clarity.explainer import Explainer, explainer_of
 from clarity.images import Preprocessing, UnreadableImage, decode_png
 from clarity.methods import METHODS
 from clarity.model import Model, load_model
 from clarity.planning import class_indices, class_thresholds
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
+from clarity.tables import quantise
 
 
 def explain(
@@ -66,23 +67,23 @@ def explain(
     elif min_target_prob is not None:
         config = replace(config or SearchConfig(), min_target_prob=float(min_target_prob))
     explainer = Explainer(model, method, config, targets=class_indices(targets, model.class_names), **options)
-    count, pixels = len(images), prepare(images, image_ids, model.preprocessing)
-    shard = pa.table(
-        [
-            pa.array(image_ids, pa.string()),
-            pa.nulls(count, pa.string()),
-            schema.fixed_size_list(pixels.reshape(count, -1)),
-            pa.nulls(count, pa.string()),
-        ],
-        schema=schema.shard_schema(model.image_shape),
-    )
+    pixels = prepare(images, image_ids, model.preprocessing)
+    shard = as_shard(image_ids, pixels)
     if explainer.predictor is not None and explainer.predictor.sees(model.preprocessing) != model.preprocessing:
         originals = explainer.predictor.prepare(pixels)
         for row, image in enumerate(images):
             if isinstance(image, str | Path | Image.Image):  # of arrays there is nothing but the model's pixels
                 originals[row] = prepare([image], [image_ids[row]], explainer.predictor.preprocessing)[0]
-        shard = shard.append_column(schema.PREDICTOR_IMAGE, schema.fixed_size_list(originals.reshape(count, -1)))
+        column = schema.fixed_size_list(originals.reshape(len(images), -1))
+        shard = shard.append_column(schema.PREDICTOR_IMAGE, column)
     return explainer.explain_shard(shard).counterfactuals
+
+
+def as_shard(image_ids: Sequence[str], pixels: np.ndarray) -> pa.Table:
+    """Images (B, C, H, W) uint8 without labels as the explainer takes them, see ``schema.shard_schema``."""
+    count, shape = len(pixels), pixels.shape[1:]
+    columns = [image_ids, [None] * count, schema.fixed_size_list(pixels.reshape(count, -1)), [None] * count]
+    return pa.table(columns, schema=schema.shard_schema(shape))
 
 
 def prepare(images: Any, image_ids: Sequence[str], preprocessing: Preprocessing) -> np.ndarray:
@@ -132,9 +133,7 @@ def trace(audit: Audit, image_id: str, target: int) -> pa.Table:
     searched = replace(plan, checks=first)
     model = load_model(storage.join(audit.uri, "model"))
     explainer = explainer_of(searched, model, targets=[target], only="all", engine="plain")
-    pixels = schema.fixed_size_list(decode_png(png, plan.image_shape).reshape(1, -1))
-    shard = pa.table([[image_id], [None], pixels, [None]], schema=schema.shard_schema(plan.image_shape))
-    traces = explainer.explain_shard(shard, trace=1).traces
+    traces = explainer.explain_shard(as_shard([image_id], decode_png(png, plan.image_shape)), trace=1).traces
     assert traces is not None
     return traces.sort_by("step")
 

@@ -227,10 +227,9 @@ class Counterfactual:
             why = f"it is classified as {seen[0]['source_name'] or seen[0]['status']}" if seen else "no such image"
             raise ValueError(f"no counterfactual of image {image_id!r} towards {target!r}: {why}")
         self.audit = audit
-        #: The pair's row of ``counterfactuals``, and the image's of ``codes``.
-        self.row: dict[str, Any] = rows.to_pylist()[0]
-        self.code: dict[str, Any] = audit.codes.to_table(filter=mine).to_pylist()[0]
+        #: The row of the pair, with its code in ``z_cf``, and that of its image, with its code in ``z``.
         self.tables = {"z_cf": rows, "z": audit.codes.to_table(filter=mine)}
+        self.row, self.code = (table.to_pylist()[0] for table in self.tables.values())
 
     def decoded(self, column: str) -> Array:
         """The picture of the pair's code in ``z`` or ``z_cf``."""

@@ -123,13 +123,15 @@ def code_rows(encoded: Encoded, images: str) -> pa.Table:
         "error": [None] * count,
         "x": raw_column(encoded.pixels, images),
     }
-    return to_table(codes_schema(encoded.model, encoded.extra), columns | column_dict(encoded.extra))
+    expected = schema.codes_schema(encoded.model.num_classes, encoded.model.latent_dim, encoded.extra.schema)
+    return to_table(expected, columns | column_dict(encoded.extra))
 
 
-def error_rows(model: Model, shard: pa.Table, extra: pa.Table) -> pa.Table:
-    """Rows of ``codes`` for images that could not be read."""
-    expected, nulls = codes_schema(model, extra), [None] * len(shard)
-    columns = dict.fromkeys(expected.names, nulls) | column_dict(extra)
+def error_rows(model: Model, shard: pa.Table, extra: pa.Table, predicted: bool) -> pa.Table:
+    """Rows of ``codes`` for images that could not be read, with the columns of a predictor where one was asked."""
+    fields = [*extra.schema, *(prediction_schema(model) if predicted else ())]
+    expected = schema.codes_schema(model.num_classes, model.latent_dim, fields)
+    columns = dict.fromkeys(expected.names, [None] * len(shard)) | column_dict(extra)
     columns |= {name: shard[name] for name in ("image_id", "label_name", "error")}
     columns["label"] = data.label_indices(shard["label_name"], model.class_names)
     columns["status"] = ["error"] * len(shard)
@@ -185,31 +187,28 @@ def pair_rows(
         "z_cf": schema.fixed_size_list(to_numpy(z_cf)),
         "x_cf": raw_column(written.pixels, images),
     }
-    if kept is None:
-        return to_table(schema.counterfactuals_schema(encoded.model.latent_dim), columns)
-    columns["kept_probs_initial"] = schema.fixed_size_list(attribute_rows(kept, encoded.z)[asked.image])
-    columns["kept_probs_final"] = schema.fixed_size_list(attribute_rows(kept, written.z))
-    return to_table(schema.counterfactuals_schema(encoded.model.latent_dim, num_kept=len(kept.names)), columns)
+    if kept is not None:
+        columns["kept_probs_initial"] = schema.fixed_size_list(attribute_rows(kept, encoded.z)[asked.image])
+        columns["kept_probs_final"] = schema.fixed_size_list(attribute_rows(kept, written.z))
+    num_kept = 0 if kept is None else len(kept.names)
+    return to_table(schema.counterfactuals_schema(encoded.model.latent_dim, num_kept), columns)
 
 
-def prediction_columns(model: Model, probs: np.ndarray | None, count: int) -> pa.Table:
-    """Columns of ``schema.PREDICTIONS`` from the predictor's probabilities (B, K), or null in ``count`` rows."""
-    expected = schema.arrow_schema(schema.PREDICTIONS, K=model.num_classes)
-    if probs is None:
-        return to_table(expected, dict.fromkeys(expected.names, [None] * count))
+def prediction_columns(model: Model, probs: np.ndarray) -> pa.Table:
+    """Columns of ``schema.PREDICTIONS`` from the predictor's probabilities (B, K)."""
     prediction = probs.argmax(1).astype(np.int32)
     names = class_names(model, prediction)
-    return to_table(expected, dict(zip(expected.names, (prediction, names, schema.fixed_size_list(probs)))))
+    return pa.table([prediction, names, schema.fixed_size_list(probs)], schema=prediction_schema(model))
+
+
+def prediction_schema(model: Model) -> pa.Schema:
+    """Schema of ``schema.PREDICTIONS`` for a model's classes."""
+    return schema.arrow_schema(schema.PREDICTIONS, K=model.num_classes)
 
 
 def target_probs(probs: np.ndarray | None, rows: np.ndarray, target: np.ndarray) -> Any:
     """The probability of each pair's target; null where there is no model to ask."""
     return [None] * len(target) if probs is None else probs[rows, target]
-
-
-def codes_schema(model: Model, extra: pa.Table) -> pa.Schema:
-    """Schema of a model's ``codes`` with further columns."""
-    return schema.codes_schema(model.num_classes, model.latent_dim, extra.schema)
 
 
 def class_names(model: Model, classes: np.ndarray) -> pa.Array:

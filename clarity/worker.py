@@ -73,7 +73,7 @@ def read_shard(batch: pa.Table, work: Work) -> pa.Table:
         note = {"seconds": seconds, "clipped": data.clipped_of(images)}
         return {"note": note, "listing": row["listing"], "images": pack(images)}
 
-    return attempted(work, row["shard"], "read", read, ("listing", "images"))
+    return attempted(work, row, "read", read, ("listing", "images"))
 
 
 def add_images(images: pa.Table, others: pa.Table) -> pa.Table:
@@ -89,12 +89,9 @@ def add_images(images: pa.Table, others: pa.Table) -> pa.Table:
 def write_shard(batch: pa.Table, work: Work) -> pa.Table:
     """Last stage: encode the images, write and commit the files; shard and note go back to the driver."""
     row = unpack_row(batch)
-    note = row["note"]
-    if not note.get("seconds"):
-        return pack_row(row["shard"], note, {})
 
     def write() -> dict[str, Any]:
-        plan, start = work.plan, time.perf_counter()
+        plan, note, start = work.plan, row["note"], time.perf_counter()
         codes = encode_png_column(unpack(row["codes"]), "x", plan.image_shape)
         pairs = encode_png_column(unpack(row["counterfactuals"]), "x_cf", plan.image_shape)
         tables = {
@@ -109,14 +106,19 @@ def write_shard(batch: pa.Table, work: Work) -> pa.Table:
         commit_shard(work.uri, plan, row["shard"], tables, note | {"seconds": seconds}, scratch=scratch)
         return {"note": note | {"seconds": seconds | {"write": time.perf_counter() - encoded}}}
 
-    return attempted(work, row["shard"], "write", write, ())
+    return attempted(work, row, "write", write, ())
 
 
 def attempted(
-    work: Work, shard: int, stage: str, action: Callable[[], dict[str, Any]], names: Sequence[str]
+    work: Work, row: Mapping[str, Any], stage: str, action: Callable[[], dict[str, Any]], names: Sequence[str]
 ) -> pa.Table:
-    """Run a stage of a shard as a counted attempt. No exception leaves it: the note says what failed."""
-    nothing = dict.fromkeys(names)
+    """Run a stage of a shard as a counted attempt, unless an earlier one failed, whose note is passed on.
+
+    No exception leaves it: the note says what failed.
+    """
+    shard, nothing = row["shard"], dict.fromkeys(names)
+    if "note" in row and not row["note"].get("seconds"):
+        return pack_row(shard, row["note"], nothing)
     try:
         again = begin_attempt(work.uri, work.run, shard, stage) > 1
         # After the loss of a machine Ray also repeats stages that had succeeded.
@@ -202,11 +204,9 @@ class ExplainShard:
         return explained if self.then is None else self.then(explained, self.work)
 
     def explain(self, batch: pa.Table) -> pa.Table:
-        """The stage alone; a note of an earlier failure is passed on."""
+        """The stage alone."""
         row = unpack_row(batch)
         names = ("codes", "counterfactuals", "traces")
-        if not row["note"].get("seconds"):
-            return pack_row(row["shard"], row["note"], dict.fromkeys(names))
 
         def run() -> dict[str, Any]:
             listing, plan = unpack(row["listing"]), self.work.plan
@@ -220,7 +220,7 @@ class ExplainShard:
             packed = {name: None if table is None else pack(table) for name, table in zip(names, tables)}
             return {"note": explained.stats, **packed}
 
-        return attempted(self.work, row["shard"], "explain", run, names)
+        return attempted(self.work, row, "explain", run, names)
 
 
 def explain_here(items: Sequence[dict[str, Any]], work: Work, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:
