@@ -13,7 +13,7 @@ from pyarrow import csv
 
 from clarity import data, schema, storage
 from clarity.data.listing import annotate, as_text, is_text, names_of, require_unique
-from clarity.data.parquet import class_label_names
+from clarity.data.parquet import class_label_names, read_whole
 
 
 def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
@@ -62,7 +62,7 @@ def read_table(uri: str) -> pa.Table:
 
     if not re.search(r"(?i)\.(csv|tsv)$", storage.name(uri)):
         with storage.open_parquet(uri) as parquet:
-            return storage.attempt("read", uri, lambda: parquet.read(wanted(parquet.schema_arrow.names)))
+            return read_whole(uri, parquet, wanted(parquet.schema_arrow.names))
     content = storage.read_bytes(uri)
     delimiter = max(",;\t", key=lambda sign: content.partition(b"\n")[0].count(sign.encode()))
     options = {"column_types": {"image_id": pa.string()}, "strings_can_be_null": True, "null_values": [""]}

@@ -305,8 +305,8 @@ def server_of(uri: URI) -> str:
     return endpoint or "/".join(base.split("/")[:3])
 
 
-def storage_error(what: str, uri: URI, error: OSError, transient: bool, absent: str = "") -> StorageError:
-    """The error of a failed operation with its remedy; ``absent`` names a server that has never answered."""
+def storage_error(what: str, uri: URI, error: OSError, transient: bool, absent: str) -> StorageError:
+    """The error of a failed operation with its remedy; ``absent`` names a server that has never answered, if any."""
     code = error.errno or (errno.ENOENT if isinstance(error, FileNotFoundError) else None)
     answer = ANSWER.search(str(error))
     reason = os.strerror(code) if code else (answer[1] if answer else str(error))

@@ -312,7 +312,7 @@ def time_training(device: str, repeats: int, scale: float) -> dict[str, Any]:
     }
 
 
-def timed(action: Callable[[], Any], device: str = "cpu") -> float:
+def timed(action: Callable[[], Any], device: str) -> float:
     """Seconds of a call."""
     if device == "cuda":
         torch.cuda.synchronize()

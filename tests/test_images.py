@@ -1,6 +1,5 @@
 """From bytes and arrays to the pixels of a model."""
 
-import io
 import json
 import struct
 from pathlib import Path
@@ -34,9 +33,8 @@ def test_apply_turns_by_exif(orientation: int, kind: str) -> None:
         stored = stored.transpose(Image.Transpose(code))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    stored.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    found = Preprocessing("L", HEIGHT, WIDTH).apply(buffer.getvalue())[0].astype(int)
+    content = encoded(stored, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    found = Preprocessing("L", HEIGHT, WIDTH).apply(content)[0].astype(int)
     assert np.abs(found - turned).max() <= (20 if kind == "JPEG" else 0)
 
 
@@ -57,23 +55,18 @@ def test_apply_lays_transparency_on_white() -> None:
     assert found[0].tolist() == [[0, 0, 0], [127, 255, 255]]
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), mode=None).convert("P")
     palette.putpalette([10, 10, 10, 20, 20, 20, 30, 30, 30])
-    buffer = io.BytesIO()
-    palette.save(buffer, "PNG", transparency=1)
-    assert Preprocessing("L", 1, 3).apply(buffer.getvalue()).tolist()[0][0][1] == 255
+    assert Preprocessing("L", 1, 3).apply(encoded(palette, transparency=1)).tolist()[0][0][1] == 255
 
 
 def test_apply_converts_colours_of_print() -> None:
     cyan = Image.new("CMYK", (WIDTH, HEIGHT), (255, 0, 0, 0))
-    buffer = io.BytesIO()
-    cyan.save(buffer, "TIFF")
-    assert Preprocessing("RGB", HEIGHT, WIDTH).apply(buffer.getvalue())[:, 0, 0].tolist() == [0, 255, 255]
+    assert Preprocessing("RGB", HEIGHT, WIDTH).apply(encoded(cyan, "TIFF"))[:, 0, 0].tolist() == [0, 255, 255]
 
 
 def test_apply_takes_the_first_frame() -> None:
     frames = [Image.fromarray(np.full((HEIGHT, WIDTH), value, np.uint8)) for value in (200, 50)]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    assert set(Preprocessing("L", HEIGHT, WIDTH).apply(buffer.getvalue()).ravel().tolist()) == {200}
+    animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert set(Preprocessing("L", HEIGHT, WIDTH).apply(animated).ravel().tolist()) == {200}
 
 
 def test_apply_crops_the_centre_then_resizes() -> None:
