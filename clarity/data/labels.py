@@ -96,6 +96,8 @@ def read_table(uri: str) -> list[dict[str, Any]]:
             header = text.partition("\n")[0]
             delimiter = max(",;\t", key=header.count)
             rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+            for row in rows:
+                row.pop(None, None)  # cells beyond the header
     except (ValueError, AttributeError, csv.Error) as error:
         raise ValueError(
             f"expected a table of file names and labels in {storage.display(uri)}, found none that can be read "

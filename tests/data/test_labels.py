@@ -66,6 +66,15 @@ def test_labels_in_columns_of_other_names(tmp_path: Path) -> None:
         data.list_images(data.open_dataset("folder", tmp_path, "all", columns={"label": "kind"}))
 
 
+def test_labels_in_rows_longer_than_the_header(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png")
+    write_table(tmp_path, "file_name,label\n1.png,cat,\n2.png,dog,,x\n")
+    assert listed(tmp_path) == {"1.png": "cat", "2.png": "dog"}
+    write_table(tmp_path, "Photo,breed\n1.png,pug,\n")
+    with pytest.raises(ValueError, match=r"columns: expected kind in labels.csv, found columns Photo, breed: choose"):
+        data.list_images(data.open_dataset("folder", tmp_path, "all", columns={"label": "kind"}))
+
+
 def test_labels_count_what_does_not_meet(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "2.png", "3.png")
     write_table(tmp_path, "file_name,label\n1.png,cat\n2.png,-1\n9.png,dog\n8.png,dog\n")
