@@ -1,4 +1,4 @@
-"""Fixtures that more than one test file uses: a tiny model whose axis sizes all differ, and one Ray for the session."""
+"""Fixtures that more than one test file uses: a tiny model whose axis sizes all differ, an S3 server, and one Ray."""
 
 import os
 import tempfile
@@ -70,6 +70,29 @@ def tiny_digits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "digits"
     networks.save_digits_model(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def module_store() -> Iterator[Any]:
+    """A real S3 server on loopback that has answered once."""
+    from object_store import ObjectStore
+
+    from clarity import storage
+
+    with ObjectStore() as store:
+        storage.exists(store.uri())
+        yield store
+
+
+@pytest.fixture
+def store(module_store: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The server with nothing broken and an empty log; pauses between attempts are short."""
+    from clarity import storage
+
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+    module_store.faults.clear()
+    module_store.requests.clear()
+    return module_store
 
 
 @pytest.fixture(scope="session")

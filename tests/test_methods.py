@@ -91,7 +91,7 @@ def sample(pairs: Pairs) -> Tensor:
     return pairs.z + torch.exp(0.5 * pairs.log_var) * pairs.noise
 
 
-def penalty(model: Model, method: str, pair: Pairs, point: Tensor, x_cf: Tensor) -> Tensor:
+def penalty(method: str, pair: Pairs, point: Tensor, x_cf: Tensor) -> Tensor:
     """The distance of each equation."""
     if method == "schut":
         return torch.zeros(())
@@ -121,7 +121,7 @@ def transcription(model: Model, method: str, pair: Pairs, config: SearchConfig) 
         if target_prob > config.min_target_prob or steps == config.max_steps:
             return point.detach()[0], steps, target_prob > config.min_target_prob, target_prob
         loss = sum(F.cross_entropy(values[None], target) for values in logits) / len(nets)
-        loss = loss + config.distance_weight * penalty(model, method, pair, point, x_cf)
+        loss = loss + config.distance_weight * penalty(method, pair, point, x_cf)
         optimiser.zero_grad()
         loss.backward()
         if method == "schut":

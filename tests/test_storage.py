@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,22 +43,6 @@ def run_python(code: str, *arguments: object, nobody: bool = False) -> subproces
         timeout=60,
         check=False,
     )
-
-
-@pytest.fixture(scope="module")
-def module_store() -> Iterator[ObjectStore]:
-    with ObjectStore() as store:
-        storage.exists(store.uri())
-        yield store
-
-
-@pytest.fixture
-def store(module_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """The server with nothing broken and an empty log; pauses between attempts are short."""
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
-    module_store.faults.clear()
-    module_store.requests.clear()
-    return module_store
 
 
 # URIs

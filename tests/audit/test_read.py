@@ -62,7 +62,7 @@ def test_read_audit_says_what_is_wrong(tmp_path: Path) -> None:
         read_audit(tmp_path)
 
 
-def test_summarise_counts(plan: Plan, filled: str) -> None:
+def test_summarise_counts(filled: str) -> None:
     found = read_audit(filled).summary()
     pairs = read_audit(filled).counterfactuals.to_table()
     assert found["images"] == 5
@@ -83,7 +83,7 @@ def test_summarise_counts(plan: Plan, filled: str) -> None:
     assert slowest["pairs"] == len(mine) and slowest["mean_steps"] == round(pc.mean(mine["steps"]).as_py(), 1)
 
 
-def test_summarise_warns_of_a_model_of_another_data_set(plan: Plan, filled: str) -> None:
+def test_summarise_warns_of_a_model_of_another_data_set(filled: str) -> None:
     audit = read_audit(filled)
     codes = audit.codes.to_table()
     assert audit.summary()["warnings"] == []

@@ -18,7 +18,7 @@ from clarity.audit.verify import Shard, check_search, verify
 from clarity.images import decode_png
 
 
-def test_verify_counts(plan: Plan, filled: str) -> None:
+def test_verify_counts(filled: str) -> None:
     found = verify(filled)
     assert found.ok, found.problems
     assert (found.images, found.errors, found.pairs) == (5, 1, 12)
@@ -74,7 +74,7 @@ def test_verify_finds(plan: Plan, filled: str, kind: str) -> None:
     assert any(problem in line and line.startswith("shard-00000") for line in found.problems), found.problems
 
 
-def test_verify_finds_a_changed_byte(plan: Plan, filled: str) -> None:
+def test_verify_finds_a_changed_byte(filled: str) -> None:
     path = Path(filled, "codes/shard-00001.parquet")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -1,7 +1,6 @@
 """Sources on an object store that is slow, fails or forbids."""
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +10,6 @@ from object_store import Fault, ObjectStore, copy_tree
 from pictures import GREY, encoded, opened, parquet_table, pixels_of, random_pixels, write_images
 
 from clarity import data, storage
-
-
-@pytest.fixture(scope="module")
-def module_store() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as patch, ObjectStore() as store:
-        patch.setattr(storage, "FIRST_PAUSE_S", 0.001)
-        storage.exists(store.uri())
-        yield store
-
-
-@pytest.fixture
-def store(module_store: ObjectStore) -> ObjectStore:
-    module_store.faults.clear()
-    module_store.requests.clear()
-    return module_store
 
 
 def test_folder_on_an_object_store_is_that_on_a_disk(store: ObjectStore, tmp_path: Path) -> None:

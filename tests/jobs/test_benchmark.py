@@ -16,8 +16,6 @@ from clarity import kernels
 from clarity.objectives import LatentObjective
 from clarity.search import SearchConfig, descend
 
-JOB = Path(__file__).parent.parent.parent / "jobs" / "benchmark.py"
-
 
 @pytest.fixture(scope="module")
 def benchmark(load_job: Any) -> Iterator[Any]:

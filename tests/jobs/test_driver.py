@@ -212,9 +212,7 @@ def test_silent_core_hears_nothing_and_gives_stderr_back(capfd: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_workers_of_a_ray_started_here_wait_passively_at_no_niceness_and_it_can_be_started_again(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+def test_workers_of_a_ray_started_here_wait_passively_at_no_niceness_and_it_can_be_started_again() -> None:
     program = """
 import os
 import driver, ray
