@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import driver
@@ -96,13 +96,16 @@ def explain_all(args: Namespace) -> int:
     checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
     print(planning.describe_models(model, plan, predictor, dataset, listing), end="")
-    rows, images = args.shard_rows, [model_uri, dataset, listing]
-    rows = shard_rows(args, out, model, plan, images) if rows is None else rows
+
+    def measure(useful: int, images: Any) -> dict[str, Any]:
+        probed = plan, model_uri, dataset, images, args.predictor
+        return driver.call_as_actor(args, useful, planning.probe, *probed, engine=args.engine)
+
+    rows = shard_rows(args, out, model, plan, listing, measure) if args.shard_rows is None else args.shard_rows
     plan = dataclasses.replace(plan, shards=shard_table(listing["image_id"], rows))
     if args.dry_run:
         resources = driver.plan_actors(args, planning.useful_actors(plan, model, range(len(plan.shards))))
-        images = [model_uri, dataset, listing.slice(0, 32), args.predictor]
-        measured = driver.call_as_actor(args, resources.num_actors, planning.probe, plan, *images, engine=args.engine)
+        measured = measure(resources.num_actors, listing.slice(0, 32))
         print(describe_plan(plan, out, measured, resources.num_actors), resources.describe(), sep="\n")
         return 0
     items = [shard_item(plan, shard, listing) for shard in range(len(plan.shards))]
@@ -124,15 +127,12 @@ def explain_all(args: Namespace) -> int:
         return 0 if held.complete else 1
 
 
-def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, images: list[Any]) -> int:
+def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, listing: Any, measure: Callable[..., Any]) -> int:
     """Images of a shard: those of an audit in ``out``, else from their size and the measured speed of a slow method."""
     if storage.exists(storage.join(out, "plan.json")):
         return int(read_plan(out).shards[0]["stop"])
-    listing, seconds, targets = images[-1], 0.0, model.num_classes - 1
-    if METHODS[plan.method].classifies_images:
-        probed = plan, *images[:-1], listing.slice(0, max(1, 256 // targets)), args.predictor
-        measured = driver.call_as_actor(args, 1, planning.probe, *probed, engine=args.engine)
-        seconds = measured["seconds_per_image"]
+    slow, targets = METHODS[plan.method].classifies_images, model.num_classes - 1
+    seconds = measure(1, listing.slice(0, max(1, 256 // targets)))["seconds_per_image"] if slow else 0.0
     return rows_per_shard(len(listing), planning.raw_bytes_per_image(model, targets), seconds, driver.has_gpus(args))
 
 

@@ -226,12 +226,17 @@ def test_small_job_runs_without_ray_resumes_and_writes_the_same_files(
     program = """
 import sys, weakref
 import explain_all
-from clarity import data, worker
+from clarity import data, planning, worker
 
-def watched(dataset, listed=data.list_images):
+def list_images(dataset, listed=data.list_images):
     listing = listed(dataset)
     listings.append(weakref.ref(listing))
     return listing
+
+def choose(*conditions, chosen=planning.choose):
+    listing, only = chosen(*conditions)
+    listings.append(weakref.ref(listing))
+    return listing, only
 
 def interrupted(batch, work, write=worker.write_shard, seen=[]):
     seen.append(batch)
@@ -241,7 +246,7 @@ def interrupted(batch, work, write=worker.write_shard, seen=[]):
     return write(batch, work)
 
 listings, held = [], []
-data.list_images, worker.write_shard = watched, interrupted
+data.list_images, planning.choose, worker.write_shard = list_images, choose, interrupted
 codes = [explain_all.main([*sys.argv[1:], "--dry-run"]), *(explain_all.main(sys.argv[1:]) for _ in range(2))]
 print(codes, "ray" in sys.modules, len(listings), held)
 """
@@ -249,7 +254,7 @@ print(codes, "ray" in sys.modules, len(listings), held)
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'jobs'}"
     argv = [sys.executable, "-c", program, *flags(tiny_digits_model, tmp_path)]
     run = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=300)
-    assert run.stdout.splitlines()[-1] == "[0, 1, 0] False 3 []", run.stderr
+    assert run.stdout.splitlines()[-1] == "[0, 1, 0] False 6 []", run.stderr
     assert "4 of 6 shards to do; in this process" in run.stdout
     assert "interrupted; the same command resumes" in run.stderr
     assert files_of(tmp_path) == undisturbed[1]
