@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 from torch import Tensor
 
 from clarity import schema, storage
@@ -72,7 +71,7 @@ def explain(
     if explainer.predictor is not None and explainer.predictor.sees(model.preprocessing) != model.preprocessing:
         originals = explainer.predictor.prepare(pixels)
         for row, image in enumerate(images):
-            if isinstance(image, str | Path | Image.Image):  # of arrays there is nothing but the model's pixels
+            if not isinstance(image, np.ndarray | Tensor):  # which hold nothing but the model's pixels
                 originals[row] = prepare([image], [image_ids[row]], explainer.predictor.preprocessing)[0]
         column = schema.fixed_size_list(originals.reshape(len(images), -1))
         shard = shard.append_column(schema.PREDICTOR_IMAGE, column)

@@ -81,8 +81,10 @@ def test_explain_confirms_by_a_function_of_the_users(model: Model, tmp_path: Pat
     predictor = as_predictor(call, model.class_names, mode="RGB", size=(16, 24))
     picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8))
     picture.save(tmp_path / "photo.png")
-    pairs = clarity.explain(model, [tmp_path / "photo.png"], config=CONFIG, predictor=predictor)
-    assert set(pairs["source_name"].to_pylist()) == {"bee"} and len(pairs) == 3
-    assert pairs["confirmed"].to_pylist() == [False] * 3
-    # The file itself is shown to it, in its own mode and size, not what is left of it for the model.
-    assert (shown[1][0] == Preprocessing("RGB", 16, 24).apply(picture)).all()
+    for image in (tmp_path / "photo.png", (tmp_path / "photo.png").read_bytes(), picture):
+        shown.clear()
+        pairs = clarity.explain(model, [image], config=CONFIG, predictor=predictor)
+        assert set(pairs["source_name"].to_pylist()) == {"bee"} and len(pairs) == 3
+        assert pairs["confirmed"].to_pylist() == [False] * 3
+        # The file itself is shown to it, in its own mode and size, not what is left of it for the model.
+        assert (shown[1][0] == Preprocessing("RGB", 16, 24).apply(picture)).all()
