@@ -69,17 +69,12 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
     generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(3, dtype=torch.float64)
     errors, codes, image_logits, judged = 0.0, [], [], []
-    labels = held_out.labels[held_out.labels >= 0]
-    for pixels, known in zip(held_out.pixels.split(1024), (held_out.labels >= 0).split(1024)):
+    labelled = held_out.labels >= 0
+    labels = held_out.labels[labelled]
+    for pixels, known in zip(held_out.pixels.split(1024), labelled.split(1024)):
         x = (pixels.float() / 255).to(model.device)
-        mean, log_var = encode_rows(model.vae, x)
-        noise = torch.randn(mean.shape, generator=generator).to(model.device)
-        sampled = decode_rows(model.vae, mean + torch.exp(0.5 * log_var) * noise)
-        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum()
-        reconstruction = decode_rows(model.vae, mean)
-        logits = torch.logit(sampled.double(), eps=1e-7)
-        parts = LOSSES[model.vae.config.loss](logits, x.double()).sum(), kl, (reconstruction - x).abs().sum()
-        sums += torch.stack([part.double() for part in parts]).cpu()
+        terms, mean, reconstruction = vae_terms(model.vae, x, generator)
+        sums += terms
         errors += float((reconstruction - x)[known].square().sum(dtype=torch.float64))
         codes.append(mean[known])
         if model.image_ensemble is not None:
@@ -115,7 +110,7 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
     if judged:
         real, again = (np.concatenate(classes) for classes in zip(*judged))
         judge = counted_accuracies(real, truth) | {"accuracy_on_reconstructions": float((again == truth).mean())}
-    linear = linear_baseline(training(), held_out.pixels[held_out.labels >= 0], model.latent_dim)
+    linear = linear_baseline(training(), held_out.pixels[labelled], model.latent_dim)
     evaluation = {
         "images": count,
         **counted_accuracies(predicted, truth),
@@ -141,6 +136,22 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
         for name, q in (("median", 0.5), ("p90", 0.9))
     }
     return {"metrics": metrics, "target_probs": target_probs, "evaluation": evaluation}
+
+
+def vae_terms(vae: VAE, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over images (B, C, H, W): reconstruction loss of sampled codes, KL, absolute error of the reconstructions.
+
+    Returns the three of them, float64 on the CPU, the codes (B, D), and the reconstructions.
+    """
+    mean, log_var = encode_rows(vae, x)
+    noise = torch.randn(mean.shape, generator=generator).to(x.device)
+    sampled = decode_rows(vae, mean + torch.exp(0.5 * log_var) * noise)
+    logits = torch.logit(sampled.double(), eps=1e-7)
+    loss = LOSSES[vae.config.loss](logits, x.double()).sum()
+    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum()
+    reconstruction = decode_rows(vae, mean)
+    terms = loss, kl, (reconstruction - x).abs().sum()
+    return torch.stack([term.double() for term in terms]).cpu(), mean, reconstruction
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
