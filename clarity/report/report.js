@@ -17,6 +17,8 @@ function el(tag, attributes, ...children) {
   return node;
 }
 const arrow = (s, t) => `${names[s]} → ${names[t]}`;
+// A label that the model does not know contradicts nothing.
+const isContradicted = (image) => image.label !== null && image.source !== null && image.label !== image.source;
 
 // -- pictures: cut out of sheets that are decoded when one of their pictures is first wanted ------------------------------
 const sheetTexts = [...document.querySelectorAll("script.sheet")].map((node) => node.textContent);
@@ -289,7 +291,7 @@ function example(id, s, t) {
       strip(row, start, t)),
       rowFacts(row, t, a === 0 ? [
         el("div", {}, el("dt", {}, "image"), el("dd", {}, el("a", { href: "#image=" + encodeURIComponent(id) }, id))),
-        image.label_name === null ? null : fact("label", image.label_name, image.label !== null && image.label !== image.source),
+        image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
       ] : []));
   });
   return box;
@@ -336,7 +338,7 @@ $("image-ids").append(...data.lookup.map((id) => el("option", { value: id })));
 $("contact").append(...data.lookup.map((id) => {
   const image = data.images[id];
   if (!image) return "";
-  const differs = image.label !== null && image.source !== null && image.label !== image.source;
+  const differs = isContradicted(image);
   const seen = image.source === null ? "not read" : `classified as ${names[image.source]}`;
   const text = `image ${id}, ${seen}${differs ? `, labelled ${names[image.label]}` : ""}`;
   return el("button", { type: "button", class: differs ? "differs" : null, "data-id": id, title: text, "aria-label": text, on: { click: () => look(id) } },
@@ -361,7 +363,7 @@ function look(id) {
     bar.style.width = 100 * p + "%";
     return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, text)];
   }).flat());
-  const facts = el("dl", { class: "facts" }, fact("classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, image.label !== image.source),
+  const facts = el("dl", { class: "facts" }, fact("classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
     image.prediction === null || image.prediction === undefined ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
     fact("disagreement", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));
   const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("div", { style: "height:.5rem" }), probs))];

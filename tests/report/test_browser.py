@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from audits import EVERYTHING, Planted, make_tables, write_audit
+from audits import EVERYTHING, Planted, make_tables, replaced, write_audit
 
 from clarity.report.page import write_report
 
@@ -147,6 +148,13 @@ def test_page_finds_an_image_or_says_how_to_add_it(chromium: Any, page: str) -> 
     field.send_keys("somebody's" + Keys.ENTER)
     text = chromium.find_element("id", "image").text
     assert "not among the images" in text and """--image 'somebody'"'"'s'""" in text
+
+
+def test_page_calls_no_label_wrong_that_the_model_does_not_know(chromium: Any, tmp_path: Path) -> None:
+    tables = replaced(make_tables(30), "codes", "label", pa.nulls(30, pa.int32()))
+    open_page(chromium, Path(write_report([write_audit(tmp_path / "a", tables)]).uri).as_uri())
+    (facts,) = chromium.find_elements("css selector", "#image .one .facts")
+    assert "label" in facts.text and not facts.find_elements("css selector", ".bad")
 
 
 def test_page_changes_its_map_and_its_theme(chromium: Any, page: str) -> None:
