@@ -145,41 +145,47 @@ function describe(s, t, a) {
 }
 // A median of fewer pairs is uncertain: such cells are drawn with a cut corner.
 const FEW = 5;
+// So many classes that cells have no room for text.
+const isTiny = K > 28;
 let fewSeen = false;
-function grid(a) {
-  const audit = data.audits[a], picturesIn = metric.key === "change", map = picturesIn ? null : metric.audits[a];
-  const size = K > 28 ? " tiny" : K > 14 ? " dense" : "";
-  // Many classes: the whole map in sight, with as many of the names as have room.
-  const side = Math.max(5, Math.min(9, Math.floor(($("map").clientWidth - 96) / K))), every = K > 28 ? Math.ceil(9 / side) : 1;
-  // Short names of columns stand upright where they are too wide for a cell.
-  const widest = Math.max(...labels.map((label) => label.length), 2), upright = K <= 28 && widest > (K > 14 ? 2 : 6) ? " upright" : "";
-  const table = el("table", { class: "grid" + size + upright, style: `--side: ${side}px; --names: ${widest}ch`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` });
-  const head = el("tr", {}, el("td", { class: "corner" }, K > 28 ? "" : "source ↓ target →"),
-    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))));
-  const body = el("tbody");
-  for (let s = 0; s < K; s++) {
-    const row = el("tr", {}, el("th", { scope: "row", title: names[s], "aria-label": names[s] }, s % every ? [] : labels[s]));
-    for (let t = 0; t < K; t++) {
-      const asked = audit.pairs[s][t] !== null;
-      const cell = el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a });
-      if (s === t) { cell.className = "own"; cell.setAttribute("aria-label", `${names[s]}: the class itself`); }
-      else if (!asked) { cell.className = "none"; cell.textContent = K > 28 ? "" : "·"; cell.setAttribute("aria-label", `${arrow(s, t)}: no pairs`); }
-      else if (picturesIn) { cell.append(audit.change ? meanChange(audit.change[s][t], 40, `mean change ${arrow(s, t)}`) : ""); cell.setAttribute("aria-label", `${arrow(s, t)}: mean change`); }
-      else {
-        const v = map.shade[s][t], text = map.text[s][t];
-        const few = audit.pairs[s][t] < FEW;
-        fewSeen ||= few;
-        cell.className = "value" + (few ? " few" : "") + (v > (isDark() ? 58 : 70) ? " high" : "");
-        cell.style.setProperty("--heat", mixed(v));
-        // The unit of a cell stands in the legend.
-        cell.textContent = K > 28 ? "" : text.replace(" %", "");
-        cell.setAttribute("aria-label", `${arrow(s, t)}: ${text}${few ? `, of ${pairsAt(s, t, a)} only` : ""}`);
-      }
-      row.append(cell);
-    }
-    body.append(row);
+// What a cell shows, as its class, its content and the name that a screen reader says.
+function fill(cell, s, t, a) {
+  const audit = data.audits[a], say = (text) => cell.setAttribute("aria-label", text);
+  if (s === t) {
+    cell.className = "own";
+    say(`${names[s]}: the class itself`);
+  } else if (audit.pairs[s][t] === null) {
+    cell.className = "none";
+    cell.textContent = isTiny ? "" : "·";
+    say(`${arrow(s, t)}: no pairs`);
+  } else if (metric.key === "change") {
+    cell.append(audit.change ? meanChange(audit.change[s][t], 40, `mean change ${arrow(s, t)}`) : "");
+    say(`${arrow(s, t)}: mean change`);
+  } else {
+    const map = metric.audits[a], v = map.shade[s][t], text = map.text[s][t], few = audit.pairs[s][t] < FEW;
+    fewSeen ||= few;
+    cell.className = "value" + (few ? " few" : "") + (v > (isDark() ? 58 : 70) ? " high" : "");
+    cell.style.setProperty("--heat", mixed(v));
+    // The unit of a cell stands in the legend.
+    cell.textContent = isTiny ? "" : text.replace(" %", "");
+    say(`${arrow(s, t)}: ${text}${few ? `, of ${pairsAt(s, t, a)} only` : ""}`);
   }
-  table.append(el("thead", {}, head), body);
+}
+function grid(a) {
+  const audit = data.audits[a], size = isTiny ? " tiny" : K > 14 ? " dense" : "";
+  // Many classes: the whole map in sight, with as many of the names as have room.
+  const side = Math.max(5, Math.min(9, Math.floor(($("map").clientWidth - 96) / K))), every = isTiny ? Math.ceil(9 / side) : 1;
+  // Short names of columns stand upright where they are too wide for a cell.
+  const widest = Math.max(...labels.map((label) => label.length), 2), upright = !isTiny && widest > (K > 14 ? 2 : 6) ? " upright" : "";
+  const head = el("tr", {}, el("td", { class: "corner" }, isTiny ? "" : "source ↓ target →"),
+    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))));
+  const rows = names.map((name, s) => {
+    const cells = names.map((_, t) => el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a }));
+    cells.forEach((cell, t) => fill(cell, s, t, a));
+    return el("tr", {}, el("th", { scope: "row", title: name, "aria-label": name }, s % every ? [] : labels[s]), cells);
+  });
+  const table = el("table", { class: "grid" + size + upright, style: `--side: ${side}px; --names: ${widest}ch`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` },
+    el("thead", {}, head), el("tbody", {}, rows));
   return el("div", { class: "map" }, several ? el("h3", {}, audit.name) : null, el("div", { class: "scroller" }, table));
 }
 const cellAt = (s, t, a = 0) => $("map").querySelector(`td[data-s="${s}"][data-t="${t}"][data-a="${a}"]`);
