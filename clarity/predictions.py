@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from clarity import data, schema, storage
-from clarity.data.listing import annotate, as_text, is_text, names_of, require_unique
+from clarity.data.listing import annotate, as_text, is_text, names_of, require_once, require_unique
 from clarity.data.parquet import class_label_names, read_whole
 
 
@@ -58,7 +58,9 @@ def read_table(uri: str) -> pa.Table:
 
     def wanted(found: list[str]) -> list[str]:
         names = [name for name in found if name in ("image_id", "class", "probabilities")]
-        return names if len(names) > 1 else found
+        names = names if len(names) > 1 else found
+        require_once(names, found, f"predictions: {storage.display(uri)}")
+        return names
 
     if not re.search(r"(?i)\.(csv|tsv)$", storage.name(uri)):
         with storage.open_parquet(uri) as parquet:
@@ -82,6 +84,8 @@ def read_classes(uri: str, table: pa.Table) -> list[str] | None:
     metadata = table.schema.metadata or {}
     if b"classes" in metadata:
         found = json.loads(metadata[b"classes"])
+        if not isinstance(found, list):
+            raise ValueError(f"predictions: expected a list of classes in the metadata, found {found!r}: correct it")
     elif (found := class_label_names("class", metadata)) is None:
         beside = re.sub(r"\.\w+(?=\?|$)", ".classes.txt", uri)
         if beside == uri or not storage.exists(beside):
@@ -164,9 +168,9 @@ def class_column(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         # An integer column with gaps reaches Parquet as floats from pandas.
         order = pa.array(class_order(predictions, class_names, "indices"), pa.int32())
-        whole = pc.and_(pc.equal(pc.floor(column), column), pc.is_finite(column))
-        inside = pc.and_(whole, pc.and_(pc.greater_equal(column, 0), pc.less(column, len(order))))
-        found = order.take(pc.if_else(inside, column, pa.scalar(None, column.type)).cast(pa.int32()))
+        numbers = column.cast(pa.float64(), safe=False)
+        known = pc.is_in(numbers, value_set=pa.array(range(len(order)), pa.float64()))
+        found = order.take(pc.if_else(known, numbers, pa.scalar(None, pa.float64())).cast(pa.int32()))
     elif pa.types.is_null(column.type):
         return pa.nulls(len(column), pa.int32())
     else:
@@ -191,7 +195,10 @@ def gather_probabilities(predictions: pa.Table, class_names: Sequence[str]) -> p
     if None in names:
         expected = "expected a column class or probabilities, or one for each class"
         raise ValueError(f"predictions: {expected}, found {names_of(found)}: rename them")
-    values = np.column_stack([predictions[name].cast(pa.float64()).to_numpy() for name in names])
+    try:
+        values = np.column_stack([predictions[name].cast(pa.float64()).to_numpy() for name in names])
+    except pa.ArrowException as error:
+        raise ValueError(f"predictions: expected numbers in the columns of classes, found none ({error})") from None
     classes = {**(predictions.schema.metadata or {}), b"clarity.classes": json.dumps(list(class_names))}
     table = predictions.append_column("probabilities", schema.fixed_size_list(values))
     return table.replace_schema_metadata(classes)

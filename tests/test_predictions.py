@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,7 @@ def predicted(path: Path, **columns: Any) -> pa.Table:
         ["cow", None, "ant"],
         [2, None, 0],
         pa.array([2.0, None, 0.0], pa.float64()),
+        pa.array([np.float16(2), None, np.float16(0)], pa.float16()),
         pa.array(["cow", None, "ant"]).dictionary_encode(),
         pa.array(["cow", None, "ant"], pa.large_string()),
         pa.array(["cow", None, "ant"], pa.string_view()),
@@ -74,6 +76,8 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
         ({"image_id": ["a"], "class": [0.5]}, "found 0.5"),
         ({"image_id": ["a"], "class": [float("nan")]}, "found nan"),
         ({"image_id": ["a"], "class": [True]}, "names or indices, found bool"),
+        ({"image_id": ["a"], "ant": [[0.5]], "bee": [[0.5]], "cow": [[0.0]]}, "numbers in the columns of classes"),
+        ({"image_id": ["a"], "ant": ["x"], "bee": [0.5], "cow": [0.5]}, "numbers in the columns of classes"),
         ({"image_id": ["a"], "probabilities": [0.5]}, "lists of numbers, found double"),
         ({"image_id": ["a"], "probabilities": [[0.5, 0.5]]}, "expected 3 probabilities an image, found 2 for image a"),
         ({"image_id": ["a"], "probabilities": [[0.5, 0.5, float("nan")]]}, "that are numbers, found .*nan"),
@@ -85,6 +89,16 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
 def test_predictions_that_are_invalid_are_rejected(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         predicted(tmp_path, **columns)
+
+
+def test_predictions_in_a_file_that_contradicts_itself_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("image_id,class,class\na,ant,bee\n")
+    with pytest.raises(ValueError, match=r"p\.csv: expected one column class, found 2: rename the others"):
+        read_predictions(str(tmp_path / "p.csv"), LISTING)
+    table = pa.table({"image_id": ["a"], "class": [0]}).replace_schema_metadata({"classes": "3"})
+    pq.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="expected a list of classes in the metadata, found 3"):
+        read_predictions(str(tmp_path / "p.parquet"), LISTING)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,13 @@ def require_unique(ids: pa.Array | pa.ChunkedArray, where: str) -> None:
         raise ValueError(f"{where}: expected each image_id once, found {len(double)} duplicates ({first}): drop them")
 
 
+def require_once(names: Iterable[str], columns: Sequence[str], where: str) -> None:
+    """Raise ValueError if a table has more than one of its ``columns`` by one of these names."""
+    for name in names:
+        if columns.count(name) > 1:
+            raise ValueError(f"{where}: expected one column {name}, found {columns.count(name)}: rename the others")
+
+
 def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A column of text or whole numbers as strings, NaN as null; ValueError for another type."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

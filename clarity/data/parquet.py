@@ -29,6 +29,7 @@ from clarity.data.listing import (
     is_text,
     make_listing,
     names_of,
+    require_once,
     split_named,
     split_within,
 )
@@ -141,9 +142,10 @@ def read_columns(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, dict[st
     names = {name: dataset.column(name) for name in ("image_id", "label", "split")}
     with storage.open_parquet(part.uri) as parquet:
         fields = parquet.schema_arrow
+        wanted = [name for name in dict.fromkeys([*names.values(), *dataset.attributes]) if name in fields.names]
+        require_once([dataset.column("image"), *wanted], fields.names, storage.display(part.uri))
         if image_kind(dataset, part.uri, parquet) == "path":
             check_paths(dataset, part, parquet)
-        wanted = [name for name in dict.fromkeys([*names.values(), *dataset.attributes]) if name in fields.names]
         if missing := [name for key, name in dataset.columns if key != "image" and name not in [*wanted, *part.keys]]:
             raise ValueError(
                 f"columns: expected {names_of(missing)} in {storage.display(part.uri)}, found columns "
@@ -381,6 +383,7 @@ def parquet_splits(dataset: Dataset) -> set[str]:
             found.add(part.split)
         else:
             with storage.open_parquet(part.uri) as parquet:
+                require_once([name], parquet.schema_arrow.names, storage.display(part.uri))
                 if name in parquet.schema_arrow.names:
                     values = text_column(part.uri, name, read_whole(part.uri, parquet, [name])[name])
                     found |= {split for value in pc.unique(values).to_pylist() if (split := split_named(value))}

@@ -228,6 +228,16 @@ def test_parquet_columns_of_other_names(tmp_path: Path) -> None:
         data.open_dataset("parquet", tmp_path, columns={"size": "img"})
 
 
+@pytest.mark.parametrize("name", ["image", "label", "split", "year"])
+def test_parquet_with_two_columns_of_a_name_is_refused(name: str, tmp_path: Path) -> None:
+    table = parquet_table(2, label=["a", "b"], split=["train", "test"], year=[1, 2], other=[1, 2])
+    pq.write_table(table.append_column("other", table[name]), tmp_path / "x.parquet")
+    assert list(listed(tmp_path, source="parquet").values()) == ["a", "b"], "columns that nobody asks for"
+    pq.write_table(table.append_column(name, table[name]), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=f"expected one column {name}, found 2: rename the others"):
+        data.list_images(data.open_dataset("parquet", tmp_path, "train", attributes=["year"]))
+
+
 @pytest.mark.parametrize(
     "labels",
     [
