@@ -179,10 +179,10 @@ def results_of_audit(model: Model, method: str, uri: str) -> Results:
 
 def members_of(model: Model, method: str) -> int:
     """Members whose gradients one step of a method takes."""
-    kind = METHODS[method].classifier
-    if kind.endswith("member"):
+    known = METHODS[method]
+    if known.classifier.endswith("member"):
         return 1
-    ensemble = model.image_ensemble if kind.startswith("image") else model.ensemble
+    ensemble = model.image_ensemble if known.classifies_images else model.ensemble
     assert ensemble is not None
     return ensemble.config.num_members
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -213,17 +214,7 @@ def plan_training(
         if architecture == "conv" and "channels" not in given:
             given["channels"] = channels_for(preprocessing.image_shape)
     vae = vae_config(architecture, preprocessing.image_shape, **given)
-    data = {
-        "source": dataset.source,
-        "uri": None if dataset.data is None else storage.display(dataset.data),
-        "split": dataset.split,
-        "fingerprint": listing_fingerprint(listing),
-        "images": len(listing),
-        "labelled": len(listing) - listing["label_name"].null_count,
-        "per_class": {name: pc.sum(pc.equal(listing["label_name"], name)).as_py() for name in class_names},
-        "held_out": None if held_out is None else held_out.split,
-        "remarks": review(listing, None if held_out is None else list_images(held_out)),
-    }
+    data = describe_data(dataset, held_out, listing, class_names)
     asked = {}
     if loaded is not None:
         asked["predictor"] = loaded.digest
@@ -253,6 +244,23 @@ def plan_training(
         **fields,
     )
     return keep_extras(plan)
+
+
+def describe_data(
+    dataset: Dataset, held_out: Dataset | None, listing: pa.Table, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """What model.json says of the images."""
+    return {
+        "source": dataset.source,
+        "uri": None if dataset.data is None else storage.display(dataset.data),
+        "split": dataset.split,
+        "fingerprint": listing_fingerprint(listing),
+        "images": len(listing),
+        "labelled": len(listing) - listing["label_name"].null_count,
+        "per_class": {name: pc.sum(pc.equal(listing["label_name"], name)).as_py() for name in class_names},
+        "held_out": None if held_out is None else held_out.split,
+        "remarks": review(listing, None if held_out is None else list_images(held_out)),
+    }
 
 
 def keep_extras(plan: TrainingPlan) -> TrainingPlan:
