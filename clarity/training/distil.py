@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -48,8 +49,7 @@ def original_probs(
     """Probabilities (N, K) of images as the predictor sees the original files, NaN where it cannot read one."""
     if (theirs := predictor.sees(preprocessing)) == preprocessing:
         return ask(predictor, images.pixels.numpy())
-    row_of = {image_id: row for row, image_id in enumerate(listing["image_id"].to_pylist())}
-    rows = listing.take([row_of[image_id] for image_id in images.ids])
+    rows = listing.take(pc.index_in(pa.array(images.ids, pa.string()), value_set=listing["image_id"]))
     pixels, ids, _, _ = read_all(dataset, rows, theirs)
     found = dict(zip(ids, ask(predictor, pixels)))
     missing = torch.full((len(predictor.class_names),), torch.nan)
