@@ -125,10 +125,9 @@ def load_predictor(source: Any, device: str = "cpu") -> Predictor:
         sys.path.insert(0, os.getcwd())
     try:
         loaded = importlib.import_module(module)
-        call = getattr(loaded, function)
+        call, beside = getattr(loaded, function), f"{loaded.__file__}.json"
     except Exception as error:  # the user's code may raise anything
         raise ValueError(f"predictor: {text} cannot be imported: {type(error).__name__}: {error}") from None
-    beside = f"{loaded.__file__}.json"
     return function_predictor(call, text, storage.read_json(beside) if Path(beside).exists() else {})
 
 

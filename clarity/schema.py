@@ -3,6 +3,7 @@
 Does not know how a value is computed or where a file lies.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -117,6 +118,11 @@ def codes_schema(num_classes: int, latent_dim: int, extra: Iterable[pa.Field] = 
     return schema
 
 
+def predictions_schema(num_classes: int) -> pa.Schema:
+    """Schema of the further columns of ``codes`` with a predictor."""
+    return arrow_schema(PREDICTIONS, K=num_classes)
+
+
 def counterfactuals_schema(latent_dim: int, num_kept: int = 0) -> pa.Schema:
     """Schema of ``counterfactuals/*.parquet``, sorted by (target, image_id); ``kept`` attributes add columns."""
     columns = {name: column for name, column in COUNTERFACTUALS.items() if num_kept or column.type != "float[A]"}
@@ -133,16 +139,14 @@ def shard_schema(image_shape: tuple[int, int, int], attributes: Iterable[pa.Fiel
 
     ``image`` holds the preprocessed pixels (C, H, W), uint8, null where ``error`` says why it could not be read.
     """
-    channels, height, width = image_shape
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
             pa.field("label_name", pa.string()),
-            pa.field("image", pa.list_(pa.uint8(), channels * height * width)),
+            pa.field("image", pa.list_(pa.uint8(), math.prod(image_shape))),
             pa.field("error", pa.string()),
             *attributes,
-        ],
-        metadata={"clarity.image_shape": f"{channels},{height},{width}"},
+        ]
     )
 
 

@@ -129,7 +129,7 @@ def code_rows(encoded: Encoded, images: str) -> pa.Table:
 
 def error_rows(model: Model, shard: pa.Table, extra: pa.Table, predicted: bool) -> pa.Table:
     """Rows of ``codes`` for images that could not be read, with the columns of a predictor where one was asked."""
-    fields = [*extra.schema, *(prediction_schema(model) if predicted else ())]
+    fields = [*extra.schema, *(schema.predictions_schema(model.num_classes) if predicted else ())]
     expected = schema.codes_schema(model.num_classes, model.latent_dim, fields)
     columns = dict.fromkeys(expected.names, [None] * len(shard)) | column_dict(extra)
     columns |= {name: shard[name] for name in ("image_id", "label_name", "error")}
@@ -198,12 +198,8 @@ def prediction_columns(model: Model, probs: np.ndarray) -> pa.Table:
     """Columns of ``schema.PREDICTIONS`` from the predictor's probabilities (B, K)."""
     prediction = probs.argmax(1).astype(np.int32)
     names = class_names(model, prediction)
-    return pa.table([prediction, names, schema.fixed_size_list(probs)], schema=prediction_schema(model))
-
-
-def prediction_schema(model: Model) -> pa.Schema:
-    """Schema of ``schema.PREDICTIONS`` for a model's classes."""
-    return schema.arrow_schema(schema.PREDICTIONS, K=model.num_classes)
+    columns = [prediction, names, schema.fixed_size_list(probs)]
+    return pa.table(columns, schema=schema.predictions_schema(model.num_classes))
 
 
 def target_probs(probs: np.ndarray | None, rows: np.ndarray, target: np.ndarray) -> Any:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
     rows = rows_per_shard(len(listing), raw_bytes_per_image(model, model.num_classes - 1))
     out = scratch(args, "stages")
     plan = make_plan(model, dataset, listing, method="clarity", config=measures.CONFIG, shard_rows=rows)
-    seconds: dict[str, float] = {}
+    seconds: Counter[str] = Counter()
     with claim(out, plan, args.model) as held:
         work = Work(out, held.run, held.plan, dataset, model.preprocessing)
         explain = ExplainShard(work, threads=args.threads, device=devices(args)[-1])
@@ -218,8 +219,7 @@ def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
             if "error" in note:
                 raise ValueError(f"stage {note['stage']}: {note['error']}")
             pairs += note["pairs"]
-            for stage, spent in note["seconds"].items():
-                seconds[stage] = seconds.get(stage, 0.0) + spent
+            seconds.update(note["seconds"])
         total = time.perf_counter() - start
     shutil.rmtree(out)
     return {

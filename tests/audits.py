@@ -127,7 +127,7 @@ def make_tables(
         values |= {"prediction": prediction, "prediction_name": names[prediction]}
         values["prediction_probs"] = np.eye(num_classes)[prediction]
     fields = list(schema.codes_schema(num_classes, latent_dim))
-    fields += schema.arrow_schema(schema.PREDICTIONS, K=num_classes)
+    fields += schema.predictions_schema(num_classes)
     always = ("image_id", "label_name", "status", "error")
     codes = {}
     for known in (known for known in fields if known.name in values):

@@ -165,3 +165,5 @@ def test_batch_difference_finds_answers_that_depend_on_the_others() -> None:
 def test_source_of_another_kind_is_rejected(source: str) -> None:
     with pytest.raises(ValueError, match=r"expected a file ending in .onnx, or module:function, got"):
         load_predictor(source)
+    with pytest.raises(ValueError, match="builtins:len cannot be imported: AttributeError"):
+        load_predictor("builtins:len")

@@ -100,7 +100,7 @@ class Plan:
         """Schema of ``codes``, with the file metadata by which a table explains itself."""
         extra = [pa.field(name, schema.type_of(kind)) for name, kind, *_ in self.dataset.get("extra", [])]
         if "predictor" in self.checks:
-            extra += schema.arrow_schema(schema.PREDICTIONS, K=len(self.class_names))
+            extra += schema.predictions_schema(len(self.class_names))
         table = schema.codes_schema(len(self.class_names), self.model["latent_dim"], extra)
         return table.with_metadata(self.file_metadata())
 

@@ -309,7 +309,7 @@ def read_images(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) 
     images = schema.fixed_size_list(pixels, np.array([error is None for error in errors], bool))
     columns = [rows["image_id"], rows["label_name"], images, pa.array(errors, pa.string())]
     if clipped:
-        fields = fields.with_metadata({**fields.metadata, b"clarity.clipped": str(clipped)})
+        fields = fields.with_metadata({b"clarity.clipped": str(clipped)})
     return pa.table([*columns, *(rows[name] for name in dataset.attributes)], schema=fields)
 
 
