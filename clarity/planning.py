@@ -103,6 +103,8 @@ def make_plan(
     the ensemble of the fold that has not seen it.
     """
     ensemble_of(model, method)  # or ValueError
+    if trace < 0:
+        raise ValueError(f"trace: expected at least 0 images, got {trace}")
     checks = dict(checks or {})
     kept_heads(model, method, checks.get("keep", ()))
     indices = class_indices(targets, model.class_names)

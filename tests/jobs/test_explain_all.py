@@ -125,6 +125,7 @@ def test_job_keeps_attributes_and_refuses_to_keep_others_in_the_same_audit(
         (["--data", "/x"], "ships its own"),
         (["--split", "middle"], "--split: expected one of train, test, all"),
         (["--keep", "Male"], "--keep: this model has no heads for attributes"),
+        (["--trace", "-5"], "--trace: expected at least 0 images, got -5"),
         (["--actors", "99"], "--actors 99 cannot be scheduled"),
         (["--gpus-per-actor", "1"], "no node offers that many GPUs"),
     ],
