@@ -241,14 +241,15 @@ def print_line(line: str) -> None:
 
 
 def about_images(plan: TrainingPlan) -> str:
-    """How many images there are, with and without a label, and of the rarest and the commonest class."""
+    """How many images of what size there are, with and without a label, and of the rarest and the commonest class."""
     images, labelled, counts = plan.data["images"], plan.data["labelled"], plan.data["per_class"]
+    channels, height, width = plan.preprocessing.image_shape
+    text = f"{images} images of {plan.data['source']} at {height} x {width}{' in colour' if channels == 3 else ''}"
     if not labelled:
-        return f"{images} images of {plan.data['source']} without labels"
+        return f"{text} without labels"
     ends = sorted(counts, key=counts.__getitem__)[:: max(1, len(counts) - 1)]
     few = len(counts) <= SHOWN_CLASSES
     classes = ", ".join(f"{counts[name]} {name}" for name in counts if few or name in ends)
-    text = f"{images} images of {plan.data['source']}"
     if labelled < images:
         text += f", {labelled} of them with a label"
     return f"{text} ({classes}{'' if few else ', others between'})"

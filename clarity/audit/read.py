@@ -11,7 +11,7 @@ from clarity import storage
 from clarity.audit.commits import valid_commits
 from clarity.audit.plan import Plan, read_plan
 from clarity.audit.queries import connect, load_queries, query
-from clarity.audit.summary import summarise
+from clarity.audit.summary import foreign_labels, summarise
 from clarity.findings.verdict import verdict
 
 #: Attributes of each pair as the attribute network sees them; written by the comparison beside the audit's tables.
@@ -42,7 +42,8 @@ class Audit:
     def summary(self) -> dict[str, Any]:
         """Verdict on the model; counts, failures, steps, slowest class pairs and seconds of the rows that are there."""
         card = storage.join(self.uri, "model", "model.json")
-        found = verdict(storage.read_json(card) if storage.exists(card) else {})
+        foreign = foreign_labels(connect(self.codes, self.counterfactuals)) > 0
+        found = verdict(storage.read_json(card) if storage.exists(card) else {}, foreign)
         return {"verdict": asdict(found)} | summarise(self.plan, self.commits, self.codes, self.counterfactuals)
 
     def query(self, name: str, *, metadata: Any = None, **parameters: Any) -> pa.Table:

@@ -46,12 +46,17 @@ def summarise(
 def warnings(plan: Plan, commits: Mapping[int, Mapping[str, Any]], con: duckdb.DuckDBPyConnection) -> list[str]:
     """What makes the figures of an audit doubtful, the gravest first: a sentence each."""
     found = []
-    labelled, known = con.execute(statement("summary_labels")).fetchall()[0]
-    if labelled and not known:
+    if labelled := foreign_labels(con):
         found.append(no_known_label(labelled, plan))
     if clipped := sum(commit.get("clipped", 0) for commit in commits.values()):
         found.append(f"{clipped} images hold values above the range of the images that the model was trained on.")
     return found
+
+
+def foreign_labels(con: duckdb.DuckDBPyConnection) -> int:
+    """How many labels the data has, if none of them is a class of the model; else 0."""
+    labelled, known = con.execute(statement("summary_labels")).fetchall()[0]
+    return 0 if known else int(labelled)
 
 
 def no_known_label(labelled: int, plan: Plan) -> str:

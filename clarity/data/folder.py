@@ -22,7 +22,6 @@ from clarity.data.listing import (
 from clarity.ids import split_of
 from clarity.images import EXTENSIONS
 
-NO_IMAGES = "files without an image's extension"
 #: A path through a folder that a system left behind, which holds no images of the data set.
 SYSTEM_FOLDER = re.compile(
     r"(?i)(?:^|/)(@eadir|\$recycle\.bin|lost\+found|__macosx|system volume information|#recycle)(?:/|$)"
@@ -66,7 +65,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
     if table.labels:
         names = [table.labels.get(path) for path in paths]
         left_out |= table.left_out
-        left_out[NO_IMAGES] -= len(table.tables)
+        others = [path for path in others if path not in table.tables]
         if strangers := sum(path not in table.labels for path in paths):
             told.append(f"{strangers} images are in no table of labels and have no label")
     else:
@@ -77,6 +76,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
         unread = [path for path in others if "/" not in path and path.lower().endswith((".csv", ".tsv", ".jsonl"))]
         if unread and not table.notes and len(classes) < 2:
             told.append(f"{some(unread)} is not read: a table of labels is called labels.csv (file_name,label)")
+    left_out[f"files without an image's extension ({some(others)})"] = len(others)
     listing = make_listing(
         dataset,
         [printable(path) for path in paths],
@@ -106,7 +106,6 @@ def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str,
     left_out = {
         "hidden files": len(files) - len(shown),
         f"files in folders of the system ({some(system)})": len(system),
-        NO_IMAGES: len(others),
     }
     return images, others, left_out
 

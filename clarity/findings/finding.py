@@ -8,6 +8,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from clarity.audit.summary import foreign_labels
 from clarity.findings.differences import Differences
 from clarity.findings.statistics import share_interval
 from clarity.findings.suspicion import suspicious_labels
@@ -137,7 +138,7 @@ def gather(
         differences=differences,
         suspicion=suspicious_labels(con),
         trained_on_labels=trained_on_labels,
-        verdict=verdict(card or {}),
+        verdict=verdict(card or {}, foreign_labels(con) > 0),
         has_predictor=asked > 0,
         keep=tuple(keep),
     )

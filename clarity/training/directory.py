@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from clarity import storage
+from clarity.audit.plan import flatten, shortened
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.data import list_images
 from clarity.model import Model, load_model, load_tensors, read_card, save_model
@@ -46,8 +47,11 @@ def begin(plan: TrainingPlan) -> bool:
     if card is not None and not taught_alike(plan, found):
         kept |= plan.asked.keys() | {"ensemble_training"}
     names = [name for name in dict.fromkeys([*wanted, *TEACHERS]) if name not in kept]
-    if different := [name for name in names if found.get(name) != wanted.get(name)]:
-        details = "; ".join(f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here" for name in different)
+    there, here = (flatten({name: each.get(name) for name in names}) for each in (found, wanted))
+    if different := [name for name in there | here if there.get(name) != here.get(name)]:
+        details = "; ".join(
+            f"{name}: {shortened(there.get(name))} there, {shortened(here.get(name))} here" for name in different
+        )
         raise ValueError(
             f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
             "that one"

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from clarity.findings.verdict import REMEDY, TOO_SHORT, verdict
+from clarity.findings.verdict import MIN_UPDATES, REMEDY, TOO_SHORT, verdict
+from clarity.training.loops import VAETraining
 
 NAMES = ("ant", "bee", "cow", "dog")
 
@@ -68,6 +69,17 @@ def test_verdict_has_documented_cuts(made: dict[str, Any], level: str, reason: s
     found = verdict(made)
     assert found.level == level and (reason in " ".join(found.reasons))
     assert bool(found.reasons) == (level != "sound")
+
+
+def test_verdict_knows_a_first_look_and_a_model_of_other_data() -> None:
+    training = {"epochs": 30, "batch_size": 128}
+    short = card() | {"data": {"images": 1_200}, "plan": {"vae_training": training}}
+    (reason,) = verdict(short).reasons
+    assert reason == "Its VAE was trained for 300 updates, of 1,200 or more by default: a first look."
+    assert VAETraining().min_updates == MIN_UPDATES
+    assert verdict(short | {"plan": {"vae_training": training | {"epochs": 120}}}).level == "sound"
+    found = verdict(short, no_label_known=True)
+    assert found.level == "no-go" and "none of the labels of the data is one of its classes" in found.sentence
 
 
 def test_verdict_advises_flags_that_exist() -> None:

@@ -172,7 +172,7 @@ def test_finished_model_takes_an_image_ensemble_and_folds_later(
 
 def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path, trained: Path) -> None:
     begin(plan_of(folder, tmp_path))
-    with pytest.raises(ValueError, match=r"holds another model: ensemble is \{.*'num_members': 4\} there, .*5\} here"):
+    with pytest.raises(ValueError, match=r"holds another model: ensemble\.num_members: 4 there, 5 here\. Choose"):
         begin(plan_of(folder, tmp_path, num_members=5))
     with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
         begin(plan_of(folder, trained, vae_training=dataclasses.replace(SHORT_VAE, seed=1)))
