@@ -76,7 +76,8 @@ def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | N
         elif isinstance(name, int | np.integer) and not isinstance(name, bool) and 0 <= name < len(class_names):
             found.add(int(name))
         else:
-            raise ValueError(f"unknown class {name!r}; choose from {', '.join(class_names)}")
+            hint = "; spaces separate names" if "," in str(name) else ""
+            raise ValueError(f"unknown class {name!r}; choose from {', '.join(class_names)}{hint}")
     if not found:
         raise ValueError("expected at least one target, got none")
     return tuple(sorted(found))

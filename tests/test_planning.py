@@ -51,6 +51,8 @@ def test_class_indices_prefers_names() -> None:
     assert class_indices("all", ("1", "0")) is None
     assert class_indices(["0"], ("1", "0")) == (1,)
     assert class_indices([0, "0", 0], ("1", "0")) == (0, 1)
+    with pytest.raises(ValueError, match=r"unknown class '1,0'; choose from 1, 0; spaces separate names"):
+        class_indices(["1,0"], ("1", "0"))
 
 
 def test_make_plan_names_the_weights_that_a_method_uses(model: Model, tmp_path: Path) -> None:
