@@ -86,12 +86,12 @@ def test_training_with_a_guide_goes_on_with_the_same_attributes_alone(folder: Pa
         if decoder == "plain":
             assert not begin(wings)
         else:
-            with pytest.raises(ValueError, match="attributes is None there"):
+            with pytest.raises(ValueError, match="attributes: null there"):
                 begin(wings)
     labelled = dataclasses.replace(plan.vae, label_weight=2.0)
     plan = dataclasses.replace(plan, out=str(tmp_path / "labelled"), vae=labelled, decoder="plain")
     begin(plan)
-    with pytest.raises(ValueError, match="attributes is None there"):
+    with pytest.raises(ValueError, match="attributes: null there"):
         begin(dataclasses.replace(plan, attributes=("wings",)))
 
 
