@@ -18,7 +18,7 @@ import clarity
 from clarity import data, schema, storage
 from clarity.audit.commits import to_parquet
 from clarity.audit.plan import MAX_SHARD_ROWS, Plan, shard_table
-from clarity.audit.summary import no_known_label
+from clarity.audit.summary import describe_foreign_labels
 from clarity.checks import Requirements, kept_heads, require_judge
 from clarity.explainer import explainer_of
 from clarity.ids import sample
@@ -198,13 +198,13 @@ def make_checks(
     return checks
 
 
-def describe_models(
+def describe_inputs(
     model: Model, plan: Plan, predictor: Predictor | None, dataset: data.Dataset, listing: pa.Table
 ) -> str:
     """What a run says, before it starts, of labels, thresholds, kept attributes and a predictor: a line each."""
     names, told = listing["label_name"].drop_null(), []
     if len(names) and not pc.any(pc.is_in(names, pa.array(model.class_names))).as_py():
-        told.append(f"WARNING    {no_known_label(len(names), plan)}")
+        told.append(f"WARNING    {describe_foreign_labels(len(names), plan)}")
     if thresholds := plan.checks.get("min_target_probs"):
         by_class = sorted(zip(thresholds, model.class_names))
         (low, lowest), (high, highest) = by_class[0], by_class[-1]

@@ -50,7 +50,7 @@ class Resources:
             f"{self.threads_per_actor} thread{'s' * (self.threads_per_actor > 1)}"
         )
 
-    def alone(self, out: str) -> bool:
+    def actors_write(self, out: str) -> bool:
         """Whether each actor also reads and writes its shards: another process would take the one core that it has.
 
         Beside a GPU, or several threads, others encode pictures meanwhile; and others wait for an object store.

@@ -477,7 +477,8 @@ def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Notes:
         task = bar.add_task("", total=total)
         for done, (shard, note) in enumerate(ended, 1):
             seen.update({name: note.get(name, 0) for name in ("pairs", "converged")})
-            reached += [note["reach"]] if note.get("reach") is not None else []
+            if (reach := note.get("reach")) is not None:
+                reached.append(reach)
             bar.update(task, advance=1, description=f"{seen['pairs']} pairs")
             if bar.disable and (time.time() - printed > 10 or done == total):
                 printed = time.time()

@@ -95,7 +95,7 @@ def explain_all(args: Namespace) -> int:
     flags = {name: getattr(args, name) for name in ("method", "targets", "images", "trace", "where")}
     checks = planning.make_checks(model, config, requirements, predictor, by_class, args.keep)
     plan = planning.make_plan(model, dataset, listing, config=config, only=only, checks=checks, **flags)
-    print(planning.describe_models(model, plan, predictor, dataset, listing), end="")
+    print(planning.describe_inputs(model, plan, predictor, dataset, listing), end="")
 
     def measure(useful: int, images: Any) -> dict[str, Any]:
         probed = plan, model_uri, dataset, images, args.predictor
@@ -177,22 +177,22 @@ def pipeline(args: Namespace, resources: Resources, work: Work, items: list[dict
         return explain_here(items, work, **options)
     import ray.data
 
-    alone = resources.alone(work.uri)
+    actors_write = resources.actors_write(work.uri)
     one: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     actor = {"num_cpus": resources.cpus_per_actor, "num_gpus": resources.gpus_per_actor, **one}
-    other = {"num_cpus": resources.io_cpus, **one}
+    io = {"num_cpus": resources.io_cpus, **one}
     ended = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(read_shard, fn_args=(work,), **(actor if alone else other))  # alike, they run in one process
+        .map_batches(read_shard, fn_args=(work,), **(actor if actors_write else io))  # alike, they run in one process
         .map_batches(
             ExplainShard,
-            fn_constructor_args=(work, write_shard if alone else None),
+            fn_constructor_args=(work, write_shard if actors_write else None),
             fn_constructor_kwargs=options,
             compute=ray.data.ActorPoolStrategy(size=min(resources.num_actors, len(items))),
             **actor,
         )
     )
-    rows = (ended if alone else ended.map_batches(write_shard, fn_args=(work,), **other)).iter_rows()
+    rows = (ended if actors_write else ended.map_batches(write_shard, fn_args=(work,), **io)).iter_rows()
     return ((int(row["shard"]), json.loads(row["note"])) for row in rows)
 
 

@@ -19,7 +19,7 @@ from clarity.planning import (
     choose,
     class_indices,
     class_thresholds,
-    describe_models,
+    describe_inputs,
     describe_predictor,
     make_checks,
     make_plan,
@@ -140,11 +140,11 @@ def test_a_run_tells_thresholds_and_labels_that_the_model_does_not_know(model: M
     others = THREE.set_column(THREE.column_names.index("label_name"), "label_name", pa.array(names))
     plain = make_plan(model, DIGITS, others, method="clarity", config=CONFIG)
     by_class = replace(plain, checks={"min_target_probs": [0.9, 0.5, 0.99, 0.6]})
-    assert describe_models(model, plain, None, DIGITS, others) == ""
-    assert describe_models(model, by_class, None, DIGITS, others) == (
+    assert describe_inputs(model, plain, None, DIGITS, others) == ""
+    assert describe_inputs(model, by_class, None, DIGITS, others) == (
         "thresholds 0.500 (bee) to 0.990 (cow); plan.json holds that of each class\n"
     )
-    told = describe_models(model, plain, None, DIGITS, THREE)
+    told = describe_inputs(model, plain, None, DIGITS, THREE)
     assert told.startswith("WARNING    None of the 3 labels of the data is a class of the model (ant, bee, cow, ")
 
 

@@ -24,13 +24,14 @@ def summarise(
     seconds: Counter[str] = Counter()
     for commit in commits.values():
         seconds.update(commit.get("seconds", {}))
-    (pairs,) = rows("summary_pairs")
+    (pairs,), errors = rows("summary_pairs"), rows("summary_errors")
     return {
         "warnings": warnings(plan, commits, con),
         "committed": len(commits),
         "planned": len(plan.shards),
         **rows("summary_images")[0],
-        "errors": rows("summary_errors"),
+        "errors": {row["error"]: row["images"] for row in errors},
+        "first_unread": {row["error"]: row["first"] for row in errors},
         "left_out": plan.dataset.get("left_out", {}),
         "notes": plan.dataset.get("notes", []),
         "predictions": rows("summary_predictions")[0] if has_predictions(con) else None,
@@ -47,7 +48,7 @@ def warnings(plan: Plan, commits: Mapping[int, Mapping[str, Any]], con: duckdb.D
     """What makes the figures of an audit doubtful, the gravest first: a sentence each."""
     found = []
     if labelled := foreign_labels(con):
-        found.append(no_known_label(labelled, plan))
+        found.append(describe_foreign_labels(labelled, plan))
     if clipped := sum(commit.get("clipped", 0) for commit in commits.values()):
         found.append(f"{clipped} images hold values above the range of the images that the model was trained on.")
     return found
@@ -59,7 +60,7 @@ def foreign_labels(con: duckdb.DuckDBPyConnection) -> int:
     return 0 if known else int(labelled)
 
 
-def no_known_label(labelled: int, plan: Plan) -> str:
+def describe_foreign_labels(labelled: int, plan: Plan) -> str:
     """The warning of data with so many labels, none of which is a class of the plan's model."""
     names = ", ".join(plan.class_names[:5]) + (" ..." if len(plan.class_names) > 5 else "")
     return (
@@ -79,7 +80,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"model      {model['sentence']}",
         *(f"           {reason}" for reason in model["reasons"][1:]),
         f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
-        *(f"           {unread(row)}" for row in summary["errors"]),
+        *(f"           {reason}" for reason in reasons_unread(summary)),
         *(f"left out   {count} {reason}" for reason, count in summary.get("left_out", {}).items()),
         *(f"note       {note}" for note in summary.get("notes", [])),
     ]
@@ -114,16 +115,19 @@ def describe(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def unread(row: Mapping[str, Any]) -> str:
-    """A reason why images were not read, as text: how many, and which is the first."""
-    names = row["first"] if row["images"] == 1 else f"{row['first']} and others"
-    return f"{row['images']} x {row['error']} ({names})"
+def reasons_unread(summary: Mapping[str, Any]) -> list[str]:
+    """Why images were not read, as text: how many for each reason, and which is the first."""
+    first, reasons = summary.get("first_unread", {}), []
+    for reason, count in summary["errors"].items():
+        example = f" ({first[reason]}{' and others' if count > 1 else ''})" if reason in first else ""
+        reasons.append(f"{count} x {reason}{example}")
+    return reasons
 
 
 def require_readable(summary: Mapping[str, Any]) -> None:
     """Raise ValueError if none of an audit's images could be read."""
     if summary["images"] and summary["unread"] == summary["images"]:
-        reasons = "; ".join(unread(row) for row in summary["errors"][:3])
+        reasons = "; ".join(reasons_unread(summary)[:3])
         raise ValueError(f"data: expected images, got {summary['images']} of which none could be read: {reasons}")
 
 

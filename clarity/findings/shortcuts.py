@@ -24,9 +24,9 @@ def check_shortcuts(facts: Facts) -> Outcome:
     differences = facts.differences
     if differences is None:
         return NotChecked("the audit has neither pictures nor converged pairs to compare")
-    enough = (differences.count.sum(0) >= MIN_PAIRS) & ((differences.count >= 5).sum(0) >= MIN_SOURCES)
     if len(facts.class_names) <= MIN_SOURCES:
         return NotChecked(f"it takes {MIN_SOURCES + 1} classes, as it compares what several sources have in common")
+    enough = (differences.count.sum(0) >= MIN_PAIRS) & ((differences.count >= 5).sum(0) >= MIN_SOURCES)
     if not enough.any():
         return NotChecked(f"no class is the target of {MIN_PAIRS} pairs from {MIN_SOURCES} other classes")
     findings = []

@@ -55,27 +55,26 @@ class Verdict:
         return [name for name, *_, note in self.classes if BEYOND in note]
 
 
-def verdict(card: Mapping[str, Any], no_label_known: bool = False) -> Verdict:
+def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     """Judges a model by its held-out figures.
 
-    No-go: the data have labels, none of which is a class of the model (``no_label_known``); the lower bound of the
-    balanced accuracy is not above 1 / K, that of always naming the most frequent class;
-    the same for the recall of half of the classes; a predictor that sees fewer than MIN_RECONSTRUCTED of the
-    reconstructions as it sees the images.
+    No-go: the data have labels, none of which is a class of the model (``foreign_labels``); the lower bound of the
+    balanced accuracy is not above 1 / K, that of always naming the most frequent class; the same for the recall of half
+    of the classes; a predictor that sees fewer than MIN_RECONSTRUCTED of the reconstructions as it sees the images.
     With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind logistic regression on
     principal components; reconstructions with more than MAX_ERROR of the mean image's error, or of which the judge
     recognises MAX_LOST fewer than of the images; a target out of reach; an agreement with the predictor below
     MIN_FIDELITY; a VAE of fewer than MIN_UPDATES. Sound otherwise.
 
-    ``card`` is model.json, with ``evaluation``, ``target_probs`` and, where the ensemble learned from a predictor,
-    ``predictor``.
+    ``card`` is model.json, with ``evaluation``, ``target_probs``, ``vae_updates`` and, where the ensemble learned from
+    a predictor, ``predictor``.
     """
     evaluation, told = card.get("evaluation") or {}, card.get("predictor") or {}
     per_class = {name: part for name, part in (evaluation.get("per_class") or {}).items() if part["images"]}
     if not per_class and "codes" not in told:
         return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
     no_go, care, figures = judge_fidelity(told) if "codes" in told else ([], [], [])
-    if no_label_known:
+    if foreign_labels:
         no_go.insert(0, "none of the labels of the data is one of its classes: it was trained on another data set")
     classes: list[tuple[str, str, str, str, str]] = []
     if per_class:
@@ -114,20 +113,13 @@ def verdict(card: Mapping[str, Any], no_label_known: bool = False) -> Verdict:
                 f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "
                 f"tenths of the real images get a probability below {MIN_REACHED:g}; searches ask for more by default"
             )
-    if (updates := vae_updates(card)) < MIN_UPDATES:
+    updates = card.get("vae_updates")
+    if updates is not None and updates < MIN_UPDATES:
         care.append(f"its VAE was trained for {updates} updates, of {MIN_UPDATES:,} or more by default: a first look")
     level = "no-go" if no_go else "with care" if care else "sound"
     reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
     sentence = f"{OPENINGS[level]}{', because ' + (no_go + care)[0] if reasons else ''}."
     return Verdict(level, sentence, tuple(reasons), tuple(figures), tuple(classes))
-
-
-def vae_updates(card: Mapping[str, Any]) -> float:
-    """Updates that the VAE was trained for; infinite where the card does not say."""
-    training, images = (card.get("plan") or {}).get("vae_training"), (card.get("data") or {}).get("images")
-    if not training or not images:
-        return math.inf
-    return int(training["epochs"]) * math.ceil(images / training["batch_size"])
 
 
 def judge_fidelity(told: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:

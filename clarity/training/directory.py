@@ -15,7 +15,7 @@ from clarity.rows import logits_rows
 from clarity.training.attributes import fit_heads
 from clarity.training.distil import MEASURED_IMAGES, fidelity, original_probs
 from clarity.training.evaluate import BASELINE_IMAGES, evaluate, evenly
-from clarity.training.loops import Log, join_states, member_states, weights_of
+from clarity.training.loops import Log, join_states, member_states, num_updates, weights_of
 from clarity.training.plan import EXTRAS, TEACHERS, TrainingPlan
 from clarity.training.stages import (
     STAGES,
@@ -126,6 +126,7 @@ def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
             probs = original_probs(predictor, plan.held_out, list_images(plan.held_out), some, plan.preprocessing)
             measured["predictor"] |= fidelity(model, predictor, some, probs)
     card = {"data": plan.data, "plan": plan.describe(), "precision": plan.precision, **measured}
+    card["vae_updates"] = num_updates(plan.vae_training, plan.data["images"])
     save_model(model, plan.out, card=card | ({"recipe": plan.recipe} if plan.recipe else {}))
     storage.delete_tree(plan.file())
     return model

@@ -66,8 +66,10 @@ def test_summarise_counts(filled: str) -> None:
     found = read_audit(filled).summary()
     pairs = read_audit(filled).counterfactuals.to_table()
     assert found["images"] == 5
-    assert found["errors"] == [{"error": "truncated PNG", "images": 1, "first": "c"}]
+    assert found["errors"] == {"truncated PNG": 1} and found["first_unread"] == {"truncated PNG": "c"}
     assert "           1 x truncated PNG (c)\n" in describe(found | ENDED)
+    written_before = {name: value for name, value in found.items() if name != "first_unread"}
+    assert "           1 x truncated PNG\n" in describe(written_before | ENDED)
     assert found["pairs"] == len(pairs) == 12
     assert found["converged"] == pc.sum(pairs["converged"]).as_py()
     assert found["median_steps"] == 7

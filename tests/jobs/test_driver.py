@@ -153,8 +153,8 @@ def test_resources_describe_themselves() -> None:
 
 def test_actors_of_one_core_read_and_write_where_nobody_waits() -> None:
     small, large, gpu = (actors.plan_resources([each], num_shards=9) for each in (node(2), node(16), node(8, 1)))
-    assert [each.alone("/audits/digits") for each in (small, large, gpu)] == [True, False, False]
-    assert not small.alone("s3://bucket/audit")
+    assert [each.actors_write("/audits/digits") for each in (small, large, gpu)] == [True, False, False]
+    assert not small.actors_write("s3://bucket/audit")
 
 
 def test_progress_advises_by_the_shard_that_reaches_least(capsys: pytest.CaptureFixture[str]) -> None:

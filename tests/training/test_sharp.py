@@ -71,6 +71,7 @@ def test_finished_model_takes_a_sharp_decoder_and_keeps_all_else(folder: Path, t
     after = trained(plan_of(folder, tmp_path, "sharp"))
     assert {name: files_of(tmp_path)[name] for name in files} == files
     loaded = clarity.load(tmp_path)
+    assert loaded.card["vae_updates"] == 3 * (108 // 16), "those of the plain VAE"
     assert before.sharp is None and loaded.sharp is not None and "sharp decoder" in repr(loaded)
     assert loaded.fingerprint == after.fingerprint != before.fingerprint
     z = torch.randn((7, 5), generator=torch.Generator().manual_seed(1))
