@@ -16,8 +16,10 @@ from shards import make_tables
 from clarity import storage
 from clarity.audit.commits import claim, commit_shard, to_parquet
 from clarity.audit.plan import Plan
+from clarity.audit.queries import connect
 from clarity.audit.read import read_audit
 from clarity.audit.summary import describe, summarise, unreached
+from clarity.findings.finding import gather
 
 
 def test_files_explain_themselves(plan: Plan, filled: str) -> None:
@@ -95,6 +97,8 @@ def test_summarise_warns_of_a_model_of_another_data_set(filled: str) -> None:
     found = summarise(audit.plan, commits, pads.dataset(strange), audit.counterfactuals)
     labelled = len(codes) - codes["label_name"].null_count
     assert found["warnings"][0].startswith(f"None of the {labelled} labels of the data is a class of the model (")
+    assert replace(audit, codes=pads.dataset(strange)).summary()["verdict"]["level"] == "no-go"
+    assert gather(connect(strange, audit.counterfactuals), audit.class_names).verdict.level == "no-go"
     assert found["warnings"][1].startswith("3 images hold values above the range")
     assert describe(found | ENDED).splitlines()[0].startswith("WARNING    None of the")
 
