@@ -71,7 +71,7 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     """
     evaluation, told = card.get("evaluation") or {}, card.get("predictor") or {}
     per_class = {name: part for name, part in (evaluation.get("per_class") or {}).items() if part["images"]}
-    if not per_class and "codes" not in told and not foreign_labels:
+    if not per_class and "codes" not in told:
         return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
     no_go, care, figures = judge_fidelity(told) if "codes" in told else ([], [], [])
     if foreign_labels:

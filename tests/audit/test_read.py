@@ -20,6 +20,7 @@ from clarity.audit.queries import connect
 from clarity.audit.read import read_audit
 from clarity.audit.summary import describe, summarise, unreached
 from clarity.findings.finding import gather
+from clarity.findings.verdict import Verdict
 
 
 def test_files_explain_themselves(plan: Plan, filled: str) -> None:
@@ -87,7 +88,7 @@ def test_summarise_counts(filled: str) -> None:
     assert slowest["pairs"] == len(mine) and slowest["mean_steps"] == round(pc.mean(mine["steps"]).as_py(), 1)
 
 
-def test_summarise_warns_of_a_model_of_another_data_set(filled: str) -> None:
+def test_summarise_warns_of_a_model_of_another_data_set(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     audit = read_audit(filled)
     codes = audit.codes.to_table()
     assert audit.summary()["warnings"] == []
@@ -97,8 +98,12 @@ def test_summarise_warns_of_a_model_of_another_data_set(filled: str) -> None:
     found = summarise(audit.plan, commits, pads.dataset(strange), audit.counterfactuals)
     labelled = len(codes) - codes["label_name"].null_count
     assert found["warnings"][0].startswith(f"None of the {labelled} labels of the data is a class of the model (")
-    assert replace(audit, codes=pads.dataset(strange)).summary()["verdict"]["level"] == "no-go"
-    assert gather(connect(strange, audit.counterfactuals), audit.class_names).verdict.level == "no-go"
+    for module in ("audit.read", "findings.finding"):  # whose model has no figures here
+        monkeypatch.setattr(f"clarity.{module}.verdict", lambda card, foreign: Verdict(f"foreign {foreign}", ""))
+    for foreign, table in ((False, codes), (True, strange)):
+        level = f"foreign {foreign}"
+        assert replace(audit, codes=pads.dataset(table)).summary()["verdict"]["level"] == level
+        assert gather(connect(table, audit.counterfactuals), audit.class_names).verdict.level == level
     assert found["warnings"][1].startswith("3 images hold values above the range")
     assert describe(found | ENDED).splitlines()[0].startswith("WARNING    None of the")
 

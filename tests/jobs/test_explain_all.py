@@ -49,6 +49,15 @@ def flags(model: Path, out: Path, *more: str) -> list[str]:
     return ["--model", str(model), "--out", str(out), *FLAGS, *more]
 
 
+def test_actors_of_one_core_write_the_same_files(
+    job: Any, tiny_digits_model: Path, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert job.main(flags(tiny_digits_model, tmp_path / "audit", "--actors", "2")) == 0
+    assert "2 actors on 1 node, each 0.5 CPU, 1 thread\n" in capsys.readouterr().out
+    assert files_of(tmp_path / "audit") == undisturbed[1]
+
+
 def test_job_fills_an_audit(undisturbed: tuple[Path, dict[str, bytes]]) -> None:
     out, _ = undisturbed
     found = verify(out, redecode=redecoder(out))
