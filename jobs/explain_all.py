@@ -21,7 +21,7 @@ from clarity import data, planning, storage
 from clarity.audit.commits import MAX_ATTEMPTS, Claim, claim
 from clarity.audit.plan import Plan, read_plan, rows_per_shard, shard_table
 from clarity.audit.read import read_audit
-from clarity.audit.summary import describe, describe_plan, require_readable
+from clarity.audit.summary import describe, describe_extent, describe_plan, require_readable
 from clarity.audit.verify import verify
 from clarity.checks import Requirements
 from clarity.methods import METHODS
@@ -29,7 +29,7 @@ from clarity.model import Model, load_model
 from clarity.notebook import redecoder
 from clarity.predictions import add_predictions, describe_coverage, read_predictions
 from clarity.predictor import load_predictor
-from clarity.report.page import write_report
+from clarity.report.page import report_of
 from clarity.search import ENGINES, SearchConfig, cpu_engines
 from clarity.worker import ExplainShard, Work, explain_here, read_shard, shard_item, write_shard
 
@@ -121,8 +121,8 @@ def explain_all(args: Namespace) -> int:
             fill(args, held, resources, work, items)
         print(f"model      {model_uri}\naudit      {out}")
         if held.complete:
-            if not args.no_report and not storage.exists(storage.join(out, "report.html")):
-                print(f"report     {storage.display(write_report([out]).uri)}")
+            if not args.no_report:
+                print(f"report     {storage.display(report_of(out))}")
             require_readable(held.summary())
         return 0 if held.complete else 1
 
@@ -142,7 +142,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, items: 
     driver.interruptible()
     offered = [] if resources.gpus_per_actor else [names for _, names in driver.on_each_node(cpu_engines)]
     args.engine = planning.shared_engine(args.engine, plan.method, offered, held.keep_one_engine())
-    print(f"{plan.num_images} images, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
+    print(f"{describe_extent(plan)}, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
     failures: dict[int, dict[str, Any]] = {}
     for _ in range(MAX_ATTEMPTS):
         todo = [shard for shard in held.pending if "given_up" not in failures.get(shard, {})]

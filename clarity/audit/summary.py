@@ -81,8 +81,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         *(f"           {reason}" for reason in model["reasons"][1:]),
         f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
         *(f"           {reason}" for reason in reasons_unread(summary)),
-        *(f"left out   {count} {reason}" for reason, count in summary.get("left_out", {}).items()),
-        *(f"note       {note}" for note in summary.get("notes", [])),
+        *about_data(summary),
     ]
     if given := summary.get("predictions"):
         agree = share(given["agree"], given["images"])
@@ -113,6 +112,20 @@ def describe(summary: Mapping[str, Any]) -> str:
     if summary.get("committed", 0) < summary.get("planned", 0):
         lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command resumes")
     return "\n".join(lines)
+
+
+def describe_extent(plan: Plan) -> str:
+    """How many images an audit is to explain, and of which split."""
+    split = plan.dataset["split"]
+    return f"{plan.num_images} images{'' if split == 'all' else f' of split {split}'}"
+
+
+def about_data(found: Mapping[str, Any]) -> list[str]:
+    """What a listing left out and how it was read, as lines; of a summary, or of a plan's data set."""
+    return [
+        *(f"left out   {count} {reason}" for reason, count in found.get("left_out", {}).items()),
+        *(f"note       {note}" for note in found.get("notes", [])),
+    ]
 
 
 def reasons_unread(summary: Mapping[str, Any]) -> list[str]:
@@ -153,7 +166,8 @@ def describe_plan(plan: Plan, uri: str, measured: Mapping[str, Any], num_actors:
     seconds = plan.num_images * measured["seconds_per_image"] / max(1, num_actors)
     size = plan.num_images * measured["bytes_per_image"]
     lines = [
-        f"images     {plan.num_images}",
+        f"explains   {describe_extent(plan)}",
+        *about_data(plan.dataset),
         f"pairs      {plan.num_images * plan.pairs_per_image} at most",
         f"shards     {len(plan.shards)} of {plan.shards[0]['stop']} images",
         f"files      {len(plan.shards) * (3 + bool(plan.trace))}, {size / 1e6:.1f} MB in all",

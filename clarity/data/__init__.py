@@ -163,6 +163,7 @@ def list_images(dataset: Dataset) -> pa.Table:
     where = where_of(dataset)
     if not len(ids):
         reasons = "".join(f"; left out: {count} {reason}" for reason, count in left_out(listing).items())
+        reasons += "".join(f"; {note}" for note in notes(listing))
         raise ValueError(
             f"expected images in split {dataset.split!r} of {where}, found none{reasons}: check the path and its "
             f"layout ({SOURCES[dataset.source].doc}), or choose another split"

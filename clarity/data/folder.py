@@ -15,6 +15,7 @@ from clarity.data.listing import (
     drop_no_label,
     foreign_format,
     make_listing,
+    note_of_tenth,
     some,
     split_named,
     split_within,
@@ -45,6 +46,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
     depth = 1 if tops else 0  # of the class in a path
     classes = {parts[depth] for file in images if len(parts := file.path.split("/")) > depth + 1}
     table = read_labels(dataset, list(tops), [file.path for file in images], len(classes) > 1)
+    told = list(table.notes)
     if dataset.split != "all":
         splits: list[str | None]
         paths = [file.path for file in images]
@@ -54,6 +56,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
             splits = [table.splits.get(path) for path in paths]
         else:
             splits = [split_of(printable(path)) for path in paths]
+            told += note_of_tenth(dataset, splits.count(dataset.split), len(paths))
         left_out["images for which the table of labels names no split"] = splits.count(None)
         images = [file for file, split in zip(images, splits) if split == dataset.split]
     folders = [storage.join(root, top) for top in tops if dataset.split in ("all", tops[top])] or [root]
@@ -61,7 +64,6 @@ def list_folder(dataset: Dataset) -> pa.Table:
     left_out[f"class folders that are links to others ({some(links)})"] = len(links)
     left_out[f"class folders without an image ({some(empty)})"] = len(empty)
     paths = [file.path for file in images]
-    told = list(table.notes)
     if table.labels:
         names = [table.labels.get(path) for path in paths]
         left_out |= table.left_out

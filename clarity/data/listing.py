@@ -123,6 +123,16 @@ def drop_no_label(listing: pa.Table) -> pa.Table:
     return annotate(listing, sentences=[f"{count} images have the label -1, which is read as no label"])
 
 
+def note_of_tenth(dataset: Dataset, listed: int, total: int) -> list[str]:
+    """The note on images that the data does not split, of which ``listed`` are of its split by their ids."""
+    tests = listed if dataset.split == "test" else total - listed
+    text = (
+        f"the data names no splits: {tests} of {total} images, chosen by their ids, are the split test, the others the "
+        "split train (split all: every image)"
+    )
+    return [text] if total else []
+
+
 def names_of(columns: Iterable[str]) -> str:
     """Names of columns in a message."""
     return ", ".join(columns) or "none"

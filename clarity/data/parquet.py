@@ -29,6 +29,7 @@ from clarity.data.listing import (
     is_text,
     make_listing,
     names_of,
+    note_of_tenth,
     require_once,
     split_named,
     split_within,
@@ -55,17 +56,18 @@ class ParquetPart:
 
 def list_parquet(dataset: Dataset) -> pa.Table:
     """The rows of every Parquet file of a data set."""
-    tables, others = [], 0
+    tables, others, listed, by_id = [], 0, 0, 0
     for part in list_parts(dataset):
-        table, dropped = list_part(dataset, part)
+        table, dropped, rows = list_part(dataset, part)
         tables.append(table)
         others += dropped
+        listed, by_id = listed + len(table) * (rows > 0), by_id + rows
     try:
         listing = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(f"attributes: expected one type in all files of {dataset.data}, found {error}") from None
     counts = {"rows whose split is none of train, validation and test": others}
-    return annotate(drop_no_label(listing), counts)
+    return annotate(drop_no_label(listing), counts, note_of_tenth(dataset, listed, by_id))
 
 
 def list_parts(dataset: Dataset) -> list[ParquetPart]:
@@ -120,8 +122,8 @@ def read_path(dataset: Dataset, path: str) -> tuple[str | None, dict[str, str | 
     return next(iter(splits.values()), None), keys
 
 
-def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int]:
-    """The listing of one file, and how many of its rows belong to no split."""
+def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int, int]:
+    """The listing of one file, how many of its rows belong to no split, and how many of all have it by their ids."""
     table, columns = read_columns(dataset, part)
     rows = np.arange(len(table))
     prefix = f"{part.path}#" if part.path else ""
@@ -132,9 +134,10 @@ def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int]:
         for name in dataset.attributes
     ]
     keep, others = rows_of_split(dataset, part, columns.get("split"), ids)
+    by_id = 0 if part.split or "split" in columns or dataset.split == "all" else len(rows)
     same = [[value] * len(rows) for value in (part.path, part.size)]
     listing = make_listing(dataset, ids, same[0], rows, same[1], labels, attributes)
-    return listing.filter(pa.array(keep)), others
+    return listing.filter(pa.array(keep)), others, by_id
 
 
 def read_columns(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, dict[str, pa.Array]]:

@@ -82,6 +82,12 @@ def write_report(
     )
 
 
+def report_of(audit: str) -> str:
+    """URI of the page of one audit, which is written where there is none."""
+    uri = storage.join(audit, "report.html")
+    return uri if storage.exists(uri) else write_report([audit]).uri
+
+
 def render(
     views: Sequence[View],
     sample: Sample,

@@ -53,6 +53,21 @@ def test_folder_knows_the_usual_names_of_splits(train: str, other: str, split: s
     assert set(listed(tmp_path, "all").values()) == {"cat", "dog"}
 
 
+def test_folder_without_splits_says_how_many_images_its_ids_hold_out(tmp_path: Path) -> None:
+    write_images(tmp_path, *(f"cat/{number}.png" for number in range(40)))
+    counts = {split: len(listed(tmp_path, split)) for split in ("train", "test")}
+    assert sum(counts.values()) == 40 and 0 < counts["test"] < 10
+    said = f"the data names no splits: {counts['test']} of 40 images, chosen by their ids, are the split test"
+    for split in counts:
+        (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, split)))
+        assert note.startswith(said)
+    assert data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all"))) == []
+    few = tmp_path / "few"
+    write_images(few, "cat/0.png")
+    with pytest.raises(ValueError, match=r"found none; the data names no splits: 0 of 1 images"):
+        listed(few, "held-out")
+
+
 @pytest.mark.parametrize(
     ("train", "test"), [("Final_Training", "Final_Test"), ("seg_train", "seg_test"), ("train2017", "TestImages")]
 )

@@ -35,6 +35,17 @@ def test_parquet_has_optional_labels_ids_and_splits(tmp_path: Path) -> None:
     assert data.left_out(listing) == {"rows whose split is none of train, validation and test": 1}
 
 
+def test_parquet_without_splits_says_how_many_rows_its_ids_hold_out(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pq.write_table(parquet_table(30), tmp_path / f"{name}.parquet")
+    tests = len(listed(tmp_path, "test", "parquet"))
+    for split in ("train", "test"):
+        (note,) = data.notes(data.list_images(data.open_dataset("parquet", tmp_path, split)))
+        assert note.startswith(f"the data names no splits: {tests} of 60 images, chosen by their ids")
+    pq.write_table(parquet_table(2, split=["train", "test"]), tmp_path / "x.parquet")
+    assert data.notes(data.list_images(data.open_dataset("parquet", tmp_path / "x.parquet", "test"))) == []
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_parquet_images_may_be_plain_bytes(kind: pa.DataType, tmp_path: Path) -> None:
     ids = pa.array(["x", "y"], pa.string_view())

@@ -90,6 +90,20 @@ def test_job_reports_a_finished_audit(
     assert files_of(out) == files
 
 
+def test_job_ends_alike_on_a_new_and_on_a_finished_audit(
+    job: Any, tiny_digits_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--limit", "4", "--max-steps", "3", "--min-target-prob", "0.4"]
+    argv = ["--model", str(tiny_digits_model), "--out", str(tmp_path / "audit"), *few]
+    ends = []
+    for first in ("4 images of split test, 1 of 1 shards to do", "already complete"):
+        assert job.main(argv) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(first)
+        ends.append(lines[next(i for i, line in enumerate(lines) if line.startswith("model ")) :])
+    assert ends[0] == ends[1] and ends[0][-1] == f"report     {tmp_path / 'audit/report.html'}"
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -153,7 +167,7 @@ def test_job_says_what_it_would_do(
 ) -> None:
     assert job.main(flags(tiny_digits_model, tmp_path / "audit", "--dry-run")) == 0
     printed = capsys.readouterr().out
-    for line in ("images     40", "pairs      360", "shards     6 of 7", "pairs/s", "1 actor on 1 node"):
+    for line in ("40 images of split test", "pairs      360", "shards     6 of 7", "pairs/s", "1 actor on 1 node"):
         assert line in printed
     assert not (tmp_path / "audit").exists()
 
