@@ -16,7 +16,7 @@ function el(tag, attributes, ...children) {
   for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
   return node;
 }
-const arrow = (s, t) => `${names[s]} → ${names[t]}`;
+const arrow = (s, t) => `${data.full_names[s]} → ${data.full_names[t]}`;
 // A label that the model does not know contradicts nothing.
 const isContradicted = (image) => image.label !== null && image.source !== null && image.label !== image.source;
 
@@ -178,11 +178,11 @@ function grid(a) {
   // Short names of columns stand upright where they are too wide for a cell.
   const widest = Math.max(...labels.map((label) => label.length), 2), upright = !isTiny && widest > (K > 14 ? 2 : 6) ? " upright" : "";
   const head = el("tr", {}, el("td", { class: "corner" }, isTiny ? "" : "source ↓ target →"),
-    names.map((name, t) => el("th", { scope: "col", title: name, "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))));
+    names.map((name, t) => el("th", { scope: "col", title: data.full_names[t], "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))));
   const rows = names.map((name, s) => {
     const cells = names.map((_, t) => el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a }));
     cells.forEach((cell, t) => fill(cell, s, t, a));
-    return el("tr", {}, el("th", { scope: "row", title: name, "aria-label": name }, s % every ? [] : labels[s]), cells);
+    return el("tr", {}, el("th", { scope: "row", title: data.full_names[s], "aria-label": name }, s % every ? [] : labels[s]), cells);
   });
   const table = el("table", { class: "grid" + size + upright, style: `--side: ${side}px; --names: ${widest}ch`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` },
     el("thead", {}, head), el("tbody", {}, rows));

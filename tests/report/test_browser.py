@@ -243,6 +243,14 @@ def test_page_of_long_names_keeps_its_width(chromium: Any, tmp_path: Path, tiny_
         assert chromium.execute_script(FITS)
         heads = chromium.find_elements("css selector", "#map thead th[scope=col]")
         assert len({head.text for head in heads[:4]}) == 4
+        assert {head.get_attribute("title") for head in heads} == set(names)
+        click(chromium, chromium.find_element("css selector", 'td[data-s="0"][data-t="3"]'))
+        buttons = chromium.find_elements("css selector", '.chip[href^="#pair"], #gallery .small-button')
+        shown = [" ".join(button.text.lstrip("⇄ ").split()) for button in buttons]
+        pairs = {" ".join(f"{a} → {b}".split()) for a in names for b in names if a != b}
+        assert len(shown) > 3 and not {*shown} - pairs - {"To the map"}
+        for button in buttons:  # nothing is cut
+            assert chromium.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth + 2", button)
 
 
 def test_page_names_everything_for_a_screen_reader(chromium: Any, page: str) -> None:
