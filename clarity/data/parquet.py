@@ -1,5 +1,6 @@
 """Parquet files with a column of encoded images, plain or as Hugging Face lays them out."""
 
+import errno
 import functools
 import itertools
 import json
@@ -41,6 +42,7 @@ from clarity.images import EXTENSIONS, UnreadableImage
 BROKEN = (OSError, ValueError)
 BROKEN_FILE = "expected the Parquet file that was listed, found it broken: restore it"
 NO_BYTES = "expected the bytes of an image, found null: fill or drop the row"
+NO_PATH = "expected the path of an image, found text that cannot be one: correct or drop the row"
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int, int]:
     prefix = f"{part.path}#" if part.path else ""
     ids = columns.get("image_id", pa.array([f"{prefix}{row:08d}" for row in rows], pa.string()))
     labels = columns.get("label", pa.nulls(len(rows), pa.string()))
+    labels = pc.if_else(pc.equal(labels, ""), pa.scalar(None, pa.string()), labels)  # as in a table of text
     attributes = [
         attribute_column(part.uri, name, table[name]) if name in table.column_names else pa.nulls(len(rows))
         for name in dataset.attributes
@@ -193,20 +196,32 @@ def image_kind(dataset: Dataset, uri: str, parquet: pq.ParquetFile) -> str:
             f"one holds the images, as in columns image={likely}"
         )
     found = fields.field(name).type
-    kind = "path" if is_text(found) else kind_of(found)
+    kind = "path" if is_text(plain_type(found)) else kind_of(found)
     if kind is None:
         raise ValueError(
             f"expected a column {name} of bytes or struct<bytes, path> in {storage.display(uri)}, found {found}: store "
             "the files of the images in it"
         )
-    if kind == "struct" and found.get_field_index("path") >= 0:
+    if kind == "struct" and has_paths(found):
         nulls = null_count(parquet, f"{name}.bytes")
         return "path" if nulls and nulls == parquet.metadata.num_rows else kind
     return kind
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a column, however they are encoded."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def has_paths(kind: pa.DataType) -> bool:
+    """Whether a struct of bytes and path holds paths: they are text; numbers are not."""
+    index = kind.get_field_index("path")
+    return index >= 0 and is_text(plain_type(kind.field(index).type))
+
+
 def kind_of(kind: pa.DataType) -> str | None:
     """Whether a type holds images as "bytes" or as a "struct" of bytes; None: neither."""
+    kind = plain_type(kind)
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return "struct" if index >= 0 and kind_of(kind.field(index).type) == "bytes" else None
@@ -235,7 +250,7 @@ def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile) ->
         return
     values = batch.column(0).to_pylist()
     paths = [path for value in values if (path := value["path"] if isinstance(value, dict) else value)]
-    if not any(storage.exists(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
+    if not any(is_there(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
         what = f"paths such as {paths[0]!r}, with no file there" if paths else "only null"
         raise ValueError(
             f"expected images in column {name} of {storage.display(part.uri)}, found {what}: store the bytes of the "
@@ -249,6 +264,16 @@ def path_uris(dataset: Dataset, uri: str, path: str) -> list[str]:
         return [path]
     head, _, options = uri.rpartition(f"/{storage.name(uri)}")
     return list(dict.fromkeys([storage.join(head + options, path), storage.join(str(dataset.data), path)]))
+
+
+def is_there(path: str) -> bool:
+    """Whether a path leads to something; no name that is too long for a file does."""
+    try:
+        return storage.exists(path)
+    except storage.StorageError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def join_key(part: ParquetPart, name: str, column: pa.Array | None, count: int) -> pa.Array:
@@ -326,8 +351,8 @@ def read_part(dataset: Dataset, uri: str, numbers: np.ndarray) -> Iterator[tuple
         name, kind = dataset.column("image"), image_kind(dataset, uri, parquet)
         leaves, column = [name], parquet.schema_arrow.field(name).type
         if pa.types.is_struct(column):
-            has_paths = column.get_field_index("path") >= 0 and null_count(parquet, f"{name}.bytes") != 0
-            leaves = [f"{name}.bytes"] * (kind != "path") + [f"{name}.path"] * has_paths
+            some_paths = has_paths(column) and null_count(parquet, f"{name}.bytes") != 0
+            leaves = [f"{name}.bytes"] * (kind != "path") + [f"{name}.path"] * some_paths
         groups = np.searchsorted(ends, numbers, side="right")
         for group in np.unique(groups):
             pending = np.flatnonzero(groups == group).tolist()
@@ -350,11 +375,16 @@ def content_of(dataset: Dataset, uri: str, value: bytes | str | dict[str, bytes 
     """The image of one value of the image column: its bytes, or the file that its path leads to."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None or value == "":
+        return UnreadableImage(NO_BYTES)
     if isinstance(value, str):
         uris = path_uris(dataset, uri, value)
-        found = next((path for path in uris[:-1] if storage.exists(path)), uris[-1])
-        return read_file(found, None, named_by=uri)
-    return UnreadableImage(NO_BYTES) if value is None else value
+        try:
+            found = next((path for path in uris[:-1] if is_there(path)), uris[-1])
+            return read_file(found, None, named_by=uri)
+        except ValueError:  # as of text with a null character
+            return UnreadableImage(NO_PATH)
+    return value
 
 
 def read_row_group(uri: str, parquet: pq.ParquetFile, group: int, leaves: list[str]) -> Iterator[pa.RecordBatch]:

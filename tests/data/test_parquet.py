@@ -1,5 +1,6 @@
 """Parquet files: columns, row groups, memory."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -265,6 +266,56 @@ def test_parquet_with_two_columns_of_a_name_is_refused(name: str, tmp_path: Path
 def test_parquet_labels_of_any_type_of_text_or_whole_numbers(labels: pa.Array, tmp_path: Path) -> None:
     pq.write_table(parquet_table(3, label=labels), tmp_path / "x.parquet")
     assert list(listed(tmp_path, source="parquet").values()) == ["1", "2", None]
+
+
+NULL = "expected the bytes of an image, found null: fill or drop the row"
+NO_PATH = "expected the path of an image, found text that cannot be one: correct or drop the row"
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "reason"),
+    [
+        (pa.int64(), 7, NULL),
+        (pa.binary(), b"x.png", NULL),
+        (pa.list_(pa.string()), ["x.png"], NULL),
+        (pa.null(), None, NULL),
+        (pa.string(), None, NULL),
+        (pa.string(), "", NULL),
+        (pa.string(), "a\0b", NO_PATH),
+        (pa.string(), "a" * 5000, "expected a file, found none that can be read (File name too long): restore it"),
+    ],
+)
+def test_parquet_rows_with_neither_bytes_nor_a_path_say_so(
+    kind: pa.DataType, path: Any, reason: str, tmp_path: Path
+) -> None:
+    struct = pa.struct([("bytes", pa.large_binary()), ("path", kind)])
+    rows = [{"bytes": None, "path": path}, {"bytes": encoded(random_pixels(0)), "path": path}, None]
+    pq.write_table(pa.table({"image": pa.array(rows, struct)}), tmp_path / "x.parquet")
+    for where in (tmp_path, tmp_path / "x.parquet"):
+        assert read(where, "parquet")["error"].to_pylist() == [reason, None, NULL]
+    if not isinstance(path, str):
+        pq.write_table(pa.table({"image": pa.array([*rows[:1], None], struct)}), tmp_path / "x.parquet")
+        with contextlib.suppress(ValueError):  # only null
+            assert read(tmp_path, "parquet")["error"].to_pylist() == [NULL, NULL]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.uint8()), pa.list_(pa.binary()), pa.int64(), pa.null()])
+def test_parquet_images_of_other_types_are_refused(kind: pa.DataType, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.nulls(2, kind)}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"expected a column image of bytes or struct<bytes, path>"):
+        listed(tmp_path, source="parquet")
+
+
+def test_parquet_images_may_be_encoded_as_a_dictionary(tmp_path: Path) -> None:
+    write_images(tmp_path, "0.png")
+    for images in (pa.array([encoded(random_pixels(0))] * 2), pa.array(["0.png"] * 2)):
+        pq.write_table(pa.table({"image": images.dictionary_encode()}), tmp_path / "x.parquet")
+        assert np.array_equal(pixels_of(read(tmp_path, "parquet"))[:, 0], [random_pixels(0)] * 2)
+
+
+def test_parquet_label_of_empty_text_is_none(tmp_path: Path) -> None:
+    pq.write_table(parquet_table(2, label=["", "a"]), tmp_path / "x.parquet")
+    assert list(listed(tmp_path, source="parquet").values()) == [None, "a"]
 
 
 @pytest.mark.parametrize("struct", [True, False])
