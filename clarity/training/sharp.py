@@ -94,10 +94,10 @@ def train_sharp(
             with mixed_precision(precision, device):
                 drawn = decoder(mean + torch.exp(0.5 * log_var) * noise.to(device))
                 (wanted, real), (found, fake) = critic(x), critic(drawn)
-            l1, guided = (drawn - x).abs().mean(), torch.zeros((), device=device)
-            if guide is not None:
-                guided = guide_loss(guide, drawn, x)
-            features = sum((a - b.detach()).abs().mean() for a, b in zip(found, wanted))
+                guided = torch.zeros((), device=device) if guide is None else guide_loss(guide, drawn, x)
+            # Means are taken in float32 even where the networks ran in bfloat16.
+            real, fake, l1 = real.float(), fake.float(), (drawn.float() - x).abs().mean()
+            features = sum((a.float() - b.detach().float()).abs().mean() for a, b in zip(found, wanted))
             loss = l1 + FEATURE_WEIGHT * features + GUIDE_WEIGHT * guided
             hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
             gradients = torch.autograd.grad(loss - ADVERSARIAL_WEIGHT * fake.mean(), drawing, retain_graph=True)

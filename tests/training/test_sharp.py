@@ -19,6 +19,7 @@ from clarity.data import open_dataset
 from clarity.explainer import Explainer
 from clarity.ids import in_judges_half
 from clarity.images import encode_png
+from clarity.judges import build_judge
 from clarity.model import Model, load_tensors, save_model
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
@@ -148,6 +149,15 @@ def test_guide_makes_pictures_show_what_images_show(monkeypatch: pytest.MonkeyPa
             excess.append(float(guide_loss(guide, decoder(vae.encode(x)[0]), x) - guide_loss(guide, x, x)))
     assert excess[1] < 0.8 * excess[0]
     assert last.metrics["guide"] > 0
+
+
+def test_training_in_bf16_with_a_guide_comes_close_and_keeps_float32_weights() -> None:
+    images, _ = bars()
+    vae, guide = networks.small_vae("conv", (1, 8, 12)), build_judge((1, 8, 12), 3).eval().requires_grad_(False)
+    epochs = [list(train_sharp(images, vae, TRAINING, guide, precision=name))[-1] for name in ("fp32", "bf16")]
+    full, short = (epoch.metrics for epoch in epochs)
+    assert short == pytest.approx(full, rel=0.05) and short["guide"] != full["guide"]
+    assert {value.dtype for value in decoder_of(epochs[1].state()).values() if value.ndim} == {torch.float32}
 
 
 def test_guide_learns_what_is_known_of_images_that_the_judge_has_not_seen(
