@@ -45,7 +45,8 @@ def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = Non
         if kind == "misclassified" and not value:
             only = "misclassified"
         elif kind == "label" and value:
-            names, known = value.split(","), listing["label_name"].unique().drop_null().to_pylist()
+            known = listing["label_name"].unique().drop_null().to_pylist()
+            names = [value] if value in known else value.split(",")  # a name may hold commas itself
             if unknown := sorted(set(names) - set(known)):
                 raise ValueError(f"where: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}")
             listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))

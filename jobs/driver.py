@@ -8,6 +8,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import difflib
 import gc
 import inspect
 import io
@@ -24,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import actors
 import pyarrow as pa
@@ -75,9 +76,20 @@ Config = TypeVar("Config")
 Notes = Iterator[tuple[int, dict[str, Any]]]
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is one line, with the flag that was probably meant, instead of the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        unknown = re.findall(r"(?<= )--[\w-]+", message) if message.startswith("unrecognized") else []
+        near = [flag for word in unknown for flag in difflib.get_close_matches(word, self._option_string_actions, 1)]
+        meant = f"; did you mean {' '.join(near)}?" if near else ""
+        self.exit(2, f"error: {message}{meant} (--help lists all flags)\n")
+
+
 def new_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that shows the job's docstring as it is written."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_data_flags(parser: argparse.ArgumentParser, split: str, split_help: str) -> argparse._ArgumentGroup:

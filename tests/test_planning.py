@@ -43,6 +43,8 @@ def test_choose_keeps_what_every_condition_asks(tmp_path: Path) -> None:
     assert choose(LISTING)[1] == "all"
     assert choose(LISTING, ["label=ant"])[0]["image_id"].to_pylist() == ["a", "d"]
     assert choose(LISTING, ["label=ant,bee", f"ids={tmp_path}/ids"])[0]["image_id"].to_pylist() == ["b", "d"]
+    commas = pa.table({"image_id": ["a", "b"], "label_name": ["ant, red", "bee"]})
+    assert choose(commas, ["label=ant, red"])[0]["image_id"].to_pylist() == ["a"]
     found, only = choose(LISTING, ["misclassified"], limit=3)
     assert (len(found), only) == (3, "misclassified") and set(found["image_id"].to_pylist()) < set("abcd")
 

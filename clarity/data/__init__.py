@@ -31,6 +31,7 @@ from clarity.data.listing import (
     Dataset,
     Source,
     annotate,
+    escaped,
     left_out,
     names_of,
     notes,
@@ -173,9 +174,9 @@ def list_images(dataset: Dataset) -> pa.Table:
 
 
 def unify_names(listing: pa.Table) -> pa.Table:
-    """The listing with each class name in one form of Unicode (NFC), and notes of names that look alike."""
+    """The listing with each class name in one form, see ``unified``, and notes of names that look alike."""
     names = pc.unique(listing["label_name"]).drop_null()
-    composed = Counter(pc.utf8_normalize(names, form="NFC").to_pylist())
+    composed = Counter(unified(names).to_pylist())
     told = [
         f"the class {name!r} is written in two ways that look alike (Unicode NFC and NFD), read as one"
         for name in sorted(composed)
@@ -190,8 +191,17 @@ def unify_names(listing: pa.Table) -> pa.Table:
         if len(alike) > 1
     ]
     index = listing.column_names.index("label_name")
-    listing = listing.set_column(index, "label_name", pc.utf8_normalize(listing["label_name"], form="NFC"))
+    listing = listing.set_column(index, "label_name", unified(listing["label_name"]))
     return annotate(listing, sentences=told)
+
+
+def unified(names: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Names of classes in one form of Unicode (NFC), on one line."""
+    names = pc.utf8_normalize(names, form="NFC")
+    different = [name for name in pc.unique(names).drop_null().to_pylist() if escaped(name) != name]
+    for character in sorted({*"".join(different)}):
+        names = pc.replace_substring(names, character, escaped(character))
+    return names
 
 
 def class_names_of(listing: pa.Table) -> tuple[str, ...]:
@@ -208,8 +218,7 @@ def class_names_of(listing: pa.Table) -> tuple[str, ...]:
 
 def label_indices(label_names: pa.Array | pa.ChunkedArray, class_names: Sequence[str]) -> pa.Array:
     """The index of each label in ``class_names``, int32; null for a missing or an unknown one."""
-    known = pc.utf8_normalize(pa.array(class_names, pa.string()), form="NFC")
-    found = pc.index_in(pc.utf8_normalize(label_names, form="NFC"), value_set=known)
+    found = pc.index_in(unified(label_names), value_set=unified(pa.array(class_names, pa.string())))
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 

@@ -29,6 +29,9 @@ PIECE = 1 << 16
 #: What stands for an image without a label among numbers.
 NO_LABEL = "-1"
 
+#: Characters that break the lines of a console or a table.
+CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+
 #: What a source reads for one row: a file's bytes, decoded pixels, or why there are none.
 Content = bytes | Image.Image | UnreadableImage
 
@@ -131,6 +134,11 @@ def note_of_tenth(dataset: Dataset, listed: int, total: int) -> list[str]:
         "split train (split all: every image)"
     )
     return [text] if total else []
+
+
+def escaped(text: str) -> str:
+    """Text with its control characters, such as line breaks, as escapes."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def names_of(columns: Iterable[str]) -> str:

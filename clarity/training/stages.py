@@ -128,7 +128,8 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
 def log_errors(images: LabelledImages, log: Log) -> None:
     """Logs how many images cannot be read, a line for each of the five most frequent reasons."""
     for reason, count in Counter(images.errors.values()).most_common(5):
-        log(f"left out: {count} images that cannot be read: {reason}")
+        first = next(image_id for image_id, error in images.errors.items() if error == reason)
+        log(f"left out: {count} images that cannot be read: {reason} ({first}{' and others' if count > 1 else ''})")
 
 
 def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:

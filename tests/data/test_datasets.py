@@ -23,6 +23,19 @@ def test_label_indices_are_null_for_what_the_model_does_not_know() -> None:
     assert found.to_pylist() == [2, None, 0, None, 2]
 
 
+def test_class_names_stay_on_one_line(tmp_path: Path) -> None:
+    write_images(tmp_path, "a/1.png", "b/2\n.png", "c\td/3.png")
+    (tmp_path / "labels.csv").write_text('file_name,label\na/1.png,"one\nuno"\n3.png,"x,y\u2028"\n')
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert listing["image_id"].to_pylist() == ["a/1.png", "b/2\n.png", "c\td/3.png"]
+    assert listing["label_name"].to_pylist() == ["one\\nuno", None, "x,y\\u2028"]
+    assert data.read_images(data.open_dataset("folder", tmp_path, "all"), listing, GREY)["error"].null_count == 3
+    (tmp_path / "labels.csv").unlink()
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert data.class_names_of(listing) == ("a", "b", "c\\td")
+    assert data.label_indices(listing["label_name"], ("c\td",)).to_pylist() == [None, None, 0]
+
+
 def test_class_names_are_sorted_as_numbers_where_they_are_numbers() -> None:
     assert data.class_names_of(pa.table({"label_name": ["10", "9", None, "2", "9"]})) == ("2", "9", "10")
     assert data.class_names_of(pa.table({"label_name": ["10", "9", "b"]})) == ("10", "9", "b")

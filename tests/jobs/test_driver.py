@@ -41,6 +41,20 @@ def test_plan_resources_knows_common_machines(
     assert (found.num_actors, found.cpus_per_actor, found.gpus_per_actor, found.threads_per_actor) == expected
 
 
+def test_a_misspelt_flag_is_answered_by_the_flag_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = driver.new_parser("A job.")
+    driver.add_data_flags(parser, "train", "Split")
+    for argv, said in (
+        (["--datasett", "folder"], "unrecognized arguments: --datasett folder; did you mean --dataset?"),
+        (["--qqq"], "unrecognized arguments: --qqq (--help"),
+        (["--dataset", "folders"], "argument --dataset: invalid choice: 'folders' (choose from"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(argv)
+        text = capsys.readouterr().err
+        assert said in text and len(text.splitlines()) == 1
+
+
 def test_plan_resources_uses_a_cluster_of_hundreds() -> None:
     found = actors.plan_resources([node(0)] + [node(16)] * 300, num_shards=20_000)
     assert (found.num_actors, found.cpus_per_actor) == (1800, 2.33)

@@ -67,6 +67,8 @@ def test_training_of_a_folder_writes_a_model_that_says_how_it_was_made(trained: 
     assert card["versions"]["clarity"] == clarity.__version__
     assert not (trained / "_training").exists()
     lines = (trained.parent / "log").read_text().splitlines()
+    unread = [line for line in lines if "cannot be read" in line]
+    assert unread and all(re.search(r"\(bar[01]/broken.png\)$", line) for line in unread)
     assert any(line.startswith("vae: epoch 3/3  loss ") for line in lines)
     assert any("accuracy" in line for line in lines)
     said = {line.partition(":")[0] for line in lines}
