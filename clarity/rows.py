@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,22 @@ def one_thread(threads: int | None = None) -> Iterator[int]:
         _THREADS.reset(token)
 
 
+@contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """On a GPU convolve in float32 inside the block, as products do, by algorithms that give the same bits each time.
+
+    By default cuDNN rounds what it multiplies to 10 bits (TF32): codes then move by 0.004 and a judge's probabilities
+    by 0.04, and a picture decoded on a CPU is another.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
+    cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = "ieee", True, False
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
+
+
 def in_blocks(
     function: Callable[..., Tensor], rows: Tensor, dim: int = 0, at_once: int | None = None, counted: bool = False
 ) -> Tensor:
@@ -78,7 +95,8 @@ def in_blocks(
 
     starts = range(0, max(len(rows), 1), size)
     if rows.device.type != "cpu":
-        return torch.cat([compute(start) for start in starts], dim)
+        with float32_convolutions():
+            return torch.cat([compute(start) for start in starts], dim)
     with one_thread() as threads:
         at_once = min(at_once or threads, len(starts))
         if at_once == 1:

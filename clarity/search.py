@@ -27,7 +27,7 @@ from clarity.objectives import (
     in_columns,
 )
 from clarity.refine import refine
-from clarity.rows import one_thread
+from clarity.rows import float32_convolutions, one_thread
 from clarity.updates import Adam, Jsma
 
 #: Slots of a block on a CPU. Part of the arithmetic and never tuned, since libraries choose kernels by shape. It is a
@@ -358,7 +358,7 @@ def descend(
     chosen = choose_engine(wanted, objective, fits and on_step is None, start.device.type)
 
     on_cpu = start.device.type == "cpu"
-    with one_thread() as torch_threads:
+    with one_thread() as torch_threads, float32_convolutions():
         run = Run(
             engine=chosen,
             update=update,

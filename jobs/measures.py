@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clarity import kernels
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.objectives import LatentObjective
-from clarity.rows import decode_rows, encode_rows
+from clarity.rows import decode_rows, encode_rows, float32_convolutions
 from clarity.search import SearchConfig, descend
 from clarity.training.loops import Codes, EnsembleTraining, VAETraining, train_latent_members, train_vae, weights_of
 from clarity.vae import VAE, vae_config
@@ -252,12 +252,13 @@ def time_networks(vae: VAE, name: str, device: str, repeats: int, scale: float) 
     }
     results = []
     for work, (ours, plain) in works.items():
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        with torch.inference_mode(), float32_convolutions(), FlopCounterMode(display=False) as counter:
             exact = plain()
         flop = counter.get_total_flops()
         for precision in ("float32", "bfloat16"):
             turns = []
-            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            short = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+            with torch.inference_mode(), float32_convolutions(), short:
                 for _ in range(repeats + 1):
                     turns.append((timed(ours, device), timed(plain, device), gemm(device, DTYPES[precision], scale)))
                 error = float((ours().float() - exact).abs().max())

@@ -7,7 +7,7 @@ import torch
 from networks import BUILD_NAMES, BUILDS, ENSEMBLES, points, small_vae
 
 from clarity import compiled
-from clarity.rows import decode_rows, encode_rows, logits_rows, one_thread, predict
+from clarity.rows import decode_rows, encode_rows, in_blocks, logits_rows, one_thread, predict
 from clarity.vae import VAES
 
 
@@ -96,6 +96,22 @@ def test_rows_reject_training_mode_and_wrong_shapes() -> None:
         encode_rows(vae, torch.zeros((2, 1, 8, 12), dtype=torch.uint8))
     with pytest.raises(ValueError, match="training mode"):
         decode_rows(vae.train(), torch.rand(2, 5))
+
+
+def test_blocks_on_a_device_convolve_in_float32_by_repeatable_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)  # as a caller may have it
+
+    def flags() -> tuple[Any, ...]:
+        return cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
+
+    def function(block: torch.Tensor) -> torch.Tensor:
+        seen.append(flags())
+        return block
+
+    before = flags()
+    assert in_blocks(function, torch.rand((1030, 3), device="meta")).shape == (1030, 3)
+    assert seen == [("ieee", True, False)] * 2 and flags() == before != seen[0]
 
 
 def test_one_thread_yields_the_number_outside_of_all_blocks() -> None:

@@ -250,6 +250,19 @@ def test_descend_restores_the_number_of_threads() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_descend_convolves_in_float32() -> None:
+    z, rows = questions(7)
+    objective, seen = stacked(networks(2, (LATENT, CLASSES))), set()
+
+    def recording(point: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        seen.add(torch.backends.cudnn.conv.fp32_precision)
+        return objective(point, rows)
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    descend(recording, z, rows, SearchConfig(max_steps=2))
+    assert seen == {"ieee"} and torch.backends.cudnn.conv.fp32_precision == before != "ieee"
+
+
 def test_descend_lets_waiting_rows_enter_and_reports_each_in_order() -> None:
     nets = networks(MEMBERS, (LATENT, *HIDDEN, CLASSES))
     z, rows = questions(23)
