@@ -284,6 +284,23 @@ def test_triton_search_in_the_interpreter() -> None:
     assert "skipped" not in done.stdout
 
 
+def tensor_core(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
+    """A product as tensor cores take it: of each number all but the 10 bits of tf32's fraction are cut off."""
+    from triton.runtime.interpreter import TensorHandle
+
+    def cut(values: np.ndarray) -> np.ndarray:
+        return (np.ascontiguousarray(values).view(np.int32) & -0x2000).view(np.float32).astype(np.float64)
+
+    return TensorHandle((cut(a.data) @ cut(b.data) + total.data).astype(np.float32), total.dtype.scalar)
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", tensor_core)
+
+
 @interpreted
 @pytest.mark.parametrize(("members", "sizes"), [(2, (5, 6, 7, 4)), (3, (5, 4))])
 def test_interpreted_search_agrees_with_the_plain_one(members: int, sizes: tuple[int, ...]) -> None:
@@ -369,13 +386,13 @@ def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tu
     if "nvidia" not in backends:
         pytest.skip("this triton has no NVIDIA backend")
     layers = [(torch.zeros(members, i, o), torch.zeros(members, o)) for i, o in itertools.pairwise(sizes)]
-    layout = kernels.Layout.of(layers, "tf32x3", directions)
+    layout = kernels.Layout.of(layers, directions)
     types = dict.fromkeys(kernels.search_kernel.arg_names, "*fp32") | dict.fromkeys(layout.constants, "constexpr")
     types |= {"target": "*i64", "steps_out": "*i32", "finite_out": "*i8", "counter": "*i32"}
-    types |= dict.fromkeys(("total", "max_steps", "corrections"), "i32")
+    types |= dict.fromkeys(("total", "max_steps", "corrections", "zero"), "i32")
     types |= {"distance_weight": "fp32"}
     source = ASTSource(fn=kernels.search_kernel, signature=types, constexprs=layout.constants)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": layout.warps})
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options=layout.options)
     assert built.asm["cubin"]
     assert "mma" in built.asm["ptx"], "the products should use the tensor cores"
     assert built.metadata.shared <= SHARED_MEMORY
