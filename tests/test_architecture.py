@@ -132,6 +132,13 @@ def test_tables_are_read_without_torch_or_ray() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_models_are_trained_explained_and_measured_without_ray_or_duckdb() -> None:
+    code = "import sys; sys.modules |= dict.fromkeys(('duckdb', 'ray')); sys.path.append('jobs')\n"
+    code += "import benchmark, clarity; clarity.train, clarity.explain, clarity.Explainer; print(benchmark.table)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.startswith("<function table"), run.stderr
+
+
 def test_top_level_holds_nothing_unplanned() -> None:
     planned = {"jobs", "clarity", "cluster.yaml", "tests", "pyproject.toml", "README.md", "LICENSE", "docs", "setup.py"}
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)

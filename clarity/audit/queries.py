@@ -3,16 +3,20 @@
 Each is a file in sql/: its comments say what it answers, and the defaults of its parameters as JSON.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import duckdb
 import pyarrow as pa
 
 from clarity.schema import COUNTERFACTUALS
+
+if TYPE_CHECKING:
+    import duckdb
 
 SQL_TYPES = {"bool": "BOOLEAN", "int32": "INTEGER", "float": "FLOAT", "float[A]": "FLOAT[]"}
 
@@ -91,6 +95,8 @@ def read_sql(directory: str) -> dict[str, str]:
 
 def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyConnection:
     """Opens a DuckDB with ``codes``, ``counterfactuals``, the tables of ``others``, and the views."""
+    import duckdb  # here, so that a model can be trained and pictures explained without it
+
     con = duckdb.connect()
     con.execute("SET enable_progress_bar = false")  # it would be drawn into notebooks
     for name, table in {"codes": codes, "counterfactuals": counterfactuals, **others}.items():

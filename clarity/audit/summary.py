@@ -1,15 +1,19 @@
 """The figures of an audit, and the text of summaries and plans for a terminal."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow.dataset as pads
 
 from clarity import storage
 from clarity.audit.plan import Plan
 from clarity.audit.queries import connect, has_predictions, statement
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 def summarise(

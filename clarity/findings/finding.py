@@ -1,10 +1,11 @@
 """What checks read and what they return."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -14,6 +15,9 @@ from clarity.findings.statistics import share_interval
 from clarity.findings.suspicion import suspicious_labels
 from clarity.findings.verdict import Verdict, verdict
 from clarity.report.text import interval, listed, percent
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,18 @@ higher score for the label is uniform for wrong labels and leans to zero for mis
 class pair's own, so that labels which are often confused are found too.
 """
 
-import math
+from __future__ import annotations
 
-import duckdb
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
 
 from clarity.schema import matrix
+
+if TYPE_CHECKING:
+    import duckdb
 
 #: Nearest labelled images that vote on a label, and how many of a class stand for what is ordinary in it.
 NEIGHBOURS = 20

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +22,8 @@ from clarity.images import decode_png
 from clarity.report.text import short_names
 
 if TYPE_CHECKING:
+    import duckdb
+
     from clarity.model import Model
 
 
