@@ -57,6 +57,8 @@ def explain(
         raise ValueError(
             f"images: expected an array or a sequence of images, got {type(images).__name__}; put it in a list"
         )
+    if not len(images):
+        raise ValueError("images: expected at least one, got none")
     if image_ids is None:
         image_ids = [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(images)]
     if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):

@@ -149,13 +149,18 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
     given = {name: value for name in training_flags() if (value := getattr(args, name)) is not None}
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"workers: expected at least 1, got {args.workers}")
+    if args.seed < 0:
+        raise ValueError(f"seed: expected at least 0, got {args.seed}")
     if args.image_size and len(args.image_size) > 2:
         raise ValueError(f"image_size: expected a side, or height and width, got {args.image_size}")
     size = tuple(args.image_size * 2)[:2] if args.image_size else None
     out = driver.job_path(args.out, f"runs/{args.dataset}/model", "--out")
     # The unlabelled images of a source teach the VAE, though not the classifiers.
     dataset = driver.open_dataset(args, args.split, unlabelled=True)
-    held_out = None if args.held_out == "none" else driver.open_dataset(args, args.held_out)
+    try:
+        held_out = None if args.held_out == "none" else driver.open_dataset(args, args.held_out)
+    except ValueError as error:  # all else is as above
+        raise ValueError(str(error).replace("split:", "held_out:", 1)) from None
     return plan_training(
         out,
         dataset,

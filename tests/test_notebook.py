@@ -60,6 +60,7 @@ def test_explain_takes_a_threshold_or_what_real_images_of_each_class_reach(model
         (np.zeros((2, 9, 12), np.uint8), {}, "image 0: .*8"),
         (["/nowhere.png"], {}, "cannot read /nowhere.png"),
         ("photo.png", {}, "put it in a list"),
+        ([], {}, "expected at least one, got none"),
         (np.zeros((2, 8, 12), np.uint8), {"targets": ["cat"]}, "unknown class 'cat'; choose from ant, bee"),
         (np.zeros((2, 8, 12), np.uint8), {"targets": [7]}, "unknown class 7"),
         (np.zeros((2, 8, 12), np.uint8), {"targets": []}, "at least one target"),

@@ -53,7 +53,12 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
     read: list[str] = []
     left_out: dict[str, int] = {}
     notes: list[str] = []
-    for table in find_tables(root, folders):
+    tables = find_tables(root, folders)
+    if dataset.columns and not tables:
+        raise ValueError(
+            f"columns: expected a table of labels in {storage.display(root)}, found none: it is called labels.csv"
+        )
+    for table in tables:
         rows = read_table(storage.join(root, table))
         image, label, split = (find_column(dataset, table, rows, name) for name in ("image", "label", "split"))
         if image is None or label is None:

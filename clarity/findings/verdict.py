@@ -64,7 +64,7 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind logistic regression on
     principal components; reconstructions with more than MAX_ERROR of the mean image's error, or of which the judge
     recognises MAX_LOST fewer than of the images; a target out of reach; an agreement with the predictor below
-    MIN_FIDELITY; a VAE of fewer than MIN_UPDATES. Sound otherwise.
+    MIN_FIDELITY; held-out images that it was trained on; a VAE of fewer than MIN_UPDATES. Sound otherwise.
 
     ``card`` is model.json, with ``evaluation``, ``target_probs``, ``vae_updates`` and, where the ensemble learned from
     a predictor, ``predictor``.
@@ -113,6 +113,8 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
                 f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "
                 f"tenths of the real images get a probability below {MIN_REACHED:g}; searches ask for more by default"
             )
+    if (card.get("data") or {}).get("held_out_trained"):
+        care.insert(0, "it was trained on images that it is measured on: its figures are too good")
     updates = card.get("vae_updates")
     if updates is not None and updates < MIN_UPDATES:
         care.append(f"its VAE was trained for {updates} updates, of {MIN_UPDATES:,} or more by default: a first look")

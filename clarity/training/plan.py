@@ -250,6 +250,12 @@ def describe_data(
     dataset: Dataset, held_out: Dataset | None, listing: pa.Table, class_names: Sequence[str]
 ) -> dict[str, Any]:
     """What model.json says of the images."""
+    measured = None if held_out is None else list_images(held_out)
+    remarks, both = review(listing, measured), 0
+    if measured is not None and held_out is not None and held_out.data == dataset.data:
+        both = pc.sum(pc.is_in(measured["image_id"], listing["image_id"].combine_chunks())).as_py()
+    if both:
+        remarks.insert(0, f"WARNING: {both} held-out images are also trained on: figures measured on them are too good")
     return {
         "source": dataset.source,
         "uri": None if dataset.data is None else storage.display(dataset.data),
@@ -259,7 +265,8 @@ def describe_data(
         "labelled": len(listing) - listing["label_name"].null_count,
         "per_class": {name: pc.sum(pc.equal(listing["label_name"], name)).as_py() for name in class_names},
         "held_out": None if held_out is None else held_out.split,
-        "remarks": review(listing, None if held_out is None else list_images(held_out)),
+        "held_out_trained": both,
+        "remarks": remarks,
     }
 
 

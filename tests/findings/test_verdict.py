@@ -56,6 +56,8 @@ def test_verdict_is_sound_for_a_good_model() -> None:
         (card((0.95, 0.9, 0.2, 0.9)), "with care", "1 class is recognised no better than by guessing: cow"),
         (card((0.95, 0.3, 0.2, 0.9)), "no-go", "2 classes are recognised no better than by guessing: bee and cow"),
         (card(baseline=0.99), "sound", ""),
+        (card() | {"data": {"held_out_trained": 0}}, "sound", ""),
+        (card() | {"data": {"held_out_trained": 3}}, "with care", "trained on images that it is measured on"),
         (card((0.85, 0.85, 0.85, 0.85), baseline=0.92), "with care", "separates the classes. A longer code"),
         (card((0.85, 0.85, 0.85, 0.85), 0.92, error=0.31), "with care", "7 points behind logistic regression on"),
         (card((0.85, 0.85, 0.85, 0.85), 0.92, error=0.31), "with care", "the VAE is worse than a linear code"),

@@ -160,6 +160,9 @@ def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environm
     [
         (["--data", "/no/such/place"], "found nothing at /no/such/place"),
         (["--split", "sideways"], "error: --split: expected one of train, test, all, which "),
+        (["--held-out", "sideways"], "error: --held-out: expected one of train, test, all, which "),
+        (["--seed", "-1"], "error: --seed: expected at least 0, got -1"),
+        (["--columns", "label=kind"], "error: --columns: expected a table of labels in "),
         (["--columns", "image"], "error: --columns: expected NAME=COLUMN, got image"),
         (["--columns", "size=x"], "error: --columns: expected names of image, "),
         (["--loss", "hinge"], "unknown reconstruction loss 'hinge'; choose from bce"),

@@ -39,6 +39,23 @@ def test_a_model_inside_its_data_is_refused(tmp_path: Path) -> None:
         plan_training(str(tmp_path / "model"), dataset, None)
 
 
+def test_a_plan_warns_of_held_out_images_that_are_trained_on(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+
+    def planned(split: str, held_out: data.Dataset | None) -> dict[str, Any]:
+        return plan_training(str(tmp_path / "m"), data.open_dataset("folder", tmp_path / "data", split), held_out).data
+
+    held_out = data.open_dataset("folder", tmp_path / "data", "held-out")
+    for split in ("all", "validation"):
+        found = planned(split, held_out)
+        assert found["remarks"][0].startswith("WARNING: 2 held-out images are also trained on")
+        assert found["held_out_trained"] == 2
+    write_images(tmp_path / "other", "val/a/1.png", "val/b/1.png")
+    other = data.open_dataset("folder", tmp_path / "other", "validation")
+    for split, measured in (("train", held_out), ("all", None), ("validation", other)):
+        assert planned(split, measured)["held_out_trained"] == 0
+
+
 def test_costs_count_the_updates_of_every_network(tmp_path: Path) -> None:
     short = {"vae_epochs": 2, "ensemble_epochs": 3, "image_epochs": 1, "num_members": 2, "judge_updates": 5}
     network = {"vae_fields": {"latent_dim": 3, "channels": (4, 5)}, "hidden": (6,)}
