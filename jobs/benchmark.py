@@ -3,11 +3,12 @@
 
 Figures are medians of several repeats; what is compared takes turns within one run. With --device all runs on that
 device without Ray, and the engines are checked against the plain one first. Prints Markdown and writes benchmark.json
-and benchmark.md under --out. Exit codes: 0 measured, 1 a check failed, 2 bad input.
+and benchmark.md under --out. Exit codes: 0 measured, 1 a check or a part failed, 2 bad input.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -86,17 +87,24 @@ def benchmark(args: argparse.Namespace) -> int:
     if args.device and set(parts) & set(NEED_RAY):
         raise ValueError("--parts: job and memory measure the job on Ray; leave --device out")
     torch.set_num_threads(args.threads)
-    found: dict[str, Any] = {"about": about(args)}
+    failed: dict[str, str] = {}
+    found: dict[str, Any] = {"about": about(args), "failed": failed}
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for part in [part for part in PARTS if part in parts]:
-        found[part] = PARTS[part](args)
+        try:
+            found[part] = PARTS[part](args)
+        except (ValueError, OSError):  # bad input
+            raise
+        except Exception as error:  # of a GPU, for example of its memory: the other parts are measured all the same
+            failed[part] = measures.told(error)
         text = table(found)
         Path(args.out, "benchmark.json").write_text(json.dumps(found, indent=1))
         Path(args.out, "benchmark.md").write_text(text)
-        print(f"{part} measured", file=sys.stderr)
+        print(f"{part} {'failed' if part in failed else 'measured'}", file=sys.stderr)
     print(text)
     checks = [*found.get("checks", []), *found.get("networks", [])]
-    return 0 if all(check["ok"] for check in checks) else 1
+    failed |= {way: error for case in found.get("search", []) for way, error in case["failed"].items()}
+    return 0 if all(check["ok"] for check in checks) and not failed else 1
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -328,7 +336,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append("")
     for case in found.get("search", []):
         sizes = "-".join(map(str, case["sizes"]))
-        steps = next(iter(case["engines"].values()))
+        steps = next(iter(case["engines"].values()), {"mean_steps": math.nan})
         steps = case["engines"].get("native", steps)["mean_steps"]
         cost = f"{case['kflop_per_step']:.0f} kFLOP a step, {steps:.0f} steps a search"
         lines.append(f"Search, {case['name']}: M = {case['members']}, {sizes}, {cost}")
@@ -338,12 +346,13 @@ def table(found: dict[str, Any]) -> str:
                 f"| {name} | {number(run['searches_per_second'])} | {number(run['search_steps_per_second'])} "
                 f"| {number(run['gflops'])} | {100 * run['share_of_sgemm']:.1f} % |"
             )
+        lines += [f"| {name} | FAILED | {error} | | |" for name, error in case["failed"].items()]
         lines.append("")
     if "checks" in found:
         lines += ["| engine against plain | rows | same steps | codes within 1e-4 | |", "|---|---|---|---|---|"]
         lines += [
             f"| {check['engine']}, {check['case']}, {check['variant']} | {check['rows']} | {check['same_steps']:.2%} "
-            f"| {check['codes_within_1e-4']:.2%} | {'agrees' if check['ok'] else 'DIFFERS'} |"
+            f"| {check['codes_within_1e-4']:.2%} | {'agrees' if check['ok'] else check.get('error', 'DIFFERS')} |"
             for check in found["checks"]
         ]
         lines.append("")
@@ -384,6 +393,7 @@ def table(found: dict[str, Any]) -> str:
             f"Training, an update of 50 members at batch 256: {together:.1f} ms stacked, {apart:.1f} ms in sequence.",
             f"Training the VAE of 28 x 28 images: {number(run['vae_images_per_second'])} images a second.",
         ]
+    lines += [f"FAILED: {part}: {error}" for part, error in found["failed"].items()]
     for device, can in found.get("machine", {}).items():
         lines.append(f"{device}: " + ", ".join(f"{name} {number(value)}" for name, value in can.items()) + ".")
     return "\n".join(lines) + "\n"

@@ -105,6 +105,42 @@ def test_benchmark_checks_the_engines_of_a_device(
     assert "DIFFERS" in (out / "benchmark.md").read_text()
 
 
+def test_an_engine_or_a_part_that_fails_leaves_the_others_measured(
+    benchmark: ModuleType, tmp_path: Path, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = benchmark.measures.descend
+
+    def failing(*args: Any, engine: str, **options: Any) -> Any:
+        if engine == "batched":
+            raise RuntimeError("CUDA error: out of\nmemory")
+        return real(*args, engine=engine, **options)
+
+    def no_memory(*_: Any) -> Any:
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(benchmark.measures, "descend", failing)
+    monkeypatch.setattr(benchmark.measures, "time_training", no_memory)
+    parts = ["--parts", "checks", "search", "training", "machine", "--device", "cpu"]
+    sizes = ["--scale", "0.005", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    assert benchmark.main([*parts, *sizes]) == 1
+    found, text = (tmp_path / name for name in ("benchmark.json", "benchmark.md"))
+    measured, said = json.loads(found.read_text()), text.read_text()
+    case = measured["search"][0]
+    assert {"plain", "batched autograd"} <= case["engines"].keys() and "batched" not in case["engines"]
+    assert case["failed"] == {"batched": "RuntimeError: CUDA error: out of memory"}
+    assert "| batched, M 20, D 128, K 4, fixed | 64 | 0.00% | 0.00% | RuntimeError: CUDA error" in said
+    assert "| batched | FAILED | RuntimeError: CUDA error" in said
+    assert "FAILED: training: RuntimeError: no memory is left" in said and "sgemm_gflops" in said
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 64), (3, 256, 256), (1, 8, 8)])
+def test_timed_images_of_a_gpu_have_maps_that_cudnn_can_count(
+    benchmark: ModuleType, shape: tuple[int, int, int]
+) -> None:
+    count = benchmark.measures.num_images(shape, "cuda")
+    assert 1024 <= count <= 65_536 and 32 * shape[1] * shape[2] * count <= 2**31
+
+
 def test_benchmark_on_a_device_needs_no_ray(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
