@@ -176,6 +176,13 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path, trained:
     begin(plan_of(folder, tmp_path))
     with pytest.raises(ValueError, match=r"holds another model: ensemble\.num_members: 4 there, 5 here\. Choose"):
         begin(plan_of(folder, tmp_path, num_members=5))
+    vae = dataclasses.replace(plan_of(folder, tmp_path).vae, latent_dim=9)
+    ensemble = dataclasses.replace(plan_of(folder, tmp_path).ensemble, latent_dim=9)
+    other = dataclasses.replace(plan_of(folder, tmp_path), vae=vae, ensemble=ensemble)
+    other.data["fingerprint"] = "0"
+    said = r"holds another model: data: other images; vae\.latent_dim: \d there, 9 here\. Choose"
+    with pytest.raises(ValueError, match=said):
+        begin(other)
     with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
         begin(plan_of(folder, trained, vae_training=dataclasses.replace(SHORT_VAE, seed=1)))
 
