@@ -169,9 +169,8 @@ def jit(function: Any) -> Any:
 @jit
 @no_type_check
 def fragments(PARTS: tl.constexpr):
-    """Offsets (PARTS, 32, 4) of numbers that lie in the order of fragments."""
-    part, lane, number = tl.arange(0, PARTS), tl.arange(0, 32), tl.arange(0, 4)
-    return part[:, None, None] * 128 + lane[None, :, None] * 4 + number[None, None, :]
+    """Offsets (PARTS * 32, 4) of numbers that lie in the order of fragments."""
+    return tl.arange(0, PARTS * 32)[:, None] * 4 + tl.arange(0, 4)[None, :]
 
 
 @jit
@@ -188,7 +187,7 @@ def load_tile(where, BLOCK: tl.constexpr, TILE: tl.constexpr):
 def store_tile(where, tile, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Store a tile for ``load_tile``."""
     parts = tl.permute(tl.reshape(tile, (BLOCK // 16, 2, 8, TILE // 8, 4, 2)), (0, 3, 2, 4, 1, 5))
-    tl.store(where + fragments(BLOCK * TILE // 128), tl.reshape(parts, (BLOCK * TILE // 128, 32, 4)))
+    tl.store(where + fragments(BLOCK * TILE // 128), tl.reshape(parts, (BLOCK * TILE // 4, 4)))
 
 
 @jit
