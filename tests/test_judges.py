@@ -1,6 +1,7 @@
 """A held-out judge learns, is repeatable, and reads bytes and floats alike."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,17 @@ def test_judge_is_repeatable() -> None:
     assert torch.equal(*weights)
     shorter = trained_judge(3, "bf16")[0].head.weight
     assert shorter.dtype == torch.float32 and 0 < (shorter - weights[0]).abs().max() < 0.1
+
+
+def test_judge_is_trained_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clarity.training.judge.mixed_precision", lambda *_: nullcontext())
+    images, labels = bars(40)
+    net = build_judge((C, H, W), K)
+    training = train_judge(net, images, labels, JudgeTraining(updates=20, batch_size=16), device="meta")
+    # Two updates run on a device without numbers, whose loss cannot be told.
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
+        next(training)
+    assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
 
 
 def test_features_are_what_the_head_reads(judge: JudgeNet) -> None:

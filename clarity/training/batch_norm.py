@@ -34,12 +34,14 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         """The normalised x."""
         if not self.training:
             return super().forward(x)
-        rows = x.new_tensor([x.numel() / x.shape[1]])
-        sums = SumOverRanks.apply(torch.cat([x.sum((0, 2, 3)), rows]).float())
+        # In float32 even where the network runs in bfloat16, which holds a mean, or a count, to 8 bits.
+        values = x.float()
+        rows = values.new_full((1,), x.numel() / x.shape[1])
+        sums = SumOverRanks.apply(torch.cat([values.sum((0, 2, 3)), rows]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
-        centred = x - mean[:, None, None].to(x.dtype)
-        variance = SumOverRanks.apply(centred.float().square().sum((0, 2, 3))) / count
+        centred = values - mean[:, None, None]
+        variance = SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             momentum = self.momentum or 0.1
             assert self.running_mean is not None and self.running_var is not None
@@ -48,7 +50,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None].to(x.dtype) + self.bias[:, None, None].to(x.dtype)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def synchronise(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from clarity.data import list_images
 from clarity.ids import in_judges_half
@@ -24,7 +25,9 @@ def new_guide(plan: TrainingPlan) -> JudgeNet:
     return seeded(lambda: build_judge(plan.vae.image_shape, outputs), plan.sharp_training.seed, "guide", 0)
 
 
-def train_guide(plan: TrainingPlan, images: LabelledImages, log: Log) -> JudgeNet | None:
+def train_guide(
+    plan: TrainingPlan, images: LabelledImages, log: Log, device: str | torch.device = "cpu"
+) -> JudgeNet | None:
     """A guide trained on what is known of those images that the judge does not see; None where nothing is."""
     split = images.take(np.flatnonzero(~in_judges_half(images.ids)))
     truth = known_of(plan, split)
@@ -33,7 +36,8 @@ def train_guide(plan: TrainingPlan, images: LabelledImages, log: Log) -> JudgeNe
         return None
     training = replace(JudgeTraining.for_images(len(rows)), precision=plan.precision)
     net = new_guide(plan)
-    log_updates("guide", train_attributes(net, split.pixels.numpy()[rows], truth[rows], training, "guide"), log)
+    given = split.pixels.numpy()[rows], truth[rows], training, "guide", device
+    log_updates("guide", train_attributes(net, *given), log)
     return net.requires_grad_(False)
 
 

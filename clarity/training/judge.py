@@ -56,7 +56,12 @@ class JudgeTraining:
 
 
 def train_judge(
-    net: JudgeNet, images: np.ndarray, labels: np.ndarray, config: JudgeTraining, name: str = "judge"
+    net: JudgeNet,
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: JudgeTraining,
+    name: str = "judge",
+    device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """Trains a judge by cross-entropy, see ``fit``, on the judges' half of the training images.
 
@@ -65,23 +70,28 @@ def train_judge(
     targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))
 
     def loss(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(net(x).float(), targets[rows])
+        return F.cross_entropy(net(x).float(), targets[rows].to(x.device))
 
-    yield from fit(name, net, images, np.flatnonzero(labels >= 0), config, loss, augment=True)
+    yield from fit(name, net, images, np.flatnonzero(labels >= 0), config, loss, augment=True, device=device)
 
 
 def train_attributes(
-    net: JudgeNet, images: np.ndarray, truth: np.ndarray, config: JudgeTraining, name: str
+    net: JudgeNet,
+    images: np.ndarray,
+    truth: np.ndarray,
+    config: JudgeTraining,
+    name: str,
+    device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """Trains a network by binary cross-entropy, see ``fit``; ``truth`` (N, F) of 0, 1, negative where unknown."""
     targets = torch.from_numpy(np.asarray(truth, dtype=np.float32))
 
     def loss(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-        wanted = targets[rows]
+        wanted = targets[rows].to(x.device)
         weight = (wanted >= 0).float()
         return F.binary_cross_entropy_with_logits(net(x).float(), wanted.clamp(min=0), weight=weight)
 
-    yield from fit(name, net, images, np.arange(len(images)), config, loss, augment=True)
+    yield from fit(name, net, images, np.arange(len(images)), config, loss, augment=True, device=device)
 
 
 def fit(
@@ -93,16 +103,22 @@ def fit(
     loss_of: Callable[[Any, Tensor, Tensor], Tensor],
     *,
     augment: bool = False,
+    device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, Any]]:
-    """Adam under a one-cycle schedule over ``rows`` in random order, drawn from the network's name and the seed."""
+    """Adam under a one-cycle schedule over ``rows`` in random order, drawn from the network's name and the seed.
+
+    On ``device``, from which the trained network returns to the CPU.
+    """
     generator = torch.Generator().manual_seed(
         config.seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     )
     updates = config.updates
+    net.to(device)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=updates + 1)
     pixels, order = torch.from_numpy(images), torch.empty(0, dtype=torch.int64)
-    total, since, report, reported = 0.0, 0, max(1, updates // 10), time.monotonic()
+    nothing = torch.zeros((), dtype=torch.float64, device=device)
+    total, since, report, reported = nothing, 0, max(1, updates // 10), time.monotonic()
     if isinstance(net, JudgeNet):  # half as fast again; the autoencoders lose by it
         net.to(memory_format=torch.channels_last)
     net.train()
@@ -110,7 +126,7 @@ def fit(
         while len(order) < config.batch_size:
             order = torch.cat([order, torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)]])
         batch, order = order[: config.batch_size], order[config.batch_size :]
-        x = pixels[batch].float() / 255
+        x = pixels[batch].to(device).float() / 255
         if augment:
             x = augmented(x, config, generator)
         optimiser.zero_grad(set_to_none=True)
@@ -119,11 +135,11 @@ def fit(
         loss.backward()
         optimiser.step()
         cycle.step()
-        total, since = total + float(loss.detach()), since + 1
+        total, since = total + loss.detach(), since + 1
         if update % report == 0 or update == updates or time.monotonic() - reported > LOG_SECONDS:
-            yield {"net": name, "update": update, "updates": updates, "loss": total / since}
-            total, since, reported = 0.0, 0, time.monotonic()
-    net.eval()
+            yield {"net": name, "update": update, "updates": updates, "loss": float(total) / since}
+            total, since, reported = nothing, 0, time.monotonic()
+    net.eval().to("cpu")
 
 
 def augmented(x: Tensor, config: JudgeTraining, generator: torch.Generator) -> Tensor:
@@ -141,7 +157,7 @@ def augmented(x: Tensor, config: JudgeTraining, generator: torch.Generator) -> T
         ],
         dim=1,
     )
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    grid = F.affine_grid(theta.to(x.device), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 

@@ -25,7 +25,8 @@ Log = Callable[[str], None]
 #: Seconds after which a loop logs how far it is, however long an epoch takes.
 LOG_SECONDS = 20.0
 
-#: Arithmetic of convolutions in training: fp32; bf16, with float32 weights and sums; auto: bf16 on CUDA, else fp32.
+#: Arithmetic of convolutions in training: fp32; bf16, with float32 weights and sums; auto: bf16 on the GPUs that have
+#: it (since 2020; others are slower by it), else fp32.
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -33,7 +34,10 @@ def mixed_precision(precision: str, device: torch.device) -> torch.autocast:
     """The autocast context of one of PRECISIONS."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    if precision == "auto" and device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        enabled = precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

@@ -287,7 +287,7 @@ class Trials:
     @cached_property
     def guide(self) -> JudgeNet | None:
         """A guide that has not seen the validation images."""
-        return train_guide(self.plan, self.train, self.log)
+        return train_guide(self.plan, self.train, self.log, self.device)
 
     def run(self) -> Iterator[Trial]:
         """Every code and step; then the best code, trained for longer, with steps around its best and wide layers.

@@ -152,7 +152,7 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
 def guide_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the guide of what draws the pictures, on the first worker."""
     if worker.rank == 0:
-        guide = train_guide(plan, images(), worker.log)
+        guide = train_guide(plan, images(), worker.log, worker.device)
         save_finished(plan.file("guide.safetensors"), guide.state_dict() if guide else {})
     worker.wait_for_all()
 
@@ -318,7 +318,8 @@ def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) ->
         return None
     training = plan.judge_training or JudgeTraining.for_images(len(labels))
     net = seeded(lambda: build_judge(plan.vae.image_shape, len(plan.class_names)), training.seed, "judge", 0)
-    log_updates("judge", train_judge(net, images.pixels[half].numpy(), labels, training), worker.log)
+    given = images.pixels[half].numpy(), labels, training
+    log_updates("judge", train_judge(net, *given, device=worker.device), worker.log)
     return net
 
 

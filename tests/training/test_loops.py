@@ -16,6 +16,7 @@ from torch import Tensor
 from clarity.classifiers import LatentEnsemble
 from clarity.judges import build_judge
 from clarity.rows import encode_rows
+from clarity.training.batch_norm import synchronise
 from clarity.training.loops import (
     Codes,
     EnsembleTraining,
@@ -23,6 +24,7 @@ from clarity.training.loops import (
     VAETraining,
     guide_loss,
     member_states,
+    mixed_precision,
     num_epochs,
     seeded,
     train_image_members,
@@ -127,6 +129,29 @@ def test_train_vae_in_bf16_comes_close_and_keeps_float32_weights() -> None:
     assert {t.dtype for name, t in short.state().items() if name.endswith("weight")} == {torch.float32}
     with pytest.raises(ValueError, match="precision: expected one of auto, fp32, bf16, got 'fp8'"):
         next(train_vae(images, CONFIG, SHORT_VAE, precision="fp8"))
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_automatic_precision_is_bf16_on_the_gpus_that_have_it(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_it or including_emulation)
+    expected = {"auto": has_it, "bf16": True, "fp32": False}
+    assert {name: mixed_precision(name, torch.device("cuda"))._enabled for name in expected} == expected
+    assert not mixed_precision("auto", torch.device("cpu"))._enabled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_synchronised_batch_norm_normalises_as_batch_norm_does(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: None)  # one process
+    x = (8 + 0.3 * torch.randn((5, 3, 13, 17), generator=torch.Generator().manual_seed(0))).to(dtype)
+    plain, ours = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    found = synchronise(ours)(x)
+    torch.testing.assert_close(found, plain(x.float()).to(dtype), atol=1e-4, rtol=0.01)
+    assert found.dtype == dtype
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_train_vae_says_when_it_diverges() -> None:

@@ -211,9 +211,9 @@ def test_labels_that_the_recipe_weighs_reach_each_training_of_a_vae(
             values.extend([options[name]] if name in options else [])
         return train_vae(*args, **options)
 
-    def recorded_guide(plan: TrainingPlan, images: Any, log: Any) -> Any:
+    def recorded_guide(plan: TrainingPlan, images: Any, log: Any, device: Any) -> Any:
         given["images"].append(images.ids)
-        return train_guide(plan, images, log)
+        return train_guide(plan, images, log, device)
 
     monkeypatch.setattr(recipe, "train_vae", recorded)
     monkeypatch.setattr(recipe, "train_guide", recorded_guide)

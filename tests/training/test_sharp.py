@@ -176,7 +176,7 @@ def test_guide_learns_what_is_known_of_images_that_the_judge_has_not_seen(
     given: list[Any] = []
     monkeypatch.setattr("clarity.training.guide.train_attributes", lambda *all: given.extend(all) or [])
     STAGES["guide"].run(plan, Worker(), lambda: load_images(plan, dataset))
-    net, images, truth, _, name = given
+    net, images, truth, _, name, _ = given
     mine = [i for i in range(30) if not in_judges_half([names[i]])[0]]
     known = [
         [[1, 0], [0, 1], [-1, -1]][i % 3] + [-1 if wings[i] is None else int(wings[i] == 4)]
