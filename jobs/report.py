@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import driver
 
 from clarity import storage
+from clarity.audit.plan import read_plan
 from clarity.report.page import write_report
 
 
@@ -22,16 +23,16 @@ def new_parser() -> argparse.ArgumentParser:
     add("--out", metavar="URI", help="File to write (default: report.html in the first audit).")
     add("--image", action="append", default=[], metavar="ID", help="Embed this image too; repeatable.")
     about = "Embed more examples of this class pair; repeatable."
-    add("--pair", action="append", default=[], type=pair, metavar="SOURCE:TARGET", help=about)
+    add("--pair", action="append", default=[], metavar="SOURCE:TARGET", help=about)
     return parser
 
 
-def pair(text: str) -> tuple[str, str]:
-    """SOURCE:TARGET as its two names."""
-    source, colon, target = text.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"expected SOURCE:TARGET, got {text!r}")
-    return source, target
+def pair(text: str, names: Sequence[str]) -> tuple[str, str]:
+    """SOURCE:TARGET as its two names, which may hold colons themselves."""
+    cuts = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == ":"]
+    if not cuts:
+        raise ValueError(f"pair: expected SOURCE:TARGET, got {text!r}")
+    return next((cut for cut in cuts if set(cut) <= set(names)), cuts[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Write the page, print its URI and what it found."""
-    page = write_report(args.audits, args.out, images=args.image, pairs=args.pair)
+    pairs = [pair(text, read_plan(args.audits[0]).class_names) for text in args.pair]
+    page = write_report(args.audits, args.out, images=args.image, pairs=pairs)
     print(f"{storage.display(page.uri)}: {page.size / 1e6:.1f} MB, {page.tiles:,} images, {page.seconds:.1f} s")
     for verdict in page.verdicts:
         print(f"  model  {verdict.sentence}")

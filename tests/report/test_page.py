@@ -261,3 +261,10 @@ def test_job_says_where_the_page_is_and_what_it_found(tmp_path: Path) -> None:
     assert "page.html" in run.stdout and "4 images of" in run.stdout and (tmp_path / "page.html").exists()
     run = subprocess.run([*command, "--pair", "ant"], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert run.returncode == 2 and "expected SOURCE:TARGET, got 'ant'" in run.stderr
+
+
+def test_job_takes_pairs_of_names_with_colons(load_job: Any) -> None:
+    names = ("fur:red", "cat", "fur")
+    pair = load_job("report").pair
+    assert pair("cat:fur:red", names) == ("cat", "fur:red") and pair("fur:red:cat", names) == ("fur:red", "cat")
+    assert pair("cat:fur", names) == ("cat", "fur") and pair("a:b", names) == ("a", "b")
