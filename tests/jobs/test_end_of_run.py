@@ -71,11 +71,11 @@ def test_a_report_that_was_cut_is_written_by_the_next_run(
 ) -> None:
     out = tmp_path / "audit"
     command = ["--model", str(tiny_digits_model), "--out", str(out), *FLAGS]
-    real, job.write_report = job.write_report, lambda uris: 1 / 0
+    real, job.report_of = job.report_of, lambda uri: 1 / 0
     with pytest.raises(ZeroDivisionError):
         job.main(command)
     assert (out / "_SUCCESS").exists() and not (out / "report.html").exists()
-    job.write_report = real
+    job.report_of = real
     assert job.main(command) == 0
     printed = capsys.readouterr().out
     assert "already complete" in printed and "report.html" in printed
