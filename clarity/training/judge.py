@@ -114,13 +114,13 @@ def fit(
     )
     updates = config.updates
     net.to(device)
+    if isinstance(net, JudgeNet):  # half as fast again; the autoencoders lose by it
+        net.to(memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=updates + 1)
     pixels, order = torch.from_numpy(images), torch.empty(0, dtype=torch.int64)
     nothing = torch.zeros((), dtype=torch.float64, device=device)
     total, since, report, reported = nothing, 0, max(1, updates // 10), time.monotonic()
-    if isinstance(net, JudgeNet):  # half as fast again; the autoencoders lose by it
-        net.to(memory_format=torch.channels_last)
     net.train()
     for update in range(1, updates + 1):
         while len(order) < config.batch_size:
