@@ -25,6 +25,9 @@ PIXELS = (0.0, 1.0)
 #: Bytes of one member's weights above which a CPU computes image classifiers one after another: about the size of a
 #: core's second-level cache, beyond which nothing is gained by computing them together.
 APART_BYTES = 2 << 20
+#: Pixels of the rows that a GPU decodes and classifies together: about 1 GB for each map of 32 channels, of which a
+#: gradient keeps several.
+DEVICE_PIXELS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ def slots(model: Model, which: str) -> int:
     """
     members = 1 if which == "member" else require_image_ensemble(model).config.num_members
     if model.device.type != "cpu":
-        return max(8, 8192 // members)
+        return max(8, min(8192 // members, DEVICE_PIXELS // math.prod(model.image_shape[1:])))
     # More would be no faster, and the last long search would pay for all of them. Large weights are read once a block.
     count = 16 if computed_apart(model) else max(4, min(16, 80 // members))
     while any(count * size % 32 for size in (model.latent_dim, math.prod(model.image_shape))):

@@ -266,6 +266,15 @@ def test_method_computes_images_in_blocks_without_a_remainder(image: tuple[int, 
     assert methods.slots(model, "ensemble") == (32 if image == (3, 13, 9) else 4)
 
 
+@pytest.mark.parametrize(("side", "member", "ensemble"), [(28, 8192, 163), (64, 2048, 163), (224, 167, 163)])
+def test_method_computes_as_many_images_on_a_gpu_as_fit_its_memory(side: int, member: int, ensemble: int) -> None:
+    model = small_model().to("meta")
+    model.vae.config = replace(model.vae.config, image_shape=(3, side, side))
+    assert model.image_ensemble is not None
+    model.image_ensemble.config = replace(model.image_ensemble.config, num_members=50)
+    assert (methods.slots(model, "member"), methods.slots(model, "ensemble")) == (member, ensemble)
+
+
 def test_large_image_classifiers_are_computed_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     x = questions(model, 9).x
