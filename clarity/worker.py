@@ -131,6 +131,9 @@ def attempted(
     except (KeyboardInterrupt, SystemExit):  # of the process, which Ray replaces
         raise
     except BaseException as error:  # even a panic of a Rust library, so that the other shards go on
+        if type(error).__name__ == "AcceleratorError":
+            # torch's, after which a GPU computes nothing more in this process: Ray replaces that, too.
+            raise SystemExit(str(error)) from error
         return pack_row(shard, {"stage": stage, "error": f"{type(error).__name__}: {error}"}, nothing)
 
 

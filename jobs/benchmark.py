@@ -95,7 +95,7 @@ def benchmark(args: argparse.Namespace) -> int:
             found[part] = PARTS[part](args)
         except (ValueError, OSError):  # bad input
             raise
-        except Exception as error:  # of a GPU, for example of its memory: the other parts are measured all the same
+        except (Exception, SystemExit) as error:  # of a GPU or its memory: the other parts are measured all the same
             failed[part] = measures.told(error)
         text = table(found)
         Path(args.out, "benchmark.json").write_text(json.dumps(found, indent=1))

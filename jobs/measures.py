@@ -167,7 +167,7 @@ def time_engines(
     return {"name": name, **shape, "kflop_per_step": flop / 1e3, "engines": medians, "failed": failed}
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

@@ -21,6 +21,7 @@ from clarity.methods import METHODS
 from clarity.model import Model
 from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.search import SearchConfig
+from clarity.tables import l1
 from clarity.uncertainty import decompose
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
@@ -197,6 +198,14 @@ def test_image_space_methods_keep_the_code_of_their_image(model: Model) -> None:
     pairs = explain(model, "fgsm").counterfactuals
     shown = torch.tensor(decode_png(pairs["x_cf"], model.image_shape)) / 255
     assert (schema.matrix(pairs["z_cf"]) == encode_rows(model.vae, shown)[0].numpy()).all()
+
+
+def test_distances_of_images_on_a_device_are_summed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[torch.Size] = []
+    monkeypatch.setattr("clarity.tables.to_numpy", lambda tensor: fetched.append(tensor.shape))
+    images = torch.rand((5, 3, 8, 12), device="meta")
+    l1(images, images)
+    assert fetched == [(5,)]
 
 
 def test_explainer_asks_only_for_what_is_wanted(model: Model) -> None:

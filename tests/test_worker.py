@@ -109,6 +109,25 @@ def test_workers_turn_exceptions_into_notes(work: Any, monkeypatch: pytest.Monke
     assert [note_of(read_shard(first, work)).get("given_up") for _ in range(3)] == [None, None, True]
 
 
+class AcceleratorError(RuntimeError):
+    """As torch has it."""
+
+
+def test_worker_whose_gpu_fails_ends_its_process_as_a_counted_attempt(
+    work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    work, listing = work
+    images = read_shard(item(listing, work, 1), work)
+    monkeypatch.setattr("clarity.explainer.Explainer.search_shard", fail)
+    for _ in range(MAX_ATTEMPTS):
+        with pytest.raises(SystemExit, match="illegal memory access"):
+            ExplainShard(work, threads=1)(images)
+    assert note_of(ExplainShard(work, threads=1)(images))["given_up"]
+
+
 def test_workers_count_a_death_as_an_attempt(work: Any) -> None:
     work, listing = work
     images = read_shard(item(listing, work, 1), work)
