@@ -6,11 +6,15 @@ objectives, update rules and engines. Does not know images, VAEs or methods: the
 """
 
 import math
+import os
+import shutil
+import sysconfig
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -463,7 +467,20 @@ def why_not(engine: str, objective: LatentObjective, device: str) -> str:
             return f"runs on a CUDA GPU, not on {device}"
         if not kernels.triton_available():
             return "needs the package triton"
-        return kernels.triton_refusal(objective.layers)
+        return kernels.triton_refusal(objective.layers) or gpu_refusal()
+    return ""
+
+
+def gpu_refusal() -> str:
+    """Why Triton cannot run its kernels on this machine's GPU; empty where it can."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or more, which multiplies in tf32"
+    # As triton.runtime.build looks for them: it compiles what starts a kernel.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler or not (header.exists() or os.environ.get("CPATH")):
+        return "needs a C compiler and Python's headers, with which triton makes what starts its kernels"
     return ""
 
 

@@ -499,12 +499,24 @@ def test_auto_takes_the_fused_engine_on_a_gpu_where_it_holds_the_classifiers(mon
     small = stacked(networks(2, (LATENT, 6, CLASSES)))
     wide = stacked(networks(2, (LATENT, kernels.MOST_WIDTH + 1, CLASSES)))
     monkeypatch.setattr(kernels, "triton_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("clarity.search.shutil.which", {"gcc": "/usr/bin/gcc"}.get)
+    monkeypatch.setenv("CPATH", "/usr/include/python3")
     assert search.choose_engine("auto", small, True, "cuda") == "triton"
     assert search.choose_engine("auto", wide, True, "cuda") == "batched"
     with pytest.raises(ValueError, match="engine triton holds codes up to"):
         search.choose_engine("triton", wide, True, "cuda")
     with pytest.raises(ValueError, match="engine native-base runs on a CPU, not on cuda"):
         search.choose_engine("native-base", small, True, "cuda")
+    # Where triton could not start a kernel, the search goes on without it.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert search.choose_engine("auto", small, True, "cuda") == "batched"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("clarity.search.shutil.which", {}.get)
+    monkeypatch.delenv("CC", raising=False)
+    assert search.choose_engine("auto", small, True, "cuda") == "batched"
+    with pytest.raises(ValueError, match="engine triton needs a C compiler and Python's headers"):
+        search.choose_engine("triton", small, True, "cuda")
     monkeypatch.setattr(kernels, "triton_available", lambda: False)
     assert search.choose_engine("auto", small, True, "cuda") == "batched"
     with pytest.raises(ValueError, match="engine triton needs the package triton"):
