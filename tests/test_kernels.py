@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
+import ptx
 import pytest
 import torch
 from torch import Tensor
@@ -261,9 +263,11 @@ def test_native_builds_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyP
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL: Any = kernels.search_kernel
 SHARED_MEMORY = 227 * 1024  # bytes that one block may have on compute capability 9.0
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, started by the test above")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 with_triton = pytest.mark.skipif(not kernels.triton_available(), reason="triton is not installed")
 
 
@@ -366,8 +370,27 @@ def test_interpreted_search_pulls_towards_the_reference_and_accepts_no_rows() ->
     assert len(run_triton(layers, z[:0], torch.zeros(0, dtype=torch.int64), config)["steps"]) == 0
 
 
+def compile_for_hopper(layout: kernels.Layout) -> Any:
+    """The kernel as a launch compiles it, with pointers and ``zero`` that are multiples of 16; needs no GPU."""
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    if "nvidia" not in backends:
+        pytest.skip("this triton has no NVIDIA backend")
+    names, constants = KERNEL.arg_names, layout.constants
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(constants, "constexpr")
+    types |= {"target": "*i64", "steps_out": "*i32", "finite_out": "*i8", "counter": "*i32"}
+    types |= dict.fromkeys(("total", "max_steps", "corrections", "zero"), "i32")
+    types |= {"distance_weight": "fp32"}
+    multiples = [index for index, name in enumerate(names) if types[name].startswith("*") or name == "zero"]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in multiples}
+    source = ASTSource(fn=KERNEL, signature=types, constexprs=constants, attrs=attributes)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=layout.options)
+
+
 @with_triton
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiled
 @pytest.mark.parametrize(
     ("members", "sizes"),
     [
@@ -379,23 +402,74 @@ def test_interpreted_search_pulls_towards_the_reference_and_accepts_no_rows() ->
 )
 @pytest.mark.parametrize("directions", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_triton_search_compiles_for_hopper_without_a_gpu(members: int, sizes: tuple[int, ...], directions: int) -> None:
-    from triton.backends import backends
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    if "nvidia" not in backends:
-        pytest.skip("this triton has no NVIDIA backend")
     layers = [(torch.zeros(members, i, o), torch.zeros(members, o)) for i, o in itertools.pairwise(sizes)]
-    layout = kernels.Layout.of(layers, directions)
-    types = dict.fromkeys(kernels.search_kernel.arg_names, "*fp32") | dict.fromkeys(layout.constants, "constexpr")
-    types |= {"target": "*i64", "steps_out": "*i32", "finite_out": "*i8", "counter": "*i32"}
-    types |= dict.fromkeys(("total", "max_steps", "corrections", "zero"), "i32")
-    types |= {"distance_weight": "fp32"}
-    source = ASTSource(fn=kernels.search_kernel, signature=types, constexprs=layout.constants)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options=layout.options)
+    built = compile_for_hopper(kernels.Layout.of(layers, directions))
     assert built.asm["cubin"]
     assert "mma" in built.asm["ptx"], "the products should use the tensor cores"
     assert built.metadata.shared <= SHARED_MEMORY
+
+
+class EmulatedKernel:
+    """Launches of the kernel on CPU tensors that run its PTX, on outputs and a state that hold other numbers before."""
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return partial(self.launch, grid[0])
+
+    def launch(self, programs: int, *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+        layout = kernels.Layout(constants)
+        assert layout.options == {"num_warps": num_warps, "num_stages": num_stages}
+        built = compile_for_hopper(layout)
+        named = dict(zip(KERNEL.arg_names, arguments))
+        outputs = [named[name] for name in ("point", "steps_out", "initial_out", "final_out", "finite_out")]
+        for output in [*outputs, named["state"]]:
+            output.fill_(-7)
+        values = [value.numpy() if isinstance(value, Tensor) else value for value in arguments]
+        # No more than two programs, whose lanes take further rows when their searches have ended.
+        ptx.run(built.asm["ptx"], built.metadata.shared, min(programs, 2), values)
+        assert all((output != -7).all() for output in outputs), "a row's result is not written"
+
+
+@with_triton
+@compiled
+@pytest.mark.parametrize(
+    ("members", "sizes", "rows", "directions", "min_target_prob"),
+    [
+        (2, (5, 6, 7, 4), 72, 2, 0.6),
+        (3, (16, 16, 16, 10), 72, 0, 0.4),
+        (1, (70, 2), 40, 1, 0.6),
+        pytest.param(3, (128, 16, 16, 4), 40, 0, 0.6, marks=pytest.mark.slow),
+        pytest.param(2, (64, 64, 64, 10), 40, 0, 0.6, marks=pytest.mark.slow),
+        pytest.param(2, (33, 17, 9, 3, 29), 40, 0, 0.2, marks=pytest.mark.slow),
+    ],
+)
+def test_triton_search_compiled_and_emulated_agrees_with_the_plain_one(
+    members: int,
+    sizes: tuple[int, ...],
+    rows: int,
+    directions: int,
+    min_target_prob: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the compiler made of the kernel, run by ``ptx``, which raises where lanes race."""
+    monkeypatch.setattr(kernels, "search_kernel", EmulatedKernel())
+    layers = make_layers(members, sizes)
+    z, target = make_rows(layers, rows)
+    reference, thresholds, fixed = z.clone(), torch.full((rows,), min_target_prob), None
+    if directions:
+        z[5] = torch.nan
+        thresholds = torch.linspace(0.3, 0.7, rows)
+        noise = torch.Generator().manual_seed(4)
+        fixed = torch.linalg.qr(torch.randn(sizes[0], directions, generator=noise))[0]
+    config = replace(CONFIG, max_steps=6)
+    given = {"target": target, "reference": reference, "min_target_prob": thresholds}
+    objective = LatentObjective(layers, config.distance_weight, fixed)
+    plain = descend(objective, z, given, config, engine="plain")
+    found = kernels.triton_search(objective, z, given, config.max_steps, config.learning_rate)
+    assert len(plain.steps.unique()) > 1
+    assert torch.equal(found["finite"], plain.finite)
+    assert torch.equal(found["steps"], plain.steps)
+    for name in ("point", "target_prob_initial", "target_prob_final"):
+        torch.testing.assert_close(found[name], getattr(plain, name), atol=1e-5, rtol=0, equal_nan=True)
 
 
 @pytest.mark.gpu
