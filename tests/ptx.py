@@ -260,8 +260,8 @@ def reader(text: str, kind: str, size: int) -> Callable[[Program], Array]:
         base, offset = reader(address[1], "u", 4), int(address[2] or 0)
         return lambda program: base(program).astype(np.int64) + offset
     if dtype := REGISTERS.get(text.strip("%0123456789")):
-        viewed = dtype.replace("u", kind)
-        return lambda program: program.registers[text[1:]].view(viewed)
+        viewed, unwritten = dtype.replace("u", kind), np.full(32, -1).astype(dtype)
+        return lambda program: program.registers.get(text[1:], unwritten).view(viewed)
     if number := re.fullmatch(r"global_smem|(0f)?(-?[0-9A-F]+|0x[0-9A-Fa-f]+)U?", text):  # shared memory begins at 0
         bits = int(number[2] or "0", 16 if number[1] else 0) % 2 ** (8 * size)
         values = np.full(32, bits, f"u{size}")
