@@ -39,6 +39,8 @@ from clarity.updates import Adam, Jsma
 SLOTS = 128
 #: The most slots of a block on other devices, where a row's bits may depend on the batch.
 DEVICE_SLOTS = 16384
+#: Numbers of a layer of all members in such a block, at the most.
+DEVICE_NUMBERS = 1 << 28
 
 OnStep = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
@@ -370,11 +372,19 @@ def descend(
             fixed=fixed,
             on_step=on_step,
             workers=(threads or torch_threads) if on_cpu and on_step is None else 1,
-            slots=(slots or SLOTS) if on_cpu else max(1, min(slots or DEVICE_SLOTS, len(start))),
+            slots=(slots or SLOTS) if on_cpu else max(1, min(slots or device_slots(objective), len(start))),
             stride=1 if on_cpu or on_step is not None else 8,
         )
         found = ENGINES[chosen](objective, start.detach(), rows, config, run)
         return refined(found, objective, start.detach(), rows, config, run) if config.refine else found
+
+
+def device_slots(objective: Objective) -> int:
+    """Slots of a block on a GPU: fewer where many members tell many classes apart, so that a layer takes up to 1 GB."""
+    if not isinstance(objective, LatentObjective):
+        return DEVICE_SLOTS
+    widest = max(weight.shape[0] * weight.shape[2] for weight, _ in objective.layers)
+    return min(DEVICE_SLOTS, max(1, DEVICE_NUMBERS // widest))
 
 
 def refined(

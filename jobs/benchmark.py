@@ -225,7 +225,7 @@ def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
             item = pa.Table.from_pylist([shard_item(plan, shard, listing)])
             note = unpack_row(write_shard(explain(read_shard(item, work)), work))["note"]
             if "error" in note:
-                raise ValueError(f"stage {note['stage']}: {note['error']}")
+                raise RuntimeError(f"stage {note['stage']}: {note['error']}")
             pairs += note["pairs"]
             seconds.update(note["seconds"])
         total = time.perf_counter() - start

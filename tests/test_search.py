@@ -250,6 +250,13 @@ def test_descend_restores_the_number_of_threads() -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize(("members", "classes", "slots"), [(50, 10, 16384), (50, 1000, 5368), (10**6, 1000, 1)])
+def test_blocks_on_a_gpu_fit_its_memory(members: int, classes: int, slots: int) -> None:
+    layers = [(torch.empty((members, 16, size), device="meta"), torch.empty(0)) for size in (16, classes)]
+    assert search.device_slots(LatentObjective(layers, 0.0)) == slots
+    assert search.device_slots(lambda point, rows: (point, point, point)) == 16384
+
+
 def test_descend_convolves_in_float32() -> None:
     z, rows = questions(7)
     objective, seen = stacked(networks(2, (LATENT, CLASSES))), set()

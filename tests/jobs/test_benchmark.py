@@ -161,6 +161,15 @@ def test_benchmark_measures_the_stages_of_a_job(
     assert not list((out / "scratch").iterdir()), "audits of the benchmark are thrown away"
 
 
+def test_a_shard_that_fails_is_a_part_that_failed(
+    benchmark: ModuleType, tiny_digits_model: Path, tmp_path: Path, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "unpack_row", lambda row: {"note": {"stage": "explain", "error": "no kernel"}})
+    arguments = ["--parts", "stages", "--model", str(tiny_digits_model), "--limit", "7", "--threads", "1"]
+    assert benchmark.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "FAILED: stages: RuntimeError: stage explain: no kernel" in (tmp_path / "benchmark.md").read_text()
+
+
 def test_benchmark_asks_for_a_model_where_it_needs_one(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
