@@ -365,11 +365,13 @@ def work(config: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(config["threads"])
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    if device.type == "cuda":  # before anything speaks to the other workers
+        torch.cuda.set_device(device)
     worker = Worker(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
-        device=ray.train.torch.get_device(),
+        device=device,
         wrap=ray.train.torch.prepare_model,
         log=config["log"],
     )

@@ -68,7 +68,9 @@ class Worker:
     def wait_for_all(self) -> None:
         """Returns when all workers have arrived here."""
         if self.world > 1 and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+            device = torch.device(self.device)
+            # NCCL waits on a GPU, and would guess from the rank which one is this worker's.
+            torch.distributed.barrier(device_ids=None if device.type == "cpu" else [device.index or 0])
 
 
 def load_images(

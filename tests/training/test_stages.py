@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bars import SHORT_VAE, arguments, bars, files_of, write_bars
 from object_store import ObjectStore
 
@@ -73,6 +74,18 @@ def test_training_of_a_folder_writes_a_model_that_says_how_it_was_made(trained: 
     assert any("accuracy" in line for line in lines)
     said = {line.partition(":")[0] for line in lines}
     assert {"latent classifiers (all 4 members)", "image classifiers (member 1 of 3)"} <= said
+
+
+@pytest.mark.parametrize(("device", "ids"), [("cpu", None), ("cuda:3", [3]), ("cuda", [0])])
+def test_workers_wait_for_each_other_on_their_own_gpu(
+    device: str, ids: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: waited.append(device_ids))
+    Worker(rank=5, world=8, device=device).wait_for_all()
+    Worker(device=device).wait_for_all()
+    assert waited == [ids]
 
 
 def test_stages_shared_by_workers_give_the_same_members(folder: Path, tmp_path: Path, uncut: dict[str, bytes]) -> None:
