@@ -133,6 +133,22 @@ def test_an_engine_or_a_part_that_fails_leaves_the_others_measured(
     assert "FAILED: training: RuntimeError: no memory is left" in said and "sgemm_gflops" in said
 
 
+def test_limit_of_the_gpus_kernel_is_a_third_of_a_product_in_tf32(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = torch.backends.cuda.matmul
+    before, seen = products.fp32_precision, []
+
+    def timed(*_: object) -> float:
+        seen.append(products.fp32_precision)
+        return 1e-3
+
+    monkeypatch.setattr(benchmark.measures, "timed", timed)
+    assert benchmark.measures.limit("triton", "cpu") * 3 == benchmark.measures.limit("native", "cpu") > 0
+    assert seen == ["tf32"] * 3 + ["ieee"] * 3
+    assert products.fp32_precision == before
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 64), (3, 256, 256), (1, 8, 8)])
 def test_timed_images_of_a_gpu_have_maps_that_cudnn_can_count(
     benchmark: ModuleType, shape: tuple[int, int, int]
