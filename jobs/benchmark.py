@@ -351,7 +351,8 @@ def table(found: dict[str, Any]) -> str:
     if "checks" in found:
         lines += ["| engine against plain | rows | same steps | codes within 1e-4 | |", "|---|---|---|---|---|"]
         lines += [
-            f"| {check['engine']}, {check['case']}, {check['variant']} | {check['rows']} | {check['same_steps']:.2%} "
+            f"| {check['engine']}, {check['device']}, {check['case']}, {check['variant']} | {check['rows']} "
+            f"| {check['same_steps']:.2%} "
             f"| {check['codes_within_1e-4']:.2%} | {'agrees' if check['ok'] else check.get('error', 'DIFFERS')} |"
             for check in found["checks"]
         ]
@@ -362,8 +363,8 @@ def table(found: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {run['work']}, {run['network']}, {run['precision']} | {number(run['rows_per_second'])} "
-            f"| {run['ratio_to_pytorch']:.2f} x | {run['share_of_gemm']:.0%} | {run['largest_difference']:.1e} "
+            f"| {run['work']}, {run['device']}, {run['network']}, {run['precision']} "
+            f"| {number(run['rows_per_second'])} | {run['ratio_to_pytorch']:.2f} x | {run['share_of_gemm']:.0%} | {run['largest_difference']:.1e} "
             f"| {'within tolerance' if run['ok'] else 'DIFFERS'} |"
             for run in found["networks"]
         ]

@@ -95,7 +95,7 @@ def check_engines(name: str, layers: Layers, codes: Tensor, target: Tensor, devi
             moved = [(weight.to(device), bias.to(device)) for weight, bias in layers]
             objective = LatentObjective(moved, CONFIG.distance_weight, None if fixed is None else fixed.to(device))
             given = {key: value.to(device) for key, value in rows.items()}
-            about = {"case": name, "engine": engine_name, "variant": variant, "rows": len(codes)}
+            about = {"case": name, "engine": engine_name, "device": device, "variant": variant, "rows": len(codes)}
             try:
                 found = descend(objective, codes.to(device), given, CONFIG, engine=engine_name)
             except Exception as error:  # of a GPU or its compiler: the other engines are measured all the same
@@ -304,6 +304,7 @@ def time_networks(vae: VAE, name: str, device: str, repeats: int, scale: float) 
             results.append(
                 {
                     "network": name,
+                    "device": device,
                     "work": work,
                     "precision": precision,
                     "rows_per_second": count / seconds,

@@ -91,7 +91,8 @@ def test_benchmark_checks_the_engines_of_a_device(
     found = json.loads((out / "benchmark.json").read_text())
     assert {check["variant"] for check in found["checks"]} == {"plain", "thresholds", "fixed"}
     assert {run["precision"] for run in found["networks"]} == {"float32", "bfloat16"}
-    assert "agrees" in (out / "benchmark.md").read_text()
+    text = (out / "benchmark.md").read_text()
+    assert "agrees" in text and "| encode, cpu, beta_vae, bfloat16 |" in text
     # An engine that moves along the fixed directions is found out.
     real = benchmark.measures.descend
 
@@ -128,7 +129,7 @@ def test_an_engine_or_a_part_that_fails_leaves_the_others_measured(
     case = measured["search"][0]
     assert {"plain", "batched autograd"} <= case["engines"].keys() and "batched" not in case["engines"]
     assert case["failed"] == {"batched": "RuntimeError: CUDA error: out of memory"}
-    assert "| batched, M 20, D 128, K 4, fixed | 64 | 0.00% | 0.00% | RuntimeError: CUDA error" in said
+    assert "| batched, cpu, M 20, D 128, K 4, fixed | 64 | 0.00% | 0.00% | RuntimeError: CUDA error" in said
     assert "| batched | FAILED | RuntimeError: CUDA error" in said
     assert "FAILED: training: RuntimeError: no memory is left" in said and "sgemm_gflops" in said
 
