@@ -364,7 +364,8 @@ def table(found: dict[str, Any]) -> str:
         ]
         lines += [
             f"| {run['work']}, {run['device']}, {run['network']}, {run['precision']} "
-            f"| {number(run['rows_per_second'])} | {run['ratio_to_pytorch']:.2f} x | {run['share_of_gemm']:.0%} | {run['largest_difference']:.1e} "
+            f"| {number(run['rows_per_second'])} | {run['ratio_to_pytorch']:.2f} x "
+            f"| {run['share_of_gemm']:.0%} | {run['largest_difference']:.1e} "
             f"| {'within tolerance' if run['ok'] else 'DIFFERS'} |"
             for run in found["networks"]
         ]
