@@ -22,6 +22,8 @@ class Differences:
     #: (K, C, H, W) of the counterfactuals themselves: near zero where they are the same whatever the start
     after_std: np.ndarray
     real_difference: np.ndarray  # (K, C, H, W) mean reconstruction of a class minus that of the starts towards it
+    #: (K, C, H, W) standard deviation of the reconstructions of a class or of those starts, whichever is larger
+    real_std: np.ndarray
 
 
 def mean_differences(
@@ -34,7 +36,7 @@ def mean_differences(
     mean = np.zeros((mapped, mapped, *shape), np.float32)
     count = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(count, (source, target), 1)
-    target_mean, target_std, after_std, real_difference = np.zeros((4, num_classes, *shape), np.float32)
+    target_mean, target_std, after_std, real_difference, real_std = np.zeros((5, num_classes, *shape), np.float32)
     tint_mean, tint_std = np.zeros((2, num_classes, shape[0]), np.float32)
     for wanted in np.unique(target):
         rows = target == wanted
@@ -47,7 +49,8 @@ def mean_differences(
         tint_mean[wanted], tint_std[wanted] = tint.mean(0), tint.std(0)
         if (own := source == wanted).any():
             real_difference[wanted] = before[own].mean(0) - before[rows].mean(0)
-    return Differences(mean, count, target_mean, target_std, tint_mean, tint_std, after_std, real_difference)
+            real_std[wanted] = np.maximum(before[own].std(0), before[rows].std(0))
+    return Differences(mean, count, target_mean, target_std, tint_mean, tint_std, after_std, real_difference, real_std)
 
 
 def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
@@ -71,27 +74,36 @@ def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
 
 
 def region_of(differences: Differences, target: int) -> dict[str, Any] | None:
-    """The steady mark on at most 12 % of the picture that makes up 40 % of the mean change towards a target, or None.
+    """The mark on at most 12 % of the picture that the counterfactuals towards a target write, or None.
+
+    Either real images tell it as well: it is the same in all of the class, and the same in all others, but another one
+    there; then a tenth of the mean change is enough. Or it makes up 40 % of the mean change, which is steady.
 
     ``box`` (top, bottom, left, right; half open); ``area``, its share of the picture; ``concentration`` and ``real``,
-    of the mean change's and of the real difference's squared sum; ``variation``, the median standard deviation of the
-    counterfactuals in it; ``border``: whether it lies in the outer fifth of the picture.
+    of the mean change's and of the real difference's squared sum; ``constant``: whether real images tell it;
+    ``variation``, the median standard deviation of the counterfactuals in it; ``border``: whether it lies in the outer
+    fifth of the picture.
     """
     mean, std = differences.target_mean[target], differences.target_std[target]
-    mark = ((np.abs(mean) >= 0.2) & (np.abs(mean) >= 2 * std)).any(0)
-    concentration = share_of_change(mean, mean * mark)
-    if mark.sum() < 2 or mark.mean() > 0.12 or concentration < 0.4:
+    size, real = np.abs(mean), differences.real_difference[target]
+    told = (np.abs(real) >= 0.2) & (differences.real_std[target] <= 0.15 * np.abs(real))
+    for steady, least in ((told & (size >= std), 0.1), (size >= 2 * std, 0.4)):
+        mark = ((size >= 0.2) & steady).any(0)
+        concentration = share_of_change(mean, mean * mark)
+        if mark.sum() >= 2 and mark.mean() <= 0.12 and concentration >= least:
+            break
+    else:
         return None
     rows, columns = np.flatnonzero(mark.any(1)), np.flatnonzero(mark.any(0))
     height, width = mark.shape
     outer = np.ones(mark.shape, bool)
     outer[round(0.2 * height) : round(0.8 * height), round(0.2 * width) : round(0.8 * width)] = False
-    real = differences.real_difference[target]
     return {
         "box": [int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1],
         "area": float(mark.mean()),
         "concentration": concentration,
         "real": share_of_change(real, real * mark),
+        "constant": bool(told.any(0)[mark].all()),
         "variation": float(np.median(differences.after_std[target][:, mark])),
         "border": bool(outer[mark].mean() > 0.5),
     }

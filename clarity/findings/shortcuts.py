@@ -1,7 +1,8 @@
 """Check of regions and tints that every counterfactual towards a class writes.
 
 That one region or one tint decides is a fact, and hair colour is one. It is an alarm only where it is hardly natural:
-a mark at the border with the same pixel values whatever the start, or one shift of all pixels by the same amount.
+a mark at the border with the same pixel values whatever the start, or in all real images of the class and in none of
+the others; or one shift of all pixels by the same amount.
 """
 
 import numpy as np
@@ -47,18 +48,21 @@ def check_shortcuts(facts: Facts) -> Outcome:
             )
             why = ". So even a shift is hardly natural"
         elif found := region_of(differences, target):
-            alarm = found["border"] and found["variation"] <= MAX_VARIATION
+            alarm = found["border"] and (found["constant"] or found["variation"] <= MAX_VARIATION)
             top, bottom, left, right = found["box"]
             height, width = differences.target_mean.shape[2:]
             where = position((top + bottom) / 2 / height, (left + right) / 2 / width)
-            shape, title = "patch", f"{'Shortcut: a patch' if alarm else 'One region'} {where} determines {name}"
+            shape, verb = "patch", "marks" if found["constant"] else "determines"
+            title = f"{'Shortcut: a patch' if alarm else 'One region'} {where} {verb} {name}"
+            steady = "" if found["constant"] else " regardless of the start"
             sentence = (
-                f"Counterfactuals towards {name} change the same region regardless of the start: "
+                f"Counterfactuals towards {name} change the same region{steady}: "
                 f"{percent(found['concentration'])} of their mean change lies in {percent(found['area'])} of the "
                 f"picture, {where} (rows {top}–{bottom - 1}, columns {left}–{right - 1}). "
                 f"{real}{percent(found['real'])} lies there."
+                f"{f' All real images of {name} are alike there, and so are all others.' if found['constant'] else ''}"
             )
-            why = ". The same values at the border, whatever the start, are hardly natural"
+            why = ". The same values at the border, whatever the image, are hardly natural"
         else:
             continue
         pairs = np.nan_to_num(facts.pairs["pairs"][:, target])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,11 +90,12 @@ def test_ablations_ask_every_variant_the_same(tiny_model: Model) -> None:
 def test_report_names_what_was_planted_and_nothing_else(kind: str, tmp_path: Path) -> None:
     shortcuts.make_data(tmp_path / "images.parquet", "digits", None, kind, "3", 1000)
     made = shortcuts.run(tmp_path, tmp_path / "images.parquet", **shortcuts.settings(4, 300))
-    found: list[dict[str, Any]] = [finding.figures for finding in made.findings if finding.kind == "shortcut"]
+    found = {finding.kind: finding.figures for finding in made.findings if finding.kind in ("shortcut", "region")}
     if kind in ("grey", "colour"):
-        assert found == []
-    else:
-        assert [(finding["target"], finding["shape"]) for finding in found] == [(3, kind)]
+        assert "shortcut" not in found
+    else:  # the tint's strength varies too much for an alarm
+        assert list(found) == ["shortcut" if kind == "patch" else "region"]
+        assert [(figures["target"], figures["shape"]) for figures in found.values()] == [(3, kind)]
 
 
 def results_of_two_classes(codes: pa.Table, pairs: pa.Table, names: list[str], two: tuple[int, int]) -> Results:

@@ -217,6 +217,16 @@ def test_tint_that_real_images_do_not_have_is_a_fact() -> None:
     assert found["region"].level == "fact" and "is such a shift" in found["region"].sentence
 
 
+def test_mark_that_real_images_tell_is_a_shortcut_where_counterfactuals_write_it_in_part() -> None:
+    tables = make_tables(240, image_shape=(1, 16, 16), planted=Planted(patch=3))
+    towards = tables.counterfactuals["target"].to_numpy() == 3
+    tables.after[towards, :, :2, :2] = np.random.default_rng(0).uniform(0, 0.9, (towards.sum(), 1, 1, 1))
+    found = told(tables)["shortcut"]
+    assert found.level == "alert" and found.figures["constant"] and found.figures["box"] == [0, 2, 0, 2]
+    assert "All real images of dog are alike there, and so are all others." in found.sentence
+    assert "regardless of the start" not in found.sentence
+
+
 def test_mean_differences_are_those_of_a_loop() -> None:
     tables = make_tables(40, image_shape=(3, 8, 12))
     source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
@@ -229,6 +239,8 @@ def test_mean_differences_are_those_of_a_loop() -> None:
             if rows.any():
                 np.testing.assert_allclose(found.mean[s, t], change[rows].mean(0), atol=1e-6)
     np.testing.assert_allclose(found.target_std[2], change[target == 2].std(0), atol=1e-6)
+    spreads = [tables.before[rows].std(0) for rows in (source == 2, target == 2)]
+    np.testing.assert_allclose(found.real_std[2], np.maximum(*spreads), atol=1e-6)
 
 
 def without(tables: Tables, table: str, column: str) -> Tables:
@@ -321,9 +333,9 @@ def test_findings_that_need_a_good_model_are_lowered_under_reservations() -> Non
 
 def test_region_that_varies_is_a_fact_beside_the_real_difference() -> None:
     tables = make_tables(240, image_shape=(1, 16, 16), planted=Planted(patch=3))
-    towards = tables.counterfactuals["target"].to_numpy() == 3
-    marks = np.random.default_rng(0).uniform(0.5, 1, (towards.sum(), 1, 1, 1))
-    tables.after[towards, :, :2, :2] = marks
+    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
+    for pictures, marked in ((tables.after, target == 3), (tables.before, source == 3)):
+        pictures[marked, :, :2, :2] = np.random.default_rng(0).uniform(0.5, 1, (marked.sum(), 1, 1, 1))
     found = told(tables)
     assert "shortcut" not in found and found["region"].level == "fact"
     assert "the mean difference between real images of dog and the others" in found["region"].sentence

@@ -138,10 +138,11 @@ def test_job_searches_the_recipe_once(folder: Path, tmp_path: Path, environment:
     """The folder is too small for trials, so the paper's values are taken, by the same path."""
     found = run(folder, tmp_path / "model", "--recipe", "auto", env=environment)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("recipe: searching beta, adversarial_eps on the training split\n")
+    assert found.stdout.startswith("recipe: searching beta, adversarial_eps, label_weight on the training split\n")
     assert "recipe: too few labelled images for a search" in found.stdout
     card = json.loads((tmp_path / "model" / "model.json").read_text())
-    assert card["recipe"]["chosen"] == {"latent_dim": 5, "beta": 1.0, "adversarial_eps": 0.2, "hidden": [6]}
+    paper = {"latent_dim": 5, "beta": 1.0, "label_weight": 0.0, "adversarial_eps": 0.2, "hidden": [6]}
+    assert card["recipe"]["chosen"] == paper
     again = run(folder, tmp_path / "model", "--recipe", "auto", env=environment)
     assert again.returncode == 0 and again.stdout.startswith("already finished")
 
