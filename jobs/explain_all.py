@@ -163,7 +163,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, items: 
     seconds = time.time() - start
     driver.end_ray()
     checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
-    summary = read_audit(held.uri).summary()
+    summary = read_audit(held.uri, without=checked.shards).summary()
     summary |= {"problems": checked.problems[:20], "unsound": len(checked.shards), "redecoded": checked.redecoded}
     summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(pairs / seconds, 1)}
     held.finish(summary | {"resources": dataclasses.asdict(resources)}, checked.ok, checked.shards)

@@ -64,8 +64,9 @@ class Claim:
         self.commits = valid_commits(self.uri, self.plan)
 
     def check(self) -> None:
-        """Raise AuditBusy if another run took the directory over while this one was silent."""
-        if self.lock.lost:
+        """Raise AuditBusy if another run took the directory over, and may have ended, while this one was silent."""
+        # A run deletes the scratch directories of those before it; an object store has none.
+        if self.lock.lost or not (storage.is_remote(self.uri) or storage.exists(self.scratch)):
             raise AuditBusy(f"out: {storage.display(self.uri)} was taken over by another run; this one stops")
 
     def keep_one_engine(self) -> str | None:

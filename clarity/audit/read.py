@@ -1,5 +1,6 @@
 """Read the committed shards of an audit."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,14 @@ class Audit:
         return "\n".join(lines)
 
 
-def read_audit(uri: str | Path) -> Audit:
-    """Open an audit directory, finished or not; only what its commits name is read. ValueError where it is none."""
+def read_audit(uri: str | Path, without: Collection[int] = ()) -> Audit:
+    """Open an audit directory, finished or not; only what its commits name is read. ValueError where it is none.
+
+    Shards of ``without``, which may be damaged, are left out.
+    """
     uri = str(uri)
     plan = read_plan(uri)
-    commits = valid_commits(uri, plan)
+    commits = {shard: commit for shard, commit in valid_commits(uri, plan).items() if shard not in without}
     files, path = storage.filesystem(uri)
 
     def table(name: str, expected: pa.Schema | None) -> pads.Dataset:

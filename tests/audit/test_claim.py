@@ -34,6 +34,15 @@ def test_claim_refuses_another_plan(plan: Plan, filled: str, model_dir: str) -> 
         pass
 
 
+def test_claim_notices_another_run_that_has_ended(plan: Plan, filled: str, model_dir: str) -> None:
+    with claim(filled, plan, model_dir) as first:
+        Path(filled, "_lock").unlink()
+        with claim(filled, plan, model_dir):
+            pass
+        with pytest.raises(AuditBusy, match="taken over"):
+            first.check()
+
+
 def test_claim_notices_that_its_lock_was_removed(plan: Plan, filled: str, model_dir: str) -> None:
     with contextlib.ExitStack() as later:
         with claim(filled, plan, model_dir) as first:

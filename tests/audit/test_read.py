@@ -48,6 +48,14 @@ def test_read_audit_sees_committed_shards_only(plan: Plan, model_dir: str, tmp_p
         assert found.traces is None
 
 
+def test_damaged_shards_can_be_left_out(filled: str) -> None:
+    whole = read_audit(filled).summary()
+    for path in Path(filled, "codes").glob("*00001*"):
+        path.write_bytes(b"no table")
+    found = read_audit(filled, without=[1]).summary()
+    assert found["committed"] == whole["committed"] - 1 and 0 < found["images"] < whole["images"]
+
+
 def test_audit_repr_says_what_is_there(filled: str) -> None:
     said = repr(read_audit(filled)).splitlines()
     assert said[0] == f"Audit of 5 images by 'clarity' in {filled}"

@@ -457,7 +457,7 @@ def other_resources(bench: Bench) -> None:
 def other_flags(bench: Bench) -> None:
     bench.kill_when(bench.start(fault="slow-writers"), lambda: bench.commits() >= 1)
     bench.run("--max-steps", "30", exit_code=2)
-    assert "config.max_steps: 25 in the audit, 30 in this run" in bench.log()
+    assert "--max-steps: 25 in the audit, 30 in this run" in bench.log()
     bench.run()
 
 
