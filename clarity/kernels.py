@@ -135,7 +135,7 @@ def as_array(values: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
 #: The largest sizes that the Triton kernel holds.
 MOST_LATENT, MOST_WIDTH, MOST_CLASSES = 512, 64, 100
 #: Weights of a member, packed, up to which a processor's shared memory holds a copy for each of eight programs.
-AHEAD = 6144
+MOST_PREFETCHED = 6144
 
 
 def triton_available() -> bool:
@@ -162,8 +162,8 @@ def jit(function: Any) -> Any:
 
 # The order of fragments: tensor cores give a matrix to the 32 lanes of a warp in an order of their own, 4 numbers each.
 # Weights, and the state of the searches, lie in memory as the lanes hold them, (parts, 32, 4); the weights' rows are
-# exchanged so that the result of one product is the left side of the next. So no number moves from lane to lane between
-# the products, and a program is one warp, which waits for no other.
+# exchanged so that the result of one product is the left operand of the next. So no number moves from lane to lane
+# between the products, and a program is one warp, which waits for no other.
 
 
 @jit
@@ -207,8 +207,8 @@ def as_right(parts, K: tl.constexpr, N: tl.constexpr):
 
 @jit
 @no_type_check
-def high(x):
-    """The nearest numbers of tf32, whose fraction has 10 bits; what they leave of ``x`` is exact."""
+def to_tf32(x):
+    """The nearest tf32 numbers, whose fraction has 10 bits; ``x`` minus them is exact."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
@@ -220,7 +220,7 @@ def product(a, where, total, BLOCK: tl.constexpr, K: tl.constexpr, N: tl.constex
     High parts times high parts, and each times the other's low part: three products in tf32.
     """
     b = tl.load(where + fragments(K * N // 128))
-    a_high, b_high = high(a), high(b)
+    a_high, b_high = to_tf32(a), to_tf32(b)
     a_low, b_low = as_left(a - a_high, BLOCK, K), as_right(b - b_high, K, N)
     a_high, b_high = as_left(a_high, BLOCK, K), as_right(b_high, K, N)
     total = tl.dot(a_low, b_high, total, input_precision="tf32")
@@ -402,7 +402,7 @@ class Layout:
     @property
     def options(self) -> dict[str, int]:
         """Options of the compiler: one warp; small members' weights are loaded while the one before is computed."""
-        return {"num_warps": 1, "num_stages": 2 if self.constants["SIZE"] <= AHEAD else 1}
+        return {"num_warps": 1, "num_stages": 2 if self.constants["SIZE"] <= MOST_PREFETCHED else 1}
 
     @staticmethod
     def of(layers: Layers, directions: int = 0) -> "Layout":

@@ -96,7 +96,7 @@ def benchmark(args: argparse.Namespace) -> int:
         except (ValueError, OSError):  # bad input
             raise
         except (Exception, SystemExit) as error:  # of a GPU or its memory: the other parts are measured all the same
-            failed[part] = measures.told(error)
+            failed[part] = measures.in_one_line(error)
         text = table(found)
         Path(args.out, "benchmark.json").write_text(json.dumps(found, indent=1))
         Path(args.out, "benchmark.md").write_text(text)

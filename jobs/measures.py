@@ -99,7 +99,9 @@ def check_engines(name: str, layers: Layers, codes: Tensor, target: Tensor, devi
             try:
                 found = descend(objective, codes.to(device), given, CONFIG, engine=engine_name)
             except Exception as error:  # of a GPU or its compiler: the other engines are measured all the same
-                results.append(about | {"same_steps": 0.0, "codes_within_1e-4": 0.0, "ok": False, "error": told(error)})
+                results.append(
+                    about | {"same_steps": 0.0, "codes_within_1e-4": 0.0, "ok": False, "error": in_one_line(error)}
+                )
                 continue
             off = (found.steps.cpu() - expected.steps).abs()
             same = off == 0
@@ -159,7 +161,7 @@ def time_engines(
         try:
             updates = run(*given)
         except Exception as error:  # as in ``check_engines``
-            failed[way] = told(error)
+            failed[way] = in_one_line(error)
             continue
         seconds = time.perf_counter() - start
         if turn:  # the first turn warms up
@@ -181,7 +183,7 @@ def time_engines(
     return {"name": name, **shape, "kflop_per_step": flop / 1e3, "engines": medians, "failed": failed}
 
 
-def told(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

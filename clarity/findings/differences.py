@@ -7,6 +7,8 @@ import numpy as np
 
 #: Maps by class pair are kept up to this number of classes.
 MAX_MAPPED_CLASSES = 32
+#: Images of a class below which nothing is said of what they have in common.
+MIN_IMAGES = 10
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,19 @@ def tint_of(differences: Differences, target: int) -> dict[str, Any] | None:
 def region_of(differences: Differences, target: int) -> dict[str, Any] | None:
     """The mark on at most 12 % of the picture that the counterfactuals towards a target write, or None.
 
-    Either real images tell it as well: it is the same in all of the class, and the same in all others, but another one
-    there; then a tenth of the mean change is enough. Or it makes up 40 % of the mean change, which is steady.
+    Either it is constant in real images: its pixels vary little in the class, and little in the others, and differ
+    between the two; then it need hold only a tenth of the mean change. Or it holds 40 %, and that change is steady.
 
     ``box`` (top, bottom, left, right; half open); ``area``, its share of the picture; ``concentration`` and ``real``,
-    of the mean change's and of the real difference's squared sum; ``constant``: whether real images tell it;
-    ``variation``, the median standard deviation of the counterfactuals in it; ``border``: whether it lies in the outer
-    fifth of the picture.
+    of the mean change's and of the real difference's squared sum; ``constant``: whether it is constant in real images,
+    of which there must be MIN_IMAGES of the class; ``variation``, the median standard deviation of the counterfactuals
+    in it; ``border``: whether it lies in the outer fifth of the picture.
     """
     mean, std = differences.target_mean[target], differences.target_std[target]
     size, real = np.abs(mean), differences.real_difference[target]
-    told = (np.abs(real) >= 0.2) & (differences.real_std[target] <= 0.15 * np.abs(real))
-    for steady, least in ((told & (size >= std), 0.1), (size >= 2 * std, 0.4)):
+    constant = (np.abs(real) >= 0.2) & (differences.real_std[target] <= 0.15 * np.abs(real))
+    constant &= differences.count[target].max() >= MIN_IMAGES  # an image has one pair with each target
+    for steady, least in ((constant & (size >= std), 0.1), (size >= 2 * std, 0.4)):
         mark = ((size >= 0.2) & steady).any(0)
         concentration = share_of_change(mean, mean * mark)
         if mark.sum() >= 2 and mark.mean() <= 0.12 and concentration >= least:
@@ -103,7 +106,7 @@ def region_of(differences: Differences, target: int) -> dict[str, Any] | None:
         "area": float(mark.mean()),
         "concentration": concentration,
         "real": share_of_change(real, real * mark),
-        "constant": bool(told.any(0)[mark].all()),
+        "constant": bool(constant.any(0)[mark].all()),
         "variation": float(np.median(differences.after_std[target][:, mark])),
         "border": bool(outer[mark].mean() > 0.5),
     }

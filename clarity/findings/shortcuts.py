@@ -1,8 +1,8 @@
 """Check of regions and tints that every counterfactual towards a class writes.
 
 That one region or one tint decides is a fact, and hair colour is one. It is an alarm only where it is hardly natural:
-a mark at the border with the same pixel values whatever the start, or in all real images of the class and in none of
-the others; or one shift of all pixels by the same amount.
+a mark at the border with the same pixel values whatever the start, or constant in real images of the class and, with
+other values, in the others; or one shift of all pixels by the same amount.
 """
 
 import numpy as np
@@ -60,7 +60,7 @@ def check_shortcuts(facts: Facts) -> Outcome:
                 f"{percent(found['concentration'])} of their mean change lies in {percent(found['area'])} of the "
                 f"picture, {where} (rows {top}–{bottom - 1}, columns {left}–{right - 1}). "
                 f"{real}{percent(found['real'])} lies there."
-                f"{f' All real images of {name} are alike there, and so are all others.' if found['constant'] else ''}"
+                f"{f' Real images of {name} vary little in it, as do the others.' if found['constant'] else ''}"
             )
             why = ". The same values at the border, whatever the image, are hardly natural"
         else:

@@ -217,14 +217,22 @@ def test_tint_that_real_images_do_not_have_is_a_fact() -> None:
     assert found["region"].level == "fact" and "is such a shift" in found["region"].sentence
 
 
-def test_mark_that_real_images_tell_is_a_shortcut_where_counterfactuals_write_it_in_part() -> None:
-    tables = make_tables(240, image_shape=(1, 16, 16), planted=Planted(patch=3))
+def tables_with_a_mark_written_in_part(images: int) -> Tables:
+    tables = make_tables(images, image_shape=(1, 16, 16), planted=Planted(patch=3))
     towards = tables.counterfactuals["target"].to_numpy() == 3
     tables.after[towards, :, :2, :2] = np.random.default_rng(0).uniform(0, 0.9, (towards.sum(), 1, 1, 1))
-    found = told(tables)["shortcut"]
+    return tables
+
+
+def test_mark_constant_in_real_images_is_a_shortcut_where_counterfactuals_write_it_in_part() -> None:
+    found = told(tables_with_a_mark_written_in_part(240))["shortcut"]
     assert found.level == "alert" and found.figures["constant"] and found.figures["box"] == [0, 2, 0, 2]
-    assert "All real images of dog are alike there, and so are all others." in found.sentence
+    assert "Real images of dog vary little in it, as do the others." in found.sentence
     assert "regardless of the start" not in found.sentence
+
+
+def test_few_images_tell_nothing_of_a_mark() -> None:
+    assert not told(tables_with_a_mark_written_in_part(32)).keys() & {"shortcut", "region"}
 
 
 def test_mean_differences_are_those_of_a_loop() -> None:
