@@ -40,6 +40,8 @@ REQUEST_S = 20.0
 #: A store that has not answered this process yet is given up after this long.
 FIRST_CONTACT_S = 15.0
 OPTIONS = ("endpoint_url", "region")
+#: How the file begins that Git leaves where the content of a large one was not fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 #: Servers that have answered this process; the disk is one, named "".
 ANSWERED = {""}
 #: Shorter values of the environment are no secrets of AWS, and might be words of a path.
@@ -189,14 +191,18 @@ def list_dirs(uri: URI) -> list[str]:
 
 
 def read_bytes(uri: URI) -> bytes:
-    """The content of a file."""
+    """The content of a file; StorageError where Git has left a pointer instead of it."""
     fs, path = filesystem(uri)
 
     def get() -> bytes:
         with fs.open_input_file(path) as file:
             return file.read()
 
-    return attempt("read", uri, get if is_remote(uri) else lambda: read_local(path))
+    content = attempt("read", uri, get if is_remote(uri) else lambda: read_local(path))
+    if content.startswith(LFS_POINTER):
+        reason = "a Git LFS pointer to it, which git lfs pull replaces"
+        raise StorageError(f"cannot read {display(uri)}: found {reason}", reason, errno.ENODATA)
+    return content
 
 
 def write_bytes(uri: URI, data: bytes, *, scratch: URI | None = None) -> None:
@@ -262,6 +268,8 @@ def open_parquet(uri: URI) -> pq.ParquetFile:
     try:
         return attempt("read", uri, opened)
     except pa.ArrowInvalid as error:
+        if fs.get_file_info(path).size < 1024:  # as a Git LFS pointer is
+            read_bytes(uri)
         found = f"{display(uri)}, which is none ({str(error).splitlines()[0]})"
         raise ValueError(f"expected a whole Parquet file, found {found}: copy it again or leave it out") from None
 

@@ -317,6 +317,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("PNG with a changed byte", image(PNG[:900] + b"\xff\0\xff" + PNG[903:]), "error row", "found a broken one"),
     ("PNG header without pixels", image(PNG[:40]), "error row", "found bytes beginning with"),
     ("text named .png", image(b"hello, world, this is text"), "error row", "found text beginning with b'hello, world'"),
+    ("Git LFS pointer", image(storage.LFS_POINTER, "jpg"), "error row", "a Git LFS pointer to it, which git lfs pull"),
     ("random bytes named .jpg", image(pixels(500).tobytes(), "jpg"), "error row", "found bytes beginning with"),
     ("EPS program named .png", image(encoded(pixels(), "EPS")), "error row", "found text beginning with b'%!PS-Adobe"),
     ("PDF named .jpg", image(b"%PDF-1.7\n1 0 obj", "jpg"), "error row", "found text"),

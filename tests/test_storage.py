@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -445,3 +446,10 @@ def test_a_parquet_file_cut_short_is_named(cut: int, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:cut])
     with pytest.raises(ValueError, match=r"expected a whole Parquet file, found .*x\.parquet"):
         storage.open_parquet(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("read", [storage.read_bytes, storage.read_json, storage.open_parquet])
+def test_a_git_lfs_pointer_is_named_instead_of_read(read: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(storage.LFS_POINTER + b"oid sha256:5eb7\nsize 7507\n")
+    with pytest.raises(StorageError, match=r"cannot read .*/x: found a Git LFS pointer to it, which git lfs pull"):
+        read(tmp_path / "x")
