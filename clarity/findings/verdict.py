@@ -169,8 +169,7 @@ def class_rows(
         notes = [GUESSED] if share_interval(right, count, 1 - 0.1 / len(names))[0] <= chance else []
         notes += [BEYOND] if most is not None and most < MIN_REACHED else []
         recall = f"{percent(right, count)} ({interval(*share_interval(right, count))})"
-        usual, best = ("–" if prob is None else probability(prob) for prob in (median, most))
-        rows.append((name, recall, usual, best, ", ".join(notes)))
+        rows.append((name, recall, probability(median), probability(most), ", ".join(notes)))
     return rows
 
 

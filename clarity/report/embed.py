@@ -38,14 +38,9 @@ class Embedded:
     change: list[list[int]] | None
 
 
-def text_of(value: float | None, write: Callable[[float], str] = number) -> str:
-    """A number as text; a dash where it is missing or not finite."""
-    return write(value) if value is not None and math.isfinite(value) else "–"
-
-
-def change_of(row: dict[str, Any], name: str, write: Callable[[float], str] = number) -> str:
+def change_of(row: dict[str, Any], name: str, write: Callable[[float | None], str] = number) -> str:
     """A quantity before and after the search."""
-    return f"{text_of(row[name + '_initial'], write)} → {text_of(row[name + '_final'], write)}"
+    return f"{write(row[name + '_initial'])} → {write(row[name + '_final'])}"
 
 
 def read_picture(picture: bytes | None, view: View) -> np.ndarray | None:
@@ -63,7 +58,7 @@ def embed_images(views: Sequence[View], image_ids: Sequence[str], tiles: Tiles) 
                 likely = np.argsort(-probs, kind="stable")[:10].tolist()
                 images[code["image_id"]] = {
                     **{name: code.get(name) for name in ("label", "label_name", "source", "error", "prediction")},
-                    **{name: text_of(code[name]) for name in ("aleatoric", "epistemic", "reconstruction_l1")},
+                    **{name: number(code[name]) for name in ("aleatoric", "epistemic", "reconstruction_l1")},
                     "probs": [[k, round(float(probs[k]), 4), probability(probs[k])] for k in likely],
                     "x": tiles.add(read_picture(code["x"], view)),
                 }
@@ -101,14 +96,14 @@ def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
                 *(row[name] for name in ("target", "source", "status")),
                 int(row["converged"]),
                 f"{row['steps']:,}",
-                text_of(row["distance_z_l1"]),
+                number(row["distance_z_l1"]),
                 change_of(row, "target_prob", probability),
                 None if row["epistemic_final"] is None else change_of(row, "epistemic"),
                 change_of(row, "aleatoric"),
                 row["reencoded_class"],
-                text_of(row["reencoded_target_prob"], probability),
+                probability(row["reencoded_target_prob"]),
                 row["judge_class"],
-                text_of(row["judge_target_prob"], probability),
+                probability(row["judge_target_prob"]),
                 change_of(row, "prediction_target_prob", probability) if has_predictor else None,
                 row["confirmed"],
                 row["rungs"],
@@ -161,6 +156,6 @@ def embed_paths(
         paths[image_id, target] = (
             [tiles.add(picture) for picture in pictures[start:end]],
             [round(p, 3) if math.isfinite(p) else None for p in along],
-            [text_of(p, probability) for p in along],
+            [probability(p) for p in along],
         )
     return paths

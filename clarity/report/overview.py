@@ -6,10 +6,10 @@ from clarity import storage
 from clarity.audit.queries import statement
 from clarity.findings.finding import Finding
 from clarity.findings.statistics import share_interval
-from clarity.report.embed import Embedded, text_of
+from clarity.report.embed import Embedded
 from clarity.report.sample import Sample
 from clarity.report.text import interval as bounds
-from clarity.report.text import percent, plural, probability
+from clarity.report.text import number, percent, plural, probability
 from clarity.report.tiles import Tiles
 from clarity.report.view import View
 
@@ -76,17 +76,17 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[
     if total["checked"]:
         note = f"passed every check, {total['went_on']:,} after a further search"
         figures.append(("Confirmed", *share_of_pairs("confirmed", "checked", note)))
-    survived = f"still seen as the target, with a median probability of {text_of(total['reencoded'], probability)}"
-    distance = f"median latent distance {text_of(total['median_distance'])}"
-    before = f"median, nats; before the search {text_of(total['epistemic_initial'])}"
+    survived = f"still seen as the target, with a median probability of {probability(total['reencoded'])}"
+    distance = f"median latent distance {number(total['median_distance'])}"
+    before = f"median, nats; before the search {number(total['epistemic_initial'])}"
     reached = f"{lost:,} did not reach" if lost else "all reached"
     figures += [
         ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
         ("Counterfactuals", f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),
         ("Converged", *share_of_pairs("converged", "pairs", f"{reached} the requested probability")),
         ("Survived re-encoding", *share_of_pairs("reencoded_as_target", "pairs", survived)),
-        ("Median steps", text_of(total["median_steps"]), distance if total["converged"] else "nothing converged"),
-        ("Ensemble's disagreement", text_of(after), before if after else "a single classifier has none"),
+        ("Median steps", number(total["median_steps"]), distance if total["converged"] else "nothing converged"),
+        ("Ensemble's disagreement", number(after), before if after else "a single classifier has none"),
     ]
     if total["labelled"]:
         differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not, by "

@@ -29,8 +29,10 @@ def plural(count: float, noun: str, nouns: str | None = None) -> str:
     return f"{count:,.0f} {noun if count == 1 else nouns or noun + 's'}"
 
 
-def probability(value: float) -> str:
-    """A probability with two digits, above 0.98 with three, never rounded to one nor to nothing."""
+def probability(value: float | None) -> str:
+    """A probability with two digits, above 0.98 with three, never rounded to 1 or 0; a dash for None, NaN, infinity."""
+    if value is None or not math.isfinite(value):
+        return "–"
     if value < 0.001:
         return "<0.001" if value > 0 else "0"
     if value > 0.98:
@@ -44,9 +46,9 @@ def thresholds(span: tuple[float, float]) -> str:
     return f"{most:g}" if least == most else f"{least:.2f} to {most:.2f} (by class)"
 
 
-def number(value: float) -> str:
-    """Three significant digits: 0.0123, 12.3, 123, 12,345; a dash for NaN."""
-    if math.isnan(value):
+def number(value: float | None) -> str:
+    """Three significant digits: 0.0123, 12.3, 123, 12,345; a dash for None, NaN and infinity."""
+    if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 

@@ -41,11 +41,12 @@ def test_probability_never_rounds_to_one() -> None:
     assert [text.probability(p) for p in (0.9999, 0.5, 0.0123, 1e-9)] == [">0.999", "0.50", "0.012", "<0.001"]
     # On which side of 0.99, the usual threshold, a search ended.
     assert [text.probability(p) for p in (0.9872, 0.9904)] == ["0.987", "0.990"]
+    assert [text.probability(p) for p in (None, math.nan)] == ["–", "–"]
 
 
 def test_number_has_three_digits_and_no_exponent_where_it_is_large() -> None:
-    values = (12345.6, 123.4, 0.012345, -1234.0, math.nan)
-    assert [text.number(v) for v in values] == ["12,346", "123", "0.0123", "-1,234", "–"]
+    values = (12345.6, 123.4, 0.012345, -1234.0, math.nan, math.inf, None)
+    assert [text.number(v) for v in values] == ["12,346", "123", "0.0123", "-1,234", "–", "–", "–"]
 
 
 def test_listed_joins_words() -> None:
