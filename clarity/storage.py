@@ -10,7 +10,6 @@ import errno
 import functools
 import json
 import logging
-import math
 import os
 import re
 import secrets
@@ -18,9 +17,8 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import pyarrow as pa
@@ -39,7 +37,6 @@ FIRST_PAUSE_S = 0.25
 REQUEST_S = 20.0
 #: A store that has not answered this process yet is given up after this long.
 FIRST_CONTACT_S = 15.0
-OPTIONS = ("endpoint_url", "region")
 #: How the file begins that Git leaves where the content of a large one was not fetched.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 #: Servers that have answered this process; the disk is one, named "".
@@ -81,8 +78,7 @@ class StorageError(OSError):
         return StorageError, (self.args[0], self.reason, self.errno, self.transient)
 
 
-@dataclass(frozen=True)
-class FileInfo:
+class FileInfo(NamedTuple):
     """A file in a listing: its path relative to what was listed, with ``/`` between parts, and its size in bytes."""
 
     path: str
@@ -115,11 +111,8 @@ def join(uri: URI, *parts: str) -> str:
 
 def lies_in(uri: URI, directory: URI) -> bool:
     """Whether a URI names ``directory`` or something below it."""
-    if is_remote(uri) != is_remote(directory):
-        return False
-    paths = [split_options(each)[0].rstrip("/") if is_remote(each) else os.path.realpath(each)
-             for each in (uri, directory)]  # fmt: skip
-    return f"{paths[0]}/".startswith(f"{paths[1].rstrip('/')}/")
+    path, root = (os.path.realpath(split_options(each)[0]) for each in (uri, directory))
+    return is_remote(uri) == is_remote(directory) and Path(path).is_relative_to(root)
 
 
 def name(uri: URI) -> str:
@@ -135,16 +128,14 @@ def filesystem(uri: URI) -> tuple[pafs.FileSystem, str]:
     options = dict(parse_qsl(query[1:], keep_blank_values=True))
     endpoint = urlsplit(options.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or "")
     bucket, _, key = base.removeprefix("s3://").partition("/")
-    problem = ""
-    if unknown := sorted(set(options) - set(OPTIONS)):
-        problem = f"only {' and '.join(OPTIONS)} behind the question mark, found {', '.join(unknown)}"
-    elif "@" in bucket or ":" in bucket or "@" in endpoint.netloc:
-        problem = "no credentials in a URI, found some"
-    if problem:
-        remedy = "take them out; credentials come from the environment, ~/.aws or the machine's role"
-        raise ValueError(f"expected {problem} in {display(uri)}: {remedy}")
-    if not bucket or (endpoint.geturl() and not (endpoint.scheme in ("http", "https") and endpoint.netloc)):
-        raise ValueError(f"expected s3://bucket/key[?endpoint_url=http://host:port], found {display(uri)}: write it so")
+    is_server = endpoint.scheme in ("http", "https") and endpoint.netloc
+    has_credentials = "@" in bucket or ":" in bucket or "@" in endpoint.netloc
+    unknown = options.keys() - {"endpoint_url", "region"}
+    if not bucket or (endpoint.geturl() and not is_server) or has_credentials or unknown:
+        raise ValueError(
+            f"expected s3://bucket/key[?endpoint_url=http://host:port&region=name], found {display(uri)}: write it so; "
+            "credentials come from the environment, ~/.aws or the machine's role"
+        )
     return s3_filesystem(bucket, endpoint.scheme, endpoint.netloc, options.get("region")), f"{bucket}/{key}".rstrip("/")
 
 
@@ -175,7 +166,7 @@ def list_files(uri: URI) -> list[FileInfo]:
         return [FileInfo("", os.path.getsize(path))]
     else:
         files = attempt("list", uri, lambda: list(walk(path)))
-    return sorted(files, key=lambda file: file.path)
+    return sorted(files)
 
 
 def list_dirs(uri: URI) -> list[str]:
@@ -234,7 +225,8 @@ def read_json(uri: URI) -> Any:
 
 def write_json(uri: URI, value: Any, *, scratch: URI | None = None) -> None:
     """Write a value atomically as JSON; NaN and infinities, which JSON lacks, become null."""
-    text = json.dumps(finite_or_null(value), indent=2, ensure_ascii=False, allow_nan=False)
+    value = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     # Half a character, as in a file's name that is no UTF-8, becomes its escape, which JSON reads back.
     write_bytes(uri, (text + "\n").encode(errors="backslashreplace"), scratch=scratch)
 
@@ -406,17 +398,6 @@ def walk(root: str) -> Iterator[FileInfo]:
                         yield FileInfo(path, entry.stat().st_size)
                 except OSError:
                     yield FileInfo(path, 0)
-
-
-def finite_or_null(value: Any) -> Any:
-    """A value with None for every NaN and infinity in it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_null(item) for item in value]
-    return value
 
 
 def read_local(path: str) -> bytes:

@@ -426,7 +426,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("folder without --data", door("folder"), "refused", "data: expected where the images of folder lie"),
     ("URI of an unknown scheme", door("folder", "https://host/photos"), "refused", "found the scheme 'https'"),
     ("MNIST on an object store", door("mnist", "s3://bucket/mnist"), "refused", "expects a local directory"),
-    ("password in a URI", door("folder", "s3://me:secret@bucket/x"), "refused", "found some in s3://***@bucket/x"),
+    ("password in a URI", door("folder", "s3://me:secret@bucket/x"), "refused", "found s3://***@bucket/x"),
     ("unknown mode", lambda _: outcome_of(lambda: Preprocessing("CMYK", H, W)), "refused", "expected mode 'L'"),
     ("size of zero", lambda _: outcome_of(lambda: Preprocessing("L", 0, W)), "refused", "height in pixels, 1 to 8192"),
 ]
@@ -546,7 +546,7 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("output below the data", below_the_data, "--out: expected a directory outside the data"),
     ("read-only output", ["--out", "/proc/nowhere/audit"], "cannot make /proc/nowhere"),
     ("output on an unknown kind of store", ["--out", "https://host/audit"], "found the scheme 'https'"),
-    ("password in --out", ["--out", "s3://me:secret@bucket/audit"], "found some in s3://***@bucket/audit"),
+    ("password in --out", ["--out", "s3://me:secret@bucket/audit"], "found s3://***@bucket/audit"),
 ]
 
 
