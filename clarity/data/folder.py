@@ -176,7 +176,8 @@ def require_no_inner_splits(root: str, paths: list[str]) -> None:
 def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> list[str]:
     """A note of classes whose images all lie in several folders below theirs, as the folder may only wrap classes.
 
-    ValueError: such a folder holds nearly all images, beside folders of a few others.
+    ValueError: such a folder holds nearly all images, beside folders of a few others; or its folders are named as the
+    classes beside it.
     """
     inner: dict[str, set[str]] = {}
     direct = set()
@@ -185,6 +186,12 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
             inner.setdefault(parts[depth], set()).add(printable(parts[depth + 1]))
         elif len(parts) == depth + 2:
             direct.add(parts[depth])
+    for name, folders in inner.items():
+        if folders <= {printable(other) for other in {*inner, *direct} - {name}}:
+            raise ValueError(
+                f"expected a folder for each class, found {printable(name)}/ with folders named as those beside it "
+                f"({some(folders)}): move it away, or its images into those; to read it alone, name it"
+            )
     wrapping = [name for name in inner if name not in direct and len(inner[name]) > 1]
     if not wrapping:
         return []

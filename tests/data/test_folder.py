@@ -113,6 +113,15 @@ def test_folder_notes_a_folder_that_may_only_wrap_classes(tmp_path: Path) -> Non
     assert note.endswith(f"if they are, name {tmp_path}/split/train/Images")
 
 
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_folder_that_holds_all_classes_once_more_is_no_class(split: str, tmp_path: Path) -> None:
+    write_images(tmp_path, *(f"{split}{name}" for name in ("yes/1.png", "no/2.png", "more data/yes/3.png")))
+    with pytest.raises(ValueError, match=r"found more data/ with folders named as those beside it \(yes\)"):
+        listed(tmp_path)
+    write_images(tmp_path, f"{split}more data/cat/4.png")
+    assert set(listed(tmp_path).values()) == {"yes", "no", "more data"}
+
+
 def test_folder_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
     write_images(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "Tea/1.png", "tea/2.png")
     listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
