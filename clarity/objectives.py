@@ -13,6 +13,8 @@ from torch import Tensor
 from clarity.classifiers import perceptron_logits
 
 Rows = Mapping[str, Tensor]
+#: Of stacked classifiers: weights (M, in, out) and biases (M, out).
+Layers = Sequence[tuple[Tensor, Tensor]]
 Objective = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
 #: Of points and their rows: gradient, target probability, and the logits where an engine has them.
 Gradient = Callable[[Tensor, Rows], tuple[Tensor, Tensor, "Tensor | None"]]
@@ -37,9 +39,15 @@ class LatentObjective:
     directions ``fixed`` (D, k). Rows: ``target`` (B,) int64, ``reference`` (B, D).
     """
 
-    layers: Sequence[tuple[Tensor, Tensor]]
+    layers: Layers
     distance_weight: float
     fixed: Tensor | None = None
+
+    @property
+    def directions(self) -> Tensor:
+        """The fixed directions as rows (k, D), with k = 0 for none."""
+        weight = self.layers[0][0]
+        return weight.new_zeros(0, weight.shape[1]) if self.fixed is None else self.fixed.t()
 
     def __call__(self, point: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (B,), target probability (B,) and logits (M, B, K) of codes (B, D)."""

@@ -6,20 +6,16 @@ objectives, update rules and engines. Does not know images, VAEs or methods: the
 """
 
 import math
-import os
-import shutil
-import sysconfig
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clarity import kernels
+from clarity import native_search, triton_search
 from clarity.objectives import (
     Gradient,
     LatentObjective,
@@ -275,14 +271,14 @@ def batched_search(objective: Objective, start: Tensor, rows: Rows, config: Sear
     return result
 
 
-def kernel_search(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: Run) -> Counterfactuals:
+def fused_search(objective: Objective, start: Tensor, rows: Rows, config: SearchConfig, run: Run) -> Counterfactuals:
     """The compiled search of a LatentObjective on a CPU, or the Triton kernel on a GPU."""
     assert isinstance(objective, LatentObjective)
     given = objective, start, rows, config.max_steps, config.learning_rate
     if run.engine == "triton":
-        found = kernels.triton_search(*given)
+        found = triton_search.search(*given)
     else:
-        found = kernels.native_search(*given, run.workers, run.engine.removeprefix("native-"))
+        found = native_search.search(*given, run.workers, run.engine.removeprefix("native-"))
     final, finite = found["target_prob_final"], found["finite"]
     return Counterfactuals(**found, converged=(final > rows["min_target_prob"]) & finite, engine=run.engine)
 
@@ -292,8 +288,8 @@ Search = Callable[[Objective, Tensor, Rows, SearchConfig, Run], Counterfactuals]
 #: Engines by name, fastest first. All but plain need a LatentObjective, Adam, no bounds and no ``on_step``. A compiled
 #: engine is named by its build, since builds round differently: a row has the same bits wherever one build runs.
 ENGINES: dict[str, Search] = {
-    "triton": kernel_search,
-    **{f"native-{build}": kernel_search for build in kernels.BUILDS},
+    "triton": fused_search,
+    **{f"native-{build}": fused_search for build in native_search.BUILDS},
     "batched": batched_search,
     "plain": plain_search,
 }
@@ -420,7 +416,7 @@ def value_and_grad(objective: Objective, points: Tensor, rows: Rows, run: Run) -
     """Target probability (B,) at points (B, ...) and its gradient (B, ...), by the engine of a run, row by row."""
     if run.engine.startswith("native-") and isinstance(objective, LatentObjective):
         build = run.engine.removeprefix("native-")
-        return kernels.native_value_and_grad(objective.layers, points, rows["target"], run.workers, build)
+        return native_search.value_and_grad(objective.layers, points, rows["target"], run.workers, build)
     prob, grad = points.new_empty(len(points)), torch.empty_like(points)
     total, queue = len(points), Queue(len(points))
     if run.engine != "plain" and isinstance(objective, LatentObjective):
@@ -443,7 +439,7 @@ def value_and_grad(objective: Objective, points: Tensor, rows: Rows, run: Run) -
 
 def cpu_engines() -> list[str]:
     """The engines that can search over latent classifiers on this machine's CPU, fastest first."""
-    return [*(f"native-{build}" for build in kernels.native_modules()), "batched", "plain"]
+    return [*(f"native-{build}" for build in native_search.modules()), "batched", "plain"]
 
 
 def choose_engine(engine: str, objective: Objective, fits: bool, device: str) -> str:
@@ -467,30 +463,11 @@ def why_not(engine: str, objective: LatentObjective, device: str) -> str:
     if engine.startswith("native-"):
         if device != "cpu":
             return f"runs on a CPU, not on {device}"
-        builds = kernels.native_modules()
-        if engine.removeprefix("native-") in builds:
-            return ""
-        have = ", ".join(f"native-{build}" for build in builds)
-        return f"cannot run on this machine, which has {have or 'none (pip install . with a C++ compiler builds it)'}"
+        return native_search.refusal(engine.removeprefix("native-"))
     if engine == "triton":
         if device != "cuda":
             return f"runs on a CUDA GPU, not on {device}"
-        if not kernels.triton_available():
-            return "needs the package triton"
-        return kernels.triton_refusal(objective.layers) or gpu_refusal()
-    return ""
-
-
-def gpu_refusal() -> str:
-    """Why Triton cannot run its kernels on this machine's GPU; empty where it can."""
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs a GPU of compute capability 8.0 or more, which multiplies in tf32"
-    # As triton.runtime.build looks for them: it compiles what starts a kernel.
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler or not (header.exists() or os.environ.get("CPATH")):
-        return "needs a C compiler and Python's headers, with which triton makes what starts its kernels"
+        return triton_search.refusal(objective.layers)
     return ""
 
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from clarity import data, kernels
+from clarity import data, native_search, triton_search
 from clarity.audit.commits import claim
 from clarity.audit.plan import rows_per_shard
 from clarity.model import load_model
@@ -116,8 +116,8 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "device": args.device,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "native": list(kernels.native_modules()),
-        "triton": kernels.triton_available(),
+        "native": list(native_search.modules()),
+        "triton": triton_search.is_installed(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "repeats": args.repeats,

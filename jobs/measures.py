@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clarity import kernels
+from clarity import native_search, triton_search
 from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.objectives import LatentObjective
 from clarity.rows import decode_rows, encode_rows, float32_convolutions
@@ -68,13 +68,13 @@ def limit(way: str, device: str) -> float:
 def fast_engines(device: str) -> list[str]:
     """The engines of a device other than the plain one."""
     if device == "cuda":
-        return ["batched", *(["triton"] if kernels.triton_available() else [])]
+        return ["batched", *(["triton"] if triton_search.is_installed() else [])]
     return ["batched", *native_engines()]
 
 
 def native_engines() -> list[str]:
     """The build of the native engine that this machine runs by default, where it was compiled."""
-    return [f"native-{build}" for build in list(kernels.native_modules())[:1]]
+    return [f"native-{build}" for build in list(native_search.modules())[:1]]
 
 
 def check_engines(name: str, layers: Layers, codes: Tensor, target: Tensor, device: str) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def time_engines(
     if "cuda" in devices:
         ways["batched autograd on the GPU"] = (batched_autograd, 50_000, "cuda")
         ways["batched on the GPU"] = (engine("batched", None), 200_000, "cuda")
-        if kernels.triton_available():
+        if triton_search.is_installed():
             ways["triton"] = (engine("triton", None), 2_000_000, "cuda")
     flop = 4 * sum(weight.numel() for weight, _ in layers)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}

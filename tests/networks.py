@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clarity import kernels
+from clarity import native_search
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.model import Model, save_model
 from clarity.vae import VAE, VAEConfig, vae_config
 
 #: The builds of native/maps.cpp that run here, and None for PyTorch alone.
-BUILD_NAMES = [name for build in kernels.native_modules() if find_spec(name := f"_clarity_maps_{build}")] + ["none"]
+BUILD_NAMES = [name for build in native_search.modules() if find_spec(name := f"_clarity_maps_{build}")] + ["none"]
 BUILDS = [*map(import_module, BUILD_NAMES[:-1]), None]
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"findings.verdict", "figure"},
     {"data", "classifiers", "audit"},
     {"objectives", "rows"},
-    {"judges", "attributes", "kernels"},
+    {"judges", "attributes", "native_search", "triton_search"},
     {"model", "search", "predictions", "predictor"},
     {"methods"},
     {"tables"},

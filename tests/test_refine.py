@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import assert_same_bits, make_layers, make_rows
+from searches import assert_same_bits, make_layers, make_rows
 from torch import Tensor
 
-from clarity import kernels
+from clarity import native_search
 from clarity.objectives import LatentObjective
 from clarity.refine import log_ratio, refine, sum_rows
 from clarity.search import Counterfactuals, SearchConfig, descend
 
-NATIVE = [f"native-{build}" for build in kernels.native_modules()]
+NATIVE = [f"native-{build}" for build in native_search.modules()]
 ENGINES = [*NATIVE, "batched", "plain"]
 CONFIG = SearchConfig(max_steps=40, learning_rate=0.1)
 # Members, and widths from the codes to the classes; the smallest sizes, and sizes that fill no vector.
@@ -133,12 +133,12 @@ def test_refined_search_that_continues_shrinks_towards_the_reference() -> None:
     assert (after <= before).all() and after.sum() < 0.9 * before.sum()
 
 
-@pytest.mark.parametrize("build", kernels.native_modules())
+@pytest.mark.parametrize("build", native_search.modules())
 @pytest.mark.parametrize(("members", "sizes"), [*SIZES, (7, (16, 16, 16, 10))])
 def test_native_value_and_grad_is_that_of_autograd(build: str, members: int, sizes: tuple[int, ...]) -> None:
     layers = make_layers(members, sizes)
     z, target = make_rows(layers, 101)
-    value, grad = kernels.native_value_and_grad(layers, z, target, 1, build)
+    value, grad = native_search.value_and_grad(layers, z, target, 1, build)
     points = z.clone().requires_grad_()
     expected = LatentObjective(layers, 0.0)(points, {"target": target, "reference": z})[1]
     expected.sum().backward()
@@ -146,9 +146,9 @@ def test_native_value_and_grad_is_that_of_autograd(build: str, members: int, siz
     torch.testing.assert_close(grad, points.grad, atol=5e-6, rtol=2e-4)
     order = torch.randperm(101, generator=torch.Generator().manual_seed(3))[:53]
     for threads in (1, 3):
-        some = kernels.native_value_and_grad(layers, z[order], target[order], threads, build)
+        some = native_search.value_and_grad(layers, z[order], target[order], threads, build)
         assert_same_bits(dict(enumerate(some)), {0: value[order], 1: grad[order]})
-    empty = kernels.native_value_and_grad(layers, z[:0], target[:0], 1, build)
+    empty = native_search.value_and_grad(layers, z[:0], target[:0], 1, build)
     assert [tuple(values.shape) for values in empty] == [(0,), (0, sizes[0])]
 
 

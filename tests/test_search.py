@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clarity import kernels, search
+from clarity import native_search, search, triton_search
 from clarity.objectives import LatentObjective, ensemble_terms
 from clarity.search import ENGINES, Counterfactuals, SearchConfig, descend
 
@@ -91,7 +91,7 @@ def assert_same_bits(found: Counterfactuals, expected: Counterfactuals) -> None:
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), name
 
 
-CPU_ENGINES = ["plain", "batched", *(f"native-{build}" for build in kernels.native_modules())]
+CPU_ENGINES = ["plain", "batched", *(f"native-{build}" for build in native_search.modules())]
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)
@@ -488,13 +488,13 @@ def test_descend_rejects_arguments_that_do_not_fit() -> None:
 def test_auto_takes_the_native_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     z, rows = questions(3)
     objective, config = stacked(networks(2, (LATENT, CLASSES))), SearchConfig(max_steps=2)
-    monkeypatch.setattr(kernels, "native_modules", dict)
+    monkeypatch.setattr(native_search, "modules", dict)
     assert descend(objective, z, rows, config).engine == "batched"
     with pytest.raises(ValueError, match="engine native-base cannot run on this machine, which has none"):
         descend(objective, z, rows, config, engine="native-base")
     assert descend(objective, z, rows, config, bounds=(-1, 1)).engine == "plain"
     assert descend(lambda *args: objective(*args), z, rows, config).engine == "plain"
-    monkeypatch.setattr(kernels, "native_modules", lambda: {"avx2": None, "base": None})
+    monkeypatch.setattr(native_search, "modules", lambda: {"avx2": None, "base": None})
     monkeypatch.setitem(ENGINES, "native-avx2", ENGINES["batched"])
     assert descend(objective, z, rows, config).engine == "native-avx2"
     assert descend(objective, z, rows, config, on_step=lambda *_: None, engine="native-avx2").engine == "plain"
@@ -504,10 +504,10 @@ def test_auto_takes_the_native_engine_where_there_is_one(monkeypatch: pytest.Mon
 
 def test_auto_takes_the_fused_engine_on_a_gpu_where_it_holds_the_classifiers(monkeypatch: pytest.MonkeyPatch) -> None:
     small = stacked(networks(2, (LATENT, 6, CLASSES)))
-    wide = stacked(networks(2, (LATENT, kernels.MOST_WIDTH + 1, CLASSES)))
-    monkeypatch.setattr(kernels, "triton_available", lambda: True)
+    wide = stacked(networks(2, (LATENT, triton_search.MOST_WIDTH + 1, CLASSES)))
+    monkeypatch.setattr(triton_search, "is_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("clarity.search.shutil.which", {"gcc": "/usr/bin/gcc"}.get)
+    monkeypatch.setattr("clarity.triton_search.shutil.which", {"gcc": "/usr/bin/gcc"}.get)
     monkeypatch.setenv("CPATH", "/usr/include/python3")
     assert search.choose_engine("auto", small, True, "cuda") == "triton"
     assert search.choose_engine("auto", wide, True, "cuda") == "batched"
@@ -519,12 +519,12 @@ def test_auto_takes_the_fused_engine_on_a_gpu_where_it_holds_the_classifiers(mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert search.choose_engine("auto", small, True, "cuda") == "batched"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("clarity.search.shutil.which", {}.get)
+    monkeypatch.setattr("clarity.triton_search.shutil.which", {}.get)
     monkeypatch.delenv("CC", raising=False)
     assert search.choose_engine("auto", small, True, "cuda") == "batched"
     with pytest.raises(ValueError, match="engine triton needs a C compiler and Python's headers"):
         search.choose_engine("triton", small, True, "cuda")
-    monkeypatch.setattr(kernels, "triton_available", lambda: False)
+    monkeypatch.setattr(triton_search, "is_installed", lambda: False)
     assert search.choose_engine("auto", small, True, "cuda") == "batched"
     with pytest.raises(ValueError, match="engine triton needs the package triton"):
         search.choose_engine("triton", small, True, "cuda")

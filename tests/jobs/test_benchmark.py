@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from clarity import kernels
+from clarity import native_search
 from clarity.objectives import LatentObjective
 from clarity.search import SearchConfig, descend
 
@@ -61,7 +61,7 @@ def test_benchmark_writes_figures_and_goals(
     assert first["members"] == 50
     assert first["kflop_per_step"] == 134.4
     assert second["sizes"] == [128, 16, 16, 4]
-    native = ["native"] if kernels.native_modules() else []
+    native = ["native"] if native_search.modules() else []
     for name in ("one at a time", "batched autograd", "plain", "batched", *native):
         run = first["engines"][name]
         assert run["gflops"] == pytest.approx(run["search_steps_per_second"] * 134.4e-6)

@@ -1,26 +1,24 @@
-"""Fast implementations of Algorithm 1 over stacked latent classifiers: compiled for CPUs, in Triton for CUDA.
+"""Algorithm 1 over stacked latent classifiers on CUDA GPUs, in one Triton kernel.
 
-Both do what ``search.descend`` specifies: the target probability (mean over the members, float32) is tested before
-each update and once after the last, each row by itself. Does not choose an engine.
-
-Layers are (weight (M, in, out), bias (M, out)), with a ReLU between two.
+It does what ``search.descend`` specifies: the target probability (mean over the members, float32) is tested before
+each update and once after the last, each row by itself. Layers are (weight (M, in, out), bias (M, out)), with a ReLU
+between two.
 """
 
 # ruff: noqa: RUF005 - Triton's compiler joins tuples with +, it knows no unpacking
-import functools
-import importlib
-from collections.abc import Sequence
+import os
+import shutil
+import sysconfig
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
 from typing import Any, no_type_check
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clarity.objectives import LatentObjective, Rows
+from clarity.objectives import LatentObjective, Layers, Rows
 
 try:
     import triton
@@ -28,122 +26,33 @@ try:
 except ImportError:  # where torch comes without it
     triton = None
 
-Layers = Sequence[tuple[Tensor, Tensor]]
-
-#: The builds of native/search.cpp by instruction set, fastest first.
-BUILDS = ("avx512", "avx2", "base")
-
-
-def import_build(build: str) -> ModuleType | None:
-    """The compiled module of a build, or None where it is not installed."""
-    try:
-        return importlib.import_module(f"_clarity_engine_{build}")
-    except ImportError:
-        return None
-
-
-@functools.cache
-def native_modules() -> dict[str, ModuleType]:
-    """The compiled modules that are installed and that this processor can run, by build, fastest first."""
-    # The base build asks the processor: any other could crash the process at its first instruction.
-    base = import_build("base")
-    found = {build: import_build(build) for build in base.builds()} if base is not None else {}
-    return {build: module for build, module in found.items() if module is not None}
-
-
-def native_module(build: str) -> ModuleType:
-    """The compiled module of a build; raises ValueError where it cannot run."""
-    modules = native_modules()
-    if build not in modules:
-        have = f"this machine runs {', '.join(modules)}" if modules else "pip install . with a C++ compiler builds it"
-        raise ValueError(f"build {build!r} of the native search is not available; {have}")
-    return modules[build]
-
-
-def native_search(
-    objective: LatentObjective,
-    start: Tensor,
-    rows: Rows,
-    max_steps: int,
-    learning_rate: float,
-    threads: int,
-    build: str,
-) -> dict[str, Tensor]:
-    """Search in compiled code, on ``threads`` threads of its own and without the GIL.
-
-    A row's bits depend on the row, the objective, the two parameters and the build alone. ``rows`` are target (B,)
-    int64, reference (B, D) and min_target_prob (B,), which each row must exceed.
-
-    Returns:
-        point (B, D), steps (B,) int32, target_prob_initial and target_prob_final (B,), finite (B,) bool: False where
-        the probability or the next update was not a finite number; such a row ends at its last finite point.
-
-    Raises:
-        ValueError: shapes do not agree, or the build cannot run here.
-    """
-    found = {
-        "point": np.empty(tuple(start.shape), np.float32),
-        "steps": np.empty(len(start), np.int32),
-        "target_prob_initial": np.empty(len(start), np.float32),
-        "target_prob_final": np.empty(len(start), np.float32),
-        "finite": np.empty(len(start), np.bool_),
-    }
-    native_module(build).search(
-        weights=[as_array(weight) for weight, _ in objective.layers],
-        biases=[as_array(bias) for _, bias in objective.layers],
-        start=as_array(start),
-        reference=as_array(rows["reference"]),
-        target=as_array(rows["target"], torch.int64),
-        min_target_prob=as_array(rows["min_target_prob"]),
-        fixed=as_array(directions_of(objective, start)),
-        **found,
-        max_steps=max_steps,
-        distance_weight=objective.distance_weight,
-        learning_rate=learning_rate,
-        threads=threads,
-    )
-    return {name: torch.from_numpy(values) for name, values in found.items()}
-
-
-def directions_of(objective: LatentObjective, start: Tensor) -> Tensor:
-    """The objective's fixed directions as (k, D), with k = 0 for none."""
-    return start.new_zeros(0, start.shape[1]) if objective.fixed is None else objective.fixed.t()
-
-
-def native_value_and_grad(
-    layers: Layers, points: Tensor, target: Tensor, threads: int, build: str
-) -> tuple[Tensor, Tensor]:
-    """Mean target probability (B,) of codes (B, D) and its gradient (B, D), computed as in ``native_search``."""
-    target_prob, gradient = np.empty(len(points), np.float32), np.empty(tuple(points.shape), np.float32)
-    native_module(build).value_and_grad(
-        weights=[as_array(weight) for weight, _ in layers],
-        biases=[as_array(bias) for _, bias in layers],
-        points=as_array(points),
-        target=as_array(target, torch.int64),
-        target_prob=target_prob,
-        gradient=gradient,
-        threads=threads,
-    )
-    return torch.from_numpy(target_prob), torch.from_numpy(gradient)
-
-
-def as_array(values: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """A contiguous array of this type; shares the memory of a tensor that is one already."""
-    return values.detach().to("cpu", dtype).contiguous().numpy()
-
-
 #: The largest sizes that the Triton kernel holds.
 MOST_LATENT, MOST_WIDTH, MOST_CLASSES = 512, 64, 100
 #: Weights of a member, packed, up to which a processor's shared memory holds a copy for each of eight programs.
 MOST_PREFETCHED = 6144
 
 
-def triton_available() -> bool:
+def is_installed() -> bool:
     """Whether the package triton is installed."""
     return triton is not None
 
 
-def triton_refusal(layers: Layers) -> str:
+def refusal(layers: Layers) -> str:
+    """Why the kernel cannot search with these classifiers on this machine's GPU; empty where it can."""
+    if not is_installed():
+        return "needs the package triton"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or more, which multiplies in tf32"
+    # As triton.runtime.build looks for them: it compiles what starts a kernel.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler or not (header.exists() or os.environ.get("CPATH")):
+        return "needs a C compiler and Python's headers, with which triton makes what starts its kernels"
+    return size_refusal(layers)
+
+
+def size_refusal(layers: Layers) -> str:
     """Why the Triton kernel cannot hold these classifiers; empty when it can."""
     latent, classes = layers[0][0].shape[1], layers[-1][0].shape[2]
     width = max((weight.shape[2] for weight, _ in layers[:-1]), default=0)
@@ -411,7 +320,7 @@ class Layout:
         def padded(size: int) -> int:
             return max(16, 1 << (size - 1).bit_length())
 
-        refusal = triton_refusal(layers)
+        refusal = size_refusal(layers)
         if refusal:
             raise ValueError(f"the Triton kernel {refusal}; use engine batched")
         latent, classes = layers[0][0].shape[1], layers[-1][0].shape[2]
@@ -450,17 +359,17 @@ class Layout:
         return torch.cat(weights, dim=1).contiguous(), torch.cat(biases, dim=1).contiguous()
 
 
-def triton_search(
+def search(
     objective: LatentObjective, start: Tensor, rows: Rows, max_steps: int, learning_rate: float
 ) -> dict[str, Tensor]:
     """Search in one kernel on a GPU: a block of searches stays on one multiprocessor through all members and steps.
 
-    Returns what ``native_search`` returns, on the device of ``start``. Products are in tf32, three for each, whose
-    error is that of float32. Raises ValueError for sizes that the kernel does not hold.
+    Returns what ``native_search.search`` returns, on the device of ``start``. Products are in tf32, three for each,
+    whose error is that of float32. Raises ValueError for sizes that the kernel does not hold.
     """
     if triton is None:
         raise ValueError("the Triton kernel needs the package triton; use engine batched")
-    total, device, directions = len(start), start.device, directions_of(objective, start)
+    total, device, directions = len(start), start.device, objective.directions
     layout = Layout.of(objective.layers, len(directions))
     found = {
         "point": torch.empty_like(start, memory_format=torch.contiguous_format),
