@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from clarity.audit.queries import has_predictions
 from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked, share_text
 from clarity.report.text import listed, percent, plural
 
@@ -11,7 +12,7 @@ MIN_FOOLED = 0.01
 
 def check_predictions(facts: Facts) -> Outcome:
     """How often the ensemble predicts what the user's model does, and what the reconstruction alone changes."""
-    if not facts.has_table("prediction_agreement"):
+    if not has_predictions(facts.con):
         return NotChecked("the audit has no predictions of another model")
     rows = facts.rows(
         "SELECT prediction, sum(images), coalesce(sum(images) FILTER (prediction = source), 0) AS same "

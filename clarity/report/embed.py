@@ -68,7 +68,7 @@ def embed_images(views: Sequence[View], image_ids: Sequence[str], tiles: Tiles) 
 def codes_of(view: View, image_ids: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of ``codes`` in the order of their ids."""
     view.facts.con.register("wanted_images", pa.table({"image_id": pa.array(image_ids, pa.string())}))
-    return view.table("SELECT * FROM codes SEMI JOIN wanted_images USING (image_id) ORDER BY image_id").to_pylist()
+    return view.records("SELECT * FROM codes SEMI JOIN wanted_images USING (image_id) ORDER BY image_id")
 
 
 def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
@@ -76,10 +76,10 @@ def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
     keys = list(sample.frames)
     ids, targets = pa.array([key[0] for key in keys], pa.string()), pa.array([key[1] for key in keys], pa.int32())
     view.facts.con.register("wanted", pa.table({"image_id": ids, "target": targets}))
-    rows = view.table(
+    rows = view.records(
         "SELECT * FROM counterfactuals SEMI JOIN wanted USING (image_id, target) "
         "ORDER BY image_id, converged DESC, distance_z_l1, target"
-    ).to_pylist()
+    )
     codes = {code["image_id"]: code["z"] for code in codes_of(view, sample.image_ids) if code["status"] == "ok"}
     reconstructions = {}
     if view.model is not None:

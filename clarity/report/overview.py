@@ -57,7 +57,7 @@ def interval(part: float, whole: float) -> str:
 
 def totals(view: View) -> dict[str, Any]:
     """Counts and medians over all rows of the audit."""
-    return view.table(statement("page_totals")).to_pylist()[0]
+    return view.records(statement("page_totals"))[0]
 
 
 def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[tuple[str, str, str]]:

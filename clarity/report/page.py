@@ -118,7 +118,7 @@ def render(
         (finding, view.name, overview.evidence(finding, view, each, images, sample, tiles))
         for finding, view, each in sorted(told, key=lambda entry: -entry[0].severity)
     ]
-    labels = tables.labels(first, images, tiles)
+    labels, predictions = tables.labels(first, images, tiles), tables.predictions(first)
     script = script_data(views, sample, embedded, images, tiles)
     data = json.dumps(script, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # No text in it can end its script element.
@@ -133,7 +133,7 @@ def render(
         not_checked=named(lambda view: [text for _, text in view.results.not_checked]),
         warnings=named(lambda view: warnings(view.audit.plan, view.audit.commits, view.facts.con)),
         labels=labels,
-        predictions=tables.predictions(first),
+        predictions=predictions,
         names=first.class_names,
         images=images,
         tiles=embedded[0].tiles,
@@ -158,9 +158,7 @@ def render(
             for view, total in zip(views, totals)
         ],
         views_sql=views_sql(first.audit.uri),
-        queries={
-            name: query for name, query in load_queries().items() if name != "predictions" or first.has_predictions
-        },
+        queries=[query for name, query in load_queries().items() if name != "predictions" or predictions],
         css=markupsafe.Markup((files / "report.css").read_text("utf-8")),
         js=markupsafe.Markup((files / "report.js").read_text("utf-8")),
         data=markupsafe.Markup(data),

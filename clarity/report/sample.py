@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from clarity import storage
-from clarity.audit.queries import statement
+from clarity.audit.queries import has_predictions, statement
 from clarity.report.view import View
 
 KINDS = ("closest", "median", "hardest", "failed")
@@ -49,15 +49,15 @@ def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Seq
     first = views[0]
     # Up to MAX_EXAMPLES of each kind for each class pair, by latent distance; failed ones by probability.
     ranked: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in first.table(statement("page_examples"), {"each": MAX_EXAMPLES, "kinds": list(KINDS)}).to_pylist():
+    for row in first.records(statement("page_examples"), {"each": MAX_EXAMPLES, "kinds": list(KINDS)}):
         ranked.setdefault((row["source"], row["target"]), []).append(row)
     chosen, used = fitting_examples(views, ranked, int(budget * 0.8), pairs)
     lookup = choose_images(views, images, budget - used)
     disagreements = []
-    if first.has_predictions:  # in order of the ensemble's certainty
+    if has_predictions(first.facts.con):  # in order of the ensemble's certainty
         theirs = "prediction_probs[prediction + 1]" if "prediction_probs" in first.audit.codes.schema.names else "NULL"
         sql = statement("page_disagreements").format(theirs=theirs)
-        disagreements = first.table(sql, {"count": LISTED}).to_pylist()
+        disagreements = first.records(sql, {"count": LISTED})
     frames = {(row["image_id"], row["target"]): row["frames"] for row in chosen}
     others = [example for view in views for finding in view.results.findings for example in finding.examples[:6]]
     others += [(row["image_id"], row["other"]) for row in disagreements]

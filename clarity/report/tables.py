@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from clarity.audit.queries import has_predictions
 from clarity.findings.suspicion import NEIGHBOURS
 from clarity.report.embed import read_picture
 from clarity.report.overview import interval
@@ -67,7 +68,7 @@ def agreement(view: View, counts: str, from_given: bool = False) -> dict[str, An
 
 def predictions(view: View) -> dict[str, Any] | None:
     """How the ensemble and the user's own model agree, by class and in words."""
-    if not view.has_predictions:
+    if not has_predictions(view.facts.con):
         return None
     counts = (
         "SELECT prediction, source, sum(images) FROM prediction_agreement WHERE prediction IS NOT NULL GROUP BY ALL"

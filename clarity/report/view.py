@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,19 +42,14 @@ class View:
     facts: Facts
     results: Results
 
-    @cached_property
-    def class_names(self) -> list[str]:
+    @property
+    def class_names(self) -> tuple[str, ...]:
         """Names of the classes as the page writes them, by index: long ones are shortened."""
-        return short_names(self.audit.class_names, MAX_NAME)
+        return self.facts.class_names
 
-    @cached_property
-    def has_predictions(self) -> bool:
-        """Whether the audit has predictions of the user's own model."""
-        return "prediction" in self.audit.codes.schema.names
-
-    def table(self, sql: str, parameters: dict[str, Any] | None = None) -> pa.Table:
-        """Runs a query over the views ``codes`` and ``counterfactuals``."""
-        return self.facts.con.sql(sql, params=parameters or {}).to_arrow_table()
+    def records(self, sql: str, parameters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Runs a query; its rows as dictionaries."""
+        return self.facts.con.sql(sql, params=parameters or {}).to_arrow_table().to_pylist()
 
 
 def decode(model: Model, z: Any) -> np.ndarray:
@@ -65,13 +59,11 @@ def decode(model: Model, z: Any) -> np.ndarray:
     from clarity.rows import decode_rows
 
     codes = np.array(z, np.float32).reshape(-1, model.latent_dim)
-    if not len(codes):
-        return np.zeros((0, *model.image_shape), np.float32)
     return decode_rows(model.decoder, torch.from_numpy(codes)).numpy()
 
 
 def classify(view: View, z: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
-    """Mean class probabilities (B, K) at codes (B, D), each by the ensemble that explained its image."""
+    """Mean class probabilities (B, K) at codes (B, D) float32, each by the ensemble that explained its image."""
     import torch
 
     from clarity.ids import fold_of
@@ -84,8 +76,7 @@ def classify(view: View, z: np.ndarray, image_ids: Sequence[str]) -> np.ndarray:
     probs = np.zeros((len(z), model.num_classes), np.float32)
     for fold, ensemble in enumerate(ensembles):
         mine = folds == fold
-        if mine.any():
-            probs[mine] = mean_probs(logits_rows(ensemble, torch.from_numpy(np.asarray(z[mine], np.float32))))
+        probs[mine] = mean_probs(logits_rows(ensemble, torch.from_numpy(z[mine])))
     return probs
 
 
