@@ -71,26 +71,11 @@ def named(text: str) -> tuple[str, str]:
     return name, uri
 
 
-class JobFailed(RuntimeError):
-    """Another job ended with an exit code that is not 0, which becomes ours."""
-
-    def __init__(self, job: str, code: int) -> None:
-        super().__init__(f"{job} ended with exit code {code}, see above")
-        self.code = code if code > 0 else 1
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; the exit code, which is that of another job where one failed."""
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-    try:
-        return driver.run(new_parser(), run_comparison, argv)
-    except JobFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    """Run the job; the exit code."""
+    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    return driver.run(new_parser(), run_comparison, argv)
 
 
 def run_comparison(args: argparse.Namespace) -> int:
@@ -105,7 +90,8 @@ def run_comparison(args: argparse.Namespace) -> int:
     trained = driver.open_dataset(args, "train", attributes=args.attributes, unlabelled=unlabelled)
 
     model_uri = driver.job_path(args.model, storage.join(out, "model"), "--model")
-    train_model(args, model_uri, "--image-members", str(args.image_members), given=args.model is not None)
+    if args.model is None:
+        train_if_missing(args, model_uri, "--image-members", str(args.image_members))
     model = load_model(model_uri)
     if lacking := [name for name in methods if METHODS[name].classifies_images and not model.image_ensemble]:
         raise ValueError(
@@ -155,22 +141,17 @@ def run_comparison(args: argparse.Namespace) -> int:
 
 
 def run(job: str, *arguments: str) -> None:
-    """Run another job as a command; what it prints is shown.
-
-    Raises:
-        JobFailed: it did not end with 0.
-    """
+    """Run another job as a command; what it prints is shown. Where it fails, this job ends with its exit code."""
     code = subprocess.run([sys.executable, str(JOBS / job), *arguments], stdout=sys.stderr).returncode
     if code:
-        raise JobFailed(job, code)
+        print(f"error: {job} ended with exit code {code}, see above", file=sys.stderr)
+        sys.exit(max(code, 1))  # a negative one is the number of a signal
 
 
-def train_model(args: argparse.Namespace, uri: str, *more: str, given: bool) -> None:
-    """Train the model, unless it is there; one that the user named must be."""
+def train_if_missing(args: argparse.Namespace, uri: str, *more: str) -> None:
+    """Train a model, unless it is there."""
     if storage.exists(storage.join(uri, "model.json")):
         return
-    if given:
-        raise ValueError(f"no model in {storage.display(uri)}: train it with jobs/train.py, or leave --model out")
     log.info("training %s", storage.display(uri))
     where = ["--data", args.data] if args.data else []
     where += ["--columns", *args.columns] if args.columns else []
@@ -215,10 +196,8 @@ def find_judges(
     log.info("reading %d training images", len(listing))
     pixels, ids, labels, truth = read(trained, listing, model)
     uri = driver.job_path(args.judges, storage.join(out, "judges"), "--judges")
-    if storage.exists(storage.join(uri, evaluators.JUDGES_JSON)):
+    if args.judges or storage.exists(storage.join(uri, evaluators.JUDGES_JSON)):
         judges = evaluators.load_judges(uri)
-    elif args.judges:
-        raise ValueError(f"no judges in {storage.display(uri)}: leave --judges out, and they are trained")
     else:
         half = in_judges_half(ids)
         judges = evaluators.Judges(model.image_shape, model.class_names, trained.attributes)
@@ -257,7 +236,7 @@ def flat_model(args: argparse.Namespace, model: Model, out: str) -> Model | None
     if model.image_ensemble is None or (args.flat_model is None and args.dataset != "digits"):
         return None
     uri = driver.job_path(args.flat_model, storage.join(out, "flat-model"), "--flat-model")
-    train_model(args, uri, "--latent-dim", "2", given=False)
+    train_if_missing(args, uri, "--latent-dim", "2")
     flat = load_model(uri)
     if flat.latent_dim != 2 or flat.image_shape != model.image_shape or flat.class_names != model.class_names:
         raise ValueError(

@@ -158,7 +158,8 @@ def load_judges(uri: str) -> Judges:
     """Reads what ``save_judges`` wrote; ValueError where the directory holds no judges."""
     path = storage.join(uri, JUDGES_JSON)
     if not storage.exists(path):
-        raise ValueError(f"no judges at {storage.display(uri)}: expected {JUDGES_JSON} there")
+        shown = storage.display(uri)
+        raise ValueError(f"judges: expected {JUDGES_JSON} in {shown}, found none: left out, they are trained")
     content = storage.read_json(path)
     judges = Judges(tuple(content["image_shape"]), content["class_names"], content["attributes"])
     judges.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, JUDGES_FILE))))

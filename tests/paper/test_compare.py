@@ -371,7 +371,7 @@ def flattened(model: Any) -> Any:
     ("arguments", "message"),
     [
         (["--methods", "magic"], "unknown method 'magic'"),
-        (["--model", "/nowhere"], "no model in"),
+        (["--model", "/nowhere"], "no model at"),
         (["--max-steps", "-1"], "--max-steps"),
         (["--dataset", "mnist"], "data: expected"),
     ],
@@ -419,7 +419,9 @@ def test_job_asks_for_image_classifiers_where_they_lack(tiny_digits_model: Path,
 def test_job_passes_on_how_another_job_ended(root: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     command = ["--model", str(root / "model"), "--judges", str(root / "judges"), "--out", str(tmp_path / "out")]
-    assert load_job("compare").main([*command, "--methods", "clarity", "--images", "10"]) == 1
+    with pytest.raises(SystemExit) as ended:
+        load_job("compare").main([*command, "--methods", "clarity", "--images", "10"])
+    assert ended.value.code == 1
     assert "explain_all.py ended with exit code 1" in capsys.readouterr().err
     assert (tmp_path / "out" / "sample-10.parquet").exists()
 

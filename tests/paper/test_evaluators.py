@@ -92,7 +92,7 @@ def test_judges_are_drawn_alike_and_known_by_their_weights(tmp_path: Path) -> No
     with torch.no_grad():
         built.autoencoders[K].up_second.bias.add_(1e-3)  # type: ignore[union-attr,operator]
     assert built.fingerprint != same
-    with pytest.raises(ValueError, match="no judges"):
+    with pytest.raises(ValueError, match=r"judges: expected judges\.json in .*, found none"):
         load_judges(str(tmp_path / "elsewhere"))
 
 
