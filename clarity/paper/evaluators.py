@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from clarity import storage
 from clarity.judges import build_judge, in_batches, predict_probs
 from clarity.training.evaluate import accuracies
-from clarity.training.judge import JudgeTraining, fit, train_attributes, train_judge
+from clarity.training.judge import JudgeTraining, fit, train_judge
 
 JUDGES_FILE, JUDGES_JSON = "judges.safetensors", "judges.json"
 
@@ -112,7 +112,7 @@ def train_judges(
     for net, (name, rows) in zip(judges.autoencoders, [*groups.items(), ("all", known)]):
         yield from fit(f"autoencoder {name}", net, images, rows, shorter, redrawn)
     if judges.attribute_net is not None and attributes is not None:
-        yield from train_attributes(judges.attribute_net, images, attributes, config, "attributes")
+        yield from train_judge(judges.attribute_net, images, attributes, config, "attributes")
     judges.card |= {"training": asdict(config), "num_images": len(images), "num_labelled": len(known)}
 
 

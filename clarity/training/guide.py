@@ -14,7 +14,7 @@ from clarity.data import list_images
 from clarity.ids import in_judges_half
 from clarity.judges import JudgeNet, build_judge
 from clarity.training.evaluate import LabelledImages
-from clarity.training.judge import JudgeTraining, log_updates, train_attributes
+from clarity.training.judge import JudgeTraining, log_updates, train_judge
 from clarity.training.loops import Log, seeded
 from clarity.training.plan import TrainingPlan
 
@@ -37,7 +37,7 @@ def train_guide(
     training = replace(JudgeTraining.for_images(len(rows)), precision=plan.precision)
     net = new_guide(plan)
     given = split.pixels.numpy()[rows], truth[rows], training, "guide", device
-    log_updates("guide", train_attributes(net, *given), log)
+    log_updates("guide", train_judge(net, *given), log)
     return net.requires_grad_(False)
 
 

@@ -58,40 +58,27 @@ class JudgeTraining:
 def train_judge(
     net: JudgeNet,
     images: np.ndarray,
-    labels: np.ndarray,
+    truth: np.ndarray,
     config: JudgeTraining,
     name: str = "judge",
     device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, Any]]:
-    """Trains a judge by cross-entropy, see ``fit``, on the judges' half of the training images.
+    """Trains an image network by cross-entropy, see ``fit``, on images uint8 (N, C, H, W).
 
-    ``images`` are (N, C, H, W) uint8, ``labels`` (N,) class indices, negative where unknown.
+    ``truth`` are class indices (N,), or for binary cross-entropy the values 0 and 1 of F classes and attributes (N, F);
+    negative where unknown.
     """
-    targets = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    targets = torch.from_numpy(truth)
+    rows = np.flatnonzero(truth >= 0) if truth.ndim == 1 else np.arange(len(truth))
 
     def loss(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(net(x).float(), targets[rows].to(x.device))
-
-    yield from fit(name, net, images, np.flatnonzero(labels >= 0), config, loss, augment=True, device=device)
-
-
-def train_attributes(
-    net: JudgeNet,
-    images: np.ndarray,
-    truth: np.ndarray,
-    config: JudgeTraining,
-    name: str,
-    device: str | torch.device = "cpu",
-) -> Iterator[dict[str, Any]]:
-    """Trains a network by binary cross-entropy, see ``fit``; ``truth`` (N, F) of 0, 1, negative where unknown."""
-    targets = torch.from_numpy(np.asarray(truth, dtype=np.float32))
-
-    def loss(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-        wanted = targets[rows].to(x.device)
+        logits, wanted = net(x).float(), targets[rows].to(x.device)
+        if wanted.ndim == 1:
+            return F.cross_entropy(logits, wanted.long())
         weight = (wanted >= 0).float()
-        return F.binary_cross_entropy_with_logits(net(x).float(), wanted.clamp(min=0), weight=weight)
+        return F.binary_cross_entropy_with_logits(logits, wanted.float().clamp(min=0), weight=weight)
 
-    yield from fit(name, net, images, np.arange(len(images)), config, loss, augment=True, device=device)
+    yield from fit(name, net, images, rows, config, loss, device)
 
 
 def fit(
@@ -101,13 +88,11 @@ def fit(
     rows: np.ndarray,
     config: JudgeTraining,
     loss_of: Callable[[Any, Tensor, Tensor], Tensor],
-    *,
-    augment: bool = False,
     device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """Adam under a one-cycle schedule over ``rows`` in random order, drawn from the network's name and the seed.
 
-    On ``device``, from which the trained network returns to the CPU.
+    A JudgeNet sees ``augmented`` images. It is trained on ``device``, from which it returns to the CPU.
     """
     generator = torch.Generator().manual_seed(
         config.seed + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
@@ -127,7 +112,7 @@ def fit(
             order = torch.cat([order, torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)]])
         batch, order = order[: config.batch_size], order[config.batch_size :]
         x = pixels[batch].to(device).float() / 255
-        if augment:
+        if isinstance(net, JudgeNet):
             x = augmented(x, config, generator)
         optimiser.zero_grad(set_to_none=True)
         with mixed_precision(config.precision, x.device):

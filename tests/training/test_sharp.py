@@ -174,7 +174,7 @@ def test_guide_learns_what_is_known_of_images_that_the_judge_has_not_seen(
     fields = arguments(attributes=["wings"], decoder="sharp", recipe="paper")
     plan = plan_training(str(tmp_path.parent / "out"), dataset, None, **fields)
     given: list[Any] = []
-    monkeypatch.setattr("clarity.training.guide.train_attributes", lambda *all: given.extend(all) or [])
+    monkeypatch.setattr("clarity.training.guide.train_judge", lambda *all: given.extend(all) or [])
     STAGES["guide"].run(plan, Worker(), lambda: load_images(plan, dataset))
     net, images, truth, _, name, _ = given
     mine = [i for i in range(30) if not in_judges_half([names[i]])[0]]
