@@ -167,31 +167,28 @@ class Explainer:
         if self.predictor is not None:
             self.checks.append(at_least("predictor_probs", min_predictor_prob, likeliest=True))
 
-    def explain_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
+    def explain_shard(self, shard: pa.Table, trace: int = 0) -> Explained:
         """Explain a shard (``schema.shard_schema``): its codes sorted by image_id, its pairs by (target, image_id).
 
-        ``extra`` holds further columns for ``codes``; the search paths of the first ``trace`` images are recorded.
+        The search paths of the first ``trace`` images are recorded.
         """
-        explained = self.search_shard(shard, extra, trace)
+        explained = self.search_shard(shard, trace)
         shape = self.model.image_shape
         codes = encode_png_column(explained.codes, "x", shape)
         pairs = encode_png_column(explained.counterfactuals, "x_cf", shape)
         return replace(explained, codes=codes, counterfactuals=pairs)
 
-    def search_shard(self, shard: pa.Table, extra: pa.Table | None = None, trace: int = 0) -> Explained:
+    def search_shard(self, shard: pa.Table, trace: int = 0) -> Explained:
         """``explain_shard`` without PNG encoding: the columns ``x`` and ``x_cf`` hold raw pixels."""
-        extra = pa.table({}) if extra is None else extra
         clock, engine = Clock(), None
         valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
-        unreadable = np.flatnonzero(~valid)
-        predicted = self.predictor is not None
-        codes = [error_rows(self.model, shard.take(unreadable), extra.take(unreadable), predicted)]
+        codes = [error_rows(self.model, shard.filter(pa.array(~valid)), predicted=self.predictor is not None)]
         num_kept = 0 if self.kept is None else len(self.kept.names)
         pairs = [schema.counterfactuals_schema(self.model.latent_dim, num_kept=num_kept).empty_table()]
         traces = [schema.traces_schema(self.model.latent_dim).empty_table()]
         with one_thread(self.threads):
             for ensemble, rows in self.by_ensemble(shard["image_id"].to_pylist(), valid):
-                encoded = self.encode(ensemble, shard.take(rows), extra.take(rows), clock)
+                encoded = self.encode(ensemble, shard.take(rows), clock)
                 codes.append(code_rows(encoded, self.images))
                 asked = self.ask(encoded)
                 if not len(asked.target):
@@ -237,7 +234,7 @@ class Explainer:
             if len(rows := np.flatnonzero(valid & (fold == number))):
                 yield ensemble, rows
 
-    def encode(self, ensemble: LatentEnsemble, shard: pa.Table, extra: pa.Table, clock: Clock) -> Encoded:
+    def encode(self, ensemble: LatentEnsemble, shard: pa.Table, clock: Clock) -> Encoded:
         """Encode readable images, reconstruct them, and predict their classes from their codes."""
         with clock("encode"):
             pixels = schema.matrix(shard["image"]).reshape(-1, *self.model.image_shape)
@@ -250,7 +247,7 @@ class Explainer:
                 image_id=ids,
                 label=data.label_indices(shard["label_name"], self.model.class_names),
                 label_name=shard["label_name"].combine_chunks(),
-                extra=extra,
+                extra=schema.extra_columns(shard),
                 pixels=pixels,
                 x=x,
                 z=z,
@@ -270,7 +267,7 @@ class Explainer:
             probs = self.predictor.predict(originals, self.threads)
             return replace(
                 encoded,
-                extra=pa.table(column_dict(extra) | column_dict(prediction_columns(self.model, probs))),
+                extra=pa.table(column_dict(encoded.extra) | column_dict(prediction_columns(self.model, probs))),
                 source=probs.argmax(1).astype(np.int32),
                 predictor_probs=probs,
                 reconstruction_probs=self.predictor.predict(quantise(self.redrawn(encoded)), self.threads),

@@ -134,8 +134,8 @@ def traces_schema(latent_dim: int) -> pa.Schema:
     return arrow_schema(TRACES, D=latent_dim)
 
 
-def shard_schema(image_shape: tuple[int, int, int], attributes: Iterable[pa.Field] = ()) -> pa.Schema:
-    """Schema of the images of one shard, in the listing's order; ``attributes`` are carried into ``codes`` as they are.
+def shard_schema(image_shape: tuple[int, int, int], extra: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Schema of the images of one shard, in the listing's order; ``extra`` columns are carried into ``codes``.
 
     ``image`` holds the preprocessed pixels (C, H, W), uint8, null where ``error`` says why it could not be read.
     """
@@ -145,9 +145,15 @@ def shard_schema(image_shape: tuple[int, int, int], attributes: Iterable[pa.Fiel
             pa.field("label_name", pa.string()),
             pa.field("image", pa.list_(pa.uint8(), math.prod(image_shape))),
             pa.field("error", pa.string()),
-            *attributes,
+            *extra,
         ]
     )
+
+
+def extra_columns(shard: pa.Table) -> pa.Table:
+    """The columns of a shard's images that are carried into ``codes`` as they are."""
+    own = ("image_id", "label_name", "image", "error", PREDICTOR_IMAGE)
+    return shard.select([name for name in shard.column_names if name not in own])
 
 
 def arrow_schema(columns: Mapping[str, Column], **sizes: int) -> pa.Schema:

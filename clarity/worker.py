@@ -56,7 +56,7 @@ def shard_item(plan: Plan, shard: int, listing: pa.Table) -> dict[str, Any]:
     """Input of ``read_shard``: the shard's number and its part of the listing, compressed as the driver holds all."""
     span = plan.shards[shard]
     part = listing[span["start"] : span["stop"]].combine_chunks()
-    return {"shard": shard, "listing": pack(part, compression="zstd").to_pybytes()}
+    return {"shard": shard, "note": "{}", "listing": pack(part, compression="zstd").to_pybytes()}
 
 
 def read_shard(batch: pa.Table, work: Work) -> pa.Table:
@@ -71,9 +71,9 @@ def read_shard(batch: pa.Table, work: Work) -> pa.Table:
             images = add_images(images, data.read_images(work.dataset, listing, work.predictor_preprocessing))
         seconds = {"read": time.perf_counter() - start}
         note = {"seconds": seconds, "clipped": data.clipped_of(images)}
-        return {"note": note, "listing": row["listing"], "images": pack(images)}
+        return {"note": note, "images": pack(images)}
 
-    return attempted(work, row, "read", read, ("listing", "images"))
+    return attempted(work, row, "read", read, ("images",))
 
 
 def add_images(images: pa.Table, others: pa.Table) -> pa.Table:
@@ -117,7 +117,7 @@ def attempted(
     No exception leaves it: the note says what failed.
     """
     shard, nothing = row["shard"], dict.fromkeys(names)
-    if "note" in row and not row["note"].get("seconds"):
+    if row["note"].keys() & {"error", "committed"}:
         return pack_row(shard, row["note"], nothing)
     try:
         again = begin_attempt(work.uri, work.run, shard, stage) > 1
@@ -151,14 +151,8 @@ def pack_row(shard: int, note: dict[str, Any], parts: Mapping[str, pa.Buffer | N
 
 def unpack_row(batch: pa.Table) -> dict[str, Any]:
     """The inverse of ``pack_row``."""
-    row = {}
-    for name in batch.column_names:
-        scalar = batch[name][0]
-        is_bytes = pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)
-        row[name] = scalar.as_buffer() if is_bytes and scalar.is_valid else scalar.as_py()
-    if "note" in row:
-        row["note"] = json.loads(row["note"])
-    return row
+    parts = {name: batch[name][0].as_buffer() for name in batch.column_names if name not in ("shard", "note")}
+    return {"shard": batch["shard"][0].as_py(), "note": json.loads(batch["note"][0].as_py()), **parts}
 
 
 def pack(table: pa.Table, compression: str | None = None) -> pa.Buffer:
@@ -212,10 +206,9 @@ class ExplainShard:
         names = ("codes", "counterfactuals", "traces")
 
         def run() -> dict[str, Any]:
-            listing, plan = unpack(row["listing"]), self.work.plan
-            extra = listing.select([name for name, *_ in plan.dataset["extra"]])
+            plan = self.work.plan
             trace = plan.trace - plan.shards[row["shard"]]["start"]
-            explained = self.explainer.search_shard(unpack(row["images"]), extra, max(0, trace))
+            explained = self.explainer.search_shard(unpack(row["images"]), max(0, trace))
             explained.stats["seconds"] |= row["note"]["seconds"]
             if row["note"].get("clipped"):
                 explained.stats["clipped"] = row["note"]["clipped"]

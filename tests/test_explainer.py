@@ -270,8 +270,9 @@ def test_explainer_uses_the_fold_that_did_not_see_an_image(model: Model) -> None
 
 
 def test_codes_carry_further_columns(model: Model) -> None:
-    extra = pa.table({"smiling": pa.array([i % 2 for i in range(ROWS)], pa.int8()), "guess": [f"g{i}" for i in IDS]})
-    codes = Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard_of(model, IDS, ("q",)), extra).codes
+    shard = shard_of(model, IDS, ("q",)).append_column("smiling", pa.array([i % 2 for i in range(ROWS)], pa.int8()))
+    shard = shard.append_column("guess", pa.array([f"g{i}" for i in IDS]))
+    codes = Explainer(model, "clarity", CONFIG, threads=1).explain_shard(shard).codes
     assert codes.column_names[-2:] == ["smiling", "guess"]
     assert [row["guess"] for row in codes.to_pylist()] == [f"g{name}" for name in sorted(IDS)]
 

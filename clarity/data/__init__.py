@@ -46,7 +46,7 @@ from clarity.images import RANGES, Preprocessing, UnreadableImage, decode, max_v
 #: The digits that ship with the package; DIGITS.md tells their origin and license.
 DIGITS = str(Path(__file__).with_name("digits.parquet"))
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
-TAKEN = {*LISTING_COLUMNS, *schema.CODES, *schema.PREDICTIONS, "image", "split"}
+TAKEN = {*LISTING_COLUMNS, *schema.CODES, *schema.PREDICTIONS, "image", "split", schema.PREDICTOR_IMAGE}
 
 
 def open_dataset(
@@ -297,7 +297,7 @@ def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[
 
 
 def read_images(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) -> pa.Table:
-    """Rows of the listing with their pixels (``schema.shard_schema``), in the same order.
+    """Rows of the listing with their pixels and further columns (``schema.shard_schema``), in the same order.
 
     An image that cannot be read is a row with a null image and its reason. ``clipped_of`` counts those with values
     above the range of the model. StorageError: the source itself is out of reach; the rows are to be read again.
@@ -315,12 +315,13 @@ def read_images(dataset: Dataset, rows: pa.Table, preprocessing: Preprocessing) 
             clipped += not within_range
         except UnreadableImage as error:
             errors[index] = str(error)
-    fields = schema.shard_schema(preprocessing.image_shape, [rows.schema.field(name) for name in dataset.attributes])
+    extra = rows.drop_columns(list(LISTING_COLUMNS))
+    fields = schema.shard_schema(preprocessing.image_shape, extra.schema)
     images = schema.fixed_size_list(pixels, np.array([error is None for error in errors], bool))
     columns = [rows["image_id"], rows["label_name"], images, pa.array(errors, pa.string())]
     if clipped:
         fields = fields.with_metadata({b"clarity.clipped": str(clipped)})
-    return pa.table([*columns, *(rows[name] for name in dataset.attributes)], schema=fields)
+    return pa.table([*columns, *extra.columns], schema=fields)
 
 
 def clipped_of(images: pa.Table) -> int:
