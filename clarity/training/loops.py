@@ -24,6 +24,8 @@ Log = Callable[[str], None]
 
 #: Seconds after which a loop logs how far it is, however long an epoch takes.
 LOG_SECONDS = 20.0
+#: A training whose loss exceeds so many times that of its first epoch has diverged, and would go on for nothing.
+DIVERGED = 100.0
 
 #: Arithmetic of convolutions in training: fp32; bf16, with float32 weights and sums; auto: bf16 on the GPUs that have
 #: it (since 2020; others are slower by it), else fp32.
@@ -178,7 +180,7 @@ def run_epochs(
     total, updates = num_epochs(training, num_rows), updates_per_epoch(num_rows, training.batch_size)
     adam = Adam(network.named_parameters(), training.learning_rate)
     schedule = schedule_of(adam, total * updates)
-    done = 0
+    done, first = 0, 0.0
     if state is not None:
         adam.load_tensors(state)
         schedule.last_epoch = adam.count
@@ -194,9 +196,13 @@ def run_epochs(
                 loss = float(metrics["loss"].detach())
                 log(f"update {adam.count}/{total * updates}  loss {loss:#.4g}  {minutes_since(started)}")
         means = {name: float(value) / updates for name, value in sums.items()}
-        if not math.isfinite(means["loss"]):
+        first = first or means["loss"]
+        if not math.isfinite(means["loss"]) or means["loss"] > DIVERGED * first:
             what = {VAE: "VAE", VAEWithHeads: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
-            raise ValueError(f"the {what}'s loss is {means['loss']} after epoch {epoch + 1}: lower its learning_rate")
+            raise ValueError(
+                f"the {what}'s loss is {means['loss']:.4g} after epoch {epoch + 1}, in its first {first:.4g}: lower "
+                "its learning_rate"
+            )
         yield Epoch(epoch + 1, total, means, partial(checkpoint, network, adam, epoch + 1))
 
 

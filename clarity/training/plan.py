@@ -33,6 +33,8 @@ TRAININGS: dict[str, VAETraining | EnsembleTraining] = {
 }
 #: Where values come from that are not given.
 RECIPES = ("auto", "paper")
+#: Pixels in an update of the VAE at most, 128 images of 1,024 x 1,024: more would take above 50 GB.
+MAX_UPDATE_PIXELS = 1 << 27
 #: What draws the pictures that are written: the VAE's own decoder, or a sharper one on the same codes.
 DECODERS = ("plain", "sharp")
 #: Fields of a plan that are given as they are.
@@ -90,6 +92,12 @@ class TrainingPlan:
             raise ValueError(f"num_folds: expected 0 or at least 2, got {self.num_folds}")
         if self.judge_updates is not None and self.judge_updates < 0:
             raise ValueError(f"judge_updates: expected at least 0, got {self.judge_updates}")
+        height, width = self.vae.image_shape[1:]
+        if (pixels := self.vae_training.batch_size * height * width) > MAX_UPDATE_PIXELS:
+            raise ValueError(
+                f"image_size: expected at most {MAX_UPDATE_PIXELS} pixels in an update of the VAE, got {pixels} in "
+                f"{self.vae_training.batch_size} images of {height} x {width}: choose a smaller size"
+            )
 
     @property
     def image_ensemble(self) -> EnsembleConfig:
@@ -179,8 +187,8 @@ def plan_training(
         mode: of the images in the model, "L" or "RGB"; None looks at the data.
         center_crop: side of the centred square that is taken of larger images; None takes the source's own, or all.
         recipe: where values come from that are not given: "paper", or "auto" for a search on the training split (see
-            ``training.recipe``) and as many convolutions as the image needs. By default the paper's for its own data
-            sets and networks (digits, mnist, beta_vae), else auto.
+            ``training.recipe``). By default the paper's for its own data sets and networks (digits, mnist, beta_vae),
+            else auto.
         predictor: the user's own model, whose probabilities the ensemble learns: a .onnx file, module:function or a
             function, see ``load_predictor``. Its classes are the model's, and labels are not needed.
         refit: a complete audit of images to train on by the model in ``out`` with this predictor, which is asked about
@@ -211,8 +219,8 @@ def plan_training(
             searched.append("hidden")
         if predictor is None and "label_weight" not in given:
             searched.append("label_weight")
-        if architecture == "conv" and "channels" not in given:
-            given["channels"] = channels_for(preprocessing.image_shape)
+    if architecture == "conv" and "channels" not in given:
+        given["channels"] = channels_for(preprocessing.image_shape)
     vae = vae_config(architecture, preprocessing.image_shape, **given)
     data = describe_data(dataset, held_out, listing, class_names)
     asked = {}

@@ -56,6 +56,14 @@ def test_a_plan_warns_of_held_out_images_that_are_trained_on(tmp_path: Path) -> 
         assert planned(split, measured)["held_out_trained"] == 0
 
 
+def test_a_plan_refuses_images_that_no_memory_holds(tmp_path: Path) -> None:
+    dataset = data.open_dataset("digits")
+    said = r"image_size: expected at most 134217728 pixels in an update .*, got 3200000000 in 128 images of 5000"
+    with pytest.raises(ValueError, match=said):
+        plan_training(str(tmp_path), dataset, None, image_size=5000)
+    assert plan_training(str(tmp_path), dataset, None, image_size=5000, vae_batch_size=5).vae.image_shape[1] == 5000
+
+
 def test_costs_count_the_updates_of_every_network(tmp_path: Path) -> None:
     short = {"vae_epochs": 2, "ensemble_epochs": 3, "image_epochs": 1, "num_members": 2, "judge_updates": 5}
     network = {"vae_fields": {"latent_dim": 3, "channels": (4, 5)}, "hidden": (6,)}

@@ -91,8 +91,12 @@ def test_validation_takes_whole_recordings() -> None:
     assert np.flatnonzero(last_of_each_class(labels)).tolist() == [8, 9, 22, 23]
 
 
-def test_larger_images_get_more_convolutions() -> None:
+@pytest.mark.parametrize("recipe", ["paper", "auto"])
+def test_larger_images_get_more_convolutions(recipe: str, tmp_path: Path) -> None:
     assert [len(channels_for((3, side, 20))) for side in (8, 28, 32, 33, 64, 128, 256)] == [3, 3, 3, 4, 4, 5, 6]
+    for side, stages in ((28, 3), (64, 4)):
+        plan = plan_training(str(tmp_path), data.open_dataset("digits"), None, image_size=side, recipe=recipe)
+        assert len(plan.vae.channels) == stages
 
 
 def test_rule_weighs_accuracy_and_reach_and_hybrids_most() -> None:
