@@ -32,6 +32,7 @@ from clarity.audit.commits import claim
 from clarity.audit.plan import rows_per_shard
 from clarity.model import load_model
 from clarity.planning import choose, make_plan, raw_bytes_per_image
+from clarity.report.text import number
 from clarity.rows import encode_rows
 from clarity.vae import VAE, VAES, vae_config
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, unpack_row, write_shard
@@ -434,11 +435,6 @@ def goals_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
     if "training" in found:
         ratio = found["training"]["ratio"]
         yield "50 members stacked against in sequence", "6 x", f"{ratio:.1f} x", ratio >= 6
-
-
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 #: What is measured, in this order.

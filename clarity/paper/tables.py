@@ -1,15 +1,14 @@
 """The comparison's table: each method over all pairs and for each class pair, as Parquet and Markdown."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clarity import schema, storage
+from clarity.audit.commits import to_parquet
 from clarity.methods import METHODS
 from clarity.model import Model
 from clarity.paper import metrics
@@ -83,9 +82,7 @@ def write_tables(out: str, rows: Sequence[Mapping[str, Any]], head: str, steps: 
     names = [*HEAD, *(f"{name}{end}" for name in present for end in ("", "_low", "_high") if f"{name}{end}" in known)]
     fields = [pa.field(name, HEAD.get(name, pa.float64()), metadata={"doc": doc_of(name)}) for name in names]
     table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], schema=pa.schema(fields))
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    storage.write_bytes(storage.join(out, "comparison.parquet"), buffer.getvalue())
+    storage.write_bytes(storage.join(out, "comparison.parquet"), to_parquet(table))
     overall = [row for row in rows if row["source"] is None]
     sizes = ", ".join(sorted({f"{row['num_images']} images, {row['num_pairs']} pairs" for row in overall}))
     titles = [NAMES.get(row["method"], row["method"]) for row in overall]

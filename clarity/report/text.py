@@ -50,7 +50,7 @@ def number(value: float | None) -> str:
     """Three significant digits: 0.0123, 12.3, 123, 12,345; a dash for None, NaN and infinity."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def listed(words: Sequence[str]) -> str:

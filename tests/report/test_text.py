@@ -45,8 +45,8 @@ def test_probability_never_rounds_to_one() -> None:
 
 
 def test_number_has_three_digits_and_no_exponent_where_it_is_large() -> None:
-    values = (12345.6, 123.4, 0.012345, -1234.0, math.nan, math.inf, None)
-    assert [text.number(v) for v in values] == ["12,346", "123", "0.0123", "-1,234", "–", "–", "–"]
+    values = (12345.6, 999.7, 123.4, 0.012345, -1234.0, math.nan, math.inf, None)
+    assert [text.number(v) for v in values] == ["12,346", "1,000", "123", "0.0123", "-1,234", "–", "–", "–"]
 
 
 def test_listed_joins_words() -> None:
