@@ -1,6 +1,5 @@
 """Whether a model is good enough to be audited: a pure function of its model card."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,19 +68,17 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     ``card`` is model.json, with ``evaluation``, ``target_probs``, ``vae_updates`` and, where the ensemble learned from
     a predictor, ``predictor``.
     """
-    evaluation, told = card.get("evaluation") or {}, card.get("predictor") or {}
-    per_class = {name: part for name, part in (evaluation.get("per_class") or {}).items() if part["images"]}
-    if not per_class and "codes" not in told:
+    evaluation, told = card.get("evaluation"), card.get("predictor", {})
+    if evaluation is None and "codes" not in told:
         return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
     no_go, care, figures = judge_fidelity(told) if "codes" in told else ([], [], [])
     if foreign_labels:
         no_go.insert(0, "none of the labels of the data is one of its classes: it was trained on another data set")
     classes: list[tuple[str, str, str, str, str]] = []
-    if per_class:
+    if evaluation is not None:
         chance = 1 / len(evaluation["per_class"])
-        balanced = sum(part["correct"] / part["images"] for part in per_class.values()) / len(per_class)
-        low, high = balanced_interval(per_class, balanced)
-        classes = class_rows(card, per_class, chance)
+        balanced, low, high = balanced_accuracy(evaluation["per_class"])
+        classes = class_rows(card)
         figures = [*figure_rows(card, balanced, low, high), *figures]
         guessed, unreachable = ([row[0] for row in classes if note in row[4]] for note in (GUESSED, BEYOND))
         if low <= chance:
@@ -94,14 +91,14 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
                 f"{plural(len(guessed), 'class is', 'classes are')} recognised no better than by guessing: "
                 f"{listed(guessed)}"
             )
-        baseline, reconstruction = evaluation.get("baseline"), evaluation.get("reconstruction")
-        remedy = TOO_SHORT if reconstruction and reconstruction["vae"] > reconstruction["linear_code"] else REMEDY
-        if baseline and (behind := baseline["balanced_accuracy"] - balanced) > MAX_BEHIND:
+        reconstruction, judge = evaluation["reconstruction"], evaluation["judge"]
+        behind = evaluation["baseline"]["balanced_accuracy"] - balanced
+        if behind > MAX_BEHIND:
+            remedy = TOO_SHORT if reconstruction["vae"] > reconstruction["linear_code"] else REMEDY
             care.append(f"it is {100 * behind:.0f} points behind logistic regression on principal components: {remedy}")
-        if reconstruction and reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
+        if reconstruction["vae"] > MAX_ERROR * reconstruction["mean_image"]:
             error = percent(reconstruction["vae"], reconstruction["mean_image"])
             care.append(f"its reconstructions have {error} of the mean image's error: pictures lose much of the detail")
-        judge = evaluation.get("judge")
         if judge and judge["accuracy"] - judge["accuracy_on_reconstructions"] > MAX_LOST:
             care.append(
                 f"the judge recognises {percent(judge['accuracy'])} of the images, but only "
@@ -113,7 +110,7 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
                 f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "
                 f"tenths of the real images get a probability below {MIN_REACHED:g}; searches ask for more by default"
             )
-    if (card.get("data") or {}).get("held_out_trained"):
+    if card.get("data", {}).get("held_out_trained"):
         care.insert(0, "it was trained on images that it is measured on: its figures are too good")
     updates = card.get("vae_updates")
     if updates is not None and updates < MIN_UPDATES:
@@ -144,30 +141,33 @@ def judge_fidelity(told: Mapping[str, Any]) -> tuple[list[str], list[str], list[
     )
 
 
-def balanced_interval(per_class: Mapping[str, Mapping[str, int]], balanced: float) -> tuple[float, float]:
-    """Interval of a balanced accuracy: Clopper-Pearson on the number of images that would be as informative."""
+def balanced_accuracy(per_class: Mapping[str, Mapping[str, int]]) -> tuple[float, float, float]:
+    """Mean recall of the classes with images, and its interval.
+
+    Clopper-Pearson on the number of images of one class that would be as informative.
+    """
+    seen = [part for part in per_class.values() if part["images"]]
+    balanced = sum(part["correct"] / part["images"] for part in seen) / len(seen)
     variance = 0.0
-    for part in per_class.values():
+    for part in seen:
         shrunk = (part["correct"] + 1) / (part["images"] + 2)
         variance += shrunk * (1 - shrunk) / part["images"]
-    inside = min(max(balanced, 0.5 / len(per_class)), 1 - 1e-3)
-    count = max(1.0, inside * (1 - inside) * len(per_class) ** 2 / variance) if variance else math.inf
-    count = min(count, sum(part["images"] for part in per_class.values()))
-    return share_interval(balanced * count, count)
+    inside = min(max(balanced, 0.5 / len(seen)), 1 - 1e-3)
+    count = max(1.0, inside * (1 - inside) * len(seen) ** 2 / variance)
+    count = min(count, sum(part["images"] for part in seen))
+    return balanced, *share_interval(balanced * count, count)
 
 
-def class_rows(
-    card: Mapping[str, Any], per_class: Mapping[str, Mapping[str, int]], chance: float
-) -> list[tuple[str, str, str, str, str]]:
+def class_rows(card: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Rows of the classes with images, see ``Verdict``."""
-    names = list(card["evaluation"]["per_class"])
-    probs = card.get("target_probs") or {}
+    per_class, probs = card["evaluation"]["per_class"], card["target_probs"]
     rows = []
-    for name, part in per_class.items():
+    for (name, part), median, most in zip(per_class.items(), probs["median"], probs["p90"]):
         right, count = part["correct"], part["images"]
-        median, most = ((probs.get(key) or [None] * len(names))[names.index(name)] for key in ("median", "p90"))
-        notes = [GUESSED] if share_interval(right, count, 1 - 0.1 / len(names))[0] <= chance else []
-        notes += [BEYOND] if most is not None and most < MIN_REACHED else []
+        if not count:
+            continue
+        guessed = share_interval(right, count, 1 - 0.1 / len(per_class))[0] <= 1 / len(per_class)
+        notes = [note for note, applies in ((GUESSED, guessed), (BEYOND, most < MIN_REACHED)) if applies]
         recall = f"{percent(right, count)} ({interval(*share_interval(right, count))})"
         rows.append((name, recall, probability(median), probability(most), ", ".join(notes)))
     return rows
@@ -177,27 +177,22 @@ def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: floa
     """The figures behind a verdict."""
     evaluation = card["evaluation"]
     right, count = evaluation["correct"], evaluation["images"]
-    bounds = share_interval(right, count)
+    bounds, calibration = interval(*share_interval(right, count)), card["metrics"]["ensemble"]["calibration_error"]
+    majority, baseline, reconstruction = (evaluation[name] for name in ("majority", "baseline", "reconstruction"))
+    always = f"Always answering “{majority['class']}”"
+    components, dims = (
+        plural(n, "principal component") for n in (baseline["components"], reconstruction["latent_dim"])
+    )
+    error, linear = (percent(reconstruction[name], reconstruction["mean_image"]) for name in ("vae", "linear_code"))
     rows = [
-        ("Accuracy", percent(right, count), f"{interval(*bounds)}; {plural(count, 'image')}"),
+        ("Accuracy", percent(right, count), f"{bounds}; {plural(count, 'image')}"),
         ("Balanced accuracy", percent(balanced), interval(low, high)),
+        (always, percent(majority["share"]), "accuracy; the most frequent class"),
+        ("Baseline", percent(baseline["balanced_accuracy"]), f"balanced accuracy; logistic regression on {components}"),
+        ("Calibration error", percent(calibration), "gap between confidence and accuracy, 15 bins"),
+        ("Reconstruction error", error, f"of the mean image's squared error; with {dims} {linear}"),
     ]
-    if majority := evaluation.get("majority"):
-        name = f"Always answering “{majority['class']}”"
-        rows.append((name, percent(majority["share"]), "accuracy; the most frequent class"))
-    if baseline := evaluation.get("baseline"):
-        note = f"balanced accuracy; logistic regression on {plural(baseline['components'], 'principal component')}"
-        rows.append(("Baseline", percent(baseline["balanced_accuracy"]), note))
-    error = (((card.get("metrics") or {}).get("ensemble")) or {}).get("calibration_error")
-    if error is not None:
-        rows.append(("Calibration error", percent(error), "gap between confidence and accuracy, 15 bins"))
-    if reconstruction := evaluation.get("reconstruction"):
-        note = (
-            f"of the mean image's squared error; with {plural(reconstruction['latent_dim'], 'principal component')} "
-            f"{percent(reconstruction['linear_code'], reconstruction['mean_image'])}"
-        )
-        rows.append(("Reconstruction error", percent(reconstruction["vae"], reconstruction["mean_image"]), note))
-    if judge := evaluation.get("judge"):
+    if judge := evaluation["judge"]:
         note = f"accuracy of a held-out network; {percent(judge['accuracy_on_reconstructions'])} on reconstructions"
         rows.append(("Judge", percent(judge["accuracy"]), note))
     return rows

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from audits import SEARCHED, Planted, Tables, make_tables, replaced, with_predictor
+from audits import SEARCHED, Planted, Tables, make_tables, model_card, replaced, with_predictor
 
 from clarity.audit.queries import connect
 from clarity.findings.differences import mean_differences
@@ -44,12 +44,6 @@ def failing(tables: Tables, *, source: int | None = None, target: int, every: in
     converged = np.ones(len(pairs), bool)
     converged[np.flatnonzero(mine)[::every][:first]] = False
     return replaced(tables, "counterfactuals", "converged", converged)
-
-
-def card_of(correct: int, **figures: Any) -> dict[str, Any]:
-    """A model card with 50 held-out images of each class, of which so many are classified as labelled."""
-    per_class = {name: {"images": 50, "correct": correct} for name in ("ant", "bee", "cow", "dog")}
-    return {"evaluation": {"images": 200, "correct": 4 * correct, "per_class": per_class, **figures}}
 
 
 def told(tables: Tables, **others: Any) -> dict[str, Finding]:
@@ -93,12 +87,14 @@ def test_find_calls_failures_wrong_only_where_a_class_pair_mostly_fails() -> Non
 
 
 def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None:
-    card = card_of(48) | {"target_probs": {"median": [0.9] * 4, "p90": [0.99, 0.99, 0.99, 0.7]}}
+    p90 = (0.99, 0.99, 0.99, 0.7)
+    card = model_card(p90=p90)
     tables = failing(make_tables(), target=3)
     found = told(tables, card=card)["unconverged"]
     assert "100 % of them are towards classes out of reach (dog)" in found.sentence and found.level == "look"
     assert "--min-target-prob auto" in found.sentence
-    assert "--min-target-prob" not in told(tables, card=card | card_of(12))["unconverged"].sentence  # no-go: none helps
+    useless = model_card((0.24,) * 4, p90=p90)
+    assert "--min-target-prob" not in told(tables, card=useless)["unconverged"].sentence  # no-go: none helps
     assert told(tables)["unconverged"].level == "alert"
     by_class = told(tables, card=card, thresholds=(0.7, 0.99))["unconverged"].sentence
     assert "out of reach (dog)" in by_class and "--min-target-prob" not in by_class  # it was asked for
@@ -312,7 +308,7 @@ NOT_CHECKED: list[tuple[Callable[[], Tables], dict[str, Any], dict[str, str]]] =
     (lambda: make_tables(200), {"trained_on_labels": True}, {"labels": "the ensemble was trained on these labels"}),
     (
         lambda: make_tables(240, planted=Planted(patch=3, wrong_labels=5)),
-        {"card": card_of(12)},
+        {"card": model_card((0.24,) * 4)},
         dict.fromkeys(("labels", "shortcut"), "the model is not good enough for an audit"),
     ),
 ]
@@ -334,7 +330,7 @@ def test_wrong_labels_are_told_of_labels_that_the_ensemble_learned() -> None:
 
 
 def test_findings_that_need_a_good_model_are_lowered_under_reservations() -> None:
-    card = card_of(45, baseline={"components": 9, "balanced_accuracy": 0.99})
+    card = model_card((0.9,) * 4, baseline=0.99)
     found = told(make_tables(240, planted=Planted(patch=3, wrong_labels=5)), card=card)
     assert all(found[kind].level == "look" and "lowered" in found[kind].evidence for kind in ("shortcut", "labels"))
 

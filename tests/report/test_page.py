@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from audits import EVERYTHING, Planted, Tables, make_tables, replaced, with_predictor, write_audit
+from audits import EVERYTHING, Planted, Tables, make_tables, model_card, replaced, with_predictor, write_audit
 
 from clarity.report.page import Report, write_report
 from clarity.report.text import percent
@@ -209,10 +209,11 @@ def test_report_begins_with_the_model_of_another_data_set(tmp_path: Path) -> Non
     assert page.html.index("labels of the data is a class of the model") < page.html.index("<h1>")
 
 
-@pytest.mark.parametrize(("correct", "level"), [(14, "no-go"), (48, "sound")])
-def test_report_begins_with_the_verdict_on_the_model(tmp_path: Path, tiny_model: Any, correct: int, level: str) -> None:
-    per_class = {name: {"images": 50, "correct": correct} for name in tiny_model.class_names}
-    card = {"evaluation": {"images": 200, "correct": 4 * correct, "per_class": per_class}}
+@pytest.mark.parametrize(("recall", "level"), [(0.28, "no-go"), (0.96, "sound")])
+def test_report_begins_with_the_verdict_on_the_model(
+    tmp_path: Path, tiny_model: Any, recall: float, level: str
+) -> None:
+    card = model_card((recall,) * 4, images=50)
     page = page_of(tmp_path, make_tables(), replace(tiny_model, card=card))
     assert [verdict.level for verdict in page.made.verdicts] == [level]
     order = [page.html.index(part) for part in (f'class="verdict {level}"', 'class="keys"', 'id="findings"')]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bars import bars
 
+from clarity.findings.verdict import verdict
 from clarity.model import Model
 from clarity.training.evaluate import LabelledImages, classification_metrics, evaluate, linear_baseline
 
@@ -41,6 +42,7 @@ def test_evaluation_compares_with_simple_methods_and_real_images(tiny_model: Mod
         values = found["target_probs"][name]
         assert all(0 <= value <= 1 for value in values if value is not None)
     assert figures["judge"] is None
+    assert verdict(found).level != "not checked"  # it reads every figure
 
 
 def test_linear_code_is_that_of_the_singular_values() -> None:
