@@ -207,7 +207,7 @@ class Explainer:
         with clock("table"):
             counterfactuals = sort(pairs, "target", "image_id")
             final = counterfactuals["target_prob_final"].drop_null().to_numpy()
-            explained = Explained(
+            return Explained(
                 codes=pa.concat_tables(codes).sort_by("image_id"),
                 counterfactuals=counterfactuals,
                 traces=sort(traces, "target", "image_id", "step") if trace else None,
@@ -222,9 +222,6 @@ class Explainer:
                     "seconds": clock.seconds,
                 },
             )
-        return explained
-
-    # Stages.
 
     def by_ensemble(self, image_ids: Sequence[str], valid: np.ndarray) -> Iterator[tuple[LatentEnsemble, np.ndarray]]:
         """Each ensemble that explains some of the images, with their rows."""
@@ -265,18 +262,14 @@ class Explainer:
                 originals = schema.matrix(shard[schema.PREDICTOR_IMAGE])
                 originals = originals.reshape(-1, *self.predictor.preprocessing.image_shape)
             probs = self.predictor.predict(originals, self.threads)
+            redrawn = quantise(decode_rows(self.model.decoder, encoded.z))  # by the decoder that draws what is written
             return replace(
                 encoded,
                 extra=pa.table(column_dict(encoded.extra) | column_dict(prediction_columns(self.model, probs))),
                 source=probs.argmax(1).astype(np.int32),
                 predictor_probs=probs,
-                reconstruction_probs=self.predictor.predict(quantise(self.redrawn(encoded)), self.threads),
+                reconstruction_probs=self.predictor.predict(redrawn, self.threads),
             )
-
-    def redrawn(self, encoded: Encoded) -> Tensor:
-        """Reconstructions (B, C, H, W) by the decoder that draws what is written."""
-        sharp = self.model.sharp
-        return encoded.reconstruction if sharp is None else decode_rows(sharp, encoded.z)
 
     def ask(self, encoded: Encoded) -> Asked:
         """Pair each image with each wanted target that is not its predicted class."""
@@ -314,9 +307,7 @@ class Explainer:
 
     def search(self, model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
         """Search pairs by the explainer's method and engine."""
-        run = {"engine": self.engine, "threads": self.threads} | run
-        if self.fixed is not None:
-            run["fixed"] = self.fixed
+        run = {"engine": self.engine, "threads": self.threads, "fixed": self.fixed} | run
         return METHODS[self.method].search(model, pairs, config, **run)
 
     def write(self, encoded: Encoded, clock: Clock, asked: Asked, points: Tensor) -> Written:

@@ -169,8 +169,6 @@ def open_image(data: bytes) -> Image.Image:
         start = data[:12]
         if start[:4] in (b"II*\0", b"MM\0*"):
             found = "a TIFF of pixels that are not read, such as floats of several channels or more than 32 bits"
-        elif all(9 <= byte <= 13 or 32 <= byte < 127 for byte in start):
-            found = f"text beginning with {start!r}"
         else:
             found = f"bytes beginning with {start!r}"
         raise UnreadableImage(

@@ -80,10 +80,13 @@ def test_predictions_come_as_probabilities(tmp_path: Path) -> None:
         ({"image_id": ["a"], "ant": ["x"], "bee": [0.5], "cow": [0.5]}, "numbers in the columns of classes"),
         ({"image_id": ["a"], "probabilities": [0.5]}, "lists of numbers, found double"),
         ({"image_id": ["a"], "probabilities": [[0.5, 0.5]]}, "expected 3 probabilities an image, found 2 for image a"),
-        ({"image_id": ["a"], "probabilities": [[0.5, 0.5, float("nan")]]}, "that are numbers, found .*nan"),
-        ({"image_id": ["a"], "probabilities": [[0.5, 0.5, None]]}, "that are numbers"),
-        ({"image_id": ["a"], "probabilities": [[3.0, -1.0, -1.0]]}, "not negative and sum to 1, found a sum of 1"),
-        ({"image_id": ["a"], "probabilities": [[3.0, 2.0, 1.0]]}, "found a sum of 6 for image a"),
+        (
+            {"image_id": ["a"], "probabilities": [[0.5, 0.5, float("nan")]]},
+            "that are not negative and sum to 1, found .*nan",
+        ),
+        ({"image_id": ["a"], "probabilities": [[0.5, 0.5, None]]}, "found .*nan"),
+        ({"image_id": ["a"], "probabilities": [[3.0, -1.0, -1.0]]}, "found .3.0, -1.0, -1.0. for image a"),
+        ({"image_id": ["a"], "probabilities": [[3.0, 2.0, 1.0]]}, "found .3.0, 2.0, 1.0. for image a"),
     ],
 )
 def test_predictions_that_are_invalid_are_rejected(columns: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -173,7 +176,9 @@ def test_predictions_of_ten_digits_need_no_order(tmp_path: Path) -> None:
     assert found["prediction_name"].to_pylist() == ["7", None, None, None]
 
 
-@pytest.mark.parametrize(("classes", "said"), [(["ant", "bee", "cat"], "found 'cat' in it"), (["ant"], "of all 3")])
+@pytest.mark.parametrize(
+    ("classes", "said"), [(["ant", "bee", "cat"], "found ant, bee, cat: correct"), (["ant"], "found ant: correct")]
+)
 def test_predictions_with_another_set_of_classes_are_refused(classes: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "predictions.classes.txt").write_text("\n".join(classes))
     with pytest.raises(ValueError, match=said):
