@@ -28,13 +28,11 @@ from clarity.methods import METHODS, Pairs, classifier_logits, ensemble_of
 from clarity.model import Model, load_model
 from clarity.predictor import load_predictor
 from clarity.rows import (
-    Uncertainties,
     decode_rows,
     encode_rows,
     logits_rows,
     mean_probs,
     one_thread,
-    predict,
     uncertainties,
 )
 from clarity.search import Counterfactuals, SearchConfig
@@ -55,7 +53,7 @@ from clarity.tables import (
     to_numpy,
     to_table,
 )
-from clarity.uncertainty import decompose
+from clarity.uncertainty import Uncertainty, decompose
 
 #: Pairs decoded at a time. Bounds the memory of float images; does not change any row.
 CHUNK = 2048
@@ -237,7 +235,8 @@ class Explainer:
             pixels = schema.matrix(shard["image"]).reshape(-1, *self.model.image_shape)
             x = to_float(pixels, self.device)
             z, log_var = encode_rows(self.model.vae, x)
-            prediction = predict(logits_rows(ensemble, z))
+            logits = logits_rows(ensemble, z)
+            probs = mean_probs(logits)
             ids = shard["image_id"].combine_chunks()
             encoded = Encoded(
                 model=replace(self.model, ensemble=ensemble),
@@ -251,8 +250,9 @@ class Explainer:
                 log_var=log_var,
                 noise=torch.from_numpy(draw_noise(ids.to_pylist(), self.model.latent_dim)).to(self.device),
                 reconstruction=decode_rows(self.model.vae, z),
-                prediction=prediction,
-                source=prediction.probs.argmax(1).astype(np.int32),
+                probs=probs,
+                uncertainty=uncertainties(logits),
+                source=probs.argmax(1).astype(np.int32),
             )
         if self.predictor is None:
             return encoded
@@ -302,7 +302,7 @@ class Explainer:
         confirmed = passes(self.checks, results.written, asked.target)
         if self.predictor is not None:
             # Where the ensemble predicts the target at the start, the first search proves nothing.
-            confirmed &= encoded.prediction.probs.argmax(1)[asked.image] != asked.target
+            confirmed &= encoded.probs.argmax(1)[asked.image] != asked.target
         return climb(replace(results, confirmed=confirmed), asked, self.config, self.checks, search, write)
 
     def search(self, model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
@@ -366,10 +366,10 @@ class Explainer:
             self.search(encoded.model, asked.pairs.select(chosen), self.config, on_step=on_step)
         return pa.concat_tables(tables)
 
-    def predict_start(self, encoded: Encoded) -> Uncertainties:
+    def predict_start(self, encoded: Encoded) -> Uncertainty:
         """Uncertainties of the method's own classifier at the start of each image's search."""
         if self.method == "clarity":
-            return encoded.prediction
+            return encoded.uncertainty
         target = torch.zeros(len(encoded.source), dtype=torch.int64, device=self.device)
         pairs = Pairs(encoded.x, encoded.z, encoded.log_var, encoded.noise, target)
         # A search of no step ends where it starts.

@@ -14,8 +14,8 @@ from clarity import data, schema
 from clarity.attributes import AttributeHeads, attribute_rows
 from clarity.methods import METHODS, Pairs
 from clarity.model import Model
-from clarity.rows import Prediction, Uncertainties
 from clarity.search import Counterfactuals
+from clarity.uncertainty import Uncertainty
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Encoded:
     log_var: Tensor
     noise: Tensor  # (B, D), standard normal, of the image id alone
     reconstruction: Tensor
-    prediction: Prediction  # of the ensemble at ``z``
+    probs: np.ndarray  # (B, K), of the ensemble at ``z``, and its uncertainty there
+    uncertainty: Uncertainty
     source: np.ndarray  # (B,) int32, the class predicted for each image by the explained model
     #: (B, K), of the predictor for the original images and for the reconstructions in 8 bits; None where there is none
     predictor_probs: np.ndarray | None = None
@@ -106,17 +107,15 @@ def select(results: Any, rows: np.ndarray) -> Any:
 
 def code_rows(encoded: Encoded, images: str) -> pa.Table:
     """Rows of ``codes`` for images that could be read; ``images`` is png, or none to leave the images out."""
-    count, prediction = len(encoded.source), encoded.prediction
+    count = len(encoded.source)
     columns = {
         "image_id": encoded.image_id,
         "label": encoded.label,
         "label_name": encoded.label_name,
         "source": encoded.source,
         "source_name": class_names(encoded.model, encoded.source),
-        "probs": schema.fixed_size_list(prediction.probs),
-        "predictive": prediction.predictive,
-        "aleatoric": prediction.aleatoric,
-        "epistemic": prediction.epistemic,
+        "probs": schema.fixed_size_list(encoded.probs),
+        **encoded.uncertainty._asdict(),
         "z": schema.fixed_size_list(to_numpy(encoded.z)),
         "reconstruction_l1": l1(encoded.reconstruction, encoded.x),
         "status": ["ok"] * count,
@@ -144,8 +143,8 @@ def pair_rows(
     encoded: Encoded,
     asked: Asked,
     results: Results,
-    initial: Uncertainties,
-    final: Uncertainties,
+    initial: Uncertainty,
+    final: Uncertainty,
     images: str,
     kept: AttributeHeads | None = None,
 ) -> pa.Table:

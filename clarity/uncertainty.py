@@ -1,6 +1,6 @@
 """Predictive, aleatoric and epistemic uncertainty of an ensemble."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from torch import Tensor
 class Uncertainty(NamedTuple):
     """Uncertainties of each row, (B,) float32, in nats: predictive = aleatoric + epistemic."""
 
-    predictive: Tensor
-    aleatoric: Tensor
-    epistemic: Tensor
+    predictive: Any  # each a tensor, or an array where it is written to a table
+    aleatoric: Any
+    epistemic: Any
 
 
 def decompose(logits: Tensor) -> Uncertainty:

@@ -27,7 +27,7 @@ from clarity.methods import METHODS, Pairs
 from clarity.model import Model, load_model
 from clarity.paper.metrics import clustered_share
 from clarity.report.text import interval, percent
-from clarity.rows import decode_rows, encode_rows, logits_rows, predict
+from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.search import SearchConfig
 from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
 
@@ -58,7 +58,7 @@ def read(
 def questions(model: Model, x: torch.Tensor, ids: list[str]) -> tuple[Pairs, np.ndarray]:
     """Every image towards every class but the one that the model's ensemble sees, and the image of each pair."""
     z, log_var = encode_rows(model.vae, x)
-    source = predict(logits_rows(model.ensemble, z)).probs.argmax(1)
+    source = mean_probs(logits_rows(model.ensemble, z)).argmax(1)
     image, target = np.nonzero(source[:, None] != np.arange(model.num_classes))
     draws = torch.from_numpy(noise(ids, model.latent_dim))
     of = torch.from_numpy(image)
@@ -72,7 +72,7 @@ def measure(model: Model, pairs: Pairs, image: np.ndarray, config: SearchConfig)
     target = pairs.target.numpy()
     assert model.judge is not None
     judged = (judge_rows(model.judge, written).argmax(1) == target).astype(float)
-    again = predict(logits_rows(model.ensemble, encode_rows(model.vae, written)[0])).probs.argmax(1) == target
+    again = mean_probs(logits_rows(model.ensemble, encode_rows(model.vae, written)[0])).argmax(1) == target
     share, low, high = clustered_share(judged, image)
     return [
         percent(float(found.converged.double().mean())),

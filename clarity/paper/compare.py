@@ -24,7 +24,7 @@ from clarity.methods import METHODS, Pairs, classifier_logits
 from clarity.model import Model
 from clarity.paper import metrics
 from clarity.paper.evaluators import Judges
-from clarity.rows import decode_rows, encode_rows, logits_rows, predict
+from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.tables import quantise
 from clarity.training.evaluate import encode_pixels
 
@@ -116,7 +116,7 @@ def encode_images(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray
     """Encode, reconstruct and classify images, row by row as the audit does."""
     z, log_var = encode_pixels(model.vae, torch.from_numpy(x))
     reconstruction = quantise(decode_rows(model.decoder, z))
-    probs = predict(logits_rows(model.ensemble, z)).probs
+    probs = mean_probs(logits_rows(model.ensemble, z))
     return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, probs.argmax(1), label, probs.max(1))
 
 
@@ -160,8 +160,7 @@ def results_of_audit(model: Model, method: str, uri: str) -> Results:
     points = schema.matrix(table["z_cf"]) if METHODS[method].space == "latent" else x_cf.astype(np.float32) / 255
     seen = np.zeros(len(points), np.int64)
     for part in parts(len(points)):
-        logits = classifier_logits(model, method, torch.from_numpy(points[part].copy()))
-        seen[part] = predict(logits).probs.argmax(1)
+        seen[part] = mean_probs(classifier_logits(model, method, torch.from_numpy(points[part].copy()))).argmax(1)
     steps = table["steps"].to_numpy().astype(float)
     columns: dict[str, np.ndarray] = {
         "strict_validity": table["converged"].to_numpy(zero_copy_only=False).astype(float),
@@ -256,7 +255,7 @@ def reencoded(
     agreement, moved = np.zeros(len(of)), np.zeros(len(of))
     for part in parts(len(of)):
         z, _ = encode_rows(model.vae, torch.from_numpy(x_cf[part]).float() / 255)
-        seen = predict(logits_rows(model.ensemble, z)).probs.argmax(1)
+        seen = mean_probs(logits_rows(model.ensemble, z)).argmax(1)
         agreement[part], moved[part] = seen == target[part], metrics.l1(z.numpy(), images.z[of[part]])
     return {"reencoded_agreement": agreement, "l1_z": moved}
 
