@@ -54,6 +54,11 @@ SAME_NAMES = [
 ]
 #: What the trainings' flags train, by their prefix.
 NETWORKS = {"vae": "VAE", "ensemble": "ensemble", "image": "image ensemble"}
+#: What is said of images with the same pixels: entries of the card, the name of a line, its text.
+COPIES = (
+    ("held_out", "copy", "copies", "held-out images have the same pixels as training images"),
+    ("relabelled", "relabelled_copy", "labels", "pictures are there under several labels"),
+)
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
 
@@ -281,6 +286,10 @@ def describe(plan: TrainingPlan) -> str:
     if judge := evaluation.get("judge"):
         again = judge["accuracy_on_reconstructions"]
         lines.append(f"judge      accuracy {judge['accuracy']:.2%} held out, {again:.2%} on reconstructions")
+    copies = evaluation.get("copies") or {}
+    for key, pair, name, text in COPIES:
+        if count := copies.get(key):
+            lines.append(f"{name:<10} {count} {text}, such as {' and '.join(copies[pair])}")
     heads = {name: about for name, about in metrics.get("attributes", {}).items() if about["accuracy"] is not None}
     if heads:
         balanced = shares({name: about["balanced_accuracy"] for name, about in heads.items()})

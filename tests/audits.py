@@ -277,6 +277,7 @@ def model_card(
     p90: tuple[float | None, ...] = (0.99, 0.99, 0.99, 0.99),
     images: int = 100,
     judge: tuple[float, float] | None = None,
+    copies: int = 0,
 ) -> dict[str, Any]:
     """The figures of model.json, with so many held-out images of each class."""
     per_class = {
@@ -294,6 +295,7 @@ def model_card(
             "majority": {"class": "ant", "share": 0.25},
             "baseline": {"components": 50, "balanced_accuracy": baseline},
             "reconstruction": {"latent_dim": 16, "vae": error, "mean_image": 1.0, "linear_code": 0.3},
+            "copies": {"held_out": copies},
             "judge": judge and {"accuracy": judge[0], "accuracy_on_reconstructions": judge[1]},
         },
     }

@@ -18,6 +18,8 @@ MAX_LOST = 0.1
 MIN_FIDELITY, MIN_RECONSTRUCTED = 0.9, 0.5
 #: A target is out of reach if nine tenths of its real held-out images get less than this probability.
 MIN_REACHED = 0.9
+#: "With care" if more than this share of the held-out images have the same pixels as a training image.
+MAX_COPIES = 0.02
 #: "With care" if the VAE was trained for fewer updates, the least that a training makes unless it is asked for fewer.
 MIN_UPDATES = 1200
 #: Notes on a class.
@@ -63,7 +65,8 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind logistic regression on
     principal components; reconstructions with more than MAX_ERROR of the mean image's error, or of which the judge
     recognises MAX_LOST fewer than of the images; a target out of reach; an agreement with the predictor below
-    MIN_FIDELITY; held-out images that it was trained on; a VAE of fewer than MIN_UPDATES. Sound otherwise.
+    MIN_FIDELITY; held-out images that it was trained on, or copies of more than MAX_COPIES of them; a VAE of fewer than
+    MIN_UPDATES. Sound otherwise.
 
     ``card`` is model.json, with ``evaluation``, ``target_probs``, ``vae_updates`` and, where the ensemble learned from
     a predictor, ``predictor``.
@@ -105,6 +108,10 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
                 f"{percent(judge['accuracy_on_reconstructions'])} of their reconstructions: pictures lose what "
                 "tells the classes apart"
             )
+        copies = (evaluation.get("copies") or {}).get("held_out", 0)
+        if copies > MAX_COPIES * evaluation["images"]:
+            share = percent(copies, evaluation["images"])
+            care.append(f"{share} of the held-out images have copies in its training: its figures are too good")
         if unreachable:
             care.append(
                 f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "

@@ -1,5 +1,6 @@
 """Metrics of a trained model on held-out images."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -64,7 +65,7 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
     of the ensemble's probability of the own class of real images, null for a class without one. ``evaluation``: counts
     and accuracies of the ensemble; "majority", the share of the most frequent class; "reconstruction", mean squared
     errors of pixels in [0, 1] by the VAE, the mean image and as many principal components; "baseline", a logistic
-    regression on principal components; "judge", or null.
+    regression on principal components; "copies", see ``find_copies``; "judge", or null.
     """
     generator = torch.Generator().manual_seed(0)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -110,7 +111,8 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
     if judged:
         real, again = (np.concatenate(classes) for classes in zip(*judged))
         judge = counted_accuracies(real, truth) | {"accuracy_on_reconstructions": float((again == truth).mean())}
-    linear = linear_baseline(training(), held_out.pixels[labelled], model.latent_dim)
+    known_images = training()
+    linear = linear_baseline(known_images, held_out.pixels[labelled], model.latent_dim)
     evaluation = {
         "images": count,
         **counted_accuracies(predicted, truth),
@@ -129,6 +131,7 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
             "images": linear.num_images,
             **counted_accuracies(linear.predicted, truth),
         },
+        "copies": find_copies(known_images, held_out.take(np.flatnonzero(labelled))),
         "judge": judge,
     }
     target_probs = {
@@ -136,6 +139,31 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
         for name, q in (("median", 0.5), ("p90", 0.9))
     }
     return {"metrics": metrics, "target_probs": target_probs, "evaluation": evaluation}
+
+
+def find_copies(training: LabelledImages, held_out: LabelledImages) -> dict[str, Any]:
+    """Held-out images with the same pixels as a training image, and pictures with several labels, of labelled images.
+
+    ``held_out`` and ``relabelled`` count them, ``copy`` and ``relabelled_copy`` are ids of two images of the first.
+    """
+    seen: dict[bytes, str] = {}
+    labels: dict[bytes, dict[int, str]] = {}
+    copies: list[tuple[str, str]] = []
+    for measured, images in enumerate((training, held_out)):
+        for pixels, image_id, label in zip(images.pixels, images.ids, images.labels.tolist()):
+            digest = hashlib.sha256(pixels.numpy().tobytes()).digest()
+            labels.setdefault(digest, {}).setdefault(label, image_id)
+            if not measured:
+                seen.setdefault(digest, image_id)
+            elif digest in seen:
+                copies.append((image_id, seen[digest]))
+    several = [list(ids.values()) for ids in labels.values() if len(ids) > 1]
+    return {
+        "held_out": len(copies),
+        "copy": list(copies[0]) if copies else None,
+        "relabelled": len(several),
+        "relabelled_copy": several[0][:2] if several else None,
+    }
 
 
 def vae_terms(vae: VAE, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

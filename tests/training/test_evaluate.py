@@ -10,7 +10,7 @@ from bars import bars
 
 from clarity.findings.verdict import verdict
 from clarity.model import Model
-from clarity.training.evaluate import LabelledImages, classification_metrics, evaluate, linear_baseline
+from clarity.training.evaluate import LabelledImages, classification_metrics, evaluate, find_copies, linear_baseline
 
 
 def test_classification_metrics_by_hand() -> None:
@@ -43,6 +43,16 @@ def test_evaluation_compares_with_simple_methods_and_real_images(tiny_model: Mod
         assert all(0 <= value <= 1 for value in values if value is not None)
     assert figures["judge"] is None
     assert verdict(found).level != "not checked"  # it reads every figure
+    none = {"held_out": 0, "copy": None, "relabelled": 0, "relabelled_copy": None}
+    assert figures["copies"] == find_copies(training, training.take(slice(0, 0))) == none
+
+
+def test_copies_are_found_by_their_pixels_and_those_of_several_labels_named() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+    training = LabelledImages(images[:4], ["a", "b", "c", "d"], torch.tensor([0, 0, 1, 1]))
+    held_out = LabelledImages(images[[4, 3, 1, 1]], ["e", "f", "g", "h"], torch.tensor([0, 1, 0, 1]))
+    found = {"held_out": 3, "copy": ["f", "d"], "relabelled": 1, "relabelled_copy": ["b", "h"]}
+    assert find_copies(training, held_out) == found
 
 
 def test_linear_code_is_that_of_the_singular_values() -> None:
