@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-#: Maps by class pair are kept up to this number of classes.
-MAX_MAPPED_CLASSES = 32
+#: Mean changes by class pair are kept up to this number of classes.
+MAX_MAPPED_CLASSES = 24
 #: Images of a class below which nothing is said of what they have in common.
 MIN_IMAGES = 10
 

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 
 from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked
 from clarity.findings.statistics import can_be_told, fisher_p, holm, rank_sum_p
@@ -58,20 +59,21 @@ def check_asymmetry(facts: Facts) -> Outcome:
     """Class pairs of which one direction goes further, or fails more often, beyond chance over all comparisons."""
     columns = facts.con.execute("SELECT source, target, converged, distance_z_l1 FROM counterfactuals").fetchnumpy()
     source, target, converged, distance = (np.ma.filled(values, 0) for values in columns.values())
-    strength, num_compared = asymmetries(source, target, converged.astype(bool), distance, len(facts.class_names))
+    found, num_compared = asymmetries(source, target, converged.astype(bool), distance, len(facts.class_names))
     if not num_compared:
         return NotChecked(f"no two classes have {MIN_COMPARED} pairs in each direction")
     pairs = np.nan_to_num(facts.pairs["pairs"])
     most = int(np.minimum(pairs, pairs.T).max())
     if not can_be_told(2 / math.comb(2 * most, most), 2 * num_compared):
         return NotChecked(f"{most} pairs in each direction are too few to compare {plural(num_compared, 'class pair')}")
-    asymmetric = ranked(strength)
-    if not asymmetric:
+    if not found:
         return []
+    asymmetric = [pair for *_, pair in found]
     medians, validity = facts.pairs["median_distance"], facts.pairs["strict_validity"]
-    hard, easy = asymmetric[0], asymmetric[0][::-1]
+    fails_more, _, hard = found[0]
+    easy = hard[::-1]
     ratio = float(medians[hard] / medians[easy])
-    if strength[hard] > 10:
+    if fails_more:
         severity = 0.5
         words = (
             f"{facts.arrow(easy)} converges in {percent(validity[easy])} of its pairs, "
@@ -101,25 +103,23 @@ def check_asymmetry(facts: Facts) -> Outcome:
 
 def asymmetries(
     source: np.ndarray, target: np.ndarray, converged: np.ndarray, distance: np.ndarray, num_classes: int
-) -> tuple[np.ndarray, int]:
+) -> tuple[list[tuple[bool, float, tuple[int, int]]], int]:
     """Compares the two directions of every two classes by their distances and by their shares that converge.
 
-    Source, target, converged and distance are (P,). Returns (K, K) by [source, target]: for the harder direction its
-    ratio of median distances, or 10 plus its gap of shares, NaN elsewhere; and the number of class pairs compared.
+    Source, target, converged and distance are (P,). Returns for each harder direction whether it fails more often, the
+    difference of these shares or else the ratio of median distances, and (source, target), in this order; and the
+    number of class pairs compared.
     """
-    cell = source.astype(np.int64) * num_classes + target
-    order = np.argsort(cell, kind="stable")
-    cells, starts = np.unique(cell[order], return_index=True)
-    rows = dict(zip(cells.tolist(), np.split(order, starts[1:])))
+    rows = pd.DataFrame({"source": source, "target": target}).groupby(["source", "target"]).indices
     candidates, p_values = [], []
-    for a, b in itertools.combinations(range(num_classes), 2):
-        there, back = (rows.get(i * num_classes + j, np.empty(0, int)) for i, j in ((a, b), (b, a)))
+    for pair in itertools.combinations(range(num_classes), 2):
+        there, back = (rows.get(direction, np.empty(0, int)) for direction in (pair, pair[::-1]))
         if min(len(there), len(back)) < MIN_COMPARED:
             continue
         far = [distance[some][converged[some]] for some in (there, back)]
         gap = float(converged[back].mean() - converged[there].mean())
         ratio = float(np.median(far[0]) / np.median(far[1])) if min(map(len, far)) >= MIN_COMPARED else 1.0
-        candidates.append((a, b, gap, ratio))
+        candidates.append((pair, gap, ratio))
         # What is too small to be told keeps a p-value of 1, which only makes the others' correction stricter.
         fails = further = 1.0
         if abs(gap) >= MIN_GAP:
@@ -128,10 +128,10 @@ def asymmetries(
         if max(ratio, 1 / ratio) >= MIN_RATIO:
             further = rank_sum_p(*far)
         p_values += [fails, further]
-    strength = np.full((num_classes, num_classes), np.nan)
-    for (a, b, gap, ratio), (often, far_off) in zip(candidates, holm(p_values).reshape(-1, 2)):
+    found = []
+    for (pair, gap, ratio), (often, far_off) in zip(candidates, holm(p_values).reshape(-1, 2)):
         if often:
-            strength[(a, b) if gap > 0 else (b, a)] = 10 + abs(gap)
+            found.append((True, abs(gap), pair if gap > 0 else pair[::-1]))
         elif far_off:
-            strength[(a, b) if ratio > 1 else (b, a)] = max(ratio, 1 / ratio)
-    return strength, len(candidates)
+            found.append((False, max(ratio, 1 / ratio), pair if ratio > 1 else pair[::-1]))
+    return sorted(found, key=lambda each: (not each[0], -each[1], each[2])), len(candidates)

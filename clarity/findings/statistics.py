@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
+import scipy  # whose stats is loaded at its first use, in a second
 
 #: Values up to which rank tests are exact.
 MAX_EXACT = 40
@@ -14,27 +14,23 @@ LEVEL = 0.05
 def share_interval(successes: float, count: float, level: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share; ``count`` may be an effective number of observations."""
     tail = (1 - level) / 2
-    low = special.betaincinv(successes, count - successes + 1, tail) if successes > 0 else 0.0
-    high = special.betaincinv(successes + 1, count - successes, 1 - tail) if successes < count else 1.0
+    low = scipy.special.betaincinv(successes, count - successes + 1, tail) if successes > 0 else 0.0
+    high = scipy.special.betaincinv(successes + 1, count - successes, 1 - tail) if successes < count else 1.0
     return float(low), float(high)
 
 
 def rank_sum_p(x: np.ndarray, y: np.ndarray) -> float:
     """Two-sided p-value of Mann-Whitney's test; exact for at most MAX_EXACT values without ties."""
-    from scipy import stats  # a second to import
-
-    p_value = stats.mannwhitneyu(x, y, method=method_for(np.concatenate([x, y]))).pvalue
+    p_value = scipy.stats.mannwhitneyu(x, y, method=method_for(np.concatenate([x, y]))).pvalue
     return float(np.nan_to_num(p_value, nan=1.0))
 
 
 def signed_rank_p(differences: np.ndarray) -> float:
     """Two-sided p-value of Wilcoxon's signed-rank test that differences are symmetric around zero; exact as above."""
-    from scipy import stats  # a second to import
-
     differences = differences[differences != 0]
     if not len(differences):
         return 1.0
-    return float(stats.wilcoxon(differences, correction=True, method=method_for(np.abs(differences))).pvalue)
+    return float(scipy.stats.wilcoxon(differences, correction=True, method=method_for(np.abs(differences))).pvalue)
 
 
 def method_for(values: np.ndarray) -> str:
@@ -44,9 +40,7 @@ def method_for(values: np.ndarray) -> str:
 
 def fisher_p(a: int, n: int, b: int, m: int) -> float:
     """Two-sided p-value of Fisher's exact test that ``a`` of ``n`` and ``b`` of ``m`` have the same probability."""
-    from scipy import stats  # a second to import
-
-    return float(stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue)
+    return float(scipy.stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue)
 
 
 def can_be_told(smallest_p: float, comparisons: int) -> bool:

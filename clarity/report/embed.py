@@ -20,8 +20,6 @@ FIELDS = (
     *("reencoded", "reencoded_prob", "judge", "judge_prob", "predicted_prob", "confirmed", "rungs"),
     *("cf", "path", "path_prob", "path_text"),
 )
-#: Mean changes by class pair are embedded up to this number of classes.
-MAX_CHANGE_CLASSES = 24
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,12 @@ def embed_audit(view: View, sample: Sample, tiles: Tiles) -> Embedded:
                 *paths.get(key, ([], [], [])),
             ]
         )
-    differences, classes, change = view.facts.differences, range(len(view.class_names)), None
-    if differences is not None and len(classes) <= MAX_CHANGE_CLASSES:
-        mean, count = differences.mean, differences.count
-        change = [[tiles.add_change(mean[s, t]) if count[s, t] else -1 for t in classes] for s in classes]
+    differences, change = view.facts.differences, None
+    if differences is not None and len(differences.mean):
+        change = [
+            [tiles.add_change(mean) if count else -1 for mean, count in zip(means, counts)]
+            for means, counts in zip(differences.mean, differences.count)
+        ]
     return Embedded(by_image, pictures, reconstructions, change)
 
 
