@@ -14,6 +14,7 @@ from pyarrow import csv
 from clarity import data, schema, storage
 from clarity.data.listing import annotate, as_text, is_text, names_of, require_once, require_unique
 from clarity.data.parquet import class_label_names, read_whole
+from clarity.report.text import counted
 
 
 def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
@@ -230,4 +231,4 @@ def probability_column(predictions: pa.Table, class_names: Sequence[str]) -> tup
 def describe_coverage(listing: pa.Table, predictions: pa.Table) -> str:
     """How many images have a prediction, and what was left out, for the console."""
     told = f"{len(listing) - listing['prediction'].null_count} of {len(listing)} images have a prediction"
-    return "; ".join([told, *(f"left out: {n} {what}" for what, n in data.left_out(predictions).items())])
+    return "; ".join([told, *(f"left out: {counted(n, what)}" for what, n in data.left_out(predictions).items())])

@@ -28,6 +28,7 @@ from clarity.data import list_images
 from clarity.model import read_card
 from clarity.planning import describe_predictor
 from clarity.predictor import load_predictor
+from clarity.report.text import counted
 from clarity.training.cost import Cost, costs
 from clarity.training.directory import begin, finish
 from clarity.training.loops import PRECISIONS, VAETraining
@@ -56,8 +57,8 @@ SAME_NAMES = [
 NETWORKS = {"vae": "VAE", "ensemble": "ensemble", "image": "image ensemble"}
 #: What is said of images with the same pixels: entries of the card, the name of a line, its text.
 COPIES = (
-    ("held_out", "copy", "copies", "held-out images have the same pixels as training images"),
-    ("relabelled", "relabelled_copy", "labels", "pictures are there under several labels"),
+    ("held_out", "copy", "copies", "held-out images with the same pixels as training images"),
+    ("relabelled", "relabelled_copy", "labels", "pictures under several labels"),
 )
 #: Classes that are listed one by one.
 SHOWN_CLASSES = 12
@@ -289,7 +290,7 @@ def describe(plan: TrainingPlan) -> str:
     copies = evaluation.get("copies") or {}
     for key, pair, name, text in COPIES:
         if count := copies.get(key):
-            lines.append(f"{name:<10} {count} {text}, such as {' and '.join(copies[pair])}")
+            lines.append(f"{name:<10} {counted(count, text)}, such as {' and '.join(copies[pair])}")
     heads = {name: about for name, about in metrics.get("attributes", {}).items() if about["accuracy"] is not None}
     if heads:
         balanced = shares({name: about["balanced_accuracy"] for name, about in heads.items()})

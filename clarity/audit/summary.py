@@ -11,6 +11,7 @@ import pyarrow.dataset as pads
 from clarity import storage
 from clarity.audit.plan import Plan
 from clarity.audit.queries import connect, has_predictions, statement
+from clarity.report.text import counted, plural
 
 if TYPE_CHECKING:
     import duckdb
@@ -54,7 +55,10 @@ def warnings(plan: Plan, commits: Mapping[int, Mapping[str, Any]], con: duckdb.D
     if labelled := foreign_labels(con):
         found.append(describe_foreign_labels(labelled, plan))
     if clipped := sum(commit.get("clipped", 0) for commit in commits.values()):
-        found.append(f"{clipped} images hold values above the range of the images that the model was trained on.")
+        found.append(
+            f"{plural(clipped, 'image holds', 'images hold')} values above the range of the images that the model was "
+            "trained on."
+        )
     return found
 
 
@@ -76,7 +80,7 @@ def describe_foreign_labels(labelled: int, plan: Plan) -> str:
 def describe(summary: Mapping[str, Any]) -> str:
     """A summary as text."""
     slow = [f"{pair['source']}->{pair['target']} {pair['mean_steps']:.0f}" for pair in summary["slowest_class_pairs"]]
-    engines = [f"{engine} ({count} shards)" for engine, count in summary["engines"].items()]
+    engines = [f"{engine} ({counted(count, 'shards')})" for engine, count in summary["engines"].items()]
     stages = [f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds_by_stage"].items()]
     model = summary.get("verdict", {"sentence": "not checked", "reasons": []})
     lines = [
@@ -108,11 +112,11 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s, start-up included",
         f"stages     {', '.join(stages)} (seconds, summed over the processes)",
         f"engine     {', '.join(engines) or 'none'}",
-        f"verified   checksums, keys, order, contents; {summary['redecoded']} pairs decoded again",
+        f"verified   checksums, keys, order, contents; {counted(summary['redecoded'], 'pairs')} decoded again",
         *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
     if summary.get("unsound"):
-        lines.append(f"TAKEN BACK {summary['unsound']} unsound shards; the same command redoes them")
+        lines.append(f"TAKEN BACK {counted(summary['unsound'], 'unsound shards')}; the same command redoes that")
     if summary.get("committed", 0) < summary.get("planned", 0):
         lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command resumes")
     return "\n".join(lines)
@@ -121,13 +125,13 @@ def describe(summary: Mapping[str, Any]) -> str:
 def describe_extent(plan: Plan) -> str:
     """How many images an audit is to explain, and of which split."""
     split = plan.dataset["split"]
-    return f"{plan.num_images} images{'' if split == 'all' else f' of split {split}'}"
+    return f"{counted(plan.num_images, 'images')}{'' if split == 'all' else f' of split {split}'}"
 
 
 def about_data(found: Mapping[str, Any]) -> list[str]:
     """What a listing left out and how it was read, as lines; of a summary, or of a plan's data set."""
     return [
-        *(f"left out   {count} {reason}" for reason, count in found.get("left_out", {}).items()),
+        *(f"left out   {counted(count, reason)}" for reason, count in found.get("left_out", {}).items()),
         *(f"note       {note}" for note in found.get("notes", [])),
     ]
 
@@ -173,7 +177,7 @@ def describe_plan(plan: Plan, uri: str, measured: Mapping[str, Any], num_actors:
         f"explains   {describe_extent(plan)}",
         *about_data(plan.dataset),
         f"pairs      {plan.num_images * plan.pairs_per_image} at most",
-        f"shards     {len(plan.shards)} of {plan.shards[0]['stop']} images",
+        f"shards     {len(plan.shards)} of {counted(plan.shards[0]['stop'], 'images')}",
         f"files      {len(plan.shards) * (3 + bool(plan.trace))}, {size / 1e6:.1f} MB in all",
         f"time       {seconds:.0f} s, at {measured['pairs_per_second']:.0f} pairs/s an actor ({measured['engine']})",
         f"audit      {storage.display(uri)}",

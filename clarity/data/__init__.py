@@ -42,6 +42,7 @@ from clarity.data.listing import (
 from clarity.data.mnist import list_mnist, read_mnist
 from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
 from clarity.images import RANGES, Preprocessing, UnreadableImage, decode, max_value_of, open_image, upright
+from clarity.report.text import counted
 
 #: The digits that ship with the package; DIGITS.md tells their origin and license.
 DIGITS = str(Path(__file__).with_name("digits.parquet"))
@@ -163,7 +164,7 @@ def list_images(dataset: Dataset) -> pa.Table:
     ids = listing["image_id"]
     where = where_of(dataset)
     if not len(ids):
-        reasons = "".join(f"; left out: {count} {reason}" for reason, count in left_out(listing).items())
+        reasons = "".join(f"; left out: {counted(count, reason)}" for reason, count in left_out(listing).items())
         reasons += "".join(f"; {note}" for note in notes(listing))
         raise ValueError(
             f"expected images in split {dataset.split!r} of {where}, found none{reasons}: check the path and its "

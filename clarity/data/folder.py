@@ -22,6 +22,7 @@ from clarity.data.listing import (
 )
 from clarity.ids import split_of
 from clarity.images import EXTENSIONS
+from clarity.report.text import plural
 
 #: A path through a folder that a system left behind, which holds no images of the data set.
 SYSTEM_FOLDER = re.compile(
@@ -61,7 +62,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
         images = [file for file, split in zip(images, splits) if split == dataset.split]
     folders = [storage.join(root, top) for top in tops if dataset.split in ("all", tops[top])] or [root]
     links, empty = folders_without_images(folders, classes)
-    left_out[f"class folders that are links to others ({some(links)})"] = len(links)
+    left_out[f"class folders linked to others ({some(links)})"] = len(links)
     left_out[f"class folders without an image ({some(empty)})"] = len(empty)
     paths = [file.path for file in images]
     if table.labels:
@@ -69,7 +70,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
         left_out |= table.left_out
         others = [path for path in others if path not in table.tables]
         if strangers := sum(path not in table.labels for path in paths):
-            told.append(f"{strangers} images are in no table of labels and have no label")
+            told.append(f"{plural(strangers, 'image is', 'images are')} in no table of labels, and without a label")
     else:
         steps = [path.split("/") for path in paths]
         names = [printable(step[depth]) if len(step) > depth + 1 else None for step in steps]
@@ -204,10 +205,8 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
             f"expected a folder for each class, found {len(inside)} of {len(paths)} images in folders below one "
             f"{below}: if those are the classes, {remedy}; else put its images directly into it"
         )
-    return [
-        f"{len(wrapping)} classes have all their images in folders below {below}, which are not read as classes; if "
-        f"they are, {remedy}"
-    ]
+    have = plural(len(wrapping), "class has all its", "classes have all their")
+    return [f"{have} images in folders below {below}, which are not read as classes; if they are, {remedy}"]
 
 
 def folders_without_images(roots: Iterable[str], classes: set[str]) -> tuple[list[str], list[str]]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clarity import storage
 from clarity.images import Preprocessing, UnreadableImage
+from clarity.report.text import plural
 
 LISTING_COLUMNS = ("image_id", "location", "row", "size", "label_name")
 
@@ -123,7 +124,8 @@ def drop_no_label(listing: pa.Table) -> pa.Table:
     index = listing.column_names.index("label_name")
     labels = pc.if_else(pc.equal(labels, NO_LABEL), pa.scalar(None, pa.string()), labels)
     listing = listing.set_column(index, "label_name", labels)
-    return annotate(listing, sentences=[f"{count} images have the label -1, which is read as no label"])
+    have = plural(count, "image has", "images have")
+    return annotate(listing, sentences=[f"{have} the label -1, which is read as no label"])
 
 
 def note_of_tenth(dataset: Dataset, listed: int, total: int) -> list[str]:
@@ -131,7 +133,7 @@ def note_of_tenth(dataset: Dataset, listed: int, total: int) -> list[str]:
     tests = listed if dataset.split == "test" else total - listed
     text = (
         f"the data names no splits: {tests} of {total} images, chosen by their ids, are the split test, the others the "
-        "split train (split all: every image)"
+        "split train (split all: every image); if several show one object or person, name splits"
     )
     return [text] if total else []
 

@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clarity.data.listing import left_out, notes, some
+from clarity.report.text import counted
 
 #: Below this many held-out images an accuracy is little more than a guess.
 FEW_IMAGES = 50
@@ -11,7 +12,7 @@ FEW_IMAGES = 50
 
 def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
     """What is dropped or doubtful in the images to train on, and in those held out to measure on, if any."""
-    lines = [f"left out: {count} {reason}" for reason, count in left_out(listing).items()]
+    lines = [f"left out: {counted(count, reason)}" for reason, count in left_out(listing).items()]
     lines += [f"note: {note}" for note in notes(listing)]
     counts = count_labels(listing)
     if single := [name for name, count in counts.items() if count == 1]:
@@ -19,7 +20,7 @@ def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
     if held_out is None:
         return lines
     others = {reason: count for reason, count in left_out(held_out).items() if reason not in left_out(listing)}
-    lines += [f"left out of the held-out images: {count} {reason}" for reason, count in others.items()]
+    lines += [f"left out of the held-out images: {counted(count, reason)}" for reason, count in others.items()]
     lines += [f"note on the held-out images: {note}" for note in notes(held_out) if note not in notes(listing)]
     measured = count_labels(held_out)
     if unseen := [name for name in counts if name not in measured]:
@@ -30,7 +31,8 @@ def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
     if strange := [name for name in measured if name not in counts]:
         lines.append(f"note: no image to train on of {some(strange)}, which is only among the held-out images")
     if (labelled := sum(measured.values())) < FEW_IMAGES:
-        lines.append(f"note: {labelled} held-out images with a label only: accuracies measured on them are rough")
+        images = counted(labelled, "held-out images")
+        lines.append(f"note: {images} with a label only: accuracies measured on them are rough")
     return lines
 
 

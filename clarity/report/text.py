@@ -1,7 +1,10 @@
 """Numbers as the page, the console and the comparison's tables write them. Knows nothing but numbers and words."""
 
 import math
+import re
 from collections.abc import Sequence
+
+THINGS = re.compile(r"\b(image|file|folder|row|prediction|pair|shard|attribute|picture)s\b")
 
 
 def percent(part: float, whole: float = 1.0) -> str:
@@ -27,6 +30,11 @@ def interval(low: float, high: float) -> str:
 def plural(count: float, noun: str, nouns: str | None = None) -> str:
     """1 image, 2 images, 10,000 images; ``nouns`` is the plural where it is not ``noun`` and an s."""
     return f"{count:,.0f} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def counted(count: int, things: str) -> str:
+    """2 images of a split, 1 image of a split: the first of some nouns is put in the singular where there is one."""
+    return f"{count} {things if count != 1 else THINGS.sub(lambda noun: noun[1], things, count=1)}"
 
 
 def probability(value: float | None) -> str:

@@ -11,6 +11,7 @@ from clarity.audit.plan import flatten, shortened
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.data import list_images
 from clarity.model import Model, load_model, load_tensors, read_card, save_model
+from clarity.report.text import counted
 from clarity.rows import logits_rows
 from clarity.training.attributes import fit_heads
 from clarity.training.distil import MEASURED_IMAGES, fidelity, original_probs
@@ -106,14 +107,14 @@ def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
     )
     heads_metrics: dict[str, Any] = {}
     if plan.attributes:
-        log(f"fitting the heads of {len(plan.attributes)} attributes")
+        log(f"fitting the heads of {counted(len(plan.attributes), 'attributes')}")
         given = plan.preprocessing, plan.dataset, plan.held_out, plan.attributes
         model.heads, heads_metrics = fit_heads(model.vae, *given)
     measured: dict[str, Any] = {"metrics": {}}
     if plan.held_out is not None:
         held_out = load_images(plan, plan.held_out)
         log_errors(held_out, log)
-        log(f"measuring on {len(held_out.ids)} held-out images")
+        log(f"measuring on {counted(len(held_out.ids), 'held-out images')}")
         labelled = partial(load_images, plan, plan.dataset, BASELINE_IMAGES) if plan.data["labelled"] else None
         measured = evaluate(model, labelled, held_out)
     if heads_metrics:

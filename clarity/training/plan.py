@@ -18,6 +18,7 @@ from clarity.data.review import review
 from clarity.images import Preprocessing
 from clarity.model import read_card
 from clarity.predictor import load_predictor
+from clarity.report.text import plural
 from clarity.training.attributes import choose_attributes
 from clarity.training.distil import COPIES, open_audit
 from clarity.training.judge import JudgeTraining
@@ -263,7 +264,8 @@ def describe_data(
     if measured is not None and held_out is not None and held_out.data == dataset.data:
         both = pc.sum(pc.is_in(measured["image_id"], listing["image_id"].combine_chunks())).as_py()
     if both:
-        remarks.insert(0, f"WARNING: {both} held-out images are also trained on: figures measured on them are too good")
+        images = plural(both, "held-out image is", "held-out images are")
+        remarks.insert(0, f"WARNING: {images} also trained on: figures measured on them are too good")
     return {
         "source": dataset.source,
         "uri": None if dataset.data is None else storage.display(dataset.data),

@@ -21,6 +21,7 @@ from clarity.ids import fold_of, in_judges_half
 from clarity.judges import JudgeNet, build_judge
 from clarity.model import load_tensors, save_tensors
 from clarity.predictor import Predictor
+from clarity.report.text import counted
 from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
 from clarity.training.evaluate import LabelledImages, encode_pixels, evenly
 from clarity.training.guide import known_of, new_guide, train_guide
@@ -131,7 +132,8 @@ def log_errors(images: LabelledImages, log: Log) -> None:
     """Logs how many images cannot be read, a line for each of the five most frequent reasons."""
     for reason, count in Counter(images.errors.values()).most_common(5):
         first = next(image_id for image_id, error in images.errors.items() if error == reason)
-        log(f"left out: {count} images that cannot be read: {reason} ({first}{' and others' if count > 1 else ''})")
+        example = f"{first}{' and others' if count > 1 else ''}"
+        log(f"left out: {counted(count, 'images')} that cannot be read: {reason} ({example})")
 
 
 def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:

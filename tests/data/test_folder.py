@@ -97,7 +97,7 @@ def test_folder_names_what_it_leaves_out(tmp_path: Path) -> None:
     listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
     assert data.left_out(listing) == {
         "files in folders of the system ($RECYCLE.BIN, @eaDir, __MACOSX)": 4,
-        "class folders that are links to others (kitty)": 1,
+        "class folders linked to others (kitty)": 1,
         "class folders without an image (empty)": 1,
     }
 
@@ -105,7 +105,7 @@ def test_folder_names_what_it_leaves_out(tmp_path: Path) -> None:
 def test_folder_notes_a_folder_that_may_only_wrap_classes(tmp_path: Path) -> None:
     write_images(tmp_path, "Dataset/0/1.png", "Dataset/1/2.png", "Examples/1.png", "cat/deep/1.png")
     (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all")))
-    assert note.startswith("1 classes have all their images in folders below (Dataset: 0, 1), which are not read as")
+    assert note.startswith("1 class has all its images in folders below (Dataset: 0, 1), which are not read as")
     assert note.endswith(f"if they are, name {tmp_path}/Dataset")
     assert data.notes(data.list_images(data.open_dataset("folder", tmp_path / "Dataset", "all"))) == []
     write_images(tmp_path / "split", "train/Images/0/1.png", "train/Images/1/2.png", "test/Images/0/3.png")

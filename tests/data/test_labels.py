@@ -82,8 +82,8 @@ def test_labels_count_what_does_not_meet(tmp_path: Path) -> None:
     assert listing["label_name"].to_pylist() == ["cat", None, None]
     assert data.left_out(listing) == {"rows of labels.csv without an image": 2}
     assert data.notes(listing) == [
-        "1 images have the label -1, which is read as no label",
-        "1 images are in no table of labels and have no label",
+        "1 image has the label -1, which is read as no label",
+        "1 image is in no table of labels, and without a label",
     ]
 
 

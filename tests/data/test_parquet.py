@@ -182,7 +182,7 @@ def test_parquet_of_hugging_face_has_splits_and_names(tmp_path: Path) -> None:
     assert listed(tmp_path, "train", "parquet") == {f"{prefix}0": "boot", f"{prefix}1": "shirt", f"{prefix}2": None}
     assert listed(tmp_path, "held-out", "parquet") == {"data/test-00000-of-00001.parquet#00000000": "bag"}
     listing = data.list_images(data.open_dataset("parquet", tmp_path, "train"))
-    assert data.notes(listing) == ["1 images have the label -1, which is read as no label"]
+    assert data.notes(listing) == ["1 image has the label -1, which is read as no label"]
 
 
 def test_parquet_names_of_classes_that_are_numbers_are_looked_up_by_index(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_review_of_a_sound_data_set_says_nothing() -> None:
         (["train/a/1.png", "val/z/1.png"], "note: no image to train on of b, z, which is"),
         (["train/a/1.png"], "note: 2 held-out images with a label only"),
         (["train/a/1.png", "train/A/1.png"], "note: classes whose names differ in case only: A, a"),
-        (["train/a/1.png", "loose.png"], "left out: 1 images beside train/, val/"),
-        (["train/a/1.png", "train/.x/1.png"], "left out: 1 hidden files"),
+        (["train/a/1.png", "loose.png"], "left out: 1 image beside train/, val/"),
+        (["train/a/1.png", "train/.x/1.png"], "left out: 1 hidden file"),
     ],
 )
 def test_review_says_what_is_dropped_or_doubtful_in_a_line_each(names: list[str], said: str, tmp_path: Path) -> None:

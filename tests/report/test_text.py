@@ -37,6 +37,15 @@ def test_plural_takes_an_irregular_plural() -> None:
     assert text.plural(2, "search", "searches") == "2 searches"
 
 
+def test_counted_puts_the_first_noun_in_the_singular() -> None:
+    assert [text.counted(n, "files of images") for n in (0, 1, 1000)] == [
+        "0 files of images",
+        "1 file of images",
+        "1000 files of images",
+    ]
+    assert text.counted(1, "class folders linked to others") == "1 class folder linked to others"
+
+
 def test_probability_never_rounds_to_one() -> None:
     assert [text.probability(p) for p in (0.9999, 0.5, 0.0123, 1e-9)] == [">0.999", "0.50", "0.012", "<0.001"]
     # On which side of 0.99, the usual threshold, a search ended.
