@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from scipy.special import entr
+from sklearn.neighbors import NearestNeighbors
 
 from clarity.findings.statistics import share_interval
 from clarity.judges import predict_features, predict_probs, probs_of_features
@@ -82,14 +84,8 @@ def implausibility(features: Array, real: Array, neighbours: int = NEIGHBOURS) -
     """Mean distance (B,) of each row's features (B, F) to its nearest ``neighbours`` of ``real`` (N, F); else NaN."""
     if len(real) < neighbours:
         return np.full(len(features), np.nan)
-    real = real.astype(np.float64)
-    parts = []
-    for start in range(0, len(features), 1024):
-        rows = features[start : start + 1024].astype(np.float64)
-        squared = (rows**2).sum(1)[:, None] + (real**2).sum(1)[None] - 2 * rows @ real.T
-        nearest = np.partition(squared, neighbours - 1, axis=1)[:, :neighbours]
-        parts.append(np.sqrt(np.maximum(nearest, 0)).mean(axis=1))
-    return np.concatenate(parts) if parts else np.zeros(0)
+    nearest = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(real.astype(np.float64))
+    return nearest.kneighbors(features.astype(np.float64))[0].mean(axis=1)
 
 
 def cout(
@@ -102,9 +98,7 @@ def cout(
     """
     rows, pixels = np.arange(len(x)), x.shape[2] * x.shape[3]
     order = np.argsort(-np.abs(x_cf - x).sum(axis=1).reshape(len(x), -1), axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(pixels)[None].repeat(len(x), 0), axis=1)
-    rank = rank.reshape(len(x), 1, *x.shape[2:])
+    rank = order.argsort(axis=1).reshape(len(x), 1, *x.shape[2:])
     area = np.zeros(len(x))
     for step in range(steps + 1):
         probs = predict(np.where(rank < round(pixels * step / steps), x_cf, x)).astype(np.float64)
@@ -115,10 +109,10 @@ def cout(
 
 def jensen_shannon(p: Array, q: Array) -> Array:
     """Jensen-Shannon divergence in nats of Bernoulli distributions with probabilities p and q, any shape."""
+    p, q = p.astype(np.float64), q.astype(np.float64)
 
     def entropy(prob: Array) -> Array:
-        prob = np.clip(prob.astype(np.float64), 1e-12, 1 - 1e-12)
-        return -(prob * np.log(prob) + (1 - prob) * np.log(1 - prob))
+        return entr(prob) + entr(1 - prob)
 
     return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)
 
@@ -270,15 +264,13 @@ def steepest(curves: Array) -> Array:
 
 
 def gradient_spread(gradients: Array) -> dict[str, float]:
-    """How the members' gradients (M, B, D) differ: ``noise_to_signal`` and ``mean_cosine`` between two members.
+    """How the gradients (M, B, D) of two or more members differ: ``noise_to_signal``, and ``mean_cosine`` of two.
 
     noise_to_signal is the variance of one member's gradient over members, summed over D, over the squared norm of
     their mean without its own share of noise; its median over rows, since a row at rest has no signal.
     """
     gradients = np.asarray(gradients, dtype=np.float64)
     members = len(gradients)
-    if members < 2:
-        raise ValueError(f"the spread over members needs at least two of them, got {members}")
     mean = gradients.mean(axis=0)
     variance = gradients.var(axis=0, ddof=1).sum(axis=-1)
     signal = np.maximum((mean**2).sum(axis=-1) - variance / members, 1e-300)
