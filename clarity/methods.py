@@ -173,6 +173,11 @@ class Method:
     doc: str
 
     @property
+    def single(self) -> bool:
+        """Whether it asks one classifier rather than an ensemble."""
+        return self.classifier.endswith("member")
+
+    @property
     def classifies_images(self) -> bool:
         """Whether its classifiers read images, by far the slower ones, rather than codes."""
         return self.classifier.startswith("image")
@@ -191,12 +196,10 @@ METHODS: dict[str, Method] = {
 
 def classifier_logits(model: Model, method: str, points: Tensor) -> Tensor:
     """Logits (M, B, K) of a method's own classifier at points of its space, by batch-independent inference."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     known, ensemble = METHODS[method], ensemble_of(model, method)
     if known.classifies_images and known.space == "latent":
         points = decode_rows(model.vae, points)
-    return logits_rows(ensemble.member(0) if known.classifier.endswith("member") else ensemble, points)
+    return logits_rows(ensemble.member(0) if known.single else ensemble, points)
 
 
 def ensemble_of(model: Model, method: str) -> LatentEnsemble | ImageEnsemble:
@@ -210,9 +213,7 @@ def decoder(model: Model) -> Callable[[Tensor], Tensor]:
     vae = copy.deepcopy(model.vae)
     vae.decoder_layers = folded(vae.decoder_layers)
     vae.requires_grad_(False)
-    missing = LEAST_OUTPUTS - model.latent_dim
-    if missing <= 0:
-        return vae.decode
+    missing = max(0, LEAST_OUTPUTS - model.latent_dim)
     # The gradient by the code is a product whose outputs are the code's dimensions.
     vae.decoder_input.weight = nn.Parameter(F.pad(vae.decoder_input.weight, (0, missing)), requires_grad=False)
     return lambda z: vae.decode(F.pad(z, (0, missing)))

@@ -151,7 +151,7 @@ def pair_rows(
     """Rows of ``counterfactuals``; ``initial`` and ``final`` are uncertainties of the method's classifier."""
     found, written, target = results.found, results.written, asked.target.astype(np.int32)
     pair, nulls = np.arange(len(target)), [None] * len(target)
-    single = METHODS[method].classifier.endswith("member")
+    single = METHODS[method].single
     z_cf = found.point if METHODS[method].space == "latent" else written.z
     columns = {
         "image_id": encoded.image_id.take(pa.array(asked.image)),

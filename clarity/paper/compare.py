@@ -20,7 +20,7 @@ from clarity.audit.commits import to_parquet
 from clarity.audit.read import read_audit
 from clarity.ids import noise
 from clarity.images import Preprocessing, decode_png, encode_png
-from clarity.methods import METHODS, Pairs, classifier_logits
+from clarity.methods import METHODS, Pairs, classifier_logits, ensemble_of
 from clarity.model import Model
 from clarity.paper import metrics
 from clarity.paper.evaluators import Judges
@@ -34,11 +34,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 #: Images for which controls answer and COUT, the slowest metric, is taken, at most.
 CHOSEN_IMAGES = 1000
-CONTROLS = {
-    "original": "the image itself",
-    "reconstruction": "decode(z) of the image",
-    "real image": "a random real training image of the target class",
-}
+#: Rows of the table beside the methods: the image itself, decode(z) of it, a random training image of the target.
+CONTROLS = ("original", "reconstruction", "real image")
 #: Methods as the paper writes them.
 NAMES = {
     "clarity": "Clarity",
@@ -178,12 +175,7 @@ def results_of_audit(model: Model, method: str, uri: str) -> Results:
 
 def members_of(model: Model, method: str) -> int:
     """Members whose gradients one step of a method takes."""
-    known = METHODS[method]
-    if known.classifier.endswith("member"):
-        return 1
-    ensemble = model.image_ensemble if known.classifies_images else model.ensemble
-    assert ensemble is not None
-    return ensemble.config.num_members
+    return 1 if METHODS[method].single else ensemble_of(model, method).config.num_members
 
 
 def common_images(results: Sequence[Results], most: int | None = None) -> set[str]:
