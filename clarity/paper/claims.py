@@ -58,46 +58,37 @@ def accuracies(model: Model, oracle: judges.JudgeNet, x: np.ndarray, label: np.n
     known = label >= 0
     images, label = x[known], label[known]
     z, _ = encode_pixels(model.vae, torch.from_numpy(images))
-    latent = torch.softmax(logits_rows(model.ensemble, z), -1)
-    seen = [quantise(decode_rows(model.decoder, z[part])) for part in parts(len(z))]
+    drawn = np.concatenate([quantise(decode_rows(model.decoder, z[part])) for part in parts(len(z))])
 
-    def share(found: Any) -> float:
-        return float((np.asarray(found) == label).mean())
+    def share(probs: Any) -> float:
+        return float((np.asarray(probs).argmax(-1) == label).mean())
+
+    def shares(ensemble: str, logits: Tensor) -> dict[str, float]:
+        probs = logits.softmax(-1)
+        return {f"{ensemble}_ensemble": share(probs.mean(0)), f"{ensemble}_member": share(probs)}
 
     out = {
         "images": float(len(label)),
-        "latent_ensemble": share(latent.mean(0).argmax(-1)),
-        "latent_member": float(np.mean([share(member.argmax(-1)) for member in latent])),
-        "oracle": share(judges.predict_probs(oracle, images).argmax(1)),
-        "oracle_on_reconstructions": share(judges.predict_probs(oracle, np.concatenate(seen)).argmax(1)),
+        **shares("latent", logits_rows(model.ensemble, z)),
+        "oracle": share(judges.predict_probs(oracle, images)),
+        "oracle_on_reconstructions": share(judges.predict_probs(oracle, drawn)),
     }
     if model.image_ensemble is not None:
-        logits = [
-            logits_rows(model.image_ensemble, torch.from_numpy(images[part]).float() / 255)
-            for part in parts(len(images), 1024)
-        ]
-        probs = torch.softmax(torch.cat(logits, dim=1), -1)
-        out["image_ensemble"] = share(probs.mean(0).argmax(-1))
-        out["image_member"] = float(np.mean([share(member.argmax(-1)) for member in probs]))
+        pixels = torch.from_numpy(images).split(1024)
+        logits = [logits_rows(model.image_ensemble, some.float() / 255) for some in pixels]
+        out |= shares("image", torch.cat(logits, dim=1))
     return out
 
 
 def curve_measures(model: Model, images: Images, segments: int = 100) -> dict[str, dict[str, float]]:
     """Figures 5 and 7 over many segments between images of different classes, means over segments and members."""
     known = np.flatnonzero((images.label >= 0) & (images.label == images.source))
-    ends = [(a, b) for a, b in zip(known, np.roll(known, 1)) if images.label[a] != images.label[b]][:segments]
+    pairs = zip(known.tolist(), np.roll(known, 1).tolist())
+    ends = [(a, b) for a, b in pairs if images.label[a] != images.label[b]][:segments]
     curves: dict[str, list[np.ndarray]] = {}
     for a, b in ends:
-        z = along_segment(torch.from_numpy(images.z[a]), torch.from_numpy(images.z[b]), 101)
-        target = int(images.label[b])
-        curves.setdefault("latent classifiers", []).append(target_curves(model.ensemble, z, target))
-        if model.image_ensemble is not None:
-            decoded = decode_rows(model.vae, z)
-            curves.setdefault("image classifiers", []).append(target_curves(model.image_ensemble, decoded, target))
-            walk = along_segment(decoded[0], decoded[-1], 101)
-            curves.setdefault("image classifiers, image space", []).append(
-                target_curves(model.image_ensemble, walk, target)
-            )
+        for name, curve in segment_curves(model, images, a, b, 101).items():
+            curves.setdefault(name, []).append(curve)
     out = {}
     for name, members in curves.items():
         each, together = np.stack(members), np.stack([curve.mean(0) for curve in members])
@@ -109,6 +100,22 @@ def curve_measures(model: Model, images: Images, segments: int = 100) -> dict[st
                 "steepest_slope": float(np.median(metrics.steepest(values))),
             }
     return out
+
+
+def segment_curves(model: Model, images: Images, a: int, b: int, points: int = 201) -> dict[str, np.ndarray]:
+    """Each member's probability (M, T) of the label of image b along the segment between the codes of images a and b.
+
+    The image ensemble's, where there is one, also along the segment between the decoded ends.
+    """
+    target = int(images.label[b])
+    z = along_segment(torch.from_numpy(images.z[a]), torch.from_numpy(images.z[b]), points)
+    curves = {"latent classifiers": target_curves(model.ensemble, z, target)}
+    if model.image_ensemble is not None:
+        decoded = decode_rows(model.vae, z)
+        walk = along_segment(decoded[0], decoded[-1], points)
+        curves["image classifiers"] = target_curves(model.image_ensemble, decoded, target)
+        curves["image classifiers, image space"] = target_curves(model.image_ensemble, walk, target)
+    return curves
 
 
 def gradient_measures(model: Model, images: Images, count: int = 90) -> dict[str, dict[str, float]]:
@@ -167,7 +174,7 @@ def paired_difference(tables: Mapping[str, pa.Table], better: str, than: str) ->
     }
 
 
-def along_segment(start: Tensor, end: Tensor, points: int = 201) -> Tensor:
+def along_segment(start: Tensor, end: Tensor, points: int) -> Tensor:
     """Points (T, ...) at equal distances on the segment from ``start`` to ``end``, both included."""
     t = torch.linspace(0, 1, points).view(-1, *([1] * start.dim()))
     return start + t * (end - start)

@@ -18,8 +18,8 @@ from clarity import plots
 from clarity.figure import DARK, FULL_WIDTH, LIGHT, MIDDLE, Picture, new_picture, styled
 from clarity.methods import METHODS
 from clarity.model import Model
-from clarity.paper.claims import along_segment, target_curves, trace_search
-from clarity.paper.compare import NAMES, Images, Results, encode_images, pairs_of, parts
+from clarity.paper.claims import segment_curves, trace_search
+from clarity.paper.compare import NAMES, Images, Results, encode_images, pairs_of
 from clarity.plots import Array, draw_difference, draw_image, image_axes, set_title
 from clarity.rows import decode_rows, encode_rows, logits_rows
 from clarity.search import SearchConfig
@@ -136,21 +136,16 @@ def draw_curves(write: Write, model: Model, images: Images, segments: Sequence[t
     Figure 7: by the image ensemble, along the same segments and along those between the decoded ends.
     """
     names = list(model.class_names)
-    assert model.image_ensemble is not None
     one_of_many: dict[str, Any] = {"color": LIGHT, "lw": 0.7, "alpha": 0.6, "zorder": 2}
     image_of_many = {**IMAGE_CURVE, "lw": 0.6, "alpha": 0.7, "zorder": 3}
     five, seven = {}, {}
     for letter, (source, target) in zip("abc", segments):
         a, b = (first_of(images, names.index(name)) for name in (source, target))
-        z = along_segment(torch.from_numpy(images.z[a]), torch.from_numpy(images.z[b]))
-        decoded = decode_rows(model.vae, z)
-        walk = along_segment(decoded[0], decoded[-1])
-        k = names.index(target)
-        image, latent = target_curves(model.image_ensemble, decoded, k), target_curves(model.ensemble, z, k)
-        walked = target_curves(model.image_ensemble, walk, k).mean(0, keepdims=True)
+        latent, image, walked = segment_curves(model, images, a, b).values()
         title = f"({letter}) {source} → {target}"
         five[title] = ((latent, one_of_many), (image, image_of_many))
-        seven[title] = ((walked, IMAGE_CURVE), (image.mean(0, keepdims=True), {"color": MIDDLE}))
+        walked, means = (curves.mean(0, keepdims=True) for curves in (walked, image))
+        seven[title] = ((walked, IMAGE_CURVE), (means, {"color": MIDDLE}))
     handles = [
         Line2D([], [], **IMAGE_CURVE, label=f"{len(image)} image classifiers (REVISE)"),
         Line2D([], [], color=LIGHT, label=f"{len(latent)} latent classifiers"),
@@ -200,8 +195,10 @@ def draw_latent_map(
     z1, z2 = np.meshgrid(np.linspace(*extent[:2], 61), np.linspace(*extent[2:], 61))
     grid = torch.from_numpy(np.stack([z1.ravel(), z2.ravel()], axis=1).astype(np.float32))
     assert flat.image_ensemble is not None
-    decoded = [logits_rows(flat.image_ensemble, decode_rows(flat.vae, grid[part])) for part in parts(len(grid), 512)]
-    logits = {"latent ensemble": logits_rows(flat.ensemble, grid), "image ensemble": torch.cat(decoded, dim=1)}
+    logits = {
+        "latent ensemble": logits_rows(flat.ensemble, grid),
+        "image ensemble": logits_rows(flat.image_ensemble, decode_rows(flat.vae, grid)),
+    }
     maps = {name: decompose(values).epistemic.numpy().reshape(z1.shape) for name, values in logits.items()}
 
     first = first_of(images, source)
@@ -217,9 +214,7 @@ def draw_latent_map(
         steps = trace_search(flat, method, pairs, config)
         walks, last = [found["point"] for found in steps], torch.from_numpy(steps[0]["point"][-1:])
         if METHODS[method].space == "image":
-            whole, *others = walks
-            walks = [encode_rows(flat.vae, torch.from_numpy(walk))[0].numpy()
-                     for walk in (whole, *(walk[[0, -1]] for walk in others))]  # fmt: skip
+            walks = [encode_rows(flat.vae, torch.from_numpy(walk))[0].numpy() for walk in walks]
         else:
             last = decode_rows(flat.vae, last)
         group = "latent ensemble" if method == "clarity" else "image ensemble"
