@@ -215,6 +215,14 @@ def max_value_of(picture: Image.Image) -> int | None:
     return int(np.asarray(picture).max()) if picture.mode.startswith("I") else None
 
 
+def is_grey(picture: Image.Image) -> bool:
+    """Whether a decoded picture has no colour, also where it is stored as one of colours."""
+    if picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I"):
+        return True
+    red, green, blue = decode(lambda: convert(picture, "RGB", None)).split()
+    return red.tobytes() == green.tobytes() == blue.tobytes()
+
+
 def convert(picture: Image.Image, mode: str, max_value: int | None) -> Image.Image:
     """The decoded picture in mode "L" or "RGB", 8 bits."""
     if picture.mode.startswith("I") or picture.mode == "F":

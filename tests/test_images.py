@@ -11,7 +11,7 @@ from pictures import HEIGHT, WIDTH, encoded, opened, pixels_of, random_pixels
 from PIL import Image, ImageOps
 
 from clarity import data
-from clarity.images import Preprocessing, UnreadableImage, png_chunk
+from clarity.images import Preprocessing, UnreadableImage, is_grey, png_chunk
 
 
 def test_apply_gives_the_pixels_of_an_image_that_fits() -> None:
@@ -152,6 +152,26 @@ def png_with_transparency(pixels: np.ndarray, value: int) -> bytes:
     content = encoded(pixels)
     start = content.index(b"IDAT") - 4
     return content[:start] + png_chunk(b"tRNS", struct.pack(">H", value)) + content[start:]
+
+
+def test_a_grey_picture_is_known_however_it_is_stored() -> None:
+    grey, colour = (Image.fromarray(random_pixels(0, HEIGHT, WIDTH, *channels)) for channels in ((), (3,)))
+    assert all(is_grey(grey.convert(mode)) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F"))
+    assert not any(is_grey(colour.convert(mode)) for mode in ("P", "RGB", "RGBA", "CMYK"))
+
+
+def test_images_stored_with_colours_and_without_any_are_grey(tmp_path: Path) -> None:
+    for number in range(200):
+        pixels = np.repeat(random_pixels(number, HEIGHT, WIDTH, 1), 3, axis=2)
+        if number == 100:
+            pixels = random_pixels(number, HEIGHT, WIDTH, 3)
+        folder = tmp_path / ("a" if number < 100 else "b")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.png").write_bytes(encoded(pixels))
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    listing = data.list_images(dataset)
+    for rows, mode in ((listing, "RGB"), (listing.slice(0, 100), "L"), (listing.slice(101), "L")):
+        assert data.infer_preprocessing(dataset, rows) == Preprocessing(mode, HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])

@@ -41,7 +41,7 @@ from clarity.data.listing import (
 )
 from clarity.data.mnist import list_mnist, read_mnist
 from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
-from clarity.images import RANGES, Preprocessing, UnreadableImage, decode, max_value_of, open_image, upright
+from clarity.images import RANGES, Preprocessing, UnreadableImage, decode, is_grey, max_value_of, open_image, upright
 from clarity.report.text import counted
 
 #: The digits that ship with the package; DIGITS.md tells their origin and license.
@@ -249,15 +249,17 @@ def infer_preprocessing(
 ) -> Preprocessing:
     """The preprocessing for training: what is given, else the source's own, else looked up in 64 of the images.
 
-    Looked up: grey if all of them are, else RGB; their size if all have one and no side is above 128, else 64 x 64;
-    what is white where images have more than 8 bits, in 1,024 of the images. ``image_size`` is a side, or (height,
-    width), in pixels; ``center_crop`` the side of the centred square taken first.
+    Looked up: grey if all of them are, and of 256 too, however they are stored, else RGB; their size if all have one
+    and no side is above 128, else 64 x 64; what is white where images have more than 8 bits, in 1,024 of the images.
+    ``image_size`` is a side, or (height, width), in pixels; ``center_crop`` the side of the centred square taken first.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if known := SOURCES[dataset.source].default_preprocessing:
         height, width = size or (known.height, known.width)
         return Preprocessing(mode or known.mode, height, width, center_crop or known.center_crop)
     sizes, grey, largest = sample_images(dataset, listing, 64)
+    if grey and not mode:
+        grey = sample_images(dataset, listing, 256)[1]
     if largest is not None:
         largest = sample_images(dataset, listing, 1024)[2]
     mode = mode or ("L" if grey else "RGB")
@@ -282,7 +284,7 @@ def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[
             picture = decode(lambda opened=opened: upright(opened))  # type: ignore[misc]
             deep += [int(np.asarray(picture)[..., :3].max())] if is_deep else []
             sizes.add((picture.height, picture.width))
-            grey = grey and (picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I"))
+            grey = grey and is_grey(picture)
             if (value := max_value_of(picture)) is not None:
                 largest = max(largest or 0, value)
         except UnreadableImage as error:
