@@ -85,3 +85,13 @@ def test_suspicious_labels_leaves_out_what_has_no_label() -> None:
     for known, count in (([None] * 5 + labels[5:], 33), ([None] * 40, 0)):
         tables = replaced(tables, "codes", "label", pa.array(known, pa.int32()))
         assert suspicious_labels(connect(tables.codes, tables.counterfactuals)).num_rows == count
+
+
+def test_suspicious_labels_takes_codes_that_are_not_finite() -> None:
+    tables = make_tables(40, planted=Planted(wrong_labels=3))
+    z = schema.matrix(tables.codes["z"]).copy()
+    z[7], z[8] = np.nan, np.inf
+    tables = replaced(tables, "codes", "z", schema.fixed_size_list(z))
+    ranked = suspicious_labels(connect(tables.codes, tables.counterfactuals))
+    assert set(ranked["image_id"].to_pylist()[:3]) == set(tables.wrong_labels)
+    assert np.isfinite(ranked["suspicion"].to_numpy()).all()
