@@ -19,7 +19,6 @@ from clarity.training.evaluate import BASELINE_IMAGES, evaluate, evenly
 from clarity.training.loops import Log, join_states, member_states, num_updates, weights_of
 from clarity.training.plan import EXTRAS, TEACHERS, TrainingPlan
 from clarity.training.stages import (
-    STAGES,
     load_codes,
     load_images,
     load_network,
@@ -76,34 +75,32 @@ def taught_alike(plan: TrainingPlan, found: Mapping[str, Any]) -> bool:
 def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:
     """Writes the parts of the finished model that the plan keeps as finished checkpoints."""
     model, wanted, same = load_model(plan.out), plan.describe(), taught_alike(plan, found)
-    parts: list[tuple[str, Any]] = [("latent", model.ensemble)] if same else []
+    folds = model.folds if len(model.folds) == plan.num_folds else ()
+    parts: list[tuple[str, Any]] = list(zip(plan.latent_kinds(), [model.ensemble, *folds])) if same else []
     if model.image_ensemble is not None and found.get("image_training") == wanted["image_training"]:
         parts.append(("image", model.image_ensemble))
-    if same and len(model.folds) == plan.num_folds:
-        parts += [(plan.fold_kind(number), fold) for number, fold in enumerate(model.folds)]
     for kind, ensemble in parts:
         for m, state in enumerate(member_states(ensemble.state_dict(), ensemble.config.num_members)):
             save_finished(plan.member_file(kind, m), state)
-    for name, stage in STAGES.items():
-        network = getattr(model, name, None) if stage.network else None
-        trainings = f"{name}_updates", f"{name}_training"
-        if network is not None and all(found.get(entry) == wanted.get(entry) for entry in trainings):
+    for name, training in (("vae", "vae_training"), ("judge", "judge_updates"), ("sharp", "sharp_training")):
+        network = getattr(model, name)
+        if network is not None and found.get(training) == wanted.get(training):
             save_finished(plan.file(f"{name}.safetensors"), network.state_dict())
 
 
 def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
     """Assembles the trained parts, measures them on the held-out split, and writes the model directory."""
-    folds = [assemble(plan, plan.fold_kind(fold), LatentEnsemble(plan.ensemble)) for fold in range(plan.num_folds)]
+    ensemble, *folds = (assemble(plan, kind, LatentEnsemble(plan.ensemble)) for kind in plan.latent_kinds())
     image_ensemble = None
     if plan.image_members:
         image_ensemble = assemble(plan, "image", ImageEnsemble(plan.image_ensemble, plan.vae))
     model = Model(
-        ensemble=assemble(plan, "latent", LatentEnsemble(plan.ensemble)),
+        ensemble=ensemble,
         class_names=plan.class_names,
         preprocessing=plan.preprocessing,
         image_ensemble=image_ensemble,
         folds=tuple(folds),
-        **{name: load_network(plan, name) for name, stage in STAGES.items() if stage.network},
+        **{name: load_network(plan, name) for name in ("vae", "judge", "sharp")},
     )
     heads_metrics: dict[str, Any] = {}
     if plan.attributes:

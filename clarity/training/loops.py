@@ -129,9 +129,10 @@ def checkpoint(network: nn.Module, adam: Adam, epoch: int) -> dict[str, Tensor]:
     return {**weights, **adam.tensors(), "epoch": torch.tensor(epoch)}
 
 
-def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's own tensors among those of a checkpoint."""
-    return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+def weights_of(state: Mapping[str, Tensor], part: str = "") -> dict[str, Tensor]:
+    """The tensors of a network, or of its ``part`` of that name, among those of its checkpoint."""
+    prefix = f"model.{part}." if part else "model."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def member_states(stack: Mapping[str, Tensor], num_members: int) -> list[dict[str, Tensor]]:
@@ -145,8 +146,7 @@ def member_states(stack: Mapping[str, Tensor], num_members: int) -> list[dict[st
 
 def vae_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A VAE's tensors among those of its checkpoint, without those of the heads that were trained with it."""
-    weights = weights_of(state)
-    return {name.removeprefix("vae."): weights[name] for name in weights if not name.startswith("heads.")}
+    return weights_of(state, "vae") or weights_of(state)
 
 
 def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -298,28 +298,30 @@ def train_vae(
 
 @dataclass(frozen=True)
 class Codes:
-    """Training set of the latent ensemble: posteriors (N, D), and labels (N,) or a predictor's probabilities (N, K).
+    """Training set of the latent ensemble: posteriors (N, D) with labels (N,), or a predictor's probabilities (N, K).
 
-    Where there are probabilities they are learned, and the labels are the likeliest classes. A log-variance of minus
-    infinity is that of a perturbed code, which stands for itself alone.
+    A log-variance of minus infinity is that of a perturbed code, which stands for itself alone.
     """
 
     mean: Tensor
     log_var: Tensor
-    labels: Tensor
-    probs: Tensor | None = None
+    targets: Tensor
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes (N,), of probabilities the likeliest."""
+        return classes_of(self.targets)
 
     def take(self, rows: Tensor) -> "Codes":
         """Some of the rows."""
-        probs = None if self.probs is None else self.probs[rows]
-        return Codes(self.mean[rows], self.log_var[rows], self.labels[rows], probs)
+        return Codes(self.mean[rows], self.log_var[rows], self.targets[rows])
 
     def std(self) -> float:
         """Standard deviation of the codes of images, over all dimensions."""
-        some = self if self.probs is None else self.take(self.log_var.isfinite().all(1))
+        some = self.take(self.log_var.isfinite().all(1))
         return float((some.mean.var(0, unbiased=False) + some.log_var.exp().mean(0)).mean().sqrt())
 
 
@@ -340,20 +342,19 @@ def train_latent_members(
     are checkpoints of these members, all of one epoch, to continue from.
     """
     device = torch.device(device)
-    labels = codes.labels.to(device)
-    known = labels if codes.probs is None else codes.probs.to(device)
+    targets = codes.targets.to(device)
     posteriors = torch.cat([codes.mean, torch.exp(0.5 * codes.log_var)], 1).to(device)
 
     def draw(rows: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         noise = torch.stack([torch.randn((rows.shape[1], config.latent_dim), generator=g) for g in generators])
         rows = rows.to(device)
         mean, deviation = posteriors.index_select(0, rows.flatten()).view(*rows.shape, -1).chunk(2, -1)
-        return mean + deviation * noise.to(device), known[rows]
+        return mean + deviation * noise.to(device), targets[rows]
 
     one = replace(config, num_members=1)
     stack = stack_members([seeded(lambda: LatentEnsemble(one), training.seed, "latent", m) for m in members])
     eps = training.adversarial_eps * codes.std()
-    yield from train_members(stack, members, labels, training, draw, eps, None, states, device, "fp32", log)
+    yield from train_members(stack, members, codes.labels, training, draw, eps, None, states, device, "fp32", log)
 
 
 def train_image_members(
@@ -438,11 +439,15 @@ def train_members(
                     gradients = (gradients[0], *(a + b for a, b in zip(gradients[1:], extra)))
                 for parameter, gradient in zip(parameters, gradients[1:]):
                     parameter.grad = gradient
-                wanted = targets.argmax(-1) if targets.is_floating_point() else targets
-                hits = (logits.detach().argmax(-1) == wanted).double().mean()
+                hits = (logits.detach().argmax(-1) == classes_of(targets)).double().mean()
                 yield {"loss": clean.detach().double() / len(members), "accuracy": hits}
 
     yield from run_epochs(stack, training, len(labels), cosine_decay, state, updates_of, log)
+
+
+def classes_of(targets: Tensor) -> Tensor:
+    """Labels as they are, or the likeliest classes of probabilities (..., K)."""
+    return targets.argmax(-1) if targets.is_floating_point() else targets
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -144,16 +144,12 @@ class TrainingPlan:
         """URI of an intermediate result; all of them are deleted when the model is finished."""
         return storage.join(self.out, "_training", *parts)
 
-    def fold_kind(self, fold: int) -> str:
-        """The kind of members that leave a fold out; it holds the number of folds, on which their data depends."""
-        return f"fold-{fold}-of-{self.num_folds}"
-
     def latent_kinds(self) -> list[str]:
-        """The kinds of latent ensembles: that on all images, and one for each fold."""
-        return ["latent", *(self.fold_kind(fold) for fold in range(self.num_folds))]
+        """Names of the latent ensembles: of all images, and without each of the folds, which depend on their number."""
+        return ["latent", *(f"fold-{fold}-of-{self.num_folds}" for fold in range(self.num_folds))]
 
     def member_file(self, kind: str, member: int) -> str:
-        """The checkpoint of one member; kind is latent, image, or a ``fold_kind``."""
+        """The checkpoint of one member; kind is "image" or one of ``latent_kinds``."""
         return self.file("members", f"{kind}-{member:03d}.safetensors")
 
 

@@ -67,7 +67,8 @@ def train_sharp(
 
     After Larsen et al. 2016 (features) and Lim and Ye 2017 (hinge). ``guide`` gives logits (B, F) of classes and
     attributes, which a picture is to have as its image has them. BatchNorm keeps the VAE's statistics, ``images`` are
-    uint8 (N, C, H, W). Yields an Epoch each, with loss (L1 of a pixel, features, guide), l1, critic, and guide.
+    uint8 (N, C, H, W). Yields an Epoch each, with loss (L1 of a pixel, features, guide), l1, critic, and guide;
+    ``weights_of`` takes the part "decoder" out of its checkpoint.
     """
     device = torch.device(device)
     images, vae = images.to(device), vae.to(device)
@@ -108,10 +109,3 @@ def train_sharp(
             yield {"loss": loss, "l1": l1, "critic": hinge, "guide": guided}
 
     yield from run_epochs(networks, training, len(images), one_cycle, state, updates_of, log)
-
-
-def decoder_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's tensors among those of a checkpoint, which are all that is kept of a finished training."""
-    return {
-        name.removeprefix("decoder."): value for name, value in weights_of(state).items() if name.startswith("decoder.")
-    }

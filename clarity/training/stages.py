@@ -43,7 +43,7 @@ from clarity.training.loops import (
 from clarity.training.optimiser import generator_for
 from clarity.training.plan import TrainingPlan
 from clarity.training.recipe import IMAGES, search_recipe, small_images, small_plan, with_recipe
-from clarity.training.sharp import decoder_of, train_sharp
+from clarity.training.sharp import train_sharp
 from clarity.vae import VAE, Decoder
 
 #: Seconds of work that a killed run may lose.
@@ -98,8 +98,7 @@ class Stage:
 
     run: Callable[[TrainingPlan, Worker, Images], None]  # does a worker's share
     done: Callable[[TrainingPlan], bool]  # whether nothing of it is left to do
-    #: the untrained network, where the stage writes one as ``<name of the stage>.safetensors``, which becomes the
-    #: field of that name of the model; without weights in the file the field is None
+    #: the untrained network, where the stage writes the weights of one, or none, as ``<name of the stage>.safetensors``
     network: Callable[[TrainingPlan], nn.Module] | None = None
     by_member: bool = False  # whether its work is divided by networks, so that a worker for each CPU is of use
 
@@ -124,7 +123,10 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
                 f"out: the worker of rank {worker.rank} does not see {storage.display(plan.out)}; with several nodes, "
                 "choose a directory that every node sees: s3://..., or a shared mount"
             )
-        if not STAGES[name].done(plan):
+        done = STAGES[name].done(plan)
+        if not STAGES[name].by_member:
+            worker.wait_for_all()  # before one of them does what the others would then find done
+        if not done:
             STAGES[name].run(plan, worker, images)
 
 
@@ -150,7 +152,6 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         if keep:
             save_finished(plan.file("judge.safetensors"), judge.state_dict() if judge else {})
         storage.write_json(plan.file("recipe.json"), found)
-    worker.wait_for_all()
 
 
 def guide_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
@@ -158,22 +159,15 @@ def guide_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     if worker.rank == 0:
         guide = train_guide(plan, images(), worker.log, worker.device)
         save_finished(plan.file("guide.safetensors"), guide.state_dict() if guide else {})
-    worker.wait_for_all()
-
-
-def load_guide(plan: TrainingPlan) -> JudgeNet | None:
-    """The guide, if one was trained."""
-    return load_weights(partial(new_guide, plan), plan.file("guide.safetensors"))
 
 
 def vae_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the VAE, all workers together."""
-    loop = partial(train_vae, images().pixels, plan.vae, plan.vae_training, rank=worker.rank, world=worker.world)
+    loop = partial(train_vae, images().pixels, plan.vae, plan.vae_training)
     if plan.vae.label_weight:
-        loop = partial(loop, known=torch.from_numpy(known_of(plan, images())), guide=load_guide(plan))
-    loop = partial(loop, wrap=worker.wrap)
+        loop = partial(loop, known=torch.from_numpy(known_of(plan, images())), guide=load_network(plan, "guide"))
+    loop = partial(loop, rank=worker.rank, world=worker.world, wrap=worker.wrap)
     train_network(plan, worker, "vae", "vae", loop, vae_weights)
-    worker.wait_for_all()
 
 
 def train_network(
@@ -259,7 +253,6 @@ def encode_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     if worker.rank == 0:
         storage.write_json(plan.file(f"codes-{plan.num_folds}", "count.json"), len(starts) + len(audit))
         worker.log(f"encoded {len(split.pixels)} images")
-    worker.wait_for_all()
 
 
 def load_codes(plan: TrainingPlan) -> tuple[Codes, Tensor]:
@@ -268,21 +261,19 @@ def load_codes(plan: TrainingPlan) -> tuple[Codes, Tensor]:
     count = storage.read_json(storage.join(directory, "count.json"))
     parts = [load_tensors(storage.join(directory, f"part-{part:05d}.safetensors")) for part in range(count)]
     codes = join_states(parts)
-    if plan.predictor is not None:
-        known = ~codes["probs"].isnan().any(1)
-        found = Codes(codes["mean"], codes["log_var"], codes["probs"].argmax(1), codes["probs"])
+    if plan.predictor is None:
+        targets, known = codes["labels"], codes["labels"] >= 0
     else:
-        known = codes["labels"] >= 0
-        found = Codes(codes["mean"], codes["log_var"], codes["labels"])
-    return found.take(known), codes["folds"][known]
+        targets, known = codes["probs"], ~codes["probs"].isnan().any(1)
+    return Codes(codes["mean"], codes["log_var"], targets).take(known), codes["folds"][known]
 
 
 def latent_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains this worker's members of the latent ensembles."""
     codes, folds = load_codes(plan)
-    for kind in plan.latent_kinds():
-        known = codes if kind == "latent" else codes.take(folds != int(kind.split("-")[1]))
-        loop = partial(train_latent_members, known, plan.ensemble, plan.ensemble_training, device=worker.device)
+    for left_out, kind in enumerate(plan.latent_kinds(), -1):  # no image is of fold -1
+        some = codes.take(folds != left_out)
+        loop = partial(train_latent_members, some, plan.ensemble, plan.ensemble_training, device=worker.device)
         train_stacks(plan, worker, kind, plan.ensemble.num_members, plan.ensemble.num_members, loop)
 
 
@@ -307,8 +298,9 @@ def judge_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
 def sharp_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     """Trains the sharp decoder, on the first worker."""
     if not worker.rank:
-        loop = partial(train_sharp, images().pixels, load_network(plan, "vae"), plan.sharp_training, load_guide(plan))
-        train_network(plan, worker, "sharp", "sharp decoder", loop, decoder_of)
+        vae, guide = (load_network(plan, name) for name in ("vae", "guide"))
+        loop = partial(train_sharp, images().pixels, vae, plan.sharp_training, guide)
+        train_network(plan, worker, "sharp", "sharp decoder", loop, partial(weights_of, part="decoder"))
 
 
 def trained_judge(plan: TrainingPlan, worker: Worker, images: LabelledImages) -> JudgeNet | None:
@@ -347,12 +339,8 @@ def train_stacks(
             for m, member in zip(members, member_states(state, len(members))):
                 save_tensors(plan.member_file(kind, m), member)
 
-        if len(members) == 1:
-            some = f"member {members[0] + 1} of {count}"
-        elif len(members) == count:
-            some = f"all {count} members"
-        else:
-            some = f"this worker's {len(members)} of {count} members"
+        one = f"member {members[0] + 1} of {count}"
+        some = one if len(members) == 1 else f"{len(members)} of {count} members"
         log = worker.log if worker.rank == 0 or stack_size < count else (lambda line: None)
         resumed = {m: states[m] for m in members} if states[members[0]] else None
         final = follow(partial(loop, members, states=resumed), f"{kind} classifiers ({some})", log, save)
@@ -381,7 +369,7 @@ def guided(plan: TrainingPlan) -> bool:
 #: In the order in which they run.
 STAGES = {
     "recipe": Stage(recipe_stage, lambda plan: with_recipe(plan) is not None),
-    "guide": Stage(guide_stage, guided),
+    "guide": Stage(guide_stage, guided, new_guide),
     "vae": Stage(vae_stage, lambda plan: is_finished(plan.file("vae.safetensors")), lambda plan: VAE(plan.vae)),
     "encode": Stage(encode_stage, encoded),
     "latent": Stage(
@@ -406,16 +394,12 @@ TRAINED = tuple(name for name in STAGES if name != "recipe")
 
 def load_network(plan: TrainingPlan, name: str) -> Any:
     """The network that a stage trained, in eval mode; None where it made none."""
-    build = STAGES[name].network
-    return None if build is None else load_weights(partial(build, plan), plan.file(f"{name}.safetensors"))
-
-
-def load_weights(build: Callable[[], nn.Module], file: str) -> Any:
-    """A network with the weights of a checkpoint, in eval mode; None where there are none."""
+    file, build = plan.file(f"{name}.safetensors"), STAGES[name].network
     weights = weights_of(load_tensors(file)) if storage.exists(file) else None
     if not weights:
         return None
-    network = build()
+    assert build is not None
+    network = build(plan)
     network.load_state_dict(weights)
     return network.requires_grad_(False).eval()
 

@@ -75,7 +75,7 @@ def test_job_trains_resumes_with_other_workers_and_reports(
     resumed = run(folder, out, *extras, "--workers", "2", env=environment)
     assert resumed.returncode == 0, resumed.stderr
     assert "vae: epoch" not in resumed.stdout
-    assert "latent classifiers (this worker's 2 of 3 members): epoch 2/2  loss" in resumed.stdout
+    assert "latent classifiers (2 of 3 members): epoch 2/2  loss" in resumed.stdout
     assert "image classifiers (member 1 of 2): epoch 1/1  loss" in resumed.stdout
     assert re.search(r"member 1 of 2\): epoch 1/1  loss \S+  accuracy \S+  \d+:\d\d\n", resumed.stdout)
     assert re.search(r"images of folder at 8 x 12 \(\d+ bar0, \d+ bar1, \d+ bar2\)\n", resumed.stdout)

@@ -76,7 +76,7 @@ def test_soft_targets_are_matched_rather_than_their_likeliest_class() -> None:
     """The cross-entropy is least where the probabilities are the targets, so that 0.6 is learned as 0.6."""
     mean = torch.randn((400, 5), generator=torch.Generator().manual_seed(0))
     probs = torch.tensor([[0.6, 0.3, 0.1]]).repeat(400, 1)
-    codes = Codes(mean, torch.full_like(mean, -torch.inf), probs.argmax(1), probs)
+    codes = Codes(mean, torch.full_like(mean, -torch.inf), probs)
     codes.log_var[:200] = -9.0
     training = dataclasses.replace(SHORT, epochs=12, adversarial_eps=0.0)
     *_, last = train_latent_members(codes, ENSEMBLE, training, [0])
@@ -92,7 +92,7 @@ def test_perturbed_codes_do_not_widen_the_step_of_the_adversary() -> None:
     probs = torch.full((100, 3), 1 / 3)
     around = torch.full((50, 5), 9.0)
     log_var = torch.cat([torch.full((50, 5), -3.0), torch.full((50, 5), -torch.inf)])
-    both = Codes(torch.cat([mean, around]), log_var, torch.zeros(100).long(), probs)
+    both = Codes(torch.cat([mean, around]), log_var, probs)
     assert both.std() == pytest.approx(Codes(mean, log_var[:50], torch.zeros(50).long()).std(), rel=1e-6)
 
 
@@ -205,7 +205,7 @@ def test_workers_ask_about_parts_of_the_images(
     for rank in (1, 1, 0):
         run_stages(plan, ["encode"], Worker(rank, 2))
     codes, _ = load_codes(plan)
-    assert len(codes) == 90 * (1 + COPIES) and codes.probs is not None
+    assert len(codes) == 90 * (1 + COPIES) and codes.targets.shape[1] == 3
     blocks = 3  # of 32 rows: one question of 64 for the images, one for their copies; loading asks one each time
     assert len(asked) == 2 * blocks + 3
 

@@ -24,9 +24,9 @@ from clarity.model import Model, load_tensors, save_model
 from clarity.rows import decode_rows
 from clarity.search import SearchConfig
 from clarity.training.directory import begin, finish
-from clarity.training.loops import VAETraining, guide_loss
+from clarity.training.loops import VAETraining, guide_loss, weights_of
 from clarity.training.plan import TrainingPlan, plan_training
-from clarity.training.sharp import decoder_of, train_sharp
+from clarity.training.sharp import train_sharp
 from clarity.training.stages import STAGES, TRAINED, Worker, load_images, run_stages
 from clarity.vae import Decoder
 
@@ -133,7 +133,7 @@ def test_training_brings_the_pictures_nearer_and_leaves_the_vae() -> None:
     assert epochs[-1].metrics["l1"] < 0.8 * epochs[0].metrics["l1"]
     assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
     decoder = Decoder(vae.config)
-    decoder.load_state_dict(decoder_of(epochs[-1].state()))
+    decoder.load_state_dict(weights_of(epochs[-1].state(), "decoder"))
 
 
 def test_guide_makes_pictures_show_what_images_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_guide_makes_pictures_show_what_images_show(monkeypatch: pytest.MonkeyPa
     for each in (None, guide):
         *_, last = train_sharp(images, vae, dataclasses.replace(TRAINING, epochs=20), each)
         decoder = Decoder(vae.config).eval()
-        decoder.load_state_dict(decoder_of(last.state()))
+        decoder.load_state_dict(weights_of(last.state(), "decoder"))
         with torch.no_grad():
             excess.append(float(guide_loss(guide, decoder(vae.encode(x)[0]), x) - guide_loss(guide, x, x)))
     assert excess[1] < 0.8 * excess[0]
@@ -157,7 +157,7 @@ def test_training_in_bf16_with_a_guide_comes_close_and_keeps_float32_weights() -
     epochs = [list(train_sharp(images, vae, TRAINING, guide, precision=name))[-1] for name in ("fp32", "bf16")]
     full, short = (epoch.metrics for epoch in epochs)
     assert short == pytest.approx(full, rel=0.05) and short["guide"] != full["guide"]
-    assert {value.dtype for value in decoder_of(epochs[1].state()).values() if value.ndim} == {torch.float32}
+    assert {value.dtype for value in weights_of(epochs[1].state(), "decoder").values() if value.ndim} == {torch.float32}
 
 
 def test_guide_learns_what_is_known_of_images_that_the_judge_has_not_seen(

@@ -73,7 +73,7 @@ def test_training_of_a_folder_writes_a_model_that_says_how_it_was_made(trained: 
     assert any(line.startswith("vae: epoch 3/3  loss ") for line in lines)
     assert any("accuracy" in line for line in lines)
     said = {line.partition(":")[0] for line in lines}
-    assert {"latent classifiers (all 4 members)", "image classifiers (member 1 of 3)"} <= said
+    assert {"latent classifiers (4 of 4 members)", "image classifiers (member 1 of 3)"} <= said
 
 
 @pytest.mark.parametrize(("device", "ids"), [("cpu", None), ("cuda:3", [3]), ("cuda", [0])])
@@ -88,6 +88,19 @@ def test_workers_wait_for_each_other_on_their_own_gpu(
     assert waited == [ids]
 
 
+def test_workers_wait_for_each_other_at_a_stage_that_one_of_them_finds_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one would go on to the next stage, while a faster one waits for it at the end of this one."""
+    waited = list[Worker]()
+    monkeypatch.setattr(Worker, "wait_for_all", lambda worker: waited.append(worker))
+    plan = plan_of(folder, tmp_path)
+    begin(plan)
+    save_finished(plan.file("vae.safetensors"), {})
+    run_stages(plan, ("vae",), Worker(1, 2))
+    assert len(waited) == 1
+
+
 def test_stages_shared_by_workers_give_the_same_members(folder: Path, tmp_path: Path, uncut: dict[str, bytes]) -> None:
     plan = plan_of(folder, tmp_path, image_members=3, num_folds=2)
     begin(plan)
@@ -99,7 +112,7 @@ def test_stages_shared_by_workers_give_the_same_members(folder: Path, tmp_path: 
         run_stages(plan, ("latent", "images", "judge"), Worker(rank, 3, log=lines.append))
     finish(plan)
     assert files_of(tmp_path) == uncut
-    assert any(line.startswith("latent classifiers (this worker's 2 of 4 members): epoch 1/") for line in lines)
+    assert any(line.startswith("latent classifiers (2 of 4 members): epoch 1/") for line in lines)
 
 
 def test_training_cut_goes_on_with_another_number_of_folds(
@@ -164,7 +177,7 @@ def test_training_says_how_far_it_is_within_a_long_epoch(
     run_stages(plan, TRAINED, Worker(log=lines.append))
     told = "\n".join(lines)
     assert lines[0] == f"reading {plan.data['images']} images"
-    for what in (r"vae", r"latent classifiers \(all 4 members\)", r"image classifiers \(member 1 of 2\)", "judge"):
+    for what in (r"vae", r"latent classifiers \(4 of 4 members\)", r"image classifiers \(member 1 of 2\)", "judge"):
         assert re.search(rf"^{what}: update 1/\d+  loss \S+  \d+:\d\d\n{what}: update 2/", told, re.MULTILINE), what
 
 
