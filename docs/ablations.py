@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from clarity import data
-from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.explainer import quantise
 from clarity.ids import noise
 from clarity.judges import judge_rows
@@ -29,7 +28,7 @@ from clarity.paper.metrics import clustered_share
 from clarity.report.text import interval, percent
 from clarity.rows import decode_rows, encode_rows, logits_rows, mean_probs
 from clarity.search import SearchConfig
-from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
+from clarity.training.loops import Codes, EnsembleTraining, train_latent_ensemble
 
 MEMBERS, WEIGHTS, THRESHOLDS, STEPS = (1, 2, 5, 10, 25), (0.0, 0.01, 0.1), (0.5, 0.9, 0.999), (0.0, 0.1, 0.5)
 COLUMNS = (
@@ -83,16 +82,6 @@ def measure(model: Model, pairs: Pairs, image: np.ndarray, config: SearchConfig)
     ]
 
 
-def retrained(model: Model, codes: Codes, training: EnsembleTraining) -> Model:
-    """The model with an ensemble of the same shape on the same codes, trained otherwise."""
-    config = EnsembleConfig(**vars(model.ensemble.config))
-    for epoch in train_latent_members(codes, config, training, range(config.num_members)):
-        last = epoch
-    ensemble = LatentEnsemble(config)
-    ensemble.load_state_dict(weights_of(last.state()))
-    return replace(model, ensemble=ensemble.requires_grad_(False).eval(), image_ensemble=None)
-
-
 def variants(
     model: Model, codes: Codes, pairs: Pairs, training: EnsembleTraining
 ) -> Iterator[tuple[str, Model, Pairs, SearchConfig]]:
@@ -111,8 +100,8 @@ def variants(
     for threshold in THRESHOLDS:
         yield f"gamma {threshold:g}", model, pairs, replace(config, min_target_prob=threshold)
     for eps in STEPS:
-        trained = retrained(model, codes, replace(training, adversarial_eps=eps))
-        yield f"eps {eps:g}", trained, pairs, config
+        ensemble = train_latent_ensemble(codes, model.ensemble.config, replace(training, adversarial_eps=eps))
+        yield f"eps {eps:g}", replace(model, ensemble=ensemble), pairs, config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,13 +26,12 @@ import torch
 
 from clarity import data, schema
 from clarity.audit.queries import connect
-from clarity.classifiers import EnsembleConfig, LatentEnsemble
 from clarity.explainer import Explainer
 from clarity.findings.suspicion import neighbour_votes, score_classes, suspicious_labels
 from clarity.ids import fold_of
 from clarity.model import Model, load_model
 from clarity.rows import encode_rows, logits_rows, mean_probs
-from clarity.training.loops import Codes, EnsembleTraining, train_latent_members, weights_of
+from clarity.training.loops import Codes, EnsembleTraining, train_latent_ensemble
 
 SWAPS = {"4": "9", "9": "4", "3": "5", "5": "3", "7": "1", "1": "7"}
 
@@ -45,12 +44,10 @@ def flip(labels: np.ndarray, names: tuple[str, ...], kind: str, share: float, se
     if kind == "random":
         rows = rng.choice(len(labels), count, replace=False)
         flipped[rows] = (labels[rows] + rng.integers(1, len(names), count)) % len(names)
-    elif kind == "natural":
+    else:
         swap = np.array([names.index(SWAPS.get(name, name)) for name in names])
         rows = rng.choice(np.flatnonzero(swap[labels] != labels), count, replace=False)
         flipped[rows] = swap[labels[rows]]
-    else:
-        raise ValueError(f"unknown kind of noise {kind!r}; choose from random, natural")
     return flipped
 
 
@@ -63,12 +60,7 @@ def train_folds(model: Model, ids: list[str], z: Any, labels: np.ndarray, folds:
     for number in range(folds):
         rows = torch.from_numpy(np.flatnonzero(fold != number))
         codes = Codes(mean, log_var, torch.from_numpy(labels)).take(rows)
-        training = EnsembleTraining(seed=1000 * seed + number)
-        for epoch in train_latent_members(codes, config, training, range(members)):
-            last = epoch
-        ensemble = LatentEnsemble(EnsembleConfig(**dataclasses.asdict(config)))
-        ensemble.load_state_dict(weights_of(last.state()))
-        ensembles.append(ensemble.requires_grad_(False).eval())
+        ensembles.append(train_latent_ensemble(codes, config, EnsembleTraining(seed=1000 * seed + number)))
     return dataclasses.replace(model, folds=tuple(ensembles), image_ensemble=None)
 
 
@@ -229,7 +221,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share", type=float, default=0.02)
-    parser.add_argument("--noise", nargs="+", default=["random", "natural"])
+    parser.add_argument("--noise", nargs="+", default=["random", "natural"], choices=["random", "natural"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model)

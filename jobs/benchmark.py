@@ -191,9 +191,9 @@ def model_case(args: argparse.Namespace) -> tuple[measures.Layers, Tensor, Tenso
         source = model.ensemble(mean).softmax(-1).mean(0).argmax(-1)
     classes = model.num_classes
     others = (source.unsqueeze(1) + torch.arange(1, classes)) % classes
-    layers = [(weight.detach(), bias.detach()) for weight, bias in model.ensemble.layers()]
     order = torch.randperm(others.numel(), generator=torch.Generator().manual_seed(0))
-    return layers, mean.repeat_interleave(classes - 1, dim=0)[order].contiguous(), others.flatten()[order].contiguous()
+    codes = mean.repeat_interleave(classes - 1, dim=0)[order].contiguous()
+    return model.ensemble.layers(), codes, others.flatten()[order].contiguous()
 
 
 def images(args: argparse.Namespace) -> tuple[data.Dataset, pa.Table]:

@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clarity import native_search, triton_search
-from clarity.classifiers import EnsembleConfig, LatentEnsemble
+from clarity.classifiers import EnsembleConfig
 from clarity.objectives import LatentObjective
 from clarity.rows import decode_rows, encode_rows, float32_convolutions
 from clarity.search import SearchConfig, descend
-from clarity.training.loops import Codes, EnsembleTraining, VAETraining, train_latent_members, train_vae, weights_of
+from clarity.training.loops import (
+    Codes,
+    EnsembleTraining,
+    VAETraining,
+    train_latent_ensemble,
+    train_latent_members,
+    train_vae,
+)
 from clarity.vae import VAE, vae_config
 
 CONFIG = SearchConfig()
@@ -265,13 +272,9 @@ def cluster_case(members: int, latent: int, classes: int, scale: float) -> tuple
     codes = cluster_codes(latent, classes, 256 * 10)
     config = EnsembleConfig(num_classes=classes, latent_dim=latent, num_members=members)
     training = EnsembleTraining(epochs=1, min_updates=max(10, int(400 * scale)))
-    state: dict[str, Tensor] = {}
-    for epoch in train_latent_members(codes, config, training, range(members)):
-        state = epoch.state()
-    ensemble = LatentEnsemble(config)
-    ensemble.load_state_dict(weights_of(state))
+    ensemble = train_latent_ensemble(codes, config, training)
     target = (codes.labels + 1 + torch.arange(len(codes)) // classes % (classes - 1)) % classes
-    return [(w.detach(), b.detach()) for w, b in ensemble.layers()], codes.mean, target
+    return ensemble.layers(), codes.mean, target
 
 
 def num_images(image_shape: tuple[int, int, int], device: str) -> int:

@@ -357,6 +357,21 @@ def train_latent_members(
     yield from train_members(stack, members, codes.labels, training, draw, eps, None, states, device, "fp32", log)
 
 
+def train_latent_ensemble(
+    codes: Codes,
+    config: EnsembleConfig,
+    training: EnsembleTraining,
+    *,
+    device: str | torch.device = "cpu",
+    log: Log = lambda line: None,
+) -> LatentEnsemble:
+    """The ensemble of all members, trained as one stack."""
+    *_, last = train_latent_members(codes, config, training, range(config.num_members), device=device, log=log)
+    ensemble = LatentEnsemble(config)
+    ensemble.load_state_dict(weights_of(last.state()))
+    return ensemble.to(device).requires_grad_(False).eval()
+
+
 def train_image_members(
     images: Tensor,
     labels: Tensor,

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clarity import storage
-from clarity.classifiers import EnsembleConfig, LatentEnsemble
+from clarity.classifiers import EnsembleConfig
 from clarity.ids import in_judges_half
 from clarity.images import shrunk_shape, square_of
 from clarity.judges import JudgeNet, judge_rows
@@ -40,10 +40,9 @@ from clarity.training.loops import (
     Codes,
     Log,
     num_updates,
-    train_latent_members,
+    train_latent_ensemble,
     train_vae,
     vae_weights,
-    weights_of,
 )
 from clarity.training.plan import EXTRAS, TrainingPlan, channels_for
 from clarity.vae import VAE, VAEConfig
@@ -325,11 +324,9 @@ class Trials:
             started, code = time.monotonic(), (config.latent_dim, config.beta, config.label_weight)
             shape = EnsembleConfig(len(plan.class_names), config.latent_dim, hidden, MEMBERS)
             training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
-            log, members = self.progress_of("ensemble"), range(MEMBERS)
-            *_, last = train_latent_members(codes, shape, training, members, device=self.device, log=log)
-            ensemble = LatentEnsemble(shape)
-            ensemble.load_state_dict(weights_of(last.state()))
-            model = Model(vae, ensemble.to(self.device).eval(), plan.class_names, plan.preprocessing, judge=self.judge)
+            log = self.progress_of("ensemble")
+            ensemble = train_latent_ensemble(codes, shape, training, device=self.device, log=log)
+            model = Model(vae, ensemble, plan.class_names, plan.preprocessing, judge=self.judge)
             reached, judged = judge_counterfactuals(model, self.x)
             accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == self.truth).mean())
             seconds = round(time.monotonic() - started, 1)

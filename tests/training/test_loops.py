@@ -13,7 +13,6 @@ import torch
 from bars import CONFIG, ENSEMBLE, SHORT, SHORT_IMAGES, SHORT_VAE, BarsGuide, bars
 from torch import Tensor
 
-from clarity.classifiers import LatentEnsemble
 from clarity.judges import build_judge
 from clarity.rows import encode_rows
 from clarity.training.batch_norm import synchronise
@@ -28,6 +27,7 @@ from clarity.training.loops import (
     num_epochs,
     seeded,
     train_image_members,
+    train_latent_ensemble,
     train_latent_members,
     train_vae,
     vae_weights,
@@ -262,10 +262,8 @@ def test_adversarial_training_withstands_the_step() -> None:
     accuracy = []
     for eps in (0.0, 0.5):
         training = dataclasses.replace(SHORT, epochs=60, adversarial_eps=eps)
-        state = last(latent_loop([0, 1, 2], training=training)).state()
-        ensemble = LatentEnsemble(dataclasses.replace(ENSEMBLE, num_members=3))
-        ensemble.load_state_dict(weights_of(state))
         codes = some_codes()
+        ensemble = train_latent_ensemble(codes, dataclasses.replace(ENSEMBLE, num_members=3), training)
         z = codes.mean.expand(3, -1, -1).clone().requires_grad_()
         loss = torch.nn.functional.cross_entropy(ensemble(z).flatten(0, 1), codes.labels.repeat(3))
         (gradient,) = torch.autograd.grad(loss, z)
@@ -281,11 +279,9 @@ def test_balance_lifts_the_rare_class() -> None:
     recall = []
     for balance in (0.0, 1.0):
         training = EnsembleTraining(epochs=40, min_updates=0, batch_size=16, balance=balance, learning_rate=0.01)
-        state = last(train_latent_members(codes, ENSEMBLE, training, [0])).state()
-        ensemble = LatentEnsemble(dataclasses.replace(ENSEMBLE, num_members=1))
-        ensemble.load_state_dict(weights_of(state))
+        ensemble = train_latent_ensemble(codes, dataclasses.replace(ENSEMBLE, num_members=1), training)
         probs = ensemble(codes.mean[codes.labels == 2]).softmax(-1)
-        recall.append(float(probs[..., 2].mean().detach()))
+        recall.append(float(probs[..., 2].mean()))
     assert recall[1] > recall[0] + 0.1
 
 
