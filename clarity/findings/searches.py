@@ -3,7 +3,7 @@
 import numpy as np
 
 from clarity.findings.distances import MIN_DESCRIBED
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked, share_text
 from clarity.report.text import listed, percent, plural, thresholds
 
 COUNTED = "Counted over every row of the audit."
@@ -95,24 +95,34 @@ def check_unconverged(facts: Facts) -> Outcome:
 
 
 def check_reencoding(facts: Facts) -> Outcome:
-    """Counterfactuals that are not classified as their target once decoded, rounded to 8 bits and encoded again."""
-    if not np.nansum(facts.pairs["converged"]):
+    """Counterfactuals that are not classified as their target once decoded, rounded to 8 bits and encoded again.
+
+    A search that did not converge has no target to lose.
+    """
+    rows = facts.rows(
+        "SELECT source, target, count(*), count(*) FILTER (reencoded_class IS DISTINCT FROM target), "
+        "count(DISTINCT image_id) FROM counterfactuals WHERE converged GROUP BY ROLLUP ((source, target)) ORDER BY ALL"
+    )
+    *rows, (_, _, total, all_lost, images) = rows
+    if not total:
         return NotChecked("no search converged")
-    agreement, pairs = facts.pairs["reencoded_agreement"], facts.pairs["pairs"]
-    lost = (1 - agreement) * pairs
-    share = float(np.nansum(lost) / facts.num_pairs)
+    share = all_lost / total
     if share < 0.01:
         return []
-    enough = pairs >= min(5, np.nanmax(pairs))  # a small audit has no class pair of five
-    worst = ranked(np.where(enough & (lost >= 1), 1 - agreement, np.nan))[:6]
-    parts = [f"{facts.arrow(pair)} ({percent(1 - agreement[pair])})" for pair in worst[:3]]
+    fewest = min(5, max(row[2] for row in rows))  # a small audit has no class pair of five
+    shares = np.full((len(facts.class_names),) * 2, np.nan)
+    for source, target, count, lost, _ in rows:
+        shares[source, target] = lost / count if lost and count >= fewest else np.nan
+    worst = ranked(shares)[:6]
+    parts = [f"{facts.arrow(pair)} ({percent(shares[pair])})" for pair in worst[:3]]
     return Finding(
         "reencoding",
         min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
         f"{percent(share)} of the counterfactuals do not survive re-encoding",
-        f"Decoded, rounded to 8 bits and encoded again, {percent(share)} of the counterfactuals are no longer "
-        "classified as their target" + (f"; most often {listed(parts)}." if parts else "."),
-        f"Counted; expected for similar images: {facts.share_of_pairs(np.nansum(lost))}.",
+        f"Decoded, rounded to 8 bits and encoded again, {all_lost:,} of {plural(total, 'counterfactual')} "
+        f"({percent(share)}) are no longer classified as their target"
+        + (f"; most often {listed(parts)}." if parts else "."),
+        f"Counted over the pairs that converged; expected for similar images: {share_text(share * images, images)}.",
         tuple(worst),
         figures={"share": share},
     )

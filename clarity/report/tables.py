@@ -36,6 +36,9 @@ def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
         note += f" Each image was explained by the one of {folds} ensembles that was not trained on it."
     elif view.facts.trained_on_labels:
         note += " The ensemble may have been trained on these images, and then trusts their labels: train with folds."
+    unchecked = dict(view.results.not_checked).get("labels")
+    if unchecked and rows and rows[0]["suspicion"] > 0.5:  # as of correct labels that a poor ensemble contradicts
+        rows, note = [], unchecked
     counts = "SELECT label, source, count(*) FROM codes WHERE status = 'ok' AND label IS NOT NULL GROUP BY ALL"
     return {"rows": rows, "agreement": agreement(view, counts), "note": note}
 

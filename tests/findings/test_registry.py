@@ -139,6 +139,9 @@ def test_find_tells_where_epistemic_uncertainty_rises() -> None:
 def test_find_tells_what_does_not_survive_encoding() -> None:
     finding = told(make_tables(planted=Planted(lost=1)))["reencoding"]
     assert finding.figures["share"] == pytest.approx(0.25) and {target for _, target in finding.pairs} == {1}
+    assert "reencoding" not in told(failing(make_tables(planted=Planted(lost=1)), target=1)), (
+        "there is no target to lose"
+    )
 
 
 def test_find_counts_what_was_not_read_or_not_finite() -> None:

@@ -220,6 +220,15 @@ def test_report_begins_with_the_verdict_on_the_model(
     assert order == sorted(order) and "Balanced accuracy" in page.html and "200 images" in page.html
 
 
+def test_report_lists_no_suspicious_labels_where_they_were_not_checked(tmp_path: Path) -> None:
+    for wrong, listed in ((2, True), (30, False)):
+        (tmp_path / str(wrong)).mkdir()
+        page = page_of(tmp_path / str(wrong), make_tables(100, planted=Planted(wrong_labels=wrong)))
+        assert ("Most suspicious labels first." in page.html) == listed
+        assert ("from 0.5 on it is among the findings" in page.html) == listed
+        assert page.html.count("correct labels of hard images would be called wrong") == 2 * (not listed)
+
+
 def test_report_writes_shares_with_their_intervals(tmp_path: Path) -> None:
     page = page_of(tmp_path, make_tables(planted=Planted(wrong_labels=4)))
     html = page.html
