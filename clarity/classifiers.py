@@ -5,6 +5,7 @@ Members are stacked along a leading axis, so that fifty small classifiers take a
 Every ensemble maps rows to logits (M, B, K).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -44,11 +45,6 @@ class EnsembleConfig:
             raise ValueError(f"an ensemble needs at least 2 classes, got {self.num_classes}")
         if min(self.latent_dim, self.num_members, *self.hidden) < 1:
             raise ValueError(f"latent_dim, hidden and num_members must be at least 1, got {self}")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths of all layers, from the code to the classes."""
-        return (self.latent_dim, *self.hidden, self.num_classes)
 
 
 Some = TypeVar("Some", bound="Ensemble")
@@ -118,8 +114,7 @@ class ImageEnsemble(Ensemble):
         self.vae_config = vae_config
         encoder, _ = VAES[vae_config.architecture].layers(vae_config)
         self.encoder_layers = nn.Sequential(*(grouped(layer, config.num_members) for layer in encoder))
-        channels, height, width = feature_shape(vae_config)
-        features = channels * height * width
+        features = math.prod(feature_shape(vae_config))
         bound = features**-0.5
         self.mean_weight = uniform_parameter((config.num_members, config.latent_dim, features), bound)
         self.mean_bias = uniform_parameter((config.num_members, config.latent_dim), bound)
@@ -157,7 +152,7 @@ def stack_members(ensembles: Sequence[Some]) -> Some:
 def stacked_perceptrons(config: EnsembleConfig) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights and biases of each layer, uniform within 1 / sqrt(fan-in), drawn from torch's global generator."""
     weights, biases = nn.ParameterList(), nn.ParameterList()
-    for inputs, outputs in pairwise(config.widths):
+    for inputs, outputs in pairwise((config.latent_dim, *config.hidden, config.num_classes)):
         weights.append(uniform_parameter((config.num_members, inputs, outputs), inputs**-0.5))
         biases.append(uniform_parameter((config.num_members, outputs), inputs**-0.5))
     return weights, biases

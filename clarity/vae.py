@@ -4,6 +4,7 @@ Knows architectures and the evidence lower bound. Does not know about classes, f
 ``VAES``: a new architecture is one function and one entry.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -77,7 +78,7 @@ class VAE(nn.Module):
         self.config = config
         self.encoder_layers, self.decoder_layers = VAES[config.architecture].layers(config)
         self.feature_shape = feature_shape(config)
-        features = self.feature_shape[0] * self.feature_shape[1] * self.feature_shape[2]
+        features = math.prod(self.feature_shape)
         self.mean = nn.Linear(features, config.latent_dim)
         self.log_var = nn.Linear(features, config.latent_dim)
         self.decoder_input = nn.Linear(config.latent_dim, features)
@@ -153,9 +154,13 @@ def feature_sizes(config: VAEConfig) -> list[tuple[int, int]]:
     return sizes
 
 
-def encoder_block(inputs: int, outputs: int, activation: Callable[[int], nn.Module]) -> list[nn.Module]:
-    """Stride-2 convolution, BatchNorm, activation."""
-    return [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), activation(outputs)]
+def encoder_layers(config: VAEConfig, activation: Callable[[int], nn.Module]) -> nn.Sequential:
+    """Stride-2 convolution, BatchNorm and activation for each entry of channels."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise((config.image_shape[0], *config.channels)):
+        convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+        layers += [convolution, nn.BatchNorm2d(outputs), activation(outputs)]
+    return nn.Sequential(*layers)
 
 
 def upsampling_layers(config: VAEConfig, outputs: tuple[int, ...]) -> list[nn.ConvTranspose2d]:
@@ -176,30 +181,28 @@ def upsampling_layers(config: VAEConfig, outputs: tuple[int, ...]) -> list[nn.Co
 
 
 def conv_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder and decoder of the paper's VAE for MNIST: convolution, BatchNorm, PReLU for each entry of channels."""
-    ends = (config.image_shape[0], *config.channels)
-    encoder = [layer for pair in pairwise(ends) for layer in encoder_block(*pair, nn.PReLU)]
+    """Encoder and decoder of the paper's VAE for MNIST, with PReLU."""
+    encoder = encoder_layers(config, nn.PReLU)
     decoder: list[nn.Module] = [nn.PReLU(config.channels[-1])]
     ups = upsampling_layers(config, (*config.channels[-2::-1], config.image_shape[0]))
     for up in ups[:-1]:
         decoder += [up, nn.BatchNorm2d(up.out_channels), nn.PReLU(up.out_channels)]
-    return nn.Sequential(*encoder), nn.Sequential(*decoder, ups[-1])
+    return encoder, nn.Sequential(*decoder, ups[-1])
 
 
 def beta_vae_layers(config: VAEConfig) -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder and decoder of PyTorch-VAE's beta-VAE (Subramanian 2020), with pixel logits instead of its tanh."""
+    """Encoder and decoder of the paper's VAE for CelebA.
+
+    It is PyTorch-VAE's beta-VAE (Subramanian 2020), with pixel logits instead of its tanh.
+    """
 
     def activation(_: int) -> nn.Module:
         return nn.LeakyReLU(inplace=True)
 
-    ends = (config.image_shape[0], *config.channels)
-    encoder = [layer for pair in pairwise(ends) for layer in encoder_block(*pair, activation)]
-    decoder: list[nn.Module] = []
+    encoder, decoder = encoder_layers(config, activation), list[nn.Module]()
     for up in upsampling_layers(config, (*config.channels[-2::-1], config.channels[0])):
         decoder += [up, nn.BatchNorm2d(up.out_channels), activation(up.out_channels)]
-    return nn.Sequential(*encoder), nn.Sequential(
-        *decoder, nn.Conv2d(config.channels[0], config.image_shape[0], 3, padding=1)
-    )
+    return encoder, nn.Sequential(*decoder, nn.Conv2d(config.channels[0], config.image_shape[0], 3, padding=1))
 
 
 @dataclass(frozen=True)
@@ -207,15 +210,13 @@ class Architecture:
     """An entry of ``VAES``: how to build the layers, and the values of ``VAEConfig`` that suit them."""
 
     layers: Callable[[VAEConfig], tuple[nn.Sequential, nn.Sequential]]
-    doc: str
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
 VAES: dict[str, Architecture] = {
-    "conv": Architecture(conv_layers, "three convolutions, BatchNorm, PReLU: the paper's network for MNIST"),
+    "conv": Architecture(conv_layers),
     "beta_vae": Architecture(
         beta_vae_layers,
-        "the beta-VAE of PyTorch-VAE: the paper's network for CelebA",
         # Beta for squared errors summed over pixels; with 1 linear codes of faces keep 76 nats instead of 222.
         {"channels": (32, 64, 128, 256, 512), "latent_dim": 128, "loss": "mse", "beta": 0.1},
     ),
