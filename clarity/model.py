@@ -150,7 +150,13 @@ def fingerprint_of(card: Mapping[str, Any]) -> str:
 
 def load_model(uri: storage.URI, device: str | torch.device = "cpu") -> Model:
     """Load a model directory (``clarity.load``); ValueError says which file, what was expected, and what to do."""
-    card, path = read_complete_card(uri), f"{storage.display(uri)}/{MODEL_FILE}"
+    path = f"{storage.display(uri)}/{MODEL_FILE}"
+    if (card := read_card(uri)) is None:
+        refuse_other(uri)
+        raise ValueError(
+            f"no model at {storage.display(uri)}: it has no {MODEL_FILE}, which training writes last; "
+            "finish the training there, or name another directory"
+        )
 
     def entry(name: str, parse: Callable[[Any], Any]) -> Any:
         if name not in card:
@@ -241,19 +247,10 @@ def load_network(
 
 
 def read_card(uri: storage.URI) -> dict[str, Any] | None:
-    """What model.json says, or None where there is no complete model."""
-    return read_complete_card(uri) if storage.exists(storage.join(uri, MODEL_FILE)) else None
-
-
-def read_complete_card(uri: storage.URI) -> dict[str, Any]:
-    """What model.json says; ValueError where there is no complete model of this format."""
+    """What model.json says, None where there is no complete model; ValueError for one of another format."""
     file = storage.join(uri, MODEL_FILE)
     if not storage.exists(file):
-        refuse_other(uri)
-        raise ValueError(
-            f"no model at {storage.display(uri)}: it has no {MODEL_FILE}, which training writes last; "
-            "finish the training there, or name another directory"
-        )
+        return None
     card = storage.read_json(file)
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         found = card.get("format") if isinstance(card, dict) else type(card).__name__
@@ -272,8 +269,6 @@ def refuse_other(uri: storage.URI) -> None:
         found = f"{'an audit' if audit else 'a directory that holds one'}: name {storage.display(inner)}"
     elif not storage.exists(uri) or storage.is_dir(uri):
         return
-    elif name == MODEL_FILE or name.endswith(".safetensors"):
-        found = "a file of one: name the directory that holds it"
     elif re.search(r"(?i)\.(pt|pth|ckpt|pkl|pickle|bin|h5|keras|onnx)$", name):
         found = (
             "a network of your own: train a model of this data with jobs/train.py, and give your network's decisions "

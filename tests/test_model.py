@@ -224,8 +224,8 @@ def test_model_repr_is_a_few_readable_lines(full_model: Model) -> None:
     [
         ("audit", r"got .*/audit, an audit: name .*/audit/model"),
         ("runs", r"a directory that holds one: name .*/runs/model"),
-        ("runs/model/model.json", "a file of one: name the directory that holds it"),
-        ("runs/model/vae.safetensors", "a file of one: name the directory"),
+        ("runs/model/model.json", "a file: name the directory that training wrote"),
+        ("runs/model/vae.safetensors", "a file: name the directory"),
         ("net.pt", "a network of your own: train a model of this data .* as predictions, or itself as the predictor"),
         ("net.ONNX", "a network of your own"),
         ("notes.txt", "a file: name the directory that training wrote"),
