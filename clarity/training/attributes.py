@@ -10,16 +10,14 @@ import pyarrow.compute as pc
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from clarity import schema
 from clarity.attributes import AttributeHeads, attribute_rows
-from clarity.data import Dataset, list_images, read_images, with_attributes
+from clarity.data import Dataset, list_images, read_all, with_attributes
 from clarity.images import Preprocessing
 from clarity.training.evaluate import accuracies, encode_pixels, evenly
 from clarity.vae import VAE
 
 #: Images that the heads are fitted to, and measured on, at most: spread evenly over the split.
 MAX_IMAGES = 50_000
-CHUNK = 1024
 #: Directions of an attribute. Without the first one, the codes still tell most attributes.
 DIRECTIONS = 2
 
@@ -90,15 +88,10 @@ def encode_split(
     vae: VAE, preprocessing: Preprocessing, dataset: Dataset, attributes: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Posterior means and log-variances (N, D) of readable images, and their attributes (N, A), NaN where unknown."""
-    dataset = replace(dataset, attributes=tuple(attributes))
-    listing = list_images(dataset)
-    listing, parts = listing.take(evenly(len(listing), MAX_IMAGES)), []
-    for start in range(0, len(listing), CHUNK):
-        shard = read_images(dataset, listing.slice(start, CHUNK), preprocessing)
-        shard = shard.filter(pc.is_valid(shard["image"]))
-        pixels = schema.matrix(shard["image"]).reshape(-1, *preprocessing.image_shape)
-        mean, log_var = encode_pixels(vae, torch.tensor(pixels))
-        columns = [shard[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in attributes]
-        parts.append((mean.numpy(), log_var.numpy(), np.stack(columns, 1)))
-    codes, spreads, values = zip(*parts)
-    return np.concatenate(codes), np.concatenate(spreads), np.concatenate(values)
+    listing = list_images(replace(dataset, attributes=tuple(attributes)))
+    listing = listing.take(evenly(len(listing), MAX_IMAGES))
+    pixels, ids, *_ = read_all(dataset, listing, preprocessing)
+    mean, log_var = encode_pixels(vae, torch.from_numpy(pixels))
+    rows = listing.take(pc.index_in(pa.array(ids, pa.string()), value_set=listing["image_id"]))
+    columns = [rows[name].cast(pa.float64()).fill_null(np.nan).to_numpy() for name in attributes]
+    return mean.numpy(), log_var.numpy(), np.stack(columns, 1)
