@@ -112,7 +112,7 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
         real, again = (np.concatenate(classes) for classes in zip(*judged))
         judge = counted_accuracies(real, truth) | {"accuracy_on_reconstructions": float((again == truth).mean())}
     known_images = training()
-    linear = linear_baseline(known_images, held_out.pixels[labelled], model.latent_dim)
+    baseline, linear_errors = linear_baseline(known_images, held_out.pixels[labelled], truth, model.latent_dim)
     evaluation = {
         "images": count,
         **counted_accuracies(predicted, truth),
@@ -124,13 +124,9 @@ def evaluate(model: Model, training: Callable[[], LabelledImages] | None, held_o
         "reconstruction": {
             "latent_dim": model.latent_dim,
             "vae": errors / (count * math.prod(model.image_shape)),
-            **linear.errors,
+            **linear_errors,
         },
-        "baseline": {
-            "components": linear.num_components,
-            "images": linear.num_images,
-            **counted_accuracies(linear.predicted, truth),
-        },
+        "baseline": baseline,
         "copies": find_copies(known_images, held_out.take(np.flatnonzero(labelled))),
         "judge": judge,
     }
@@ -220,18 +216,14 @@ def counted_accuracies(predicted: np.ndarray, truth: np.ndarray) -> dict[str, An
     return {"correct": int((predicted == truth).sum()), **accuracies(predicted, truth)}
 
 
-@dataclass(frozen=True)
-class LinearBaseline:
-    """What principal components of pixels, and a logistic regression on some of them, make of held-out images."""
+def linear_baseline(
+    training: LabelledImages, pixels: Tensor, truth: np.ndarray, latent_dim: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Principal components of pixels, and a logistic regression on some of them, for images uint8 (N, C, H, W).
 
-    num_components: int  # of the regression
-    num_images: int  # that the regression learned from
-    predicted: np.ndarray  # (N,) classes
-    errors: dict[str, float]  # mean squared errors of a pixel: of the mean image, and of a code of principal components
-
-
-def linear_baseline(training: LabelledImages, pixels: Tensor, latent_dim: int) -> LinearBaseline:
-    """Fits the baseline to labelled images, the components to some of them; asks it about images uint8 (N, C, H, W)."""
+    Returns the entry ``baseline`` of an evaluation, and mean squared errors of a pixel: "mean_image" of the mean image,
+    "linear_code" of a code of ``latent_dim`` components.
+    """
     chosen = evenly(len(training.pixels), COMPONENT_IMAGES)
     limit = min(len(chosen), training.pixels[0].numel())
     pca = PCA(min(max(BASELINE_COMPONENTS, latent_dim), limit), svd_solver="randomized", random_state=0)
@@ -247,8 +239,12 @@ def linear_baseline(training: LabelledImages, pixels: Tensor, latent_dim: int) -
         classifier = LogisticRegression(max_iter=200).fit(known[:, :num_components], training.labels.numpy())
     total = sum(float(np.square(flat(part) - pca.mean_).sum(dtype=np.float64)) for part in pixels.split(1024))
     kept = float(np.square(asked[:, :latent_dim]).sum(dtype=np.float64))
-    errors = {"mean_image": total / pixels.numel(), "linear_code": (total - kept) / pixels.numel()}
-    return LinearBaseline(num_components, len(training.labels), classifier.predict(asked[:, :num_components]), errors)
+    baseline = {
+        "components": num_components,
+        "images": len(training.labels),
+        **counted_accuracies(classifier.predict(asked[:, :num_components]), truth),
+    }
+    return baseline, {"mean_image": total / pixels.numel(), "linear_code": (total - kept) / pixels.numel()}
 
 
 def flat(pixels: Tensor) -> np.ndarray:
