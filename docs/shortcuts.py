@@ -9,7 +9,6 @@ a report is written. What the check says is printed: it must name the class, and
 """
 
 import argparse
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clarity import data, storage
-from clarity.audit.commits import commit_shard
-from clarity.explainer import Explainer
+from clarity import data
+from clarity.audit.commits import claim
 from clarity.images import encode_png
-from clarity.model import Model
 from clarity.planning import make_plan
 from clarity.report.page import write_report
 from clarity.search import SearchConfig
 from clarity.training.local import train
+from clarity.training.loops import EnsembleTraining, VAETraining
+from clarity.worker import Work, explain_here, shard_item
 
 KINDS = ("grey", "patch", "colour", "tint")
 
@@ -49,11 +48,11 @@ def plant(pixels: np.ndarray, marked: np.ndarray, kind: str, seed: int = 0) -> n
     return pixels
 
 
-def make_data(path: Path, source: str, place: str | None, kind: str, label: str, limit: int | None) -> None:
+def make_data(path: Path, source: str, data_uri: str | None, kind: str, label: str, limit: int | None) -> None:
     """A Parquet file of the source's two splits, with the shortcut on one class in both."""
     parts = []
     for split in ("train", "test"):
-        dataset = data.open_dataset(source, place, split)
+        dataset = data.open_dataset(source, data_uri, split)
         listing = data.list_images(dataset)
         listing = listing.slice(0, limit if split == "train" else limit and max(200, limit // 5))
         preprocessing = data.infer_preprocessing(dataset, listing)
@@ -71,23 +70,15 @@ def run(directory: Path, path: Path, **training: Any) -> Any:
     dataset = data.open_dataset("parquet", str(path), "train")
     model = train(dataset, str(directory / "model"), device="cpu", **training)
     test = data.open_dataset("parquet", str(path), "test")
-    explain(model, test, data.list_images(test), directory / "audit")
-    shutil.copytree(directory / "model", directory / "audit" / "model", dirs_exist_ok=True)
-    return write_report([str(directory / "audit")])
-
-
-def explain(model: Model, dataset: data.Dataset, listing: pa.Table, directory: Path) -> None:
-    """Explains the listed images into an audit, in this process."""
-    place = str(directory)
-    plan = make_plan(model, dataset, listing, method="clarity", config=SearchConfig(), shard_rows=500)
-    storage.make_dir(place)
-    storage.write_json(storage.join(place, "plan.json"), plan.to_json())
-    explainer = Explainer(model, device="cpu")
-    for number, part in enumerate(plan.shards):
-        rows = listing.slice(part["start"], part["stop"] - part["start"])
-        explained = explainer.explain_shard(data.read_images(dataset, rows, model.preprocessing))
-        tables = {"codes": explained.codes, "counterfactuals": explained.counterfactuals}
-        commit_shard(place, plan, number, tables, explained.stats)
+    listing, audit = data.list_images(test), str(directory / "audit")
+    plan = make_plan(model, test, listing, method="clarity", config=SearchConfig(), shard_rows=500)
+    with claim(audit, plan, str(directory / "model")) as held:
+        work = Work(audit, held.run, held.plan, test, model.preprocessing)
+        items = [shard_item(held.plan, shard, listing) for shard in held.pending]
+        for _, note in explain_here(items, work, device="cpu"):
+            if "error" in note:
+                raise RuntimeError(note["error"])
+    return write_report([audit])
 
 
 def main() -> None:
@@ -115,8 +106,6 @@ def main() -> None:
 
 def settings(members: int, updates: int) -> dict[str, Any]:
     """How the models of this experiment are trained."""
-    from clarity.training.loops import EnsembleTraining, VAETraining
-
     return {
         "num_members": members,
         "vae_training": VAETraining(epochs=1, min_updates=updates),
