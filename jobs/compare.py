@@ -201,8 +201,7 @@ def find_judges(
     else:
         half = in_judges_half(ids)
         judges = evaluators.Judges(model.image_shape, model.class_names, trained.attributes)
-        attributes = truth[half] if trained.attributes else None
-        for report in evaluators.train_judges(judges, pixels[half], labels[half], attributes=attributes):
+        for report in evaluators.train_judges(judges, pixels[half], labels[half], truth[half]):
             log.info("judges: %s", ", ".join(f"{name} {value}" for name, value in report.items()))
         held_out = dataclasses.replace(tested, attributes=trained.attributes)
         images, _, kinds, answers = read(held_out, data.list_images(held_out), model)

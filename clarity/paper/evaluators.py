@@ -60,8 +60,6 @@ class Judges(nn.Module):
         self, image_shape: tuple[int, int, int], class_names: Sequence[str], attributes: Sequence[str] = ()
     ) -> None:
         super().__init__()
-        if len(class_names) < 2:
-            raise ValueError(f"judges need at least two classes, got {list(class_names)}")
         self.image_shape, self.class_names = tuple(image_shape), tuple(class_names)
         self.attributes = tuple(attributes)
         self.card: dict[str, Any] = {}
@@ -88,15 +86,14 @@ def train_judges(
     judges: Judges,
     images: np.ndarray,
     labels: np.ndarray,
+    attributes: np.ndarray,
     config: JudgeTraining | None = None,
-    *,
-    attributes: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains every judge and yields metrics about ten times for each network: {net, update, updates, loss}.
 
     Images (N, C, H, W) uint8 are the judges' half of the training images; those with a negative label serve the
-    attribute net alone. Each autoencoder gets a third of the budget, but 200 updates. ``attributes`` (N, A) of 0, 1,
-    and negative where unknown are needed when the judges have an attribute net. ValueError: a class has no image.
+    attribute net alone. Each autoencoder gets a third of the budget, but 200 updates. ``attributes`` (N, A) are 0, 1,
+    and negative where unknown. ValueError: a class has no image.
     """
     config = config or JudgeTraining.for_images(len(images))
     counts = np.bincount(labels[labels >= 0], minlength=len(judges.class_names))
@@ -111,7 +108,7 @@ def train_judges(
     groups = {name: np.flatnonzero(labels == k) for k, name in enumerate(judges.class_names)}
     for net, (name, rows) in zip(judges.autoencoders, [*groups.items(), ("all", known)]):
         yield from fit(f"autoencoder {name}", net, images, rows, shorter, redrawn)
-    if judges.attribute_net is not None and attributes is not None:
+    if judges.attribute_net is not None:
         yield from train_judge(judges.attribute_net, images, attributes, config, "attributes")
     judges.card |= {"training": asdict(config), "num_images": len(images), "num_labelled": len(known)}
 
