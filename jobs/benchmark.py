@@ -34,7 +34,7 @@ from clarity.model import load_model
 from clarity.planning import choose, make_plan, raw_bytes_per_image
 from clarity.report.text import number
 from clarity.rows import encode_rows
-from clarity.vae import VAE, VAES, vae_config
+from clarity.vae import VAE, vae_config
 from clarity.worker import ExplainShard, Work, read_shard, shard_item, unpack_row, write_shard
 
 JOBS = Path(__file__).resolve().parent
@@ -132,11 +132,6 @@ def devices(args: argparse.Namespace) -> list[str]:
     return [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def measure_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What each device can do."""
-    return {device: measures.machine(device, args.repeats) for device in devices(args)}
-
-
 def cases(args: argparse.Namespace) -> list[tuple[str, measures.Layers, Tensor, Tensor]]:
     """The two ensembles that are searched, with codes and targets: of the model, or of clusters, and of clusters."""
     first = "M 50, D 16, K 10", *measures.cluster_case(50, 16, 10, args.scale)
@@ -165,7 +160,7 @@ def measure_search(args: argparse.Namespace) -> list[dict[str, Any]]:
 def measure_networks(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Encode and decode: the model's VAE, or else each architecture, untrained."""
     shapes = {"conv": (1, 28, 28), "beta_vae": (3, 64, 64)}
-    vaes = {name: VAE(vae_config(name, shapes[name])) for name in VAES if name in shapes}
+    vaes = {name: VAE(vae_config(name, shape)) for name, shape in shapes.items()}
     if args.model:
         vaes = {"the model": load_model(args.model).vae}
     return [
@@ -174,11 +169,6 @@ def measure_networks(args: argparse.Namespace) -> list[dict[str, Any]]:
         for device in devices(args)
         for timing in measures.time_networks(vae, name, device, args.repeats, args.scale)
     ]
-
-
-def measure_training(args: argparse.Namespace) -> dict[str, Any]:
-    """Training on the last device."""
-    return measures.time_training(devices(args)[-1], args.repeats, args.scale)
 
 
 def model_case(args: argparse.Namespace) -> tuple[measures.Layers, Tensor, Tensor]:
@@ -439,11 +429,11 @@ def goals_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
 
 #: What is measured, in this order.
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "machine": measure_machine,
+    "machine": lambda args: {device: measures.machine(device, args.repeats) for device in devices(args)},
     "checks": measure_checks,
     "search": measure_search,
     "networks": measure_networks,
-    "training": measure_training,
+    "training": lambda args: measures.time_training(devices(args)[-1], args.repeats, args.scale),
     "stages": measure_stages,
     "job": measure_job,
     "memory": measure_memory,
