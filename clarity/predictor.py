@@ -166,7 +166,8 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
         wanted = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
         providers = [*(p for p in wanted if p in onnxruntime.get_available_providers()), "CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(uri if external else content, options, providers=providers)
-        sums = [hashlib.sha256(part).hexdigest() for part in (content, *(beside(uri, file) for file in external))]
+        further = [Path(uri).with_name(file).read_bytes() for file in external]
+        sums = [hashlib.sha256(part).hexdigest() for part in [content, *further]]
     except Exception as error:  # of protobuf and of the runtime, whose types are not public
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"predictor: {name} cannot be loaded: {reason[:300]}") from None
@@ -175,7 +176,8 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not fits(inputs[0].shape, (None, *shape)):
         found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in inputs)
         raise ValueError(f"predictor: {name}: expected one input tensor(float) [B, *{shape}], found {found}")
-    chosen = [put.name for put in outputs if put.type in FLOATS and fits(put.shape, (None, count))]
+    floats = ("tensor(float)", "tensor(double)", "tensor(float16)")
+    chosen = [put.name for put in outputs if put.type in floats and fits(put.shape, (None, count))]
     if len(chosen) != 1:
         found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in outputs)
         raise ValueError(f"predictor: {name}: expected one output of floats [B, {count} classes], found {found}")
@@ -194,9 +196,6 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
     digest = hashlib.sha256(repr((sums, sorted(described.items()))).encode()).hexdigest()
     block = batch if isinstance(batch, int) else BLOCK
     return Predictor(name, call, fields["classes"], fields["preprocessing"], digest, block)
-
-
-FLOATS = ("tensor(float)", "tensor(double)", "tensor(float16)")
 
 
 def fits(shape: Sequence[Any], expected: Sequence[int | None]) -> bool:
@@ -223,11 +222,6 @@ def tensors_of(graph: Any) -> Iterator[Any]:
         for part in [attribute.g, *attribute.graphs]:
             if part.node or part.initializer:
                 yield from tensors_of(part)
-
-
-def beside(uri: str, name: str) -> bytes:
-    """A file in the directory of another one."""
-    return Path(uri).with_name(name).read_bytes()
 
 
 def parse_description(found: Any, name: str, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:

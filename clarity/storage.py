@@ -332,7 +332,9 @@ def type_of(uri: URI) -> pafs.FileType:
             return fs.get_file_info(path).type
         try:
             mode = os.stat(path).st_mode
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise
             return pafs.FileType.NotFound
         return pafs.FileType.Directory if stat.S_ISDIR(mode) else pafs.FileType.File
 

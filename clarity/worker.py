@@ -197,11 +197,6 @@ class ExplainShard:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Explain one shard, and end it where there is a last stage."""
-        explained = self.explain(batch)
-        return explained if self.then is None else self.then(explained, self.work)
-
-    def explain(self, batch: pa.Table) -> pa.Table:
-        """The stage alone."""
         row = unpack_row(batch)
         names = ("codes", "counterfactuals", "traces")
 
@@ -216,7 +211,8 @@ class ExplainShard:
             packed = {name: None if table is None else pack(table) for name, table in zip(names, tables)}
             return {"note": explained.stats, **packed}
 
-        return attempted(self.work, row, "explain", run, names)
+        explained = attempted(self.work, row, "explain", run, names)
+        return explained if self.then is None else self.then(explained, self.work)
 
 
 def explain_here(items: Sequence[dict[str, Any]], work: Work, **options: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -165,11 +165,10 @@ def require_unique(ids: pa.Array | pa.ChunkedArray, where: str) -> None:
     """Raise ValueError if image ids are missing or double."""
     if ids.null_count:
         raise ValueError(f"{where}: expected an image_id in every row, found null in {ids.null_count}: fill them")
-    hashes = np.empty(len(ids), np.int64)
-    for start in range(0, len(ids), PIECE):
-        hashes[start : start + PIECE] = [hash(text) for text in ids[start : start + PIECE].to_pylist()]
+    texts = (text for start in range(0, len(ids), PIECE) for text in ids[start : start + PIECE].to_pylist())
+    hashes = np.fromiter(map(hash, texts), np.int64, len(ids))
     hashes.sort()
-    if not (hashes[1:] == hashes[:-1]).any():
+    if (hashes[1:] != hashes[:-1]).all():
         return
     counts = pc.value_counts(ids)  # takes ten times the memory of the hashes
     double = counts.field("values").filter(pc.greater(counts.field("counts"), 1))

@@ -1,6 +1,5 @@
 """Parquet files with a column of encoded images, plain or as Hugging Face lays them out."""
 
-import errno
 import functools
 import itertools
 import json
@@ -250,7 +249,7 @@ def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile) ->
         return
     values = batch.column(0).to_pylist()
     paths = [path for value in values if (path := value["path"] if isinstance(value, dict) else value)]
-    if not any(is_there(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
+    if not any(storage.exists(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
         what = f"paths such as {paths[0]!r}, with no file there" if paths else "only null"
         raise ValueError(
             f"expected images in column {name} of {storage.display(part.uri)}, found {what}: store the bytes of the "
@@ -264,16 +263,6 @@ def path_uris(dataset: Dataset, uri: str, path: str) -> list[str]:
         return [path]
     head, _, options = uri.rpartition(f"/{storage.name(uri)}")
     return list(dict.fromkeys([storage.join(head + options, path), storage.join(str(dataset.data), path)]))
-
-
-def is_there(path: str) -> bool:
-    """Whether a path leads to something; no name that is too long for a file does."""
-    try:
-        return storage.exists(path)
-    except storage.StorageError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return False
 
 
 def join_key(part: ParquetPart, name: str, column: pa.Array | None, count: int) -> pa.Array:
@@ -380,7 +369,7 @@ def content_of(dataset: Dataset, uri: str, value: bytes | str | dict[str, bytes 
     if isinstance(value, str):
         uris = path_uris(dataset, uri, value)
         try:
-            found = next((path for path in uris[:-1] if is_there(path)), uris[-1])
+            found = next((path for path in uris[:-1] if storage.exists(path)), uris[-1])
             return read_file(found, None, named_by=uri)
         except ValueError:  # as of text with a null character
             return UnreadableImage(NO_PATH)
