@@ -33,6 +33,7 @@ REMEDY = (
     "the code loses what separates the classes. A longer code (--latent-dim), a smaller --beta or a smaller "
     "--ensemble-adversarial-eps may help"
 )
+RARE = ", of few training images. A larger --ensemble-balance, such as 1, may help"
 TOO_SHORT = "the VAE is worse than a linear code of its size. A longer training (--vae-min-updates) may help"
 
 
@@ -61,7 +62,8 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
 
     No-go: the data have labels, none of which is a class of the model (``foreign_labels``); the lower bound of the
     balanced accuracy is not above 1 / K, that of always naming the most frequent class; the same for the recall of half
-    of the classes; a predictor that sees fewer than MIN_RECONSTRUCTED of the reconstructions as it sees the images.
+    of the classes, at least two; a predictor that sees fewer than MIN_RECONSTRUCTED of the reconstructions as the
+    images.
     With care: the same for the recall of a class; balanced accuracy more than MAX_BEHIND behind logistic regression on
     principal components; reconstructions with more than MAX_ERROR of the mean image's error, or of which the judge
     recognises MAX_LOST fewer than of the images; a target out of reach; an agreement with the predictor below
@@ -90,9 +92,12 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
                 f"{percent(chance)} of always naming one class"
             )
         elif guessed:
-            (no_go if 2 * len(guessed) >= len(classes) else care).append(
+            trained = (card.get("data") or {}).get("per_class") or {}
+            rare = all(trained.get(name, 0) * len(trained) < sum(trained.values()) for name in guessed)
+            # Of two classes one may have all the errors of a model that tells them apart.
+            (no_go if 2 * len(guessed) >= max(len(classes), 3) else care).append(
                 f"{plural(len(guessed), 'class is', 'classes are')} recognised no better than by guessing: "
-                f"{listed(guessed)}"
+                f"{listed(guessed)}{RARE if rare else ''}"
             )
         reconstruction, judge = evaluation["reconstruction"], evaluation["judge"]
         behind = evaluation["baseline"]["balanced_accuracy"] - balanced

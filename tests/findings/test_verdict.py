@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from audits import model_card as card
 
-from clarity.findings.verdict import MIN_UPDATES, REMEDY, TOO_SHORT, verdict
+from clarity.findings.verdict import MIN_UPDATES, RARE, REMEDY, TOO_SHORT, verdict
 from clarity.training.loops import VAETraining
 
 
@@ -59,8 +59,19 @@ def test_verdict_knows_a_first_look_and_a_model_of_other_data() -> None:
 
 def test_verdict_advises_flags_that_exist() -> None:
     reference = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
-    flags = re.findall(r"--[a-z-]+", REMEDY + TOO_SHORT)
-    assert len(flags) == 4 and all(f"- `{flag}`" in reference for flag in flags)
+    flags = re.findall(r"--[a-z-]+", REMEDY + TOO_SHORT + RARE)
+    assert len(flags) == 5 and all(f"- `{flag}`" in reference for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("images", "rare"), [({"ant": 40, "bee": 90}, True), ({"ant": 90, "bee": 40}, False), ({}, False)]
+)
+def test_verdict_is_with_care_where_one_of_two_classes_has_the_errors(images: dict[str, int], rare: bool) -> None:
+    made = card((0.4, 0.98, 0, 0)) | {"data": {"per_class": images}}
+    made["evaluation"]["per_class"] = {name: made["evaluation"]["per_class"][name] for name in ("ant", "bee")}
+    found = verdict(made)
+    assert found.level == "with care" and "because 1 class is recognised no better than by guessing" in found.sentence
+    assert (RARE in found.sentence) == rare
 
 
 def test_verdict_keeps_every_reason_and_leads_with_the_worst() -> None:
