@@ -8,7 +8,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,6 @@ CONFIG = SearchConfig()
 Layers = list[tuple[Tensor, Tensor]]
 #: Largest difference from the network as PyTorch runs it, in float32: of codes and of pixels in [0, 1].
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def machine(device: str, repeats: int) -> dict[str, float]:
@@ -73,15 +73,10 @@ def limit(way: str, device: str) -> float:
 
 
 def fast_engines(device: str) -> list[str]:
-    """The engines of a device other than the plain one."""
+    """The engines of a device other than the plain one; of the native builds that which it runs by default."""
     if device == "cuda":
         return ["batched", *(["triton"] if triton_search.is_installed() else [])]
-    return ["batched", *native_engines()]
-
-
-def native_engines() -> list[str]:
-    """The build of the native engine that this machine runs by default, where it was compiled."""
-    return [f"native-{build}" for build in list(native_search.modules())[:1]]
+    return ["batched", *(f"native-{build}" for build in list(native_search.modules())[:1])]
 
 
 def check_engines(name: str, layers: Layers, codes: Tensor, target: Tensor, device: str) -> list[dict[str, Any]]:
@@ -144,17 +139,17 @@ def time_engines(
         ways = {
             "one at a time": (one_at_a_time, 2, "cpu"),
             "batched autograd": (batched_autograd, 512, "cpu"),
-            "plain": (engine("plain", threads), 512, "cpu"),
-            "batched": (engine("batched", threads), 2_048, "cpu"),
+            "plain": (partial(search, "plain", threads), 512, "cpu"),
+            "batched": (partial(search, "batched", threads), 2_048, "cpu"),
         }
-        for native in native_engines():
-            ways["native"] = (engine(native, threads), 20_000, "cpu")
-            ways["native, 1 thread"] = (engine(native, 1), 10_000, "cpu")
+        for native in fast_engines("cpu")[1:]:
+            ways["native"] = (partial(search, native, threads), 20_000, "cpu")
+            ways["native, 1 thread"] = (partial(search, native, 1), 10_000, "cpu")
     if "cuda" in devices:
         ways["batched autograd on the GPU"] = (batched_autograd, 50_000, "cuda")
-        ways["batched on the GPU"] = (engine("batched", None), 200_000, "cuda")
-        if triton_search.is_installed():
-            ways["triton"] = (engine("triton", None), 2_000_000, "cuda")
+        ways["batched on the GPU"] = (partial(search, "batched", None), 200_000, "cuda")
+        for triton in fast_engines("cuda")[1:]:
+            ways[triton] = (partial(search, triton, None), 2_000_000, "cuda")
     flop = 4 * sum(weight.numel() for weight, _ in layers)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     failed: dict[str, str] = {}
@@ -195,17 +190,11 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def engine(name: str, threads: int | None) -> Callable[..., int]:
-    """A way to search: the total of updates."""
-
-    def run(layers: Layers, codes: Tensor, target: Tensor) -> int:
-        rows = {"target": target, "reference": codes}
-        found = descend(
-            LatentObjective(layers, CONFIG.distance_weight), codes, rows, CONFIG, engine=name, threads=threads
-        )
-        return int(found.steps.sum())
-
-    return run
+def search(engine: str, threads: int | None, layers: Layers, codes: Tensor, target: Tensor) -> int:
+    """All searches by one engine; the total of updates, as of the baselines below."""
+    rows = {"target": target, "reference": codes}
+    objective = LatentObjective(layers, CONFIG.distance_weight)
+    return int(descend(objective, codes, rows, CONFIG, engine=engine, threads=threads).steps.sum())
 
 
 def one_at_a_time(layers: Layers, codes: Tensor, target: Tensor) -> int:
@@ -298,12 +287,12 @@ def time_networks(vae: VAE, name: str, device: str, repeats: int, scale: float) 
         with torch.inference_mode(), float32_convolutions(), FlopCounterMode(display=False) as counter:
             exact = plain()
         flop = counter.get_total_flops()
-        for precision in ("float32", "bfloat16"):
-            turns = []
+        for precision, tolerance in TOLERANCES.items():
+            turns, dtype = [], getattr(torch, precision)
             short = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
             with torch.inference_mode(), float32_convolutions(), short:
                 for _ in range(repeats + 1):
-                    turns.append((timed(ours, device), timed(plain, device), gemm(device, DTYPES[precision], scale)))
+                    turns.append((timed(ours, device), timed(plain, device), gemm(device, dtype, scale)))
                 error = float((ours().float() - exact).abs().max())
             seconds, seconds_plain, peak = (statistics.median(each) for each in zip(*turns[1:]))
             results.append(
@@ -316,7 +305,7 @@ def time_networks(vae: VAE, name: str, device: str, repeats: int, scale: float) 
                     "ratio_to_pytorch": seconds_plain / seconds,
                     "share_of_gemm": flop / seconds / 1e9 / peak,
                     "largest_difference": error,
-                    "ok": error < TOLERANCES[precision],
+                    "ok": error < tolerance,
                 }
             )
     return results
@@ -329,24 +318,18 @@ def time_training(device: str, repeats: int, scale: float) -> dict[str, Any]:
     config = EnsembleConfig(num_classes=10, latent_dim=16, num_members=50)
     training = EnsembleTraining(epochs=1, min_updates=1)
 
-    def stacked() -> None:
-        for _ in train_latent_members(codes, config, training, range(50), device=device):
-            pass
+    def train(stacks: Sequence[Sequence[int]]) -> None:
+        for members in stacks:
+            list(train_latent_members(codes, config, training, members, device=device))
 
-    def in_sequence() -> None:
-        for member in range(5):
-            for _ in train_latent_members(codes, config, training, [member], device=device):
-                pass
-
+    stacked, in_sequence = partial(train, [range(50)]), partial(train, [[member] for member in range(5)])
     turns = [(timed(stacked, device), timed(in_sequence, device) * 10) for _ in range(repeats + 1)][1:]
     together, apart = (statistics.median(each) / updates for each in zip(*turns))
     images = torch.randint(0, 256, (128 * updates, 1, 28, 28), dtype=torch.uint8)
 
-    once = VAETraining(epochs=1, min_updates=1)
-
     def vae() -> None:
-        for _ in train_vae(images, vae_config("conv", (1, 28, 28)), once, device=device):
-            pass
+        once = VAETraining(epochs=1, min_updates=1)
+        list(train_vae(images, vae_config("conv", (1, 28, 28)), once, device=device))
 
     epochs = [timed(vae, device) for _ in range(min(repeats, 2) + 1)][1:]
     return {

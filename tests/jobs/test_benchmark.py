@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +43,7 @@ def test_baselines_make_the_updates_of_the_plain_engine(benchmark: ModuleType) -
     for baseline in (
         benchmark.measures.one_at_a_time,
         benchmark.measures.batched_autograd,
-        benchmark.measures.engine("batched", 1),
+        partial(benchmark.measures.search, "batched", 1),
     ):
         assert abs(baseline(layers, codes, target) - plain) <= 2
 
