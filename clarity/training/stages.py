@@ -51,6 +51,8 @@ CHECKPOINT_SECONDS = 15.0
 #: Fall of the loss in the last third of the epochs above which a training was too short; MNIST's VAE falls by 3 %, the
 #: ensemble by 5 %. The last epochs alone tell nothing: their learning rate is nearly zero.
 STILL_FALLING = 0.1
+#: Accuracy on the training images from which on a longer training has nothing to learn, however its loss falls.
+LEARNED = 0.999
 #: The epoch of a checkpoint that needs no more training.
 FINISHED = 1 << 40
 ENCODE_ROWS = 4096
@@ -209,7 +211,8 @@ def follow(
         if save is not None and epoch.number < epoch.total and time.monotonic() - saved > CHECKPOINT_SECONDS:
             save(epoch.state())
             saved = time.monotonic()
-    before = losses.get(epoch.total - epoch.total // 3) if epoch and epoch.total >= 6 else None
+    unlearned = epoch is not None and epoch.total >= 6 and epoch.metrics.get("accuracy", 0) < LEARNED
+    before = losses.get(epoch.total - epoch.total // 3) if epoch and unlearned else None
     if epoch and before is not None and (fall := (before - losses[epoch.total]) / abs(before)) > STILL_FALLING:
         log(f"{what}: the loss still fell by {fall:.1%} in the last third of the epochs: more of them would help")
     return epoch.state() if epoch and save is not None else None

@@ -16,8 +16,9 @@ from clarity import storage
 from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
 from clarity.training.directory import begin, finish
+from clarity.training.loops import Epoch
 from clarity.training.plan import TrainingPlan, plan_training
-from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, run_stages, save_finished
+from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, follow, run_stages, save_finished
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,14 @@ def test_training_says_when_its_loss_still_falls(folder: Path, tmp_path: Path, m
     begin(plan)
     run_stages(plan, ("vae",), Worker(log=lines.append))
     assert lines[-1].startswith("vae: the loss still fell by ") and lines[-1].endswith("more of them would help")
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [({}, 1), ({"accuracy": 0.9}, 1), ({"accuracy": 1.0}, 0)])
+def test_training_that_knows_all_its_images_is_not_called_short(accuracy: dict[str, float], said: int) -> None:
+    lines: list[str] = []
+    epochs = [Epoch(number, 6, {"loss": 6.0 - number, **accuracy}, dict) for number in range(1, 7)]
+    follow(lambda log: iter(epochs), "ensemble", lines.append)
+    assert sum("the loss still fell by 100.0%" in line for line in lines) == said
 
 
 def test_training_says_how_far_it_is_within_a_long_epoch(
