@@ -110,7 +110,8 @@ def benchmark(args: argparse.Namespace) -> int:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """The machine and the versions."""
-    cpu = next((line.split(":")[1].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")), "")
+    lines = content_of("/proc/cpuinfo").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -284,34 +285,28 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
 
 def proportional_bytes(root: int) -> int:
     """Sum over a process and all its descendants of their proportional set sizes."""
-    children: dict[int, list[int]] = {}
+    children: dict[str, list[str]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has ended
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    return sum(proportional_set(pid) for pid in family(root, children))
+        if fields := content_of(stat).rpartition(")")[2].split():
+            children.setdefault(fields[1], []).append(stat.parent.name)
+    family = [str(root)]
+    for pid in family:  # which grows by the children of each
+        family += children.get(pid, [])
+    return sum(map(proportional_set, family))
 
 
-def family(pid: int, children: dict[int, list[int]]) -> Iterator[int]:
-    """A process and all its descendants."""
-    yield pid
-    for child in children.get(pid, ()):
-        yield from family(child, children)
-
-
-def proportional_set(pid: int) -> int:
+def proportional_set(pid: int | str) -> int:
     """Bytes of a process, shared pages divided among their holders; 0 where it has ended."""
-    return 1024 * sum(int(line.split()[1]) for line in lines_of(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
+    lines = content_of(f"/proc/{pid}/smaps_rollup").splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
-def lines_of(path: str) -> list[str]:
-    """The lines of a file; none where it cannot be read."""
+def content_of(path: str | Path) -> str:
+    """The text of a file of /proc; empty where it cannot be read, as of a process that has ended."""
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(errors="replace")
     except OSError:
-        return []
+        return ""
 
 
 def table(found: dict[str, Any]) -> str:
