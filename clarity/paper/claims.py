@@ -167,11 +167,9 @@ def paired_difference(tables: Mapping[str, pa.Table], better: str, than: str) ->
     if both.empty:
         return None
     groups = both["image_id"].to_numpy()
-    differences = {name: both[name].to_numpy(float) - both[f"{name}_than"].to_numpy(float) for name in names}
-    return {
-        "pairs": len(both),
-        **{name: metrics.clustered_mean(values, groups) for name, values in differences.items()},
-    }
+    differences = {name: (both[name] - both[f"{name}_than"]).to_numpy(float) for name in names}
+    means = {name: metrics.clustered_mean(values, groups) for name, values in differences.items()}
+    return {"pairs": len(both), **means}
 
 
 def along_segment(start: Tensor, end: Tensor, points: int) -> Tensor:
@@ -193,31 +191,22 @@ def member_gradients(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: T
     on decoded codes (Eq. 3).
     """
     point = z.detach().clone().requires_grad_()
-    logits = logits_of(point)
-    gradients = []
-    for m in range(len(logits)):
-        loss = F.cross_entropy(logits[m], target, reduction="sum")
-        gradients.append(torch.autograd.grad(loss, point, retain_graph=m + 1 < len(logits))[0])
-    return torch.stack(gradients).numpy()
+    losses = [F.cross_entropy(logits, target, reduction="sum") for logits in logits_of(point)]
+    return torch.stack([torch.autograd.grad(loss, point, retain_graph=True)[0] for loss in losses]).numpy()
 
 
 def trace_search(model: Model, method: str, pairs: Pairs, config: SearchConfig) -> list[dict[str, np.ndarray]]:
     """Each pair's search by the plain engine, step by step (Figures 8 and 10): points and figures (T,)."""
-    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(len(pairs))]
+    seen: list[list[Any]] = [[] for _ in range(len(pairs))]
 
     def on_step(step: Tensor, indices: Tensor, point: Tensor, target_prob: Tensor, logits: Tensor) -> None:
-        uncertainty = decompose(logits)
-        values = (target_prob, uncertainty.predictive, uncertainty.aleatoric, uncertainty.epistemic)
-        columns = [value.detach().clone().numpy() for value in (step, point, *values)]
-        for row, pair in enumerate(indices.tolist()):
-            seen[pair].append(tuple(column[row] for column in columns))
+        columns = [values.numpy() for values in (point, target_prob, *decompose(logits))]
+        for pair, *values in zip(indices.tolist(), *columns):
+            seen[pair].append(values)
 
     METHODS[method].search(model, pairs, config, on_step=on_step)
-    names = ("step", "point", "target_prob", "predictive", "aleatoric", "epistemic")
-    return [
-        {name: np.stack(values) for name, values in zip(names, zip(*sorted(steps, key=lambda values: int(values[0]))))}
-        for steps in seen
-    ]
+    names = ("point", "target_prob", "predictive", "aleatoric", "epistemic")
+    return [{name: np.stack(values) for name, values in zip(names, zip(*steps))} for steps in seen]
 
 
 def time_steps(model: Model, config: SearchConfig, images: Images) -> list[dict[str, Any]]:
