@@ -31,6 +31,8 @@ from clarity.worker import pack
 
 #: Raw bytes of rows that an actor finds, by a search over latent classifiers, in about the time that its start takes.
 START_BYTES = 8 << 20
+#: Of more images than these, some are read before a run: where none can be, none is explained.
+LOOKED_AT = 64
 
 
 def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
@@ -202,7 +204,15 @@ def make_checks(
 def describe_inputs(
     model: Model, plan: Plan, predictor: Predictor | None, dataset: data.Dataset, listing: pa.Table
 ) -> str:
-    """What a run says, before it starts, of labels, thresholds, kept attributes and a predictor: a line each."""
+    """What a run says, before it starts, of labels, thresholds, kept attributes and a predictor: a line each.
+
+    ValueError: there are many images, and none of LOOKED_AT of them can be read.
+    """
+    if len(listing) > LOOKED_AT:
+        rows = np.linspace(0, len(listing) - 1, LOOKED_AT).astype(int)
+        reasons = data.read_images(dataset, listing.take(rows), model.preprocessing)["error"]
+        if not reasons.null_count:
+            raise ValueError(f"data: expected images, found none that can be read among {LOOKED_AT}: {reasons[0]}")
     names, told = listing["label_name"].drop_null(), []
     if len(names) and not pc.any(pc.is_in(names, pa.array(model.class_names))).as_py():
         told.append(f"WARNING    {describe_foreign_labels(len(names), plan)}")

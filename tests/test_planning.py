@@ -14,6 +14,7 @@ from clarity import data
 from clarity.checks import Requirements
 from clarity.classifiers import ImageEnsemble
 from clarity.explainer import explainer_of
+from clarity.images import encode_png
 from clarity.model import Model, load_model, save_model
 from clarity.planning import (
     choose,
@@ -29,6 +30,7 @@ from clarity.planning import (
 )
 from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
+from clarity.storage import LFS_POINTER
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
 DIGITS = data.open_dataset("digits", split="test")
@@ -148,6 +150,21 @@ def test_a_run_tells_thresholds_and_labels_that_the_model_does_not_know(model: M
     )
     told = describe_inputs(model, plain, None, DIGITS, THREE)
     assert told.startswith("WARNING    None of the 3 labels of the data is a class of the model (ant, bee, cow, ")
+
+
+def test_a_run_of_many_images_of_which_none_can_be_read_is_refused(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "ant").mkdir()
+    for number in range(66):
+        (tmp_path / "ant" / f"{number}.png").write_bytes(LFS_POINTER)
+    dataset = data.open_dataset("folder", tmp_path, "all")
+    listing = data.list_images(dataset)
+    plan = make_plan(model, dataset, listing, method="clarity", config=CONFIG)
+    with pytest.raises(ValueError, match=r"data: expected images, found none .* among 64: .*git lfs pull"):
+        describe_inputs(model, plan, None, dataset, listing)
+    few = listing.slice(0, 64)
+    assert describe_inputs(model, plan, None, dataset, few) == "", "of few the run itself says why"
+    (tmp_path / "ant" / "0.png").write_bytes(encode_png(np.zeros((1, *model.image_shape), np.uint8))[0])
+    assert describe_inputs(model, plan, None, dataset, listing) == ""
 
 
 def test_shared_engine_is_the_fastest_that_every_machine_has() -> None:
