@@ -7,7 +7,6 @@ resumes an interrupted run and reports a complete one. Exit codes: 0 complete, 1
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -162,7 +161,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, items: 
         held.record_failure(shard, note["stage"], note["error"])
     seconds = time.time() - start
     driver.end_ray()
-    checked = verify(held.uri, redecode=redecoder(held.uri), workers=os.cpu_count() or 1)
+    checked = verify(held.uri, redecode=redecoder(held.uri))
     summary = read_audit(held.uri, without=checked.shards).summary()
     summary |= {"problems": checked.problems[:20], "unsound": len(checked.shards), "redecoded": checked.redecoded}
     summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(pairs / seconds, 1)}

@@ -5,7 +5,6 @@ Exit codes: 0 complete and sound, 1 not, 2 no audit there.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Verify one audit and print what was found."""
-    found = verify(args.audit, redecode=redecoder(args.audit), workers=os.cpu_count() or 1)
+    found = verify(args.audit, redecode=redecoder(args.audit))
     marked = storage.exists(storage.join(args.audit, "_SUCCESS"))
     if args.repair and found.shards:
         drop_commits(args.audit, found.shards)

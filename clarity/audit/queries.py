@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from clarity.schema import COUNTERFACTUALS
-
 if TYPE_CHECKING:
     import duckdb
-
-SQL_TYPES = {"bool": "BOOLEAN", "int32": "INTEGER", "float": "FLOAT", "float[A]": "FLOAT[]"}
 
 
 class PairFigure(NamedTuple):
@@ -100,14 +96,7 @@ def connect(codes: Any, counterfactuals: Any, **others: Any) -> duckdb.DuckDBPyC
     con = duckdb.connect()
     con.execute("SET enable_progress_bar = false")  # it would be drawn into notebooks
     for name, table in {"codes": codes, "counterfactuals": counterfactuals, **others}.items():
-        source = f'"stored {name}"'
-        con.register(f"stored {name}", table)
-        columns = ["*"]
-        if name == "counterfactuals":  # those of kept attributes may be lacking
-            lacking = set(COUNTERFACTUALS) - set(con.sql(f"FROM {source}").columns)
-            added = [(column, SQL_TYPES.get(COUNTERFACTUALS[column].type)) for column in COUNTERFACTUALS]
-            columns += [f'CAST(NULL AS {kind}) AS "{column}"' for column, kind in added if column in lacking and kind]
-        con.execute(f'CREATE VIEW "{name}" AS SELECT {", ".join(columns)} FROM {source}')
+        con.register(name, table)
     for name, view in load_views().items():
         if name != "prediction_agreement" or has_predictions(con):
             con.execute(view)
