@@ -118,9 +118,7 @@ def run_comparison(args: argparse.Namespace) -> int:
         storage.write_bytes(storage.join(audits[method], ATTRIBUTES_FILE), to_parquet(table))
 
     log.info("measuring the paper's claims")
-    listing = data.list_images(tested)
-    log.info("reading %d images of split %s", len(listing), tested.split)
-    pixels, ids, labels, _ = read(tested, listing, model)
+    pixels, ids, labels, _ = read(tested, model)
     measured = claims.measure_claims(model, judges.oracle, first.images, scored, pixels, labels)
     measured["steps"] = claims.time_steps(model, config, first.images)
     if not args.no_figures:
@@ -192,9 +190,7 @@ def find_judges(
     args: argparse.Namespace, model: Model, out: str, trained: data.Dataset, tested: data.Dataset
 ) -> tuple[evaluators.Judges, metrics.Reality]:
     """The held-out networks, trained on their half of the training images unless they are there, and real images."""
-    listing = data.list_images(trained)
-    log.info("reading %d training images", len(listing))
-    pixels, ids, labels, truth = read(trained, listing, model)
+    pixels, ids, labels, truth = read(trained, model)
     uri = driver.job_path(args.judges, storage.join(out, "judges"), "--judges")
     if args.judges or storage.exists(storage.join(uri, evaluators.JUDGES_JSON)):
         judges = evaluators.load_judges(uri)
@@ -203,8 +199,7 @@ def find_judges(
         judges = evaluators.Judges(model.image_shape, model.class_names, trained.attributes)
         for report in evaluators.train_judges(judges, pixels[half], labels[half], truth[half]):
             log.info("judges: %s", ", ".join(f"{name} {value}" for name, value in report.items()))
-        held_out = dataclasses.replace(tested, attributes=trained.attributes)
-        images, _, kinds, answers = read(held_out, data.list_images(held_out), model)
+        images, _, kinds, answers = read(dataclasses.replace(tested, attributes=trained.attributes), model)
         evaluators.evaluate_judges(judges, images, kinds, answers)
         evaluators.save_judges(judges, uri)
     if judges.image_shape != model.image_shape or judges.class_names != model.class_names:
@@ -215,10 +210,10 @@ def find_judges(
     return judges, metrics.split_reality(judges, pixels[labels >= 0], labels[labels >= 0])
 
 
-def read(
-    dataset: data.Dataset, listing: pa.Table, model: Model
-) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+def read(dataset: data.Dataset, model: Model) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
     """Images that can be read, their ids, classes (B,) and attributes (B, A); -1 where one is unknown."""
+    listing = data.list_images(dataset)
+    log.info("reading %d images of split %s", len(listing), dataset.split)
     pixels, ids, names, _ = data.read_all(dataset, listing, model.preprocessing)
     labels = data.label_indices(pa.array(names, pa.string()), model.class_names).fill_null(-1).to_numpy()
     row = {name: index for index, name in enumerate(listing["image_id"].to_pylist())}
