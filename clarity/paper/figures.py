@@ -5,7 +5,7 @@ Shapes: R rows and Q columns of a grid, N points of a plane, G cells of a map's 
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ def draw_tables(write: Write, class_names: Sequence[str], results: Mapping[str, 
         ("examples", shown, GRID_EXAMPLES),
     ):
         methods, vae = [method for method in wanted if method in results], file == "table2"
-        found = {pair: row for pair in pairs if (row := grid_row(class_names, results, methods, pair, vae))}
+        drawn = [results[method] for method in methods]
+        found = {pair: row for pair in pairs if drawn and (row := grid_row(class_names, drawn, pair, vae))}
         if found:
             columns = ["original", *(["VAE"] if vae else []), *(NAMES[method] for method in methods)]
             labels = [f"{source} → {target}" for source, target in found]
@@ -66,25 +67,22 @@ def draw_tables(write: Write, class_names: Sequence[str], results: Mapping[str, 
 
 
 def grid_row(
-    class_names: Sequence[str], results: Mapping[str, Results], methods: Sequence[str], pair: tuple[str, str], vae: bool
+    class_names: Sequence[str], results: Sequence[Results], pair: tuple[str, str], vae: bool
 ) -> tuple[list[np.ndarray | None], list[str]] | None:
     """One row of a grid: an image of the source, chosen by ``first_of``, and what each method made of it."""
     source, target = (class_names.index(name) for name in pair)
-    if not methods:
+    images = results[0].images
+    compared = np.isin(np.arange(len(images.ids)), results[0].of)
+    if not (compared & (images.label == source)).any():
         return None
-    fewest = min((results[method].images for method in methods), key=lambda images: len(images.ids))
-    if not (fewest.label == source).any():
-        return None
-    chosen = first_of(fewest, source)
-    pictures: list[np.ndarray | None] = [fewest.x[chosen], *([fewest.reconstruction[chosen]] if vae else [])]
+    chosen = first_of(replace(images, label=np.where(compared, images.label, -1)), source)
+    pictures: list[np.ndarray | None] = [images.x[chosen], *([images.reconstruction[chosen]] if vae else [])]
     notes = ["" for _ in pictures]
-    for method in methods:
-        found = results[method]
-        index = found.images.row.get(fewest.ids[chosen], -1)
+    for found in results:
+        index = found.images.row[images.ids[chosen]]
         rows = np.flatnonzero((found.of == index) & (found.target == target))
         pictures.append(found.x_cf[rows[0]] if len(rows) else None)
-        reached = len(rows) and found.columns["strict_validity"][rows[0]]
-        notes.append("" if reached or not len(rows) else "not converged")
+        notes.append("" if not len(rows) or found.columns["strict_validity"][rows[0]] else "not converged")
     return pictures, notes
 
 
@@ -98,10 +96,8 @@ def first_of(images: Images, label: int) -> int:
     """The first image of a class of which the model is sure (probability above 0.9), else sees as such, else any."""
     of_class = images.label == label
     agreed = of_class & (images.source == label)
-    for wanted in (agreed & (images.certainty > 0.9), agreed, of_class):
-        if wanted.any():
-            return int(np.flatnonzero(wanted)[0])
-    raise ValueError(f"no image is of class {label}")
+    wanted = next(rows for rows in (agreed & (images.certainty > 0.9), agreed, of_class) if rows.any())
+    return int(wanted.argmax())
 
 
 def draw_searches(
@@ -190,8 +186,8 @@ def draw_latent_map(
     chosen = np.concatenate([np.flatnonzero(tested[1] == k)[:CLOUD_IMAGES] for k in (source, target)])
     label = tested[1][chosen]
     images = encode_images(flat, [tested[2][index] for index in chosen], tested[0][chosen], label)
-    wide = 1.6 * np.abs(images.z).max(axis=0)
-    extent = (-float(wide[0]), float(wide[0]), -float(wide[1]), float(wide[1]))
+    wide, high = (1.6 * np.abs(images.z).max(axis=0)).tolist()
+    extent = (-wide, wide, -high, high)
     z1, z2 = np.meshgrid(np.linspace(*extent[:2], 61), np.linspace(*extent[2:], 61))
     grid = torch.from_numpy(np.stack([z1.ravel(), z2.ravel()], axis=1).astype(np.float32))
     assert flat.image_ensemble is not None
@@ -203,7 +199,7 @@ def draw_latent_map(
 
     first = first_of(images, source)
     seen = np.flatnonzero((label == source) & (images.source == source))
-    starts = np.array([first, *(index for index in seen if index != first)][:paths])
+    starts = np.array([first, *seen[seen != first]][:paths])
     pairs = pairs_of(flat, images, starts, np.full(len(starts), target))
     cloud = torch.from_numpy(images.z[label == target])
     # Each point's nearest is itself.
@@ -219,7 +215,7 @@ def draw_latent_map(
             last = decode_rows(flat.vae, last)
         group = "latent ensemble" if method == "clarity" else "image ensemble"
         drawn[NAMES[method]] = LatentMap(maps[group], walks[0], last[0].numpy(), group)
-        away = torch.cdist(torch.from_numpy(np.stack([walk[-1] for walk in walks])), cloud)
+        away = torch.cdist(torch.tensor(np.stack([walk[-1] for walk in walks])), cloud)
         away = away.topk(min(5, len(cloud)), largest=False).values.mean(1)
         ends[NAMES[method]] = {
             "paths": float(len(walks)),

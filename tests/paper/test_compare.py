@@ -202,6 +202,17 @@ def test_methods_are_compared_on_the_images_that_all_answer_for(bench: Bench, ro
     assert np.array_equal(np.isnan(swap), ~np.isin(np.array(ids)[wide.of], list(some)))
 
 
+def test_grids_show_images_that_all_methods_answer_for(bench: Bench, root: Path) -> None:
+    wide, other = bench.results(root, "schut"), bench.results(root, "clarity")
+    threes = {wide.images.ids[b] for b in np.flatnonzero(wide.images.label == 3)}
+    drawn: dict[str, Any] = {}
+    both = {"schut": compare.restrict(wide, threes), "clarity": compare.restrict(other, threes)}
+    figures.draw_tables(drawn.__setitem__, bench.model.class_names, both)
+    axes = drawn["table1"].axes  # one row, of 3 → 8: the other images are not compared
+    assert [ax.get_title() for ax in axes] == ["original", "Schut", "Clarity"] and all(ax.images for ax in axes)
+    assert axes[0].get_ylabel() == "3 → 8" and "examples" not in drawn
+
+
 def test_judged_rows_are_kept_until_something_changes(bench: Bench, root: Path, monkeypatch: Any) -> None:
     like = bench.results(root, "clarity")
     first = bench.score(like)
