@@ -18,7 +18,6 @@ from clarity.training.batch_norm import synchronise
 from clarity.training.optimiser import Adam, cosine_decay, derived_seed, generator_for, one_cycle
 from clarity.vae import VAE, VAEConfig, elbo
 
-Stacked = LatentEnsemble | ImageEnsemble
 #: Receives lines about the progress.
 Log = Callable[[str], None]
 
@@ -326,35 +325,25 @@ class Codes:
 
 
 def train_latent_members(
-    codes: Codes,
-    config: EnsembleConfig,
-    training: EnsembleTraining,
-    members: Sequence[int],
-    *,
-    states: Mapping[int, Mapping[str, Tensor]] | None = None,
-    device: str | torch.device = "cpu",
-    log: Log = lambda line: None,
+    codes: Codes, config: EnsembleConfig, training: EnsembleTraining, members: Sequence[int], **options: Any
 ) -> Iterator[Epoch]:
-    """Trains the members of the latent ensemble with these numbers as one stack and yields an Epoch each.
+    """Trains the members of the latent ensemble with these numbers as one stack, see ``train_members``.
 
     The loss is the cross-entropy of codes drawn from the posterior, plus that of the same codes after an FGSM step. On
-    CPU the bits of a member depend on its number, the codes and the training, not on the rest of the stack. ``states``
-    are checkpoints of these members, all of one epoch, to continue from.
+    CPU the bits of a member depend on its number, the codes and the training, not on the rest of the stack.
     """
-    device = torch.device(device)
-    targets = codes.targets.to(device)
-    posteriors = torch.cat([codes.mean, torch.exp(0.5 * codes.log_var)], 1).to(device)
-
-    def draw(rows: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        noise = torch.stack([torch.randn((rows.shape[1], config.latent_dim), generator=g) for g in generators])
-        rows = rows.to(device)
-        mean, deviation = posteriors.index_select(0, rows.flatten()).view(*rows.shape, -1).chunk(2, -1)
-        return mean + deviation * noise.to(device), targets[rows]
-
     one = replace(config, num_members=1)
     stack = stack_members([seeded(lambda: LatentEnsemble(one), training.seed, "latent", m) for m in members])
+
+    def sample(posteriors: Tensor, generators: list[torch.Generator]) -> Tensor:
+        mean, deviation = posteriors.chunk(2, -1)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+        return mean + deviation * noise.to(mean.device)
+
+    posteriors = torch.cat([codes.mean, torch.exp(0.5 * codes.log_var)], 1)
     eps = training.adversarial_eps * codes.std()
-    yield from train_members(stack, members, codes.labels, training, draw, eps, None, states, device, "fp32", log)
+    given = stack, members, posteriors, codes.targets, sample, training, eps
+    yield from train_members(*given, precision="fp32", **options)
 
 
 def train_latent_ensemble(
@@ -379,25 +368,18 @@ def train_image_members(
     vae_config: VAEConfig,
     training: EnsembleTraining,
     members: Sequence[int],
-    *,
-    states: Mapping[int, Mapping[str, Tensor]] | None = None,
-    device: str | torch.device = "cpu",
-    precision: str = "auto",
-    log: Log = lambda line: None,
+    **options: Any,
 ) -> Iterator[Epoch]:
     """``train_latent_members`` for the image ensemble, on images uint8 (N, C, H, W) with labels int64 (N,)."""
-    device = torch.device(device)
-    images, labels = images.to(device), labels.to(device)
-
-    def draw(rows: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        rows = rows.to(device)
-        return images[rows].float().div_(255), labels[rows]
-
     one = replace(config, num_members=1)
     stack = stack_members([seeded(lambda: ImageEnsemble(one, vae_config), training.seed, "image", m) for m in members])
     stack.to(memory_format=torch.channels_last)
-    eps, limits = training.adversarial_eps, (0.0, 1.0)
-    yield from train_members(stack, members, labels, training, draw, eps, limits, states, device, precision, log)
+
+    def sample(images: Tensor, generators: list[torch.Generator]) -> Tensor:
+        return images.float().div_(255)
+
+    given = stack, members, images, labels, sample, training, training.adversarial_eps
+    yield from train_members(*given, limits=(0.0, 1.0), **options)
 
 
 def seeded(build: Callable[[], Any], seed: int, purpose: str, member: int) -> Any:
@@ -408,56 +390,61 @@ def seeded(build: Callable[[], Any], seed: int, purpose: str, member: int) -> An
 
 
 def train_members(
-    stack: Stacked,
+    stack: LatentEnsemble | ImageEnsemble,
     members: Sequence[int],
-    labels: Tensor,
+    data: Tensor,
+    targets: Tensor,
+    sample: Callable[[Tensor, list[torch.Generator]], Tensor],
     training: EnsembleTraining,
-    draw: Callable[[Tensor, list[torch.Generator]], tuple[Tensor, Tensor]],
     eps: float,
-    limits: tuple[float, float] | None,
-    states: Mapping[int, Mapping[str, Tensor]] | None,
-    device: torch.device,
-    precision: str,
-    log: Log,
+    *,
+    limits: tuple[float, float] | None = None,
+    states: Mapping[int, Mapping[str, Tensor]] | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "auto",
+    log: Log = lambda line: None,
 ) -> Iterator[Epoch]:
-    """Trains an untrained stack with Adam under a cosine decay, see ``train_latent_members``.
+    """Trains an untrained stack with Adam under a cosine decay, and yields an Epoch each.
 
-    ``draw`` gives inputs and targets of rows (M, B), with one generator for each member; ``eps`` is the FGSM step in
-    units of the inputs, 0 for none; ``limits`` is the range of the inputs after it.
+    ``sample`` makes inputs of rows (M, B, ...) of ``data``, with one generator for each member; ``targets`` are labels
+    (N,) or probabilities (N, K). ``eps`` is the FGSM step in units of the inputs, 0 for none; ``limits`` is the range
+    of the inputs after it. ``states`` are checkpoints of these members, all of one epoch, to continue from.
     """
+    device = torch.device(device)
+    data, targets = data.to(device), targets.to(device)
     state = None if states is None else join_states([states[m] for m in members])
     if state is not None:
         stack.load_state_dict(weights_of(state))
     stack.to(device).train()
-    weights = class_weights(labels.cpu(), stack.config.num_classes, training.balance).to(device)
+    weights = class_weights(classes_of(targets).cpu(), stack.config.num_classes, training.balance).to(device)
     parameters = list(stack.parameters())
 
     def updates_of(epoch: int, updates: int) -> Iterator[dict[str, Tensor]]:
         generators = [generator_for(training.seed, f"{type(stack).__name__}:{m}", epoch) for m in members]
-        orders = torch.stack([torch.randperm(len(labels), generator=generator) for generator in generators])
+        orders = torch.stack([torch.randperm(len(data), generator=generator) for generator in generators])
         # One thread: the order of a long sum depends on the number of threads, and members must not.
         with one_thread():
             for update in range(updates):
-                rows = orders[:, update * training.batch_size : (update + 1) * training.batch_size]
-                x, targets = draw(rows, generators)
-                x.requires_grad_()
+                rows = orders[:, update * training.batch_size : (update + 1) * training.batch_size].to(device)
+                chosen = data.index_select(0, rows.flatten()).view(*rows.shape, *data.shape[1:])
+                x, wanted = sample(chosen, generators).requires_grad_(), targets[rows]
                 with mixed_precision(precision, device):
                     logits = stack(x).float()
-                clean = summed_cross_entropy(logits, targets, weights)
+                clean = summed_cross_entropy(logits, wanted, weights)
                 gradients = torch.autograd.grad(clean, [x, *parameters])
                 if eps > 0:
                     moved = x.detach() + gradients[0].sign() * eps
                     moved = moved.clamp_(*limits) if limits else moved
                     with mixed_precision(precision, device):
                         attacked = stack(moved).float()
-                    extra = torch.autograd.grad(summed_cross_entropy(attacked, targets, weights), parameters)
+                    extra = torch.autograd.grad(summed_cross_entropy(attacked, wanted, weights), parameters)
                     gradients = (gradients[0], *(a + b for a, b in zip(gradients[1:], extra)))
                 for parameter, gradient in zip(parameters, gradients[1:]):
                     parameter.grad = gradient
-                hits = (logits.detach().argmax(-1) == classes_of(targets)).double().mean()
+                hits = (logits.detach().argmax(-1) == classes_of(wanted)).double().mean()
                 yield {"loss": clean.detach().double() / len(members), "accuracy": hits}
 
-    yield from run_epochs(stack, training, len(labels), cosine_decay, state, updates_of, log)
+    yield from run_epochs(stack, training, len(data), cosine_decay, state, updates_of, log)
 
 
 def classes_of(targets: Tensor) -> Tensor:
