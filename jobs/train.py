@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import driver
@@ -205,7 +206,7 @@ def train(args: argparse.Namespace) -> int:
     driver.start_ray(OBJECT_STORE_BYTES)
     for by_member in (False, True):
         fit(plan, [name for name in TRAINED if STAGES[name].by_member == by_member], args.workers)
-    finish(plan, log=print_line)
+    finish(plan, log=partial(print, flush=True))
     print(f"{describe(plan)}\nmodel      {out}  ({time.time() - start:.0f} s)")
     return 0
 
@@ -244,11 +245,6 @@ def choose(plan: TrainingPlan) -> TrainingPlan:
             "every node sees: s3://..., or a shared mount"
         )
     return chosen
-
-
-def print_line(line: str) -> None:
-    """Print progress at once."""
-    print(line, flush=True)
 
 
 def about_images(plan: TrainingPlan) -> str:
@@ -407,7 +403,7 @@ def progress() -> Iterator[Queue]:
         # The queue's end is told by whoever ended it; the training goes on without.
         with suppress(ray.exceptions.RayError):
             for line in iter(queue.get, None):
-                print_line(line)
+                print(line, flush=True)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()

@@ -45,10 +45,10 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             momentum = self.momentum or 0.1
             assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
+            self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 

@@ -49,14 +49,13 @@ def begin(plan: TrainingPlan) -> bool:
     names = [name for name in dict.fromkeys([*wanted, *TEACHERS]) if name not in kept]
     there, here = (flatten({name: each.get(name) for name in names}) for each in (found, wanted))
     if different := [name for name in there | here if there.get(name) != here.get(name)]:
-        details: dict[str, str] = {}
-        for name in different:  # what several networks have in common is told once
-            values = f"{shortened(there.get(name))} there, {shortened(here.get(name))} here"
-            told = "other images" if name == "data" else values
-            details.setdefault(f"{name.rpartition('.')[2]}: {told}", f"{name}: {told}")
+        values = {name: f"{shortened(there.get(name))} there, {shortened(here.get(name))} here" for name in different}
+        if "data" in values:
+            values["data"] = "other images"
+        details = "; ".join(f"{name}: {value}" for name, value in values.items())
         raise ValueError(
-            f"out: {storage.display(plan.out)} holds another model: {'; '.join(details.values())}. Choose another "
-            "directory, or delete that one"
+            f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
+            "that one"
         )
     searched_by_another = card is None and not storage.exists(file) and not plan.recipe
     if searched_by_another or (card is not None and begun != wanted):

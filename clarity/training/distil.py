@@ -5,7 +5,6 @@ as a search leaves the data, and, in a refit, about the images that an audit wro
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from clarity.audit.read import Audit, read_audit
 from clarity.data import Dataset, read_all
 from clarity.images import Preprocessing
 from clarity.model import FILES, Model, read_card
-from clarity.predictor import Predictor, load_predictor
+from clarity.predictor import Predictor
 from clarity.rows import decode_rows, logits_rows, mean_probs
 from clarity.tables import quantise
 from clarity.training.evaluate import LabelledImages, encode_pixels
@@ -33,14 +32,6 @@ NOISE = 0.5
 MEASURED_IMAGES = 5_000
 #: Two classes are not told apart if more than this share of the images of one is seen as the other once reconstructed.
 MAX_CONFUSED = 0.1
-
-
-def load_same(source: Any, digest: str, class_names: Sequence[str], device: Any) -> Predictor:
-    """The predictor of a plan, answering in the order of its classes; ValueError if it is another one by now."""
-    predictor = load_predictor(source, str(device))
-    if predictor.digest != digest:
-        raise ValueError(f"predictor: expected that of the plan, found another in {predictor.name}: restore it")
-    return predictor.ordered(class_names)
 
 
 def original_probs(
@@ -113,11 +104,6 @@ def audit_codes(audit: Audit, rows: int) -> Iterator[tuple[list[str], Tensor]]:
     for start in range(0, len(table), rows):
         part = table.slice(start, rows)
         yield part["image_id"].to_pylist(), torch.from_numpy(schema.matrix(part["z_cf"]).copy())
-
-
-def relabel(images: LabelledImages, probs: Tensor) -> LabelledImages:
-    """Images with the predictor's class as their label; -1 where it could not be asked."""
-    return replace(images, labels=torch.where(probs.isnan().any(1), -1, probs.argmax(1)))
 
 
 def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: Tensor) -> dict[str, Any]:

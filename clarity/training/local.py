@@ -49,8 +49,9 @@ def train(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as scratch:
-        arrays = isinstance(dataset, tuple)
+        about: dict[str, Any] = {}
         if isinstance(dataset, tuple):
+            about = {"source": "arrays", "uri": None}
             directory = write_arrays(dataset, held_out if isinstance(held_out, tuple) else None, scratch)
             dataset = open_dataset("parquet", directory)
         elif isinstance(dataset, str):
@@ -60,8 +61,7 @@ def train(
         if out is None:
             out = os.path.join(scratch, "model")
         plan = plan_training(str(out), dataset, held_out, **fields)
-        if arrays:
-            plan = replace(plan, data=plan.data | {"source": "arrays", "uri": None})
+        plan = replace(plan, data=plan.data | about)
         run_stages(plan, ["recipe"], Worker(device=device, log=log))
         plan = with_recipe(plan) or plan
         if begin(plan):

@@ -96,10 +96,6 @@ class Trial:
         """Share of the counterfactuals that were reached in which the judge sees the target."""
         return self.judged / self.reached if self.reached else 0.0
 
-    def vae_config(self, plan: TrainingPlan) -> VAEConfig:
-        """The plan's VAE with the values of this trial."""
-        return replace(plan.vae, latent_dim=self.latent_dim, beta=self.beta, label_weight=self.label_weight)
-
     def __str__(self) -> str:
         return (
             f"latent_dim {self.latent_dim}, beta {self.beta:g}, label_weight {self.label_weight:g}, "
@@ -279,14 +275,10 @@ class Trials:
     log: Log
 
     @cached_property
-    def known(self) -> Tensor:
-        """What is known of the training images, see ``known_of``."""
-        return torch.from_numpy(known_of(self.plan, self.train))
-
-    @cached_property
-    def guide(self) -> JudgeNet | None:
-        """A guide that has not seen the validation images."""
-        return train_guide(self.plan, self.train, self.log, self.device)
+    def taught(self) -> dict[str, Any]:
+        """What a VAE that learns labels is given: what is known of the images, and a guide trained on them alone."""
+        known = torch.from_numpy(known_of(self.plan, self.train))
+        return {"known": known, "guide": train_guide(self.plan, self.train, self.log, self.device)}
 
     def run(self) -> Iterator[Trial]:
         """Every code and step; then the best code, trained for longer, with steps around its best and wide layers.
@@ -302,7 +294,8 @@ class Trials:
                 found.append(trial(step, self.plan.ensemble.hidden))
                 yield found[-1]
         best = best_of(found)
-        trial = self.of_code(best.vae_config(self.plan), long_updates(self.plan))
+        code = replace(self.plan.vae, latent_dim=best.latent_dim, beta=best.beta, label_weight=best.label_weight)
+        trial = self.of_code(code, long_updates(self.plan))
         for factor, hidden in further_settings(self.plan):
             yield trial(round(best.adversarial_eps * factor, 3), hidden)
 
@@ -310,8 +303,8 @@ class Trials:
         """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
         plan = self.plan
         training = replace(plan.vae_training, epochs=1, min_updates=updates)
-        options: dict[str, Any] = {"known": self.known, "guide": self.guide} if config.label_weight else {}
-        options |= {"device": self.device, "precision": plan.precision, "log": self.progress_of("VAE")}
+        options: dict[str, Any] = {"device": self.device, "precision": plan.precision, "log": self.progress_of("VAE")}
+        options |= self.taught if config.label_weight else {}
         *_, last = train_vae(self.train.pixels, config, training, **options)
         vae = VAE(config)
         vae.load_state_dict(vae_weights(last.state()))

@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,9 +20,9 @@ from clarity.data import Dataset, label_indices, list_images, read_all
 from clarity.ids import fold_of, in_judges_half
 from clarity.judges import JudgeNet, build_judge
 from clarity.model import load_tensors, save_tensors
-from clarity.predictor import Predictor
+from clarity.predictor import Predictor, load_predictor
 from clarity.report.text import counted
-from clarity.training.distil import COPIES, audit_codes, load_same, original_probs, perturb, relabel, single_codes
+from clarity.training.distil import COPIES, audit_codes, original_probs, perturb, single_codes
 from clarity.training.evaluate import LabelledImages, encode_pixels, evenly
 from clarity.training.guide import known_of, new_guide, train_guide
 from clarity.training.judge import JudgeTraining, log_updates, train_judge
@@ -146,7 +146,8 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         some = load_images(plan, plan.dataset, IMAGES, labelled=plan.predictor is None)
         if (predictor := plan_predictor(plan, worker.device)) is not None:
             listing = list_images(plan.dataset)
-            some = relabel(some, original_probs(predictor, plan.dataset, listing, some, plan.preprocessing))
+            probs = original_probs(predictor, plan.dataset, listing, some, plan.preprocessing)
+            some = replace(some, labels=torch.where(probs.isnan().any(1), -1, probs.argmax(1)))
         small, some = small_plan(plan), small_images(plan, some)
         keep = small is plan and predictor is None and plan.judge_training is not None  # others are trained later
         judge = trained_judge(small, worker, images() if keep else some)
@@ -219,10 +220,13 @@ def follow(
 
 
 def plan_predictor(plan: TrainingPlan, device: str | torch.device = "cpu") -> Predictor | None:
-    """The predictor of the plan, if it has one."""
+    """The plan's predictor, if any, which answers in the order of its classes; ValueError if it has changed since."""
     if plan.predictor is None:
         return None
-    return load_same(plan.predictor, plan.asked["predictor"], plan.class_names, device)
+    predictor = load_predictor(plan.predictor, str(device))
+    if predictor.digest != plan.asked["predictor"]:
+        raise ValueError(f"predictor: expected that of the plan, found another in {predictor.name}: restore it")
+    return predictor.ordered(plan.class_names)
 
 
 def encode_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:

@@ -215,7 +215,7 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path, trained:
     ensemble = dataclasses.replace(plan_of(folder, tmp_path).ensemble, latent_dim=9)
     other = dataclasses.replace(plan_of(folder, tmp_path), vae=vae, ensemble=ensemble)
     other.data["fingerprint"] = "0"
-    said = r"holds another model: data: other images; vae\.latent_dim: \d there, 9 here\. Choose"
+    said = r"holds another model: data: other images; vae\.latent_dim: \d there, 9 here; ensemble\.latent_dim: "
     with pytest.raises(ValueError, match=said):
         begin(other)
     with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
