@@ -79,6 +79,11 @@ def check_shortcuts(facts: Facts) -> Outcome:
                 figures={"target": target, "shape": shape, **found},
             )
         )
+    if few := [facts.name(target) for target in np.flatnonzero(~enough).tolist()]:
+        more = f" and {len(few) - 3} more" if len(few) > 3 else ""
+        return findings or NotChecked(
+            f"too few pairs towards {', '.join(few[:3])}{more} converged; towards the others none is shared"
+        )
     return findings
 
 

@@ -93,7 +93,7 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
             )
         elif guessed:
             trained = (card.get("data") or {}).get("per_class") or {}
-            rare = all(trained.get(name, 0) * len(trained) < sum(trained.values()) for name in guessed)
+            rare = all(3 * trained.get(name, 0) * len(trained) < 2 * sum(trained.values()) for name in guessed)
             # Of two classes one may have all the errors of a model that tells them apart.
             (no_go if 2 * len(guessed) >= max(len(classes), 3) else care).append(
                 f"{plural(len(guessed), 'class is', 'classes are')} recognised no better than by guessing: "

@@ -32,8 +32,9 @@ def results_of(tables: Tables, differences: bool = True, **others: Any) -> Resul
     others = {name: value for name, value in others.items() if value is not None}
     facts = {name: others.pop(name) for name in ("trained_on_labels", "card", "thresholds") if name in others}
     con = connect(tables.codes, tables.counterfactuals, **others)
-    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
-    changes = mean_differences(tables.before, tables.after, source, target, len(tables.class_names))
+    converged, source, target = (tables.counterfactuals[name].to_numpy() for name in ("converged", "source", "target"))
+    pairs = (each[converged] for each in (tables.before, tables.after, source, target))
+    changes = mean_differences(*pairs, len(tables.class_names)) if converged.any() else None
     return find(gather(con, tables.class_names, differences=changes if differences else None, **{**SEARCHED, **facts}))
 
 
@@ -307,6 +308,7 @@ NOT_CHECKED: list[tuple[Callable[[], Tables], dict[str, Any], dict[str, str]]] =
         {"labels": "the ensemble predicts 85 % of the labels"},
     ),
     (lambda: make_tables(100, ("ant", "bee")), {}, {"shortcut": "it takes 3 classes, as it compares"}),
+    (lambda: failing(make_tables(200), target=2), {}, {"shortcut": "too few pairs towards cow converged; towards the"}),
     (lambda: make_tables(12), {}, {"shortcut": "no class is the target of 20 pairs from 2 other"}),
     (lambda: make_tables(200), {"trained_on_labels": True}, {"labels": "the ensemble was trained on these labels"}),
     (

@@ -64,7 +64,7 @@ def test_verdict_advises_flags_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "rare"), [({"ant": 40, "bee": 90}, True), ({"ant": 90, "bee": 40}, False), ({}, False)]
+    ("images", "rare"), [({"ant": 49, "bee": 100}, True), ({"ant": 50, "bee": 100}, False), ({}, False)]
 )
 def test_verdict_is_with_care_where_one_of_two_classes_has_the_errors(images: dict[str, int], rare: bool) -> None:
     made = card((0.4, 0.98, 0, 0)) | {"data": {"per_class": images}}
