@@ -478,12 +478,12 @@ def check_visible(uri: str, run: str, data_uri: str | None) -> None:
             )
 
 
-def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int) -> Notes:
+def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int, by_class: bool = False) -> Notes:
     """Pass on the shards that ended, under a bar on a terminal, with a line now and then elsewhere.
 
-    After the first shards it says so where many searches do not converge.
+    After the first shards it says so where many do not converge.
     """
-    console, printed, seen, reached = Console(stderr=True), time.time(), Counter[str](), list[float]()
+    console, printed, reached, seen = Console(stderr=True), time.time(), list[float](), Counter[str](by_class=by_class)
     columns = ("shards", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)

@@ -147,7 +147,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, items: 
         todo = [shard for shard in held.pending if "given_up" not in failures.get(shard, {})]
         try:
             ended = pipeline(args, resources, work, [items[shard] for shard in todo]) if todo else ()
-            for shard, note in driver.progress(ended, len(todo)):
+            for shard, note in driver.progress(ended, len(todo), "min_target_probs" in plan.checks):
                 held.check()
                 held.require_same_engine(shard, note.get("engine"))
                 failures |= {shard: note} if "error" in note else {}

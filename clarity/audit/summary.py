@@ -41,6 +41,7 @@ def summarise(
         "notes": plan.dataset.get("notes", []),
         "predictions": rows("summary_predictions")[0] if has_predictions(con) else None,
         **pairs,
+        "by_class": "min_target_probs" in plan.checks,
         "reencoded_target_prob": rows("summary_quantiles")[0] if pairs["pairs"] else None,
         "checks": rows("summary_checks")[0] if plan.requires_checks else None,
         "slowest_class_pairs": rows("summary_slowest"),
@@ -159,8 +160,9 @@ def unreached(summary: Mapping[str, Any]) -> str:
         return ""
     told = f"{share(pairs - converged, pairs)} of the searches did not converge; 95 % of the pairs reach {reach:.3f}"
     # Below one half another class may be as likely: no threshold to recommend.
-    threshold = f", or {reach - 0.005:.2f}" if reach > 0.505 else ""
-    return f"{told}: try --min-target-prob auto{threshold}"
+    threshold = [f"{reach - 0.005:.2f}"] if reach > 0.505 else []
+    remedies = ", or ".join(threshold if summary.get("by_class") else ["auto", *threshold])
+    return f"{told}: try --min-target-prob {remedies}" if remedies else told
 
 
 def share(count: int, total: int) -> str:

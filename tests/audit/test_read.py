@@ -161,3 +161,6 @@ def test_unreached_targets_are_told_with_the_threshold_to_try() -> None:
     assert told.endswith("try --min-target-prob auto, or 0.71")
     told = unreached({"pairs": 10, "converged": 0, "target_prob_p5": 0.303})
     assert told.endswith("95 % of the pairs reach 0.303: try --min-target-prob auto")
+    for reached, advice in ((0.714, ": try --min-target-prob 0.71"), (0.303, "")):
+        told = unreached({"pairs": 10, "converged": 0, "target_prob_p5": reached, "by_class": True})
+        assert told.endswith(f"95 % of the pairs reach {reached}{advice}"), "auto was asked for already"

@@ -183,6 +183,8 @@ def test_progress_advises_by_the_shard_that_reaches_least(capsys: pytest.Capture
         "6 (31.58 %) of the searches did not converge; 95 % of the pairs reach 0.700: "
         "try --min-target-prob auto, or 0.69"
     )
+    assert len(list(driver.progress(enumerate(notes), 3, by_class=True))) == 3
+    assert capsys.readouterr().out.endswith("reach 0.700: try --min-target-prob 0.69\n")
 
 
 def test_job_path_keeps_away_from_a_temporary_working_directory(
