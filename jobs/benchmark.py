@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -161,9 +160,8 @@ def measure_search(args: argparse.Namespace) -> list[dict[str, Any]]:
 def measure_networks(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Encode and decode: the model's VAE, or else each architecture, untrained."""
     shapes = {"conv": (1, 28, 28), "beta_vae": (3, 64, 64)}
-    vaes = {name: VAE(vae_config(name, shape)) for name, shape in shapes.items()}
-    if args.model:
-        vaes = {"the model": load_model(args.model).vae}
+    untrained = {name: VAE(vae_config(name, shape)) for name, shape in shapes.items()}
+    vaes = {"the model": load_model(args.model).vae} if args.model else untrained
     return [
         timing
         for name, vae in vaes.items()
@@ -236,29 +234,22 @@ def run_job(args: argparse.Namespace, name: str, *more: str, watch: bool = False
     out = scratch(args, name)
     command = [sys.executable, str(JOBS / "explain_all.py"), "--dataset", args.dataset, "--split", args.split]
     command += ["--data", args.data] if args.data else []
+    command += ["--columns", *args.columns] if args.columns else []
     command += ["--model", args.model, "--out", out, "--no-report", *more]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak: list[int] = [0]
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.5):
-            peak[0] = max(peak[0], proportional_bytes(process.pid))
-
-    watcher = threading.Thread(target=look)
-    if watch:
-        watcher.start()
-    said, _ = process.communicate()
-    over.set()
-    if watch:
-        watcher.join()
+    said, peak = None, 0
+    while said is None:
+        try:
+            said, _ = process.communicate(timeout=0.5 if watch else None)
+        except subprocess.TimeoutExpired:
+            peak = max(peak, proportional_bytes(process.pid))
     if process.returncode:
         raise ValueError(f"{' '.join(command)} ended with {process.returncode}: {said[-1000:]}")
     summary = json.loads(Path(out, "summary.json").read_text())
     shutil.rmtree(out)
     keys = ("images", "pairs", "mean_steps", "seconds", "seconds_by_stage", "engines")
-    return {"wall_seconds": time.perf_counter() - start, **{key: summary[key] for key in keys}, "peak_bytes": peak[0]}
+    return {"wall_seconds": time.perf_counter() - start, **{key: summary[key] for key in keys}, "peak_bytes": peak}
 
 
 def measure_job(args: argparse.Namespace) -> dict[str, Any]:
@@ -315,63 +306,52 @@ def table(found: dict[str, Any]) -> str:
     where = f"{of['cpu']}, {of['threads']} of {of['cores']} cores" + (f", {of['gpu']}" if of["gpu"] else "")
     lines = [f"{where}; Python {of['python']}, torch {of['torch']}; median of {of['repeats']}.", ""]
     if goals := list(goals_of(found)):
-        lines += ["| goal | asked | found | |", "|---|---|---|---|"]
-        lines += [
-            f"| {what} | {asked} | {value} | {'reached' if ok else 'missed'} |" for what, asked, value, ok in goals
-        ]
-        lines.append("")
+        rows = [f"{what} | {asked} | {value} | {'reached' if ok else 'missed'}" for what, asked, value, ok in goals]
+        lines += lines_of_table("goal | asked | found |", rows)
     for case in found.get("search", []):
         sizes = "-".join(map(str, case["sizes"]))
         steps = next(iter(case["engines"].values()), {"mean_steps": math.nan})
         steps = case["engines"].get("native", steps)["mean_steps"]
         cost = f"{case['kflop_per_step']:.0f} kFLOP a step, {steps:.0f} steps a search"
-        lines.append(f"Search, {case['name']}: M = {case['members']}, {sizes}, {cost}")
-        lines += ["", "| engine | searches/s | search-steps/s | GFLOP/s | of its limit |", "|---|---|---|---|---|"]
-        for name, run in case["engines"].items():
-            lines.append(
-                f"| {name} | {number(run['searches_per_second'])} | {number(run['search_steps_per_second'])} "
-                f"| {number(run['gflops'])} | {100 * run['share_of_limit']:.1f} % |"
-            )
-        lines += [f"| {name} | FAILED | {error} | | |" for name, error in case["failed"].items()]
-        lines.append("")
+        lines += [f"Search, {case['name']}: M = {case['members']}, {sizes}, {cost}", ""]
+        rows = [
+            f"{name} | {number(run['searches_per_second'])} | {number(run['search_steps_per_second'])} "
+            f"| {number(run['gflops'])} | {100 * run['share_of_limit']:.1f} %"
+            for name, run in case["engines"].items()
+        ]
+        rows += [f"{name} | FAILED | {error} | |" for name, error in case["failed"].items()]
+        lines += lines_of_table("engine | searches/s | search-steps/s | GFLOP/s | of its limit", rows)
     if "checks" in found:
-        lines += ["| engine against plain | rows | same steps | codes within 1e-4 | |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {check['engine']}, {check['device']}, {check['case']}, {check['variant']} | {check['rows']} "
+        rows = [
+            f"{check['engine']}, {check['device']}, {check['case']}, {check['variant']} | {check['rows']} "
             f"| {check['same_steps']:.2%} "
-            f"| {check['codes_within_1e-4']:.2%} | {'agrees' if check['ok'] else check.get('error', 'DIFFERS')} |"
+            f"| {check['codes_within_1e-4']:.2%} | {'agrees' if check['ok'] else check.get('error', 'DIFFERS')}"
             for check in found["checks"]
         ]
-        lines.append("")
+        lines += lines_of_table("engine against plain | rows | same steps | codes within 1e-4 |", rows)
     if "networks" in found:
-        lines += [
-            "| network | images/s | against PyTorch | of gemm | largest difference | |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {run['work']}, {run['device']}, {run['network']}, {run['precision']} "
+        rows = [
+            f"{run['work']}, {run['device']}, {run['network']}, {run['precision']} "
             f"| {number(run['rows_per_second'])} | {run['ratio_to_pytorch']:.2f} x "
             f"| {run['share_of_gemm']:.0%} | {run['largest_difference']:.1e} "
-            f"| {'within tolerance' if run['ok'] else 'DIFFERS'} |"
+            f"| {'within tolerance' if run['ok'] else 'DIFFERS'}"
             for run in found["networks"]
         ]
-        lines.append("")
+        lines += lines_of_table("network | images/s | against PyTorch | of gemm | largest difference |", rows)
     if "stages" in found:
         run = found["stages"]
         lines += [f"Stages in one process, {run['images']} images, {run['pairs']} pairs, {run['seconds']:.1f} s:", ""]
-        lines += ["| stage | seconds | pairs/s |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {spent:.2f} | {number(run['pairs'] / max(spent, 1e-9))} |"
-            for name, spent in run["seconds_by_stage"].items()
-        ]
-        lines.append("")
+        seconds = run["seconds_by_stage"].items()
+        rows = [f"{name} | {spent:.2f} | {number(run['pairs'] / max(spent, 1e-9))}" for name, spent in seconds]
+        lines += lines_of_table("stage | seconds | pairs/s", rows)
     if "job" in found:
-        lines += ["| job | pairs | seconds | of it start-up |", "|---|---|---|---|"]
-        for name in ("as_planned", "one_actor", "two_actors"):
-            if run := found["job"].get(name):
-                startup = found["job"]["startup_seconds"]
-                lines.append(f"| {name.replace('_', ' ')} | {run['pairs']} | {run['seconds']:.1f} | {startup:.1f} |")
-        lines.append("")
+        startup = found["job"]["startup_seconds"]
+        rows = [
+            f"{name.replace('_', ' ')} | {run['pairs']} | {run['seconds']:.1f} | {startup:.1f}"
+            for name in ("as_planned", "one_actor", "two_actors")
+            if (run := found["job"].get(name))
+        ]
+        lines += lines_of_table("job | pairs | seconds | of it start-up", rows)
     for run in found.get("memory", {}).get("runs", []):
         lines.append(f"Peak memory of {run['images']} images: {run['peak_bytes'] / 1e6:.0f} MB.")
     if "training" in found:
@@ -385,6 +365,11 @@ def table(found: dict[str, Any]) -> str:
     for device, can in found.get("machine", {}).items():
         lines.append(f"{device}: " + ", ".join(f"{name} {number(value)}" for name, value in can.items()) + ".")
     return "\n".join(lines) + "\n"
+
+
+def lines_of_table(head: str, rows: Sequence[str]) -> list[str]:
+    """A Markdown table of a head and rows, the cells of each divided by bars; an empty line ends it."""
+    return [f"| {head} |", "|" + "---|" * (head.count("|") + 1), *(f"| {row} |" for row in rows), ""]
 
 
 def goals_of(found: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:

@@ -209,6 +209,27 @@ def test_memory_is_summed_over_a_process_and_its_children(benchmark: ModuleType)
     assert benchmark.proportional_bytes(os.getpid()) > 10_000_000
 
 
+def test_job_of_the_benchmark_gets_the_flags_of_the_data_and_its_memory_is_watched(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "explain_all.py"
+    command.write_text(
+        "import json, pathlib, sys, time\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.mkdir(parents=True)\n"
+        "names = ('images', 'pairs', 'mean_steps', 'seconds', 'seconds_by_stage')\n"
+        "(out / 'summary.json').write_text(json.dumps(dict.fromkeys(names) | {'engines': sys.argv[1:]}))\n"
+        "time.sleep(1.5)\n"
+    )
+    monkeypatch.setattr(benchmark, "JOBS", tmp_path)
+    given = ["--data", "mine", "--columns", "image=img", "label=kind", "--model", "m", "--out", str(tmp_path)]
+    args = benchmark.new_parser().parse_args(given)
+    found = benchmark.run_job(args, "few", "--limit", "3", watch=True)
+    assert found["engines"][4:9] == ["--data", "mine", "--columns", "image=img", "label=kind"]
+    assert found["peak_bytes"] > 1_000_000 and found["wall_seconds"] > 1
+    assert benchmark.run_job(args, "few", "--limit", "3")["peak_bytes"] == 0
+
+
 def test_goals_are_judged_by_what_was_found(benchmark: ModuleType) -> None:
     run = {"images": 10, "pairs": 90_000, "seconds": 75.0}
     found = {
