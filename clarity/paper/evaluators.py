@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clarity import storage
 from clarity.judges import build_judge, in_batches, predict_probs
+from clarity.model import load_tensors, save_tensors
 from clarity.training.evaluate import accuracies
 from clarity.training.judge import JudgeTraining, fit, train_judge
 
@@ -145,8 +144,7 @@ def reconstruct(autoencoders: nn.ModuleList, which: np.ndarray, images: np.ndarr
 
 def save_judges(judges: Judges, uri: str) -> None:
     """Writes the weights, and last the names and the card in JUDGES_JSON."""
-    weights = save_tensors({name: value.contiguous() for name, value in judges.state_dict().items()})
-    storage.write_bytes(storage.join(uri, JUDGES_FILE), weights)
+    save_tensors(storage.join(uri, JUDGES_FILE), judges.state_dict())
     names = ("image_shape", "class_names", "attributes", "card")
     storage.write_json(storage.join(uri, JUDGES_JSON), {name: getattr(judges, name) for name in names})
 
@@ -159,6 +157,6 @@ def load_judges(uri: str) -> Judges:
         raise ValueError(f"judges: expected {JUDGES_JSON} in {shown}, found none: left out, they are trained")
     content = storage.read_json(path)
     judges = Judges(tuple(content["image_shape"]), content["class_names"], content["attributes"])
-    judges.load_state_dict(load_tensors(storage.read_bytes(storage.join(uri, JUDGES_FILE))))
+    judges.load_state_dict(load_tensors(storage.join(uri, JUDGES_FILE)))
     judges.card = content["card"]
     return judges
