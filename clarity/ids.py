@@ -35,7 +35,7 @@ def sample(image_ids: Sequence[str], count: int) -> list[int]:
     return sorted(sorted(range(len(numbers)), key=numbers.__getitem__)[:count])
 
 
-def noise(image_ids: Sequence[str], dim: int) -> np.ndarray:
+def noise(image_ids: Sequence[str] | np.ndarray, dim: int) -> np.ndarray:
     """Standard normal noise (B, dim) float32; each row is a function of its image id (Box-Muller)."""
     pairs = (dim + 1) // 2
     stream = b"".join(hashlib.shake_256(f"noise:0:{name}".encode()).digest(16 * pairs) for name in image_ids)

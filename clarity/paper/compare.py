@@ -52,7 +52,7 @@ NAMES = {
 class Images:
     """Evaluated images with what the model makes of them."""
 
-    ids: list[str]
+    ids: np.ndarray  # (B,), text
     x: np.ndarray  # (B, C, H, W) uint8
     z: np.ndarray  # (B, D)
     log_var: np.ndarray
@@ -109,17 +109,18 @@ def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: in
     storage.write_bytes(uri, to_parquet(table.replace_schema_metadata({b"clarity.key": key})))
 
 
-def encode_images(model: Model, ids: list[str], x: np.ndarray, label: np.ndarray) -> Images:
+def encode_images(model: Model, ids: Sequence[str], x: np.ndarray, label: np.ndarray) -> Images:
     """Encode, reconstruct and classify images, row by row as the audit does."""
     z, log_var = encode_pixels(model.vae, torch.from_numpy(x))
     reconstruction = quantise(decode_rows(model.decoder, z))
     probs = mean_probs(logits_rows(model.ensemble, z))
-    return Images(ids, x, z.numpy(), log_var.numpy(), reconstruction, probs.argmax(1), label, probs.max(1))
+    source, certainty = probs.argmax(1), probs.max(1)
+    return Images(np.array(ids), x, z.numpy(), log_var.numpy(), reconstruction, source, label, certainty)
 
 
 def pairs_of(model: Model, images: Images, of: np.ndarray, target: np.ndarray) -> Pairs:
     """Search pairs: ``of`` names the images, ``target`` what each is to become."""
-    draws = noise([images.ids[index] for index in of], model.latent_dim)
+    draws = noise(images.ids[of], model.latent_dim)
     arrays = (images.x[of].astype(np.float32) / 255, images.z[of], images.log_var[of], draws, target.astype(np.int64))
     return Pairs(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
@@ -180,13 +181,13 @@ def members_of(model: Model, method: str) -> int:
 
 def common_images(results: Sequence[Results], most: int | None = None) -> set[str]:
     """Ids of the images that all results answer for; of more than ``most`` of them some, drawn from their ids."""
-    ids = set.intersection(*({found.images.ids[b] for b in np.unique(found.of)} for found in results))
+    ids = set.intersection(*(set(found.images.ids[np.unique(found.of)].tolist()) for found in results))
     return set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:most])
 
 
 def restrict(results: Results, ids: set[str]) -> Results:
     """The part of some results that is about the images with these ids."""
-    kept = np.isin(np.array(results.images.ids)[results.of], list(ids))
+    kept = np.isin(results.images.ids[results.of], list(ids))
     if kept.all():
         return results
     return replace(
@@ -207,7 +208,7 @@ def control_results(name: str, like: Results, model: Model, real: metrics.Realit
         x_cf = images.reconstruction[of]
     else:
         # The share of normal numbers below a draw is uniform, and depends on the pair alone.
-        draws = torch.from_numpy(noise([f"{images.ids[index]} {k}" for index, k in zip(of, target)], 1)[:, 0])
+        draws = torch.from_numpy(noise([f"{name} {k}" for name, k in zip(images.ids[of], target)], 1)[:, 0])
         x_cf = np.zeros((len(of), *images.x.shape[1:]), np.uint8)
         for p, (share, k) in enumerate(zip(torch.special.ndtr(draws).tolist(), target)):
             pool = real.images[k]
@@ -254,7 +255,7 @@ def reencoded(
 
 def score(results: Results, jury: Judges, real: metrics.Reality, out: str, chosen: set[str]) -> pa.Table:
     """One row for each pair with every metric (COUT for ``chosen`` ids); kept in pieces under ``judged/``."""
-    images, names = results.images, np.array(results.images.ids)[results.of]
+    images, names = results.images, results.images.ids[results.of]
     swapped = np.isin(names, list(chosen))
     depends = [VERSION, jury.fingerprint, digest(real.features)]
     pieces = []
@@ -312,7 +313,7 @@ def attribute_table(results: Results, jury: Judges) -> pa.Table:
     probs = {name: found[results.of] for name, found in before.items()} | {"prob_final": seen(results.x_cf)}
     return pa.table(
         {
-            "image_id": pa.array(np.repeat(np.array(results.images.ids)[results.of], len(stay))),
+            "image_id": pa.array(np.repeat(results.images.ids[results.of], len(stay))),
             "target": pa.array(np.repeat(results.target.astype(np.int32), len(stay))),
             "attribute": pa.array(np.tile(np.array(jury.attributes)[stay], len(results.of))),
             **{name: pa.array(found.astype(np.float32).ravel()) for name, found in probs.items()},

@@ -80,7 +80,7 @@ class Bench:
         return compare.results_of_audit(self.model, method, str(root / "audits" / method))
 
     def score(self, results: compare.Results, chosen: set[str] | None = None) -> pa.Table:
-        chosen = set(results.images.ids) if chosen is None else chosen
+        chosen = set(results.images.ids.tolist()) if chosen is None else chosen
         return compare.score(results, self.judges, self.real, self.out, chosen)
 
 
@@ -121,7 +121,7 @@ def test_results_of_an_audit_are_what_it_holds(bench: Bench, root: Path) -> None
         found = bench.results(root, method)
         table = read_audit(root / "audits" / method).counterfactuals.to_table()
         assert len(found.of) == len(table) == COUNT * 9
-        assert [found.images.ids[b] for b in found.of] == table["image_id"].to_pylist()
+        assert found.images.ids[found.of].tolist() == table["image_id"].to_pylist()
         assert np.array_equal(found.images.source[found.of], table["source"].to_numpy())
         assert np.array_equal(found.columns["steps"], table["steps"].to_numpy())
         members = {"clarity": 3, "fgsm": 1, "revise": 1}[method]
@@ -151,7 +151,7 @@ def test_attributes_of_an_audit_are_what_the_net_sees(bench: Bench, root: Path) 
     table = compare.attribute_table(found, bench.judges)
     assert table.num_rows == 2 * len(found.of) and set(table["attribute"].to_pylist()) == {"smiling", "young"}
     row = {name: values[5] for name, values in table.to_pydict().items()}  # of the third pair
-    index = found.images.ids.index(row["image_id"])
+    index = found.images.row[row["image_id"]]
     assert row["attribute"] == "young" and found.of[2] == index and row["target"] == found.target[2]
     for name, image in (
         ("prob_image", found.images.x[index]),
@@ -199,7 +199,7 @@ def test_methods_are_compared_on_the_images_that_all_answer_for(bench: Bench, ro
     some = compare.common_images([wide, wide], 4)
     assert len(some) == 4 and some < set(ids)
     swap = bench.score(wide, some)["cout"].to_numpy()
-    assert np.array_equal(np.isnan(swap), ~np.isin(np.array(ids)[wide.of], list(some)))
+    assert np.array_equal(np.isnan(swap), ~np.isin(ids[wide.of], list(some)))
 
 
 def test_grids_show_images_that_all_methods_answer_for(bench: Bench, root: Path) -> None:
@@ -229,7 +229,7 @@ def test_judged_rows_are_kept_until_something_changes(bench: Bench, root: Path, 
 def test_outside_images_are_judged_in_the_same_table(bench: Bench, root: Path, tmp_path: Path) -> None:
     like = bench.results(root, "clarity")
     chosen = np.arange(0, len(like.of), 5)
-    ids = [like.images.ids[like.of[p]] for p in chosen] + ["nobody"]
+    ids = [*like.images.ids[like.of[chosen]], "nobody"]
     target = [str(k) for k in (*like.target[chosen], 3)]
     pixels = np.concatenate([like.x_cf[chosen], like.x_cf[:1]])
     uri = tmp_path / "theirs.npz"
