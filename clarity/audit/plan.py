@@ -84,10 +84,8 @@ class Plan:
         return list(self.checks.get("keep", []))
 
     @property
-    def thresholds(self) -> tuple[float, float] | None:
-        """The smallest and the largest threshold of the classes; None where the method has none."""
-        if "min_target_prob" not in self.config:
-            return None
+    def thresholds(self) -> tuple[float, float]:
+        """The smallest and the largest threshold of the classes."""
         found = self.checks.get("min_target_probs", [self.config["min_target_prob"]])
         return min(found), max(found)
 

@@ -308,12 +308,10 @@ def text_column(uri: str, name: str, column: pa.ChunkedArray) -> pa.Array:
 
 def attribute_column(uri: str, name: str, column: pa.ChunkedArray) -> pa.Array:
     """A column of integers or booleans, as it is."""
-    array, found = column.combine_chunks(), column.type
-    if pa.types.is_dictionary(found):
-        array = array.cast(found.value_type)
-    if not (pa.types.is_integer(array.type) or pa.types.is_boolean(array.type) or pa.types.is_null(array.type)):
-        raise ValueError(f"expected a column {name} of integers in {storage.display(uri)}, found {found}: convert it")
-    return array
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"expected a column {name} of integers in {storage.display(uri)}, found {kind}: convert it")
+    return column.combine_chunks()
 
 
 def read_parquet(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]]:
