@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from clarity import judges
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
-from clarity.methods import METHODS, Pairs
+from clarity.methods import METHODS, Pairs, require_image_ensemble
 from clarity.model import Model
 from clarity.paper import metrics
 from clarity.paper.compare import NAMES, Images, first_pairs, pairs_of, parts
@@ -129,11 +129,8 @@ def gradient_measures(model: Model, images: Images, count: int = 90) -> dict[str
     latent = model.ensemble.select(range(members))
     out = {"latent classifiers": metrics.gradient_spread(member_gradients(latent, z, wanted))}
     if image is not None:
-        image = image.select(range(members))
-        blocks = [
-            member_gradients(lambda code: image(model.vae.decode(code)), z[part], wanted[part])
-            for part in parts(len(z), 30)
-        ]
+        through_decoder = partial(decoded_logits, replace(model, image_ensemble=image.select(range(members))))
+        blocks = [member_gradients(through_decoder, z[part], wanted[part]) for part in parts(len(z), 30)]
         out["image classifiers"] = metrics.gradient_spread(np.concatenate(blocks, axis=1))
     return out
 
@@ -227,33 +224,46 @@ def time_steps(model: Model, config: SearchConfig, images: Images) -> list[dict[
         pairs = pairs_of(model, images, *first_pairs(images, batch, model.num_classes))
         for fast, slow, count in (("latent", "revise", 1), ("clarity", "revise_e", members)):
             latent, image = model.ensemble.select(range(count)), ensemble.select(range(count))
+            same = replace(model, ensemble=latent, image_ensemble=image)
             about = {"fast": fast, "slow": slow, "members": count, "pairs": len(pairs)}
-
-            def through_decoder(z: Tensor, image: ImageEnsemble = image) -> Tensor:
-                return image(model.vae.decode(z))
-
-            works = {
-                "autograd": gradient_work(latent, pairs.z, pairs.target),
-                slow: gradient_work(through_decoder, pairs.z, pairs.target),
+            tasks = {
+                "autograd": partial(take_gradient, latent, pairs),
+                slow: partial(take_gradient, partial(decoded_logits, same), pairs),
             }
-            rows += compare_works({"kind": "gradient", **about}, works)
+            rows += compare_times({"kind": "gradient", **about}, tasks)
             if batch == 1:
                 continue
-            same = replace(model, ensemble=latent, image_ensemble=image)
-
-            def search(method: str, engine: str, same: Model = same, pairs: Pairs = pairs) -> int:
-                return int(METHODS[method].search(same, pairs, long, engine=engine).steps.sum())
-
             chosen = METHODS[fast].search(same, pairs, replace(long, max_steps=0)).engine
-            works = {engine: partial(search, fast, engine) for engine in dict.fromkeys((chosen, "plain"))}
-            rows += compare_works({"kind": "search", **about}, {**works, slow: partial(search, slow, "auto")})
+            engines = dict.fromkeys((chosen, "plain"))
+            tasks = {engine: partial(count_updates, same, fast, pairs, long, engine) for engine in engines}
+            tasks[slow] = partial(count_updates, same, slow, pairs, long, "auto")
+            rows += compare_times({"kind": "search", **about}, tasks)
     return rows
 
 
-def compare_works(about: Mapping[str, Any], works: Mapping[str, Callable[[], int]]) -> list[dict[str, Any]]:
-    """One row for each work but the last, timed against the last."""
-    seconds = seconds_in_turns(works)
-    *engines, last = works
+def decoded_logits(model: Model, z: Tensor) -> Tensor:
+    """Logits (M, B, K) of the image ensemble at decoded codes z (B, D)."""
+    return require_image_ensemble(model)(model.vae.decode(z))
+
+
+def take_gradient(logits_of: Callable[[Tensor], Tensor], pairs: Pairs) -> int:
+    """Take one gradient of the mean cross-entropy over members with respect to the codes."""
+    point = pairs.z.detach().requires_grad_()
+    logits = logits_of(point)
+    loss = F.cross_entropy(logits.flatten(0, 1), pairs.target.repeat(len(logits)), reduction="sum") / len(logits)
+    torch.autograd.grad(loss, point)
+    return 1
+
+
+def count_updates(model: Model, method: str, pairs: Pairs, config: SearchConfig, engine: str) -> int:
+    """Updates of a search."""
+    return int(METHODS[method].search(model, pairs, config, engine=engine).steps.sum())
+
+
+def compare_times(about: Mapping[str, Any], tasks: Mapping[str, Callable[[], int]]) -> list[dict[str, Any]]:
+    """One row for each task but the last, timed against the last."""
+    seconds = seconds_in_turns(tasks)
+    *engines, last = tasks
     rows = []
     for engine in engines:
         ratios = seconds[last] / seconds[engine]
@@ -263,34 +273,21 @@ def compare_works(about: Mapping[str, Any], works: Mapping[str, Callable[[], int
     return rows
 
 
-def gradient_work(logits_of: Callable[[Tensor], Tensor], z: Tensor, target: Tensor) -> Callable[[], int]:
-    """One gradient of the mean cross-entropy over members with respect to codes z (B, D), as work."""
-    point = z.detach().clone().requires_grad_()
-
-    def gradient() -> int:
-        logits = logits_of(point)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum") / len(logits)
-        torch.autograd.grad(loss, point)
-        return 1
-
-    return gradient
-
-
 def seconds_in_turns(
-    works: Mapping[str, Callable[[], int]], *, repeats: int = 7, at_least: float = 0.1
+    tasks: Mapping[str, Callable[[], int]], *, repeats: int = 7, at_least: float = 0.1
 ) -> dict[str, np.ndarray]:
-    """Seconds of one unit of each work, (``repeats``,); a work returns how many units it has done.
+    """Seconds of one unit of each task, (``repeats``,); a task returns how many units it has done.
 
     In each repeat all have their turn of ``at_least`` seconds, so that what else the machine does meets all of them.
     """
-    for work in works.values():
-        work()  # what the first call alone costs
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for task in tasks.values():
+        task()  # what the first call alone costs
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):
-        for name, work in works.items():
+        for name, task in tasks.items():
             units, begin = 0, time.perf_counter()
             while (spent := time.perf_counter() - begin) < at_least:
-                units += work()
+                units += task()
             seconds[name].append(spent / units)
     return {name: np.array(values) for name, values in seconds.items()}
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 #: Part of what scored rows depend on: raise it when a metric changes.
 VERSION = 1
-#: Images for which controls answer and COUT, the slowest metric, is taken, at most.
+#: The most images of the control rows and of COUT, the slowest metric.
 CHOSEN_IMAGES = 1000
 #: Rows of the table beside the methods: the image itself, decode(z) of it, a random training image of the target.
 CONTROLS = ("original", "reconstruction", "real image")

@@ -22,7 +22,7 @@ JUDGES_FILE, JUDGES_JSON = "judges.safetensors", "judges.json"
 
 
 class AutoEncoder(nn.Module):
-    """An autoencoder of IM1 and IM2, narrow on purpose: one that draws every class says nothing about one of them."""
+    """An autoencoder of IM1 and IM2, with a code too small to reconstruct classes that it was not trained on."""
 
     def __init__(self, image_shape: tuple[int, int, int], code_dim: int) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ def train_judges(
     if (counts == 0).any():
         raise ValueError(f"every class needs training images for its judges, got counts {counts.tolist()}")
 
-    def redrawn(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+    def squared_error(net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         return F.mse_loss(net(x).float(), x)
 
     yield from train_judge(judges.oracle, images, labels, config, "oracle")
     known, shorter = np.flatnonzero(labels >= 0), replace(config, updates=max(200, config.updates // 3))
     groups = {name: np.flatnonzero(labels == k) for k, name in enumerate(judges.class_names)}
     for net, (name, rows) in zip(judges.autoencoders, [*groups.items(), ("all", known)]):
-        yield from fit(f"autoencoder {name}", net, images, rows, shorter, redrawn)
+        yield from fit(f"autoencoder {name}", net, images, rows, shorter, squared_error)
     if judges.attribute_net is not None:
         yield from train_judge(judges.attribute_net, images, attributes, config, "attributes")
     judges.card |= {"training": asdict(config), "num_images": len(images), "num_labelled": len(known)}
