@@ -381,7 +381,11 @@ def work(config: dict[str, Any]) -> None:
         wrap=ray.train.torch.prepare_model,
         log=config["log"],
     )
-    run_stages(config["plan"], config["stages"], worker)
+    try:
+        run_stages(config["plan"], config["stages"], worker)
+    except ValueError as error:
+        config["log"](error)
+        raise
 
 
 def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
@@ -395,15 +399,21 @@ def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
 
 @contextmanager
 def progress() -> Iterator[Queue]:
-    """A queue for the workers to speak through; what they report is printed while the block runs."""
+    """A queue for the workers to speak through; what they report is printed while the block runs.
+
+    A ValueError that a worker reports is raised where the training fails: the same command would not resume it.
+    """
     driver.interruptible()
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue, failed, wrong = Queue(actor_options={"num_cpus": 0}), None, list[ValueError]()
 
     def listen() -> None:
         # The queue's end is told by whoever ended it; the training goes on without.
         with suppress(ray.exceptions.RayError):
             for line in iter(queue.get, None):
-                print(line, flush=True)
+                if isinstance(line, ValueError):
+                    wrong.append(line)
+                else:
+                    print(line, flush=True)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
@@ -411,10 +421,14 @@ def progress() -> Iterator[Queue]:
         yield queue
     except SystemExit:  # Ray Train's answer to Ctrl-C; it would give exit code 0
         raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        failed = error
     finally:
         with suppress(ray.exceptions.RayError):
             queue.put(None)
         listener.join(10)
+    if failed is not None:
+        raise [failed, *wrong][-1] from None
 
 
 if __name__ == "__main__":

@@ -198,9 +198,9 @@ def run_epochs(
         first = first or means["loss"]
         if not math.isfinite(means["loss"]) or means["loss"] > DIVERGED * first:
             what = {VAE: "VAE", VAEWithHeads: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
+            before = f", {first:.4g} after the first" if epoch else ""
             raise ValueError(
-                f"the {what}'s loss is {means['loss']:.4g} after epoch {epoch + 1}, in its first {first:.4g}: lower "
-                "its learning_rate"
+                f"the {what}'s loss is {means['loss']:.4g} after epoch {epoch + 1}{before}: lower its learning_rate"
             )
         yield Epoch(epoch + 1, total, means, partial(checkpoint, network, adam, epoch + 1))
 

@@ -16,6 +16,7 @@ import pytest
 from bars import files_of, write_bars
 from pictures import write_shapes
 from predictors import write_onnx
+from ray.train import TrainingFailedError
 
 import clarity
 from clarity.predictor import load_predictor
@@ -121,6 +122,17 @@ def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(
     found = clarity.read_audit(audit)
     assert found.counterfactuals.count_rows() == 2 * found.codes.count_rows() > 0
     assert (audit / "report.html").exists()
+
+
+def test_what_a_worker_calls_wrong_is_raised_where_the_training_fails(job: Any, ray_local: Any) -> None:
+    wrong = ValueError("the VAE's loss is nan: lower its learning_rate")
+    with job.progress() as lines:
+        lines.put(wrong)  # and the next attempt ends well
+    with pytest.raises(TrainingFailedError), job.progress():
+        raise TrainingFailedError("a worker died")
+    with pytest.raises(ValueError, match="lower its learning_rate"), job.progress() as lines:
+        lines.put(wrong)
+        raise TrainingFailedError("a worker raised it")
 
 
 def test_workers_of_a_training_keep_the_working_directory(
