@@ -86,6 +86,16 @@ def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | N
     return tuple(sorted(found))
 
 
+def require_readable(dataset: data.Dataset, listing: pa.Table, preprocessing: Preprocessing) -> None:
+    """Raise ValueError if none of LOOKED_AT images can be read; of fewer, the audit's rows say why they cannot."""
+    if len(listing) <= LOOKED_AT:
+        return
+    rows = np.linspace(0, len(listing) - 1, LOOKED_AT).astype(int)
+    reasons = data.read_images(dataset, listing.take(rows), preprocessing)["error"]
+    if not reasons.null_count:
+        raise ValueError(f"data: expected images, found none that can be read among {LOOKED_AT}: {reasons[0]}")
+
+
 def make_plan(
     model: Model,
     dataset: data.Dataset,
@@ -105,8 +115,11 @@ def make_plan(
 
     ``checks`` are those of ``make_checks``. Where the model has folds, each image of the training split is explained by
     the ensemble of the fold that has not seen it.
+
+    ValueError: what is asked for does not fit the model, or none of many images can be read.
     """
     ensemble_of(model, method)  # or ValueError
+    require_readable(dataset, listing, model.preprocessing)
     if trace < 0:
         raise ValueError(f"trace: expected at least 0 images, got {trace}")
     checks = dict(checks or {})
@@ -204,15 +217,7 @@ def make_checks(
 def describe_inputs(
     model: Model, plan: Plan, predictor: Predictor | None, dataset: data.Dataset, listing: pa.Table
 ) -> str:
-    """What a run says, before it starts, of labels, thresholds, kept attributes and a predictor: a line each.
-
-    ValueError: there are many images, and none of LOOKED_AT of them can be read.
-    """
-    if len(listing) > LOOKED_AT:
-        rows = np.linspace(0, len(listing) - 1, LOOKED_AT).astype(int)
-        reasons = data.read_images(dataset, listing.take(rows), model.preprocessing)["error"]
-        if not reasons.null_count:
-            raise ValueError(f"data: expected images, found none that can be read among {LOOKED_AT}: {reasons[0]}")
+    """What a run says, before it starts, of labels, thresholds, kept attributes and a predictor: a line each."""
     names, told = listing["label_name"].drop_null(), []
     if len(names) and not pc.any(pc.is_in(names, pa.array(model.class_names))).as_py():
         told.append(f"WARNING    {describe_foreign_labels(len(names), plan)}")

@@ -158,13 +158,12 @@ def test_a_run_of_many_images_of_which_none_can_be_read_is_refused(model: Model,
         (tmp_path / "ant" / f"{number}.png").write_bytes(LFS_POINTER)
     dataset = data.open_dataset("folder", tmp_path, "all")
     listing = data.list_images(dataset)
-    plan = make_plan(model, dataset, listing, method="clarity", config=CONFIG)
     with pytest.raises(ValueError, match=r"data: expected images, found none .* among 64: .*git lfs pull"):
-        describe_inputs(model, plan, None, dataset, listing)
-    few = listing.slice(0, 64)
-    assert describe_inputs(model, plan, None, dataset, few) == "", "of few the run itself says why"
+        make_plan(model, dataset, listing, method="clarity", config=CONFIG)
+    few = make_plan(model, dataset, listing.slice(0, 64), method="clarity", config=CONFIG)
+    assert few.num_images == 64, "of few the run itself says why"
     (tmp_path / "ant" / "0.png").write_bytes(encode_png(np.zeros((1, *model.image_shape), np.uint8))[0])
-    assert describe_inputs(model, plan, None, dataset, listing) == ""
+    assert make_plan(model, dataset, listing, method="clarity", config=CONFIG).num_images == 66
 
 
 def test_shared_engine_is_the_fastest_that_every_machine_has() -> None:
