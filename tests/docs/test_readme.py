@@ -12,6 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from audits import fill
+
+from clarity.audit.commits import claim
+from clarity.planning import make_plan
+from clarity.search import SearchConfig
+from clarity.worker import Work
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -120,7 +126,7 @@ def test_readme_query_runs_on_an_audit(tmp_path: Path) -> None:
 
 
 def test_readme_notebook_runs_on_the_shipped_digits(
-    tiny_digits_model: Path, load_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_digits_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The block as it is printed, beside a model and an audit where the first command leaves them."""
     from PIL import Image
@@ -135,8 +141,10 @@ def test_readme_notebook_runs_on_the_shipped_digits(
     dataset = data.open_dataset("digits", None, "test")
     listing = data.list_images(dataset)
     listing = listing.filter(pc.is_in(listing["image_id"], pa.array([image_id, "test/0000"])))
-    load_job("shortcuts", "docs").explain(clarity.load(str(runs / "model")), dataset, listing, runs / "audit")
-    shutil.copytree(runs / "model", runs / "audit" / "model")
+    model = clarity.load(str(runs / "model"))
+    plan = make_plan(model, dataset, listing, method="clarity", config=SearchConfig())
+    with claim(str(runs / "audit"), plan, str(runs / "model")) as held:
+        fill(Work(held.uri, held.run, held.plan, dataset, model.preprocessing), listing)
     monkeypatch.chdir(tmp_path)
     made: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), made)
