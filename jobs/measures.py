@@ -168,14 +168,15 @@ def time_engines(
         seconds = time.perf_counter() - start
         if turn:  # the first turn warms up
             steps = (updates + count) / seconds  # a search of n updates evaluates its objective n + 1 times
-            speed = {
+            found = {
                 "searches_per_second": count / seconds,
                 "search_steps_per_second": steps,
                 "mean_steps": updates / count,
+                "gflops": steps * flop / 1e9,
+                "share_of_limit": steps * flop / 1e9 / peak,
+                "rows": count,
             }
-            runs[way].append(
-                speed | {"gflops": steps * flop / 1e9, "share_of_limit": steps * flop / 1e9 / peak, "rows": count}
-            )
+            runs[way].append(found)
     medians = {
         way: {key: statistics.median(run[key] for run in each) for key in each[0]}
         for way, each in runs.items()

@@ -80,11 +80,11 @@ def accuracies(model: Model, oracle: judges.JudgeNet, x: np.ndarray, label: np.n
     return out
 
 
-def curve_measures(model: Model, images: Images, segments: int = 100) -> dict[str, dict[str, float]]:
-    """Figures 5 and 7 over many segments between images of different classes, means over segments and members."""
+def curve_measures(model: Model, images: Images) -> dict[str, dict[str, float]]:
+    """Figures 5 and 7 over 100 segments between images of different classes, means over segments and members."""
     known = np.flatnonzero((images.label >= 0) & (images.label == images.source))
     pairs = zip(known.tolist(), np.roll(known, 1).tolist())
-    ends = [(a, b) for a, b in pairs if images.label[a] != images.label[b]][:segments]
+    ends = [(a, b) for a, b in pairs if images.label[a] != images.label[b]][:100]
     curves: dict[str, list[np.ndarray]] = {}
     for a, b in ends:
         for name, curve in segment_curves(model, images, a, b, 101).items():
@@ -118,9 +118,9 @@ def segment_curves(model: Model, images: Images, a: int, b: int, points: int = 2
     return curves
 
 
-def gradient_measures(model: Model, images: Images, count: int = 90) -> dict[str, dict[str, float]]:
-    """How much the members' gradients with respect to the code disagree, on the same codes and targets."""
-    of, target = first_pairs(images, count, model.num_classes)
+def gradient_measures(model: Model, images: Images) -> dict[str, dict[str, float]]:
+    """How much the members' gradients with respect to the code disagree, on the same 90 codes and targets."""
+    of, target = first_pairs(images, 90, model.num_classes)
     z, wanted = torch.from_numpy(images.z[of]), torch.from_numpy(target)
     image = model.image_ensemble
     members = min(each.config.num_members for each in (model.ensemble, image) if each is not None)
@@ -135,10 +135,10 @@ def gradient_measures(model: Model, images: Images, count: int = 90) -> dict[str
     return out
 
 
-def far_measures(model: Model, images: Images, draws: int = 200) -> list[dict[str, float]]:
-    """Mean epistemic uncertainty and certainty at random codes of growing norm, in units of the images' codes' norm."""
+def far_measures(model: Model, images: Images) -> list[dict[str, float]]:
+    """Mean epistemic uncertainty and certainty at 200 random codes of growing norm, in units of the images' codes'."""
     generator = torch.Generator().manual_seed(0)
-    direction = F.normalize(torch.randn(draws, model.latent_dim, generator=generator), dim=1)
+    direction = F.normalize(torch.randn(200, model.latent_dim, generator=generator), dim=1)
     norm = float(np.median(np.linalg.norm(images.z, axis=1)))
     out = []
     for radius in (1.0, 2.0, 4.0):
