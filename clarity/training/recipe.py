@@ -15,7 +15,7 @@ reconstruction loss is a sum over pixels, so that the weights of the other terms
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -286,21 +286,21 @@ class Trials:
         A short training tells which code suits, but not how long the step has to be: classes part, and counterfactuals
         get easier to reach and less often seen as their target, for as long as a VAE learns labels.
         """
-        short = min(VAE_UPDATES, long_updates(self.plan))
-        found: list[Trial] = []
-        for code in searched_codes(self.plan):
-            trial = self.of_code(code, short)
-            for step in searched_steps(self.plan):
-                found.append(trial(step, self.plan.ensemble.hidden))
-                yield found[-1]
+        plan, found = self.plan, list[Trial]()
+        steps = [(step, plan.ensemble.hidden) for step in searched_steps(plan)]
+        for code in searched_codes(plan):
+            for trial in self.of_code(code, min(VAE_UPDATES, long_updates(plan)), steps):
+                found.append(trial)
+                yield trial
         best = best_of(found)
-        code = replace(self.plan.vae, latent_dim=best.latent_dim, beta=best.beta, label_weight=best.label_weight)
-        trial = self.of_code(code, long_updates(self.plan))
-        for factor, hidden in further_settings(self.plan):
-            yield trial(round(best.adversarial_eps * factor, 3), hidden)
+        code = replace(plan.vae, latent_dim=best.latent_dim, beta=best.beta, label_weight=best.label_weight)
+        further = [(round(best.adversarial_eps * factor, 3), hidden) for factor, hidden in further_settings(plan)]
+        yield from self.of_code(code, long_updates(plan), further)
 
-    def of_code(self, config: VAEConfig, updates: int) -> Callable[[float, tuple[int, ...]], Trial]:
-        """Trains a VAE and encodes the images; a trial by the adversary's step and hidden layers."""
+    def of_code(
+        self, config: VAEConfig, updates: int, settings: Sequence[tuple[float, tuple[int, ...]]]
+    ) -> Iterator[Trial]:
+        """Trains a VAE; then a trial for each setting, the adversary's step and the hidden layers."""
         plan = self.plan
         training = replace(plan.vae_training, epochs=1, min_updates=updates)
         options: dict[str, Any] = {"device": self.device, "precision": plan.precision, "log": self.progress_of("VAE")}
@@ -313,7 +313,7 @@ class Trials:
         z, _ = encode_rows(vae, self.x)
         reconstructed = self.accuracy_of_judge(decode_rows(vae, z))
 
-        def trial(step: float, hidden: tuple[int, ...]) -> Trial:
+        for step, hidden in settings:
             started, code = time.monotonic(), (config.latent_dim, config.beta, config.label_weight)
             shape = EnsembleConfig(len(plan.class_names), config.latent_dim, hidden, MEMBERS)
             training = replace(plan.ensemble_training, epochs=1, min_updates=ENSEMBLE_UPDATES, adversarial_eps=step)
@@ -323,9 +323,7 @@ class Trials:
             reached, judged = judge_counterfactuals(model, self.x)
             accuracy = float((mean_probs(logits_rows(ensemble, z)).argmax(1) == self.truth).mean())
             seconds = round(time.monotonic() - started, 1)
-            return Trial(*code, step, hidden, updates, accuracy, reached, judged, reconstructed, seconds)
-
-        return trial
+            yield Trial(*code, step, hidden, updates, accuracy, reached, judged, reconstructed, seconds)
 
     def progress_of(self, network: str) -> Log:
         """Logs how far the training of a trial's network is."""
