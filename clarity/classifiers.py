@@ -61,13 +61,10 @@ class Ensemble(nn.Module, ABC):
 
     def select(self: Some, members: Sequence[int]) -> Some:
         """The ensemble of the members with these indices, in this order."""
-        total = self.config.num_members
-        if not len(members) or not all(0 <= m < total for m in members):
-            raise ValueError(f"members must be one or more of 0 ... {total - 1}, got {list(members)}")
         state = self.state_dict()
         for name, tensor in state.items():
             if tensor.ndim:
-                state[name] = tensor.unflatten(0, (total, -1))[list(members)].flatten(0, 1)
+                state[name] = tensor.unflatten(0, (self.config.num_members, -1))[list(members)].flatten(0, 1)
         chosen = self.like(len(members)).to(next(self.parameters()).device)
         chosen.load_state_dict(state)
         return chosen.train(self.training)

@@ -145,8 +145,7 @@ def training_flags() -> list[str]:
 
 def of_vaes(name: str) -> str:
     """The default of a field of VAEConfig in each architecture, for the help."""
-    default = next(field.default for field in dataclasses.fields(VAEConfig) if field.name == name)
-    return ", ".join(f"{key}: {entry.defaults.get(name, default)}" for key, entry in VAES.items())
+    return ", ".join(f"{key}: {entry.defaults.get(name, getattr(VAEConfig, name))}" for key, entry in VAES.items())
 
 
 def make_plan(args: argparse.Namespace) -> TrainingPlan:
@@ -226,10 +225,8 @@ def describe_costs(found: Sequence[Cost]) -> list[str]:
         networks = f"{cost.networks} x " if cost.networks > 1 else ""
         lines.append(f"{cost.part:<18} {f'{networks}{cost.updates} updates':>20}  {cost.seconds:8.0f} s")
     minutes = max(1, round(sum(cost.seconds for cost in found) / 60))
-    searched = any(cost.part.startswith("search") for cost in found)
-    left_out = "measuring and the trials' counterfactuals" if searched else "measuring"
     about = f"about {minutes} minute{'s' * (minutes > 1)} on one free core of this machine, less on several"
-    return [*lines, f"{about}; without {left_out}"]
+    return [*lines, f"{about}; without measuring and a search's counterfactuals"]
 
 
 def choose(plan: TrainingPlan) -> TrainingPlan:

@@ -44,11 +44,6 @@ class JudgeTraining:
     seed: int = 90210
     precision: str = "auto"
 
-    def __post_init__(self) -> None:
-        if self.updates < 1 or self.batch_size < 2:
-            raise ValueError(f"judges need updates of at least 1 and batches of at least 2, got {self}")
-        mixed_precision(self.precision, torch.device("cpu"))
-
     @classmethod
     def for_images(cls, count: int) -> "JudgeTraining":
         """The budget for ``count`` images: ten passes over them, within bounds."""

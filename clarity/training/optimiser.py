@@ -51,8 +51,7 @@ class Adam(torch.optim.Optimizer):
         root = math.sqrt(1 - BETA2**self.count)
         for parameter in self.named.values():
             gradient = parameter.grad
-            if gradient is None:
-                continue
+            assert gradient is not None
             first, second = self.state[parameter]["first"], self.state[parameter]["second"]
             first.mul_(BETA1).add_(gradient * (1 - BETA1))
             second.mul_(BETA2).add_(gradient.square().mul_(1 - BETA2))
