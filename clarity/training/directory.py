@@ -45,7 +45,7 @@ def begin(plan: TrainingPlan) -> bool:
     if card is None and (plan.vae.label_weight or plan.decoder == "sharp"):
         kept -= {"attributes"}  # which the guide learns
     if card is not None and not taught_alike(plan, found):
-        kept |= plan.asked.keys() | {"ensemble_training"}
+        kept |= plan.teachers.keys() | {"ensemble_training"}
     names = [name for name in dict.fromkeys([*wanted, *TEACHERS]) if name not in kept]
     there, here = (flatten({name: each.get(name) for name in names}) for each in (found, wanted))
     if different := [name for name in there | here if there.get(name) != here.get(name)]:
@@ -68,7 +68,7 @@ def begin(plan: TrainingPlan) -> bool:
 
 def taught_alike(plan: TrainingPlan, found: Mapping[str, Any]) -> bool:
     """Whether the ensembles of a described model learned from the same labels, predictor and audit as the plan's."""
-    return all(found.get(name) == plan.asked.get(name) for name in TEACHERS)
+    return all(found.get(name) == plan.teachers.get(name) for name in TEACHERS)
 
 
 def restore_checkpoints(plan: TrainingPlan, found: Mapping[str, Any]) -> None:

@@ -39,21 +39,21 @@ def original_probs(
 ) -> Tensor:
     """Probabilities (N, K) of images as the predictor sees the original files, NaN where it cannot read one."""
     if (theirs := predictor.sees(preprocessing)) == preprocessing:
-        return ask(predictor, images.pixels.numpy())
+        return pixel_probs(predictor, images.pixels.numpy())
     rows = listing.take(pc.index_in(pa.array(images.ids, pa.string()), value_set=listing["image_id"]))
     pixels, ids, _, _ = read_all(dataset, rows, theirs)
-    found = dict(zip(ids, ask(predictor, pixels)))
+    found = dict(zip(ids, pixel_probs(predictor, pixels)))
     missing = torch.full((len(predictor.class_names),), torch.nan)
     return torch.stack([found.get(image_id, missing) for image_id in images.ids])
 
 
 def code_probs(predictor: Predictor, vae: VAE, z: Tensor) -> Tensor:
     """Probabilities (B, K) of the images of codes (B, D), decoded to 8 bits."""
-    parts = [ask(predictor, quantise(decode_rows(vae, part))) for part in z.split(1024)]
+    parts = [pixel_probs(predictor, quantise(decode_rows(vae, part))) for part in z.split(1024)]
     return torch.cat(parts)
 
 
-def ask(predictor: Predictor, pixels: np.ndarray) -> Tensor:
+def pixel_probs(predictor: Predictor, pixels: np.ndarray) -> Tensor:
     """Probabilities of images uint8, with as many threads as torch has."""
     return torch.from_numpy(predictor.predict(pixels, torch.get_num_threads()))
 
@@ -67,7 +67,7 @@ def perturb(z: Tensor, generator: torch.Generator, copies: int = COPIES) -> Tens
     return repeated + step * (other - repeated) + NOISE * size * noise
 
 
-def single_codes(predictor: Predictor, vae: VAE, z: Tensor) -> dict[str, Tensor]:
+def point_codes(predictor: Predictor, vae: VAE, z: Tensor) -> dict[str, Tensor]:
     """Codes (B, D) with the probabilities of their decoded images, as fields of ``Codes``."""
     probs = code_probs(predictor, vae, z.to(vae.mean.weight.device))
     return {"mean": z, "log_var": torch.full_like(z, -torch.inf), "probs": probs}

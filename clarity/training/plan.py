@@ -56,7 +56,7 @@ class TrainingPlan:
     ``data`` describes the images for model.json; its fingerprint identifies the data set. ``searched`` names the values
     that ``training.recipe`` has still to choose, ``recipe`` is what it chose and why. ``precision``, like the device,
     may be another when a training is resumed. ``predictor`` is asked for the ensemble's targets, see ``distil``;
-    ``refit`` is an audit to learn from as well; ``asked`` holds the digests of both.
+    ``refit`` is an audit to learn from as well; ``teachers`` holds the digests of both.
     """
 
     out: str
@@ -81,7 +81,7 @@ class TrainingPlan:
     precision: str = "auto"
     predictor: Any = None
     refit: str | None = None
-    asked: dict[str, str] = field(default_factory=dict)
+    teachers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         mixed_precision(self.precision, torch.device("cpu"))
@@ -132,7 +132,7 @@ class TrainingPlan:
             "image_training": resolved(self.image_training, "labelled") if self.image_members else None,
             "num_folds": self.num_folds,
             "judge_updates": self.judge_training.updates if self.judge_training else 0,
-            **self.asked,
+            **self.teachers,
         }
         if self.attributes:
             description["attributes"] = list(self.attributes)
@@ -220,9 +220,9 @@ def plan_training(
         given["channels"] = channels_for(preprocessing.image_shape)
     vae = vae_config(architecture, preprocessing.image_shape, **given)
     data = describe_data(dataset, held_out, listing, class_names)
-    asked = {}
+    teachers = {}
     if loaded is not None:
-        asked["predictor"] = loaded.digest
+        teachers["predictor"] = loaded.digest
         data["codes"] = len(listing) * (1 + COPIES)
         if unknown := sorted(set(listing["label_name"].unique().drop_null().to_pylist()) - set(class_names)):
             data["remarks"].append(f"note: the predictor has no class {unknown[0]!r}: such a label counts as none")
@@ -230,7 +230,7 @@ def plan_training(
         if fields.get("image_members") and not data["labelled"]:
             raise ValueError("image_members: expected images with labels, which an image ensemble needs; found none")
     if refit is not None:
-        asked["refit"] = open_audit(refit, out, dataset, listing, class_names).plan.fingerprint
+        teachers["refit"] = open_audit(refit, out, dataset, listing, class_names).plan.fingerprint
     widths = EnsembleConfig.hidden if hidden is None else tuple(hidden)
     ensemble = EnsembleConfig(len(class_names), vae.latent_dim, widths, num_members)
     plan = TrainingPlan(
@@ -245,7 +245,7 @@ def plan_training(
         searched=tuple(searched),
         predictor=predictor,
         refit=refit,
-        asked=asked,
+        teachers=teachers,
         **fields,
     )
     return keep_extras(plan)

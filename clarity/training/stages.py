@@ -22,7 +22,7 @@ from clarity.judges import JudgeNet, build_judge
 from clarity.model import load_tensors, save_tensors
 from clarity.predictor import Predictor, load_predictor
 from clarity.report.text import counted
-from clarity.training.distil import COPIES, audit_codes, original_probs, perturb, single_codes
+from clarity.training.distil import COPIES, audit_codes, original_probs, perturb, point_codes
 from clarity.training.evaluate import LabelledImages, encode_pixels, evenly
 from clarity.training.guide import known_of, new_guide, train_guide
 from clarity.training.judge import JudgeTraining, log_updates, train_judge
@@ -186,20 +186,23 @@ def train_network(
     state = load_tensors(file) if storage.exists(file) else None
     epochs = partial(loop, state=state, device=worker.device, precision=plan.precision)
     if worker.rank:
-        follow(epochs, what)
+        run_loop(epochs, what)
         return
-    final = follow(epochs, what, worker.log, partial(save_tensors, file)) or state
+    final = run_loop(epochs, what, worker.log, partial(save_tensors, file)) or state
     assert final is not None
     save_finished(file, weights(final))
 
 
-def follow(
+def run_loop(
     loop: Callable[..., Iterator[Epoch]],
     what: str,
     log: Log = lambda line: None,
     save: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor] | None:
-    """Runs a loop with a line of progress and a checkpoint now and then; its final state, None if already done."""
+    """Runs a loop with a line of progress and a checkpoint now and then; its final state, None without ``save``.
+
+    None, too, where no epoch is left: images that can be read by now make more updates an epoch, and fewer epochs.
+    """
     started = saved = time.monotonic()
     epoch = None
     losses: dict[int, float] = {}
@@ -224,7 +227,7 @@ def plan_predictor(plan: TrainingPlan, device: str | torch.device = "cpu") -> Pr
     if plan.predictor is None:
         return None
     predictor = load_predictor(plan.predictor, str(device))
-    if predictor.digest != plan.asked["predictor"]:
+    if predictor.digest != plan.teachers["predictor"]:
         raise ValueError(f"predictor: expected that of the plan, found another in {predictor.name}: restore it")
     return predictor.ordered(plan.class_names)
 
@@ -243,14 +246,14 @@ def encode_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         if part >= len(starts):
             assert predictor is not None
             ids, z = audit[part - len(starts)]
-            tensors = single_codes(predictor, vae, z)
+            tensors = point_codes(predictor, vae, z)
         else:
             some = split.take(slice(starts[part], starts[part] + ENCODE_ROWS))
             mean, log_var = encode_pixels(vae, some.pixels)
             ids, tensors = some.ids, {"mean": mean, "log_var": log_var, "labels": some.labels}
             if predictor is not None:
                 generator = generator_for(plan.ensemble_training.seed, "perturb", part)
-                around = single_codes(predictor, vae, perturb(mean, generator))
+                around = point_codes(predictor, vae, perturb(mean, generator))
                 probs = original_probs(predictor, plan.dataset, listing, some, plan.preprocessing)
                 tensors = join_states([{"mean": mean, "log_var": log_var, "probs": probs}, around])
                 ids = ids * (1 + COPIES)
@@ -350,7 +353,7 @@ def train_stacks(
         some = one if len(members) == 1 else f"{len(members)} of {count} members"
         log = worker.log if worker.rank == 0 or stack_size < count else (lambda line: None)
         resumed = {m: states[m] for m in members} if states[members[0]] else None
-        final = follow(partial(loop, members, states=resumed), f"{kind} classifiers ({some})", log, save)
+        final = run_loop(partial(loop, members, states=resumed), f"{kind} classifiers ({some})", log, save)
         finals = member_states(final, len(members)) if final else [states[m] for m in members]
         for m, state in zip(members, finals):
             save_finished(plan.member_file(kind, m), weights_of(state))

@@ -237,7 +237,7 @@ def test_model_of_labels_is_taught_by_a_predictor_and_keeps_its_vae_and_judge(tm
 def test_finished_model_is_not_taught_by_labels_again(folder: Path, taught: Path) -> None:
     plan = plan_of(folder, taught)
     assert begin(plan)
-    without = dataclasses.replace(plan, predictor=None, asked={}, data=plan.data | {"labelled": 90})
+    without = dataclasses.replace(plan, predictor=None, teachers={}, data=plan.data | {"labelled": 90})
     with pytest.raises(ValueError, match=r'holds another model: predictor: "\w+\.\.\. there, null here'):
         begin(without)
 

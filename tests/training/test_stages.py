@@ -18,7 +18,7 @@ from clarity.model import load_tensors, read_card
 from clarity.training.directory import begin, finish
 from clarity.training.loops import Epoch
 from clarity.training.plan import TrainingPlan, plan_training
-from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, follow, run_stages, save_finished
+from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, run_loop, run_stages, save_finished
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_training_says_when_its_loss_still_falls(folder: Path, tmp_path: Path, m
 def test_training_that_knows_all_its_images_is_not_called_short(accuracy: dict[str, float], said: int) -> None:
     lines: list[str] = []
     epochs = [Epoch(number, 6, {"loss": 6.0 - number, **accuracy}, dict) for number in range(1, 7)]
-    follow(lambda log: iter(epochs), "ensemble", lines.append)
+    run_loop(lambda log: iter(epochs), "ensemble", lines.append)
     assert sum("the loss still fell by 100.0%" in line for line in lines) == said
 
 
