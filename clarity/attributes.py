@@ -72,4 +72,4 @@ class AttributeHeads(nn.Module):
 def attribute_rows(heads: AttributeHeads, z: Tensor) -> np.ndarray:
     """Probabilities (B, A) of attributes at codes (B, D), each row independent of its batch (``rows``)."""
     require_rows(z, (heads.linear.in_features,))
-    return in_blocks(lambda block: torch.sigmoid(heads(block)), z).cpu().numpy()
+    return in_blocks(lambda block, _: torch.sigmoid(heads(block)), z).cpu().numpy()

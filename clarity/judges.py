@@ -78,7 +78,7 @@ def judge_rows(net: JudgeNet, x: Tensor) -> np.ndarray:
     """Class probabilities (B, K) of images (B, C, H, W) in [0, 1], each row independent of its batch (``rows``)."""
     require_eval(net)
     require_rows(x, net.config.image_shape)
-    return in_blocks(kept(net, "judge", lambda: judge_of(net)), x, counted=True).cpu().numpy()
+    return in_blocks(kept(net, "judge", lambda: judge_of(net)), x).cpu().numpy()
 
 
 def judge_of(net: JudgeNet) -> Maps:

@@ -6,7 +6,7 @@ the other rows, nor on its index, nor on the numbers of rows and threads. Does n
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,20 +66,17 @@ def float32_convolutions() -> Iterator[None]:
         cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
 
 
-def in_blocks(
-    function: Callable[..., Tensor], rows: Tensor, dim: int = 0, at_once: int | None = None, counted: bool = False
-) -> Tensor:
+def in_blocks(function: Maps, rows: Tensor, dim: int = 0, at_once: int | None = None) -> Tensor:
     """Apply a function to rows in blocks of one fixed size, the last one padded with zeros, without gradients.
 
     On a CPU each block is computed on one thread, several blocks at a time. The library then always picks the same
     kernel, within which no row's arithmetic depends on its index: the tests check this bit by bit for every layer used.
 
     Args:
-        function: maps a block to a tensor whose axis ``dim`` holds the block's rows.
+        function: maps a block, with the number of its rows before the zeros, to a tensor with the rows in axis ``dim``.
         rows: (B, ...).
         dim: axis of the rows in the output.
         at_once: blocks computed at a time on a CPU; torch's number of threads by default.
-        counted: the function also takes the number of a block's rows before the zeros.
     """
     size = ROW_BLOCK.get(rows.device.type, 1024)
 
@@ -89,8 +86,7 @@ def in_blocks(
             # A new buffer for each block: kernels are chosen by memory alignment, too.
             block = rows.new_zeros((size, *rows.shape[1:]))
             block[: len(part)] = part
-            found = function(block, len(part)) if counted else function(block)
-            return found.narrow(dim, 0, len(part))
+            return function(block, len(part)).narrow(dim, 0, len(part))
 
     starts = range(0, max(len(rows), 1), size)
     if rows.device.type != "cpu":
@@ -137,7 +133,7 @@ def encode_rows(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean and log-variance (B, D) of images (B, C, H, W)."""
     require_eval(vae)
     require_rows(x, vae.config.image_shape)
-    mean, log_var = in_blocks(kept(vae, "encode", lambda: encoder_of(vae)), x, counted=True).chunk(2, 1)
+    mean, log_var = in_blocks(kept(vae, "encode", lambda: encoder_of(vae)), x).chunk(2, 1)
     return mean.contiguous(), log_var.contiguous()
 
 
@@ -157,7 +153,7 @@ def decode_rows(decoder: VAE | Decoder, z: Tensor) -> Tensor:
     """Images (B, C, H, W) in [0, 1] of codes (B, D)."""
     require_eval(decoder)
     require_rows(z, (decoder.config.latent_dim,))
-    return in_blocks(kept(decoder, "decode", lambda: decoder_of(decoder)), z, counted=True)
+    return in_blocks(kept(decoder, "decode", lambda: decoder_of(decoder)), z)
 
 
 def decoder_of(decoder: VAE | Decoder) -> Maps:
@@ -181,15 +177,15 @@ def logits_rows(ensemble: LatentEnsemble | ImageEnsemble, points: Tensor) -> Ten
     require_eval(ensemble)
     # A block of small perceptrons is computed before a second thread has started.
     at_once = 1 if isinstance(ensemble, LatentEnsemble) else None
-    return in_blocks(ensemble, points, dim=1, at_once=at_once)
+    return in_blocks(lambda block, _: ensemble(block), points, dim=1, at_once=at_once)
 
 
 def mean_probs(logits: Tensor) -> np.ndarray:
     """Mean probabilities (B, K) of logits (M, B, K)."""
-    return in_blocks(lambda block: block.softmax(-1).mean(1), logits.transpose(0, 1)).cpu().numpy()
+    return in_blocks(lambda block, _: block.softmax(-1).mean(1), logits.transpose(0, 1)).cpu().numpy()
 
 
 def uncertainties(logits: Tensor) -> Uncertainty:
     """Uncertainties of logits (M, B, K), as arrays."""
-    values = in_blocks(lambda block: torch.stack(decompose(block.transpose(0, 1)), 1), logits.transpose(0, 1))
+    values = in_blocks(lambda block, _: torch.stack(decompose(block.transpose(0, 1)), 1), logits.transpose(0, 1))
     return Uncertainty(*np.ascontiguousarray(values.cpu().numpy().T))

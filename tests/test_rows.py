@@ -105,7 +105,7 @@ def test_blocks_on_a_device_convolve_in_float32_by_repeatable_algorithms(monkeyp
     def flags() -> tuple[Any, ...]:
         return cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
 
-    def function(block: torch.Tensor) -> torch.Tensor:
+    def function(block: torch.Tensor, _: int) -> torch.Tensor:
         seen.append(flags())
         return block
 
