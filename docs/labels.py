@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
+from sklearn.metrics import average_precision_score
 
 from clarity import data, schema
 from clarity.audit.queries import connect
@@ -96,11 +97,6 @@ def held_out_codes(model: Model, ids: list[str], z: torch.Tensor, labels: np.nda
     )
 
 
-def average_precision(wrong: np.ndarray) -> float:
-    """Mean of the precisions at the ranks of the wrong labels, of labels in order of suspicion."""
-    return float((wrong.cumsum() / np.arange(1, len(wrong) + 1))[wrong].mean())
-
-
 def rank(codes: pa.Table, pairs: pa.Table) -> tuple[dict[str, list[str]], dict[str, set[str]]]:
     """Image ids in the order of each ranking, and those that each method calls wrong."""
     from cleanlab.filter import find_label_issues
@@ -152,7 +148,8 @@ def measure(codes: pa.Table, pairs: pa.Table, wrong_ids: set[str]) -> dict[str, 
     results = {}
     for name, order in orders.items():
         wrong = np.array([image_id in wrong_ids for image_id in order])
-        results[name] = {"average_precision": average_precision(wrong), "precision": float(wrong[: wrong.sum()].mean())}
+        area = average_precision_score(wrong, -np.arange(len(wrong)))
+        results[name] = {"average_precision": float(area), "precision": float(wrong[: wrong.sum()].mean())}
     for name, called in flagged.items():
         right = len(called & wrong_ids)
         results[f"called by {name}"] = {

@@ -240,12 +240,8 @@ def test_method_gives_a_row_the_same_bits_in_any_batch(method: str, image: tuple
     strangers.z[::3] = math.nan
     strangers.x[::3] = math.nan
     some = pairs.select(shuffled[:6])
-    mixed = Pairs(
-        *(
-            torch.cat([getattr(strangers, name), getattr(some, name)])
-            for name in ("x", "z", "log_var", "noise", "target")
-        )
-    )
+    names = ("x", "z", "log_var", "noise", "target")
+    mixed = Pairs(*(torch.cat([getattr(strangers, name), getattr(some, name)]) for name in names))
     among = search(model, mixed, config)
     assert not among.finite[:17:3].any() and not among.converged[:17:3].any()
     kept = {name: value[17:] for name, value in vars(among).items() if name != "engine"}

@@ -75,20 +75,8 @@ def test_benchmark_checks_the_engines_of_a_device(
     benchmark: ModuleType, tmp_path: Path, threads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "figures"
-    command = [
-        "--device",
-        "cpu",
-        "--parts",
-        "checks",
-        "networks",
-        "--scale",
-        "0.03",
-        "--repeats",
-        "1",
-        "--threads",
-        "1",
-    ]
-    assert benchmark.main([*command, "--out", str(out)]) == 0
+    sizes = ["--device", "cpu", "--scale", "0.03", "--repeats", "1", "--threads", "1", "--out", str(out)]
+    assert benchmark.main(["--parts", "checks", "networks", *sizes]) == 0
     found = json.loads((out / "benchmark.json").read_text())
     assert {check["variant"] for check in found["checks"]} == {"plain", "thresholds", "fixed"}
     assert {run["precision"] for run in found["networks"]} == {"float32", "bfloat16"}
@@ -103,7 +91,7 @@ def test_benchmark_checks_the_engines_of_a_device(
         return real(objective, *args, engine=engine, **options)
 
     monkeypatch.setattr(benchmark.measures, "descend", careless)
-    assert benchmark.main([*command[:4], *command[5:], "--out", str(out)]) == 1
+    assert benchmark.main(["--parts", "checks", *sizes]) == 1
     assert "DIFFERS" in (out / "benchmark.md").read_text()
 
 
