@@ -60,7 +60,7 @@ def passes(checks: Sequence[Check], written: Written, target: np.ndarray) -> np.
     return np.logical_and.reduce([check(written, target) for check in checks])
 
 
-def climb(
+def search_again(
     results: Results,
     asked: Asked,
     config: SearchConfig,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clarity import data, schema
 from clarity.audit.plan import Plan
-from clarity.checks import Requirements, at_least, climb, kept_heads, passes, require_judge
+from clarity.checks import Requirements, at_least, kept_heads, passes, require_judge, search_again
 from clarity.classifiers import LatentEnsemble
 from clarity.ids import fold_of
 from clarity.ids import noise as draw_noise
@@ -288,7 +288,7 @@ class Explainer:
         return Asked(image, target, pairs)
 
     def find(self, encoded: Encoded, asked: Asked, clock: Clock) -> Results:
-        """Search pairs and write their images; those that fail a check continue, see ``checks.climb``."""
+        """Search pairs and write their images; those that fail a check continue, see ``checks.search_again``."""
 
         def search(pairs: Pairs, config: SearchConfig) -> Counterfactuals:
             with clock("search"):
@@ -303,7 +303,7 @@ class Explainer:
         if self.predictor is not None:
             # Where the ensemble predicts the target at the start, the first search proves nothing.
             confirmed &= encoded.probs.argmax(1)[asked.image] != asked.target
-        return climb(replace(results, confirmed=confirmed), asked, self.config, self.checks, search, write)
+        return search_again(replace(results, confirmed=confirmed), asked, self.config, self.checks, search, write)
 
     def search(self, model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
         """Search pairs by the explainer's method and engine."""

@@ -107,7 +107,7 @@ class Preprocessing:
         if isinstance(image, np.ndarray):
             return self.from_array(image)
         picture = image if isinstance(image, Image.Image) else open_image(image)
-        picture = decode(lambda: upright(picture))
+        picture = decode(upright, picture)
         largest = max_value_of(picture)
         within = largest is None or self.max_value is None or largest <= self.max_value
         pixels = np.asarray(decode(lambda: self.fit(convert(picture, self.mode, self.max_value))))
@@ -164,7 +164,7 @@ def open_image(data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImage("expected an image, found an empty file: copy it again")
     try:
-        return decode(lambda: Image.open(io.BytesIO(data), formats=list(FORMATS)))
+        return decode(Image.open, io.BytesIO(data), "r", list(FORMATS))
     except UnidentifiedImageError:
         start = data[:12]
         if start[:4] in (b"II*\0", b"MM\0*"):
@@ -176,12 +176,12 @@ def open_image(data: bytes) -> Image.Image:
         ) from None
 
 
-def decode(action: Callable[[], Image.Image]) -> Image.Image:
+def decode(action: Callable[..., Image.Image], *args: Any) -> Image.Image:
     """Run an operation of Pillow; any exception on broken bytes becomes an UnreadableImage, warnings are ignored."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return action()
+            return action(*args)
     except (UnreadableImage, UnidentifiedImageError, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -219,7 +219,7 @@ def is_grey(picture: Image.Image) -> bool:
     """Whether a decoded picture has no colour, also where it is stored as one of colours."""
     if picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I"):
         return True
-    red, green, blue = decode(lambda: convert(picture, "RGB", None)).split()
+    red, green, blue = decode(convert, picture, "RGB", None).split()
     return red.tobytes() == green.tobytes() == blue.tobytes()
 
 

@@ -35,7 +35,7 @@ START_BYTES = 8 << 20
 LOOKED_AT = 64
 
 
-def choose(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
+def select_images(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
     """Select images of a listing; also returns which of them get pairs: ``all`` or the ``misclassified``.
 
     ``where`` are conditions, all of which must hold: label=A,B (names), ids=FILE (one id a line), misclassified.

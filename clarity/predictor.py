@@ -69,7 +69,7 @@ class Predictor:
             part = pixels[start : start + self.block]
             padded = np.zeros((self.block, *pixels.shape[1:]), np.uint8)
             padded[: len(part)] = part
-            return self.check(in_time(self.call, padded, self.name))[: len(part)]
+            return self.check(call_with_timeout(self.call, padded, self.name))[: len(part)]
 
         starts = range(0, len(pixels), self.block)
         with ThreadPoolExecutor(max(1, min(threads, len(starts)))) as pool:
@@ -173,11 +173,11 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
         raise ValueError(f"predictor: {name} cannot be loaded: {reason[:300]}") from None
     inputs, outputs = session.get_inputs(), session.get_outputs()
     shape, count = fields["preprocessing"].image_shape, len(fields["classes"])
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not fits(inputs[0].shape, (None, *shape)):
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not shape_fits(inputs[0].shape, (None, *shape)):
         found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in inputs)
         raise ValueError(f"predictor: {name}: expected one input tensor(float) [B, *{shape}], found {found}")
     floats = ("tensor(float)", "tensor(double)", "tensor(float16)")
-    chosen = [put.name for put in outputs if put.type in floats and fits(put.shape, (None, count))]
+    chosen = [put.name for put in outputs if put.type in floats and shape_fits(put.shape, (None, count))]
     if len(chosen) != 1:
         found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in outputs)
         raise ValueError(f"predictor: {name}: expected one output of floats [B, {count} classes], found {found}")
@@ -198,7 +198,7 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
     return Predictor(name, call, fields["classes"], fields["preprocessing"], digest, block)
 
 
-def fits(shape: Sequence[Any], expected: Sequence[int | None]) -> bool:
+def shape_fits(shape: Sequence[Any], expected: Sequence[int | None]) -> bool:
     """Whether an ONNX shape, in which names stand for free axes, can be the expected one."""
     return len(shape) == len(expected) and all(
         not isinstance(found, int) or size is None or found == size for found, size in zip(shape, expected)
@@ -257,7 +257,7 @@ def parse_description(found: Any, name: str, needed: Sequence[str], optional: Se
     return fields
 
 
-def in_time(call: Callable[[np.ndarray], Any], pixels: np.ndarray, name: str) -> Any:
+def call_with_timeout(call: Callable[[np.ndarray], Any], pixels: np.ndarray, name: str) -> Any:
     """The answer of a call that is given up after ``TIMEOUT_S``, its thread left behind."""
     answer: list[Any] = []
 

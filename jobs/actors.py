@@ -101,7 +101,7 @@ def plan_cpu_actors(nodes: Sequence[Mapping[str, float]], num_shards: int, actor
     # Nodes of one CPU get no actor beside larger ones.
     least = 2 if any(node["CPU"] >= 2 for node in nodes) else 0
     hosts = [node for node in nodes if node["CPU"] >= least]
-    count = actors or max(1, min(sum(useful_actors(node) for node in hosts), num_shards))
+    count = actors or max(1, min(sum(actors_of_node(node) for node in hosts), num_shards))
     cpus = Counter(float(node["CPU"]) for node in nodes)
     # The second largest node bounds the size: an actor must fit somewhere when the largest is lost.
     bound = sorted(node["CPU"] for node in hosts)[-2:][0]
@@ -159,7 +159,7 @@ def plan_gpu_actors(
     return Resources(count, size, gpus, threads, 0.5 if max(cpu for cpu, _ in hosts) >= 2 else 0.25, len(nodes))
 
 
-def useful_actors(node: Mapping[str, float]) -> int:
+def actors_of_node(node: Mapping[str, float]) -> int:
     """How many actors without a GPU make a node's CPUs work, and fit into its memory."""
     by_memory = node["memory"] // ACTOR_BYTES if node.get("memory") else math.inf
     cpus = node["CPU"]

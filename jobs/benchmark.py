@@ -30,7 +30,7 @@ from clarity import data, native_search, triton_search
 from clarity.audit.commits import claim
 from clarity.audit.plan import rows_per_shard
 from clarity.model import load_model
-from clarity.planning import choose, make_plan, raw_bytes_per_image
+from clarity.planning import make_plan, raw_bytes_per_image, select_images
 from clarity.report.text import number
 from clarity.rows import encode_rows
 from clarity.vae import VAE, vae_config
@@ -188,7 +188,7 @@ def model_case(args: argparse.Namespace) -> tuple[measures.Layers, Tensor, Tenso
 def images(args: argparse.Namespace) -> tuple[data.Dataset, pa.Table]:
     """The data set and the listing of the images that are explained."""
     dataset = driver.open_dataset(args, args.split)
-    return dataset, choose(data.list_images(dataset), [], args.limit)[0]
+    return dataset, select_images(data.list_images(dataset), [], args.limit)[0]
 
 
 def scratch(args: argparse.Namespace, name: str) -> str:

@@ -170,7 +170,7 @@ def run(parser: argparse.ArgumentParser, job: Callable[[argparse.Namespace], int
     After an interrupt and after an error of Ray the same command resumes, exit code 1. ValueError and OSError are bad
     input, exit code 2.
     """
-    print_whatever_happens()
+    tolerate_output_errors()
     args = parser.parse_args(argv)
     try:
         return job(args)
@@ -191,16 +191,16 @@ def ray_errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], name) for module, name in known.items() if module in sys.modules)
 
 
-def print_whatever_happens() -> None:
+def tolerate_output_errors() -> None:
     """Keep output errors from failing a job: escape what a terminal cannot encode, ignore a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if not isinstance(sys.stdout, Tolerant):
-        sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
+    if not isinstance(sys.stdout, TolerantStream):
+        sys.stdout, sys.stderr = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
 
 
-class Tolerant:
+class TolerantStream:
     """A stream whose reader may go away, as that of ``| head -1`` does."""
 
     def __init__(self, stream: Any) -> None:

@@ -83,7 +83,7 @@ def explain_all(args: Namespace) -> int:
     data.require_outside(dataset, out)
     everything = data.list_images(dataset)
     predictions = read_predictions(args.predictions, everything) if args.predictions else None
-    listing, only = planning.choose(everything, args.where, args.limit)
+    listing, only = planning.select_images(everything, args.where, args.limit)
     taught = ["--predictor", args.predictor] if args.predictor else []
     driver.train_if_missing(model_uri, args.dataset, args.data, *taught, may_train=not (args.model or args.dry_run))
     model = load_model(model_uri)

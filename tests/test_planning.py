@@ -17,7 +17,6 @@ from clarity.explainer import explainer_of
 from clarity.images import encode_png
 from clarity.model import Model, load_model, save_model
 from clarity.planning import (
-    choose,
     class_indices,
     class_thresholds,
     describe_inputs,
@@ -25,6 +24,7 @@ from clarity.planning import (
     make_checks,
     make_plan,
     probe,
+    select_images,
     shared_engine,
     useful_actors,
 )
@@ -40,14 +40,14 @@ THREE = data.list_images(DIGITS).slice(0, 3)
 LISTING = pa.table({"image_id": ["a", "b", "c", "d"], "label_name": ["ant", "bee", None, "ant"]})
 
 
-def test_choose_keeps_what_every_condition_asks(tmp_path: Path) -> None:
+def test_select_images_keeps_what_every_condition_asks(tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("d\nb\n")
-    assert choose(LISTING)[1] == "all"
-    assert choose(LISTING, ["label=ant"])[0]["image_id"].to_pylist() == ["a", "d"]
-    assert choose(LISTING, ["label=ant,bee", f"ids={tmp_path}/ids"])[0]["image_id"].to_pylist() == ["b", "d"]
+    assert select_images(LISTING)[1] == "all"
+    assert select_images(LISTING, ["label=ant"])[0]["image_id"].to_pylist() == ["a", "d"]
+    assert select_images(LISTING, ["label=ant,bee", f"ids={tmp_path}/ids"])[0]["image_id"].to_pylist() == ["b", "d"]
     commas = pa.table({"image_id": ["a", "b"], "label_name": ["ant, red", "bee"]})
-    assert choose(commas, ["label=ant, red"])[0]["image_id"].to_pylist() == ["a"]
-    found, only = choose(LISTING, ["misclassified"], limit=3)
+    assert select_images(commas, ["label=ant, red"])[0]["image_id"].to_pylist() == ["a"]
+    found, only = select_images(LISTING, ["misclassified"], limit=3)
     assert (len(found), only) == (3, "misclassified") and set(found["image_id"].to_pylist()) < set("abcd")
 
 

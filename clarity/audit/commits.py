@@ -129,7 +129,7 @@ def claim(uri: str, plan: Plan, model_uri: str) -> Iterator[Claim]:
         for name in ("_commits", *(TABLES if plan.trace else TABLES[:2])):
             storage.make_dir(storage.join(uri, name))
         storage.write_bytes(storage.join(scratch, "probe"), lock.run.encode(), scratch=scratch)
-        plan = settle_plan(uri, plan, model_uri, scratch)
+        plan = read_or_write_plan(uri, plan, model_uri, scratch)
         held = Claim(uri, plan, valid_commits(uri, plan), lock)
         if held.pending:
             for name in ("_SUCCESS", "report.html"):  # what tells of an audit that was complete
@@ -166,7 +166,7 @@ def require_audit_or_empty(uri: str) -> None:
         )
 
 
-def settle_plan(uri: str, plan: Plan, model_uri: str, scratch: str) -> Plan:
+def read_or_write_plan(uri: str, plan: Plan, model_uri: str, scratch: str) -> Plan:
     """The plan that the directory has; where it has none, copy the model there and write ``plan``."""
     if storage.exists(storage.join(uri, "plan.json")):
         kept = read_plan(uri)

@@ -171,13 +171,13 @@ def list_images(dataset: Dataset) -> pa.Table:
             f"layout ({SOURCES[dataset.source].doc}), or choose another split"
         )
     require_unique(ids, where)
-    return unify_names(listing)
+    return normalise_labels(listing)
 
 
-def unify_names(listing: pa.Table) -> pa.Table:
-    """The listing with each class name in one form, see ``unified``, and notes of names that look alike."""
+def normalise_labels(listing: pa.Table) -> pa.Table:
+    """The listing with each class name in one form, see ``normalise_names``, and notes of names that look alike."""
     names = pc.unique(listing["label_name"]).drop_null()
-    composed = Counter(unified(names).to_pylist())
+    composed = Counter(normalise_names(names).to_pylist())
     told = [
         f"the class {name!r} is written in two ways that look alike (Unicode NFC and NFD), read as one"
         for name in sorted(composed)
@@ -192,11 +192,11 @@ def unify_names(listing: pa.Table) -> pa.Table:
         if len(alike) > 1
     ]
     index = listing.column_names.index("label_name")
-    listing = listing.set_column(index, "label_name", unified(listing["label_name"]))
+    listing = listing.set_column(index, "label_name", normalise_names(listing["label_name"]))
     return annotate(listing, sentences=told)
 
 
-def unified(names: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+def normalise_names(names: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """Names of classes in one form of Unicode (NFC), on one line."""
     names = pc.utf8_normalize(names, form="NFC")
     different = [name for name in pc.unique(names).drop_null().to_pylist() if escaped(name) != name]
@@ -219,7 +219,7 @@ def class_names_of(listing: pa.Table) -> tuple[str, ...]:
 
 def label_indices(label_names: pa.Array | pa.ChunkedArray, class_names: Sequence[str]) -> pa.Array:
     """The index of each label in ``class_names``, int32; null for a missing or an unknown one."""
-    found = pc.index_in(unified(label_names), value_set=unified(pa.array(class_names, pa.string())))
+    found = pc.index_in(normalise_names(label_names), value_set=normalise_names(pa.array(class_names, pa.string())))
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
@@ -281,7 +281,7 @@ def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[
             opened = content if isinstance(content, Image.Image) else open_image(content)
             # Of colours of 16 bits Pillow keeps the upper 8, and tells it before it decodes them.
             is_deep = opened.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
-            picture = decode(lambda opened=opened: upright(opened))  # type: ignore[misc]
+            picture = decode(upright, opened)
             deep += [int(np.asarray(picture)[..., :3].max())] if is_deep else []
             sizes.add((picture.height, picture.width))
             grey = grey and is_grey(picture)

@@ -17,7 +17,7 @@ from clarity.data.listing import (
     drop_no_label,
     foreign_format,
     make_listing,
-    note_of_tenth,
+    note_of_split,
     some,
     split_named,
     split_within,
@@ -61,7 +61,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
             splits = [table.splits.get(path) for path in paths]
         else:
             splits = [split_of(printable(path)) for path in paths]
-            told += note_of_tenth(dataset, splits.count(dataset.split), len(paths), find_relatives(paths, splits))
+            told += note_of_split(dataset, splits.count(dataset.split), len(paths), find_relatives(paths, splits))
         left_out["images for which the table of labels names no split"] = splits.count(None)
         images = [file for file, split in zip(images, splits) if split == dataset.split]
     folders = [storage.join(root, top) for top in tops if dataset.split in ("all", tops[top])] or [root]

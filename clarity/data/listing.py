@@ -128,7 +128,7 @@ def drop_no_label(listing: pa.Table) -> pa.Table:
     return annotate(listing, sentences=[f"{have} the label -1, which is read as no label"])
 
 
-def note_of_tenth(dataset: Dataset, listed: int, total: int, relatives: Sequence[tuple[str, str]] = ()) -> list[str]:
+def note_of_split(dataset: Dataset, listed: int, total: int, relatives: Sequence[tuple[str, str]] = ()) -> list[str]:
     """The note on images that the data does not split, of which ``listed`` are of its split by their ids.
 
     ``relatives`` are held-out images that seem to show the same as one to train on, each with that one.

@@ -29,7 +29,7 @@ from clarity.data.listing import (
     is_text,
     make_listing,
     names_of,
-    note_of_tenth,
+    note_of_split,
     require_once,
     split_named,
     split_within,
@@ -68,7 +68,7 @@ def list_parquet(dataset: Dataset) -> pa.Table:
     except pa.ArrowException as error:
         raise ValueError(f"attributes: expected one type in all files of {dataset.data}, found {error}") from None
     counts = {"rows whose split is none of train, validation and test": others}
-    return annotate(drop_no_label(listing), counts, note_of_tenth(dataset, listed, by_id))
+    return annotate(drop_no_label(listing), counts, note_of_split(dataset, listed, by_id))
 
 
 def list_parts(dataset: Dataset) -> list[ParquetPart]:

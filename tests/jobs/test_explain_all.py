@@ -257,7 +257,7 @@ def list_images(dataset, listed=data.list_images):
     listings.append(weakref.ref(listing))
     return listing
 
-def choose(*conditions, chosen=planning.choose):
+def select_images(*conditions, chosen=planning.select_images):
     listing, only = chosen(*conditions)
     listings.append(weakref.ref(listing))
     return listing, only
@@ -270,7 +270,7 @@ def interrupted(batch, work, write=worker.write_shard, seen=[]):
     return write(batch, work)
 
 listings, held = [], []
-data.list_images, planning.choose, worker.write_shard = list_images, choose, interrupted
+data.list_images, planning.select_images, worker.write_shard = list_images, select_images, interrupted
 codes = [explain_all.main([*sys.argv[1:], "--dry-run"]), *(explain_all.main(sys.argv[1:]) for _ in range(2))]
 print(codes, "ray" in sys.modules, len(listings), held)
 """
