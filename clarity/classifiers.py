@@ -6,7 +6,6 @@ Every ensemble maps rows to logits (M, B, K).
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -50,14 +49,16 @@ class EnsembleConfig:
 Some = TypeVar("Some", bound="Ensemble")
 
 
-class Ensemble(nn.Module, ABC):
+class Ensemble(nn.Module):
     """What the ensembles share: members along the first axis of each tensor, of which some can be taken."""
 
-    config: EnsembleConfig
+    def __init__(self, config: EnsembleConfig) -> None:
+        super().__init__()
+        self.config = config
 
-    @abstractmethod
     def like(self: Some, num_members: int) -> Some:
         """An untrained ensemble of so many members."""
+        return type(self)(replace(self.config, num_members=num_members))
 
     def select(self: Some, members: Sequence[int]) -> Some:
         """The ensemble of the members with these indices, in this order."""
@@ -78,8 +79,7 @@ class LatentEnsemble(Ensemble):
     """M multilayer perceptrons on latent codes; ``weights.{i}`` is (M, in, out), ``biases.{i}`` (M, out)."""
 
     def __init__(self, config: EnsembleConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.weights, self.biases = stacked_perceptrons(config)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -93,21 +93,16 @@ class LatentEnsemble(Ensemble):
             for weight, bias in zip(self.weights, self.biases)
         ]
 
-    def like(self, num_members: int) -> "LatentEnsemble":
-        """An untrained ensemble of so many members."""
-        return LatentEnsemble(replace(self.config, num_members=num_members))
-
 
 class ImageEnsemble(Ensemble):
     """M of the paper's CNNs, the VAE's encoder up to its mean and the latent classifier, with grouped convolutions."""
 
     def __init__(self, config: EnsembleConfig, vae_config: VAEConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.latent_dim != vae_config.latent_dim:
             raise ValueError(
                 f"latent_dim of the ensemble is {config.latent_dim}, of the encoder {vae_config.latent_dim}"
             )
-        self.config = config
         self.vae_config = vae_config
         encoder, _ = VAES[vae_config.architecture].layers(vae_config)
         self.encoder_layers = nn.Sequential(*(grouped(layer, config.num_members) for layer in encoder))
