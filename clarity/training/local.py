@@ -52,12 +52,16 @@ def train(
         about: dict[str, Any] = {}
         if isinstance(dataset, tuple):
             about = {"source": "arrays", "uri": None}
-            directory = write_arrays(dataset, held_out if isinstance(held_out, tuple) else None, scratch)
-            dataset = open_dataset("parquet", directory)
+            tested = held_out if isinstance(held_out, tuple) else None
+            dataset = open_dataset("parquet", write_arrays(dataset, tested, scratch))
+            held_out = None if tested else held_out  # the split test of the files
         elif isinstance(dataset, str):
             dataset = open_dataset(dataset, data, unlabelled=True)
-        if not isinstance(held_out, Dataset):
+        if held_out is None:
             held_out = held_out_of(dataset)
+        if not isinstance(held_out, Dataset):
+            found = type(held_out).__name__
+            raise ValueError(f"held_out: expected a Dataset, or arrays where the others are arrays, got a {found}")
         if out is None:
             out = os.path.join(scratch, "model")
         plan = plan_training(str(out), dataset, held_out, **fields)

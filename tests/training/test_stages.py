@@ -270,6 +270,12 @@ def test_train_takes_arrays() -> None:
     assert other.fingerprint == model.fingerprint
 
 
+def test_train_refuses_held_out_images_that_it_would_not_measure_on() -> None:
+    images, labels = bars(90)
+    with pytest.raises(ValueError, match="held_out: expected a Dataset, or arrays where the others are arrays, got a"):
+        clarity.train("digits", held_out=(images.numpy(), labels.tolist()), **arguments())
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
