@@ -297,11 +297,9 @@ def parse_count(value: Any) -> int:
 
 def parse_files(value: Any) -> dict[str, str]:
     """Checksums of a card's files; only known names, so that a path that leads elsewhere is never opened."""
-    for name, entry in value.items():
+    for name in value:
         if name not in FILES.values():
             raise ValueError(f"{name!r} is none of the files of a model ({', '.join(FILES.values())})")
-        if not isinstance(entry["sha256"], str):
-            raise ValueError(f"the checksum of {name} is not a text")
     return {name: entry["sha256"] for name, entry in value.items()}
 
 

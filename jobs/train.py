@@ -304,7 +304,7 @@ def shares(figures: Mapping[str, float]) -> str:
 
 
 def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
-    """How far the ensemble may speak for the predictor, by the card."""
+    """How closely the ensemble agrees with the predictor, by the card."""
     if "codes" not in told:
         return [f"predictor  {told['name']}, no held-out image to compare the ensemble with it"]
     shares = [f"{told[name]['agreement']:.2%} of {name}" for name in ("codes", "reconstructions", "perturbed")]

@@ -1,7 +1,7 @@
 """Learning from a predictor: codes with the probabilities that the user's own model gives to their images.
 
 The ensemble then needs no labels. The predictor is asked about the training images, about decoded codes around them,
-as a search leaves the data, and, in a refit, about the images that an audit wrote. Does not know losses.
+where a search moves, and in a refit about the counterfactual images of an audit. Does not know losses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -107,7 +107,7 @@ def audit_codes(audit: Audit, rows: int) -> Iterator[tuple[list[str], Tensor]]:
 
 
 def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: Tensor) -> dict[str, Any]:
-    """How far the ensemble may speak for the predictor, on held-out images.
+    """How closely the ensemble, and the VAE's reconstructions, agree with the predictor on held-out images.
 
     ``probs`` (N, K) is what the predictor says of their original files; images with NaN are left out. ``codes``,
     ``reconstructions`` and ``perturbed`` hold "agreement", how often both name the same class, and "kl", the mean of

@@ -1,6 +1,6 @@
-"""The guide: an image network of classes and attributes, which tells a decoder what its pictures are to show.
+"""The guide: an image classifier of classes and attributes, by which a decoder learns to show those of an image.
 
-It is trained on images that the judge has not seen, before what it guides, judges nothing, and is then dropped.
+It is trained before the decoder, on images outside the judge's half; it is not kept, and evaluates nothing.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ def new_guide(plan: TrainingPlan) -> JudgeNet:
 def train_guide(
     plan: TrainingPlan, images: LabelledImages, log: Log, device: str | torch.device = "cpu"
 ) -> JudgeNet | None:
-    """A guide trained on what is known of those images that the judge does not see; None where nothing is."""
+    """A guide trained on the images outside the judge's half of which something is known; None where there is none."""
     split = images.take(np.flatnonzero(~in_judges_half(images.ids)))
     truth = known_of(plan, split)
     rows = np.flatnonzero((truth >= 0).any(1))

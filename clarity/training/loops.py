@@ -219,9 +219,9 @@ class VAEWithHeads(nn.Module):
 
 
 def guide_loss(guide: nn.Module, drawn: Tensor, x: Tensor) -> Tensor:
-    """Cross-entropy of what a guide sees in pictures with what it sees in their images (B, C, H, W).
+    """Cross-entropy between a guide's predictions for decoded pictures and those for their images (B, C, H, W).
 
-    Nats a row, summed over the classes and attributes of which the guide gives logits (B, F).
+    In nats a row, summed over the F classes and attributes of the guide's logits (B, F).
     """
     with torch.no_grad():
         asked = torch.sigmoid(guide(x).float())

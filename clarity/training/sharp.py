@@ -1,7 +1,7 @@
 """Training of a sharper decoder for the codes of a finished VAE, which stays as it is.
 
-Its critic is trained with it; its guide, an image network that knows classes and attributes, before it. Both judge
-nothing else and are then dropped. Does not know files.
+Its critic is trained along with it, its guide before it (``guide``); neither is kept or evaluates anything. Does not
+know files.
 """
 
 from collections.abc import Iterator, Mapping
