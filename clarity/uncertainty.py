@@ -21,8 +21,6 @@ def decompose(logits: Tensor) -> Uncertainty:
     the mutual information between label and member. Computed in float64, since the difference of two nearly equal
     entropies has no significant digit in float32; never negative, never NaN for finite ``logits`` (M, B, K).
     """
-    if logits.ndim != 3:
-        raise ValueError(f"expected logits of shape (M, B, K), got {tuple(logits.shape)}")
     # With the rows innermost all operations fill the vector lanes, which a handful of classes does not.
     logits = logits.transpose(1, 2).contiguous().double()
     # A probability of e^-750 is zero; so stays its product with its logarithm.

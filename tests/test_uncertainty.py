@@ -71,8 +71,3 @@ def test_decompose_agrees_with_the_plain_formula_in_float64(scale: float) -> Non
     logits[0, 0, 0], logits[:, 1], logits[2, 2, 3] = -math.inf, math.nan, math.inf
     for ours, exact in zip(decompose(logits), by_logarithms(logits)):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-12)
-
-
-def test_decompose_rejects_probabilities_without_members() -> None:
-    with pytest.raises(ValueError, match=r"logits of shape \(M, B, K\), got \(3, 4\)"):
-        decompose(torch.zeros(3, 4))

@@ -152,8 +152,6 @@ def clustered_share(values: Array, groups: Array) -> tuple[float, float, float]:
     where nothing varies.
     """
     share, variance, count, number = by_group(values, groups)
-    if not count:
-        return share, share, share
     effective = min(share * (1 - share) / variance, count) if variance > 0 else number
     return share, *share_interval(share * effective, effective)
 

@@ -120,7 +120,6 @@ def test_clustered_share_is_wide_where_rows_of_an_image_agree() -> None:
     groups, edge = np.repeat(np.arange(100), 9), 0.025**0.01  # of none and of all it is not empty
     assert metrics.clustered_share(np.ones(900), groups) == pytest.approx((1, edge, 1))
     assert metrics.clustered_share(np.zeros(900), groups) == pytest.approx((0, 0, 1 - edge))
-    assert np.isnan(metrics.clustered_share(np.array([np.nan]), np.array(["a"]))).all()
 
 
 def scored_table(**columns: Any) -> pa.Table:
