@@ -103,6 +103,8 @@ def run_comparison(args: argparse.Namespace) -> int:
     audits = find_audits(args, methods, tested, model, model_uri, config, out)
     results = {method: compare.results_of_audit(model, method, uri) for method, uri in audits.items()}
     common = compare.common_images(list(results.values()))
+    if not common:
+        raise ValueError(f"audit: expected audits of the same images, found none in common of {', '.join(results)}")
     chosen = compare.common_images(list(results.values()), compare.CHOSEN_IMAGES)
     results = {method: compare.restrict(found, common) for method, found in results.items()}
     first = next(iter(results.values()))

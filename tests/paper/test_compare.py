@@ -51,18 +51,16 @@ def root(tiny_digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     tested = data.open_dataset("digits", None, "test")
     compare.sample_images(tested, model.preprocessing, COUNT, str(root / "sample.parquet"))
     for method in METHODS_TRIED:
-        explained(root, method)
+        explained(root, method, str(root / "audits" / method), *opened("parquet", root / "sample.parquet", "test"))
     jury = evaluators.Judges(model.image_shape, model.class_names)
     evaluators.save_judges(jury, str(root / "judges"))
     return root
 
 
-def explained(root: Path, method: str) -> None:
+def explained(root: Path, method: str, uri: str, dataset: data.Dataset, listing: pa.Table) -> None:
     """What explain_all.py would write, without Ray."""
     model = checkpoints.load_model(root / "model")
-    dataset, listing = opened("parquet", root / "sample.parquet", "test")
     plan = make_plan(model, dataset, listing, method=method, config=CONFIG, shard_rows=4)
-    uri = str(root / "audits" / method)
     with claim(uri, plan, str(root / "model")) as held:
         fill(Work(uri, held.run, plan, dataset, model.preprocessing), listing)
 
@@ -435,6 +433,15 @@ def test_job_passes_on_how_another_job_ended(root: Path, tmp_path: Path, monkeyp
     assert ended.value.code == 1
     assert "explain_all.py ended with exit code 1" in capsys.readouterr().err
     assert (tmp_path / "out" / "sample-10.parquet").exists()
+
+
+def test_job_refuses_audits_of_different_images(root: Path, tmp_path: Path, capsys: Any) -> None:
+    dataset, listing = opened("digits", None, "test")
+    explained(root, "latent", str(tmp_path / "latent"), dataset, listing[-3:])
+    command = ["--model", str(root / "model"), "--judges", str(root / "judges"), "--out", str(tmp_path / "out")]
+    audits = [f"clarity={root / 'audits' / 'clarity'}", f"latent={tmp_path / 'latent'}"]
+    assert load_job("compare").main([*command, "--methods", "clarity", "latent", "--audit", *audits]) == 2
+    assert "--audit: expected audits of the same images, found none in common" in capsys.readouterr().err
 
 
 @pytest.mark.slow
