@@ -77,13 +77,11 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.mode not in ("L", "RGB"):
             raise ValueError(f"expected mode 'L' (grey) or 'RGB' (colour), found {self.mode!r}: choose one of them")
-        for name, value in (("height", self.height), ("width", self.width), ("center_crop", self.center_crop or 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 8192:
-                raise ValueError(f"expected {name} in pixels, 1 to 8192, found {value!r}: choose one in that range")
-        if self.max_value is not None and (type(self.max_value) is not int or not 0 < self.max_value < 1 << 31):
-            raise ValueError(
-                f"expected max_value of 1 to {(1 << 31) - 1}, found {self.max_value!r}: choose one of them"
-            )
+        for name, most in (("height", 8192), ("width", 8192), ("center_crop", 8192), ("max_value", (1 << 31) - 1)):
+            value = getattr(self, name)
+            optional = name in ("center_crop", "max_value") and value is None
+            if not optional and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"expected {name} of 1 to {most}, found {value!r}: choose one in that range")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -53,7 +53,7 @@ def select_images(listing: pa.Table, where: Sequence[str] = (), limit: int | Non
                 raise ValueError(f"where: no image has the label {unknown[0]!r}; there are {', '.join(sorted(known))}")
             listing = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
         elif kind == "ids" and value:
-            names = storage.read_bytes(value).decode().splitlines()
+            names = storage.read_bytes(value).decode("utf-8-sig").splitlines()
             listing = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
             if unknown := sorted(set(names) - set(listing["image_id"].to_pylist())):
                 raise ValueError(f"where: {len(unknown)} ids of {value} are not in the data, the first {unknown[0]!r}")
@@ -70,10 +70,13 @@ def select_images(listing: pa.Table, where: Sequence[str] = (), limit: int | Non
 
 def class_indices(names: Any, class_names: Sequence[str]) -> tuple[int, ...] | None:
     """Class indices of names or indices, sorted, None for "all"; ValueError for an unknown class, or none."""
-    if names is None or names in ("all", ["all"]):
+    if names is None:
+        return None
+    wanted = [names] if isinstance(names, str | int | np.integer) else list(names)
+    if wanted == ["all"]:
         return None
     found = set()
-    for name in [names] if isinstance(names, str | int) else names:
+    for name in wanted:
         if isinstance(name, str) and name in class_names:
             found.add(list(class_names).index(name))
         elif isinstance(name, int | np.integer) and not isinstance(name, bool) and 0 <= name < len(class_names):

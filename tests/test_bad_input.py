@@ -433,7 +433,7 @@ BAD_INPUT: list[tuple[str, Builder, str, str]] = [
     ("MNIST on an object store", door("mnist", "s3://bucket/mnist"), "refused", "expects a local directory"),
     ("password in a URI", door("folder", "s3://me:secret@bucket/x"), "refused", "found s3://***@bucket/x"),
     ("unknown mode", lambda _: outcome_of(lambda: Preprocessing("CMYK", H, W)), "refused", "expected mode 'L'"),
-    ("size of zero", lambda _: outcome_of(lambda: Preprocessing("L", 0, W)), "refused", "height in pixels, 1 to 8192"),
+    ("size of zero", lambda _: outcome_of(lambda: Preprocessing("L", 0, W)), "refused", "height of 1 to 8192"),
 ]
 
 

@@ -41,7 +41,7 @@ LISTING = pa.table({"image_id": ["a", "b", "c", "d"], "label_name": ["ant", "bee
 
 
 def test_select_images_keeps_what_every_condition_asks(tmp_path: Path) -> None:
-    (tmp_path / "ids").write_text("d\nb\n")
+    (tmp_path / "ids").write_text("\ufeffd\nb\n", "utf-8")
     assert select_images(LISTING)[1] == "all"
     assert select_images(LISTING, ["label=ant"])[0]["image_id"].to_pylist() == ["a", "d"]
     assert select_images(LISTING, ["label=ant,bee", f"ids={tmp_path}/ids"])[0]["image_id"].to_pylist() == ["b", "d"]
@@ -55,6 +55,20 @@ def test_class_indices_prefers_names() -> None:
     assert class_indices("all", ("1", "0")) is None
     assert class_indices(["0"], ("1", "0")) == (1,)
     assert class_indices([0, "0", 0], ("1", "0")) == (0, 1)
+
+
+@pytest.mark.parametrize("every", [None, "all", ["all"], ("all",), np.array(["all"])])
+def test_class_indices_of_all_are_none(every: Any) -> None:
+    assert class_indices(every, ("ant", "bee", "cow")) is None
+
+
+@pytest.mark.parametrize("some", [[1, 2], np.array([2, 1]), ("bee", "cow"), np.array(["bee", "cow"])])
+def test_class_indices_are_taken_from_any_sequence(some: Any) -> None:
+    assert class_indices(some, ("ant", "bee", "cow")) == (1, 2)
+    assert class_indices(some[0], ("ant", "bee", "cow")) in ((1,), (2,))
+
+
+def test_class_indices_refuse_what_is_no_class() -> None:
     with pytest.raises(ValueError, match=r"unknown class '1,0'; choose from 1, 0; spaces separate names"):
         class_indices(["1,0"], ("1", "0"))
 
