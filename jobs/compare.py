@@ -83,6 +83,11 @@ def run_comparison(args: argparse.Namespace) -> int:
     methods = list(METHODS) if args.methods == ["all"] else list(dict.fromkeys(args.methods))
     if unknown := [name for name in (*methods, *(name for name, _ in args.audit)) if name not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: expected all, or some of {', '.join(METHODS)}")
+    taken = [*METHODS, *CONTROLS]
+    for name, _ in args.external:
+        if name in taken:
+            raise ValueError(f"external: the name {name!r} is taken; choose another than {', '.join(taken)}")
+        taken.append(name)
     config = driver.config_from(args, SearchConfig)
     out = driver.job_path(args.out, f"runs/{args.dataset}/compare", "--out")
     tested = driver.open_dataset(args, args.split)
@@ -111,8 +116,6 @@ def run_comparison(args: argparse.Namespace) -> int:
     for name in CONTROLS:
         results[name] = compare.control_results(name, compare.restrict(first, chosen), model, real)
     for name, uri in args.external:
-        if name in results:
-            raise ValueError(f"--external {name}: the name is taken; choose another")
         results[name] = compare.external_results(name, uri, first, model)
     scored = {name: compare.score(found, judges, real, out, chosen) for name, found in results.items()}
     for method in audits if judges.attributes else ():

@@ -161,8 +161,6 @@ def paired_difference(tables: Mapping[str, pa.Table], better: str, than: str) ->
     names = ["oracle_agreement", "reencoded_agreement", "im1", "implausibility", "l1_x", "steps"]
     first, second = (tables[name].select(["image_id", "target", *names]).to_pandas() for name in (better, than))
     both = first.merge(second, on=["image_id", "target"], suffixes=("", "_than"))
-    if both.empty:
-        return None
     groups = both["image_id"].to_numpy()
     differences = {name: (both[name] - both[f"{name}_than"]).to_numpy(float) for name in names}
     means = {name: metrics.clustered_mean(values, groups) for name, values in differences.items()}

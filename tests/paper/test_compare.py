@@ -380,6 +380,8 @@ def flattened(model: Any) -> Any:
     ("arguments", "message"),
     [
         (["--methods", "magic"], "unknown method 'magic'"),
+        (["--external", "revise=a.npz"], "--external: the name 'revise' is taken"),
+        (["--external", "mine=a.npz", "mine=b.npz"], "--external: the name 'mine' is taken"),
         (["--model", "/nowhere"], "no model at"),
         (["--max-steps", "-1"], "--max-steps"),
         (["--dataset", "mnist"], "data: expected"),
