@@ -1,11 +1,8 @@
 """The tables' schemas, and the way between arrays and list columns."""
 
-import io
-
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from clarity import schema
 from clarity.images import decode_png, encode_png
@@ -42,19 +39,13 @@ def test_fixed_size_list_nulls_rows_that_are_not_valid() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_png_is_read_as_pillow_reads_it_whoever_wrote_it(channels: int) -> None:
+def test_png_files_hold_the_images_and_are_the_same_in_any_batch(channels: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, channels, 8, 12), dtype=np.uint8)
-    ours, by_pillow, resaved = encode_png(images), [], []
-    for data in ours:
-        with Image.open(io.BytesIO(data)) as picture:
-            by_pillow.append(np.asarray(picture).reshape(8, 12, channels).transpose(2, 0, 1))
-            picture.save(other := io.BytesIO(), "PNG")
-        resaved.append(other.getvalue())
-    assert (np.stack(by_pillow) == images).all()
-    assert encode_png(images[1:2]) == ours[1:2] and encode_png(images[:0]) == []
-    assert (decode_png([*ours, *resaved], (channels, 8, 12)) == np.stack(by_pillow * 2)).all()
+    files = encode_png(images)
+    assert (decode_png(files, (channels, 8, 12)) == images).all()
+    assert encode_png(images[1:2]) == files[1:2] and encode_png(images[:0]) == []
     with pytest.raises(OSError, match=r"truncated|broken"):
-        decode_png([ours[0][:60]], (channels, 8, 12))
+        decode_png([files[0][:60]], (channels, 8, 12))
 
 
 def test_png_refuses_other_channels() -> None:
