@@ -69,6 +69,7 @@ class Facts:
     trained_on_labels: bool  # the ensemble may have been trained on the labels of these images
     verdict: Verdict  # on the model
     has_predictor: bool  # the user's own model is explained through the ensemble, so that source is its class
+    judge_accuracy: float | None  # of the held-out judge, on reconstructions of real images
     keep: tuple[str, ...] = ()  # attributes that the search kept, in the order of their columns
 
     @property
@@ -132,6 +133,7 @@ def gather(
     ((num_images, asked),) = con.execute(
         "SELECT count(DISTINCT image_id), count(prediction_target_prob_initial) FROM counterfactuals"
     ).fetchall()
+    judge = ((card or {}).get("evaluation") or {}).get("judge") or {}
     return Facts(
         con=con,
         class_names=tuple(class_names),
@@ -144,6 +146,7 @@ def gather(
         trained_on_labels=trained_on_labels,
         verdict=verdict(card or {}, foreign_labels(con) > 0),
         has_predictor=asked > 0,
+        judge_accuracy=judge.get("accuracy_on_reconstructions"),
         keep=tuple(keep),
     )
 

@@ -10,7 +10,7 @@ from clarity.findings.epistemic import check_epistemic
 from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
 from clarity.findings.labels import check_labels
 from clarity.findings.predictions import check_confirmed, check_fooled, check_predictions
-from clarity.findings.searches import check_reencoding, check_unconverged, check_unread
+from clarity.findings.searches import check_judged, check_reencoding, check_unconverged, check_unread
 from clarity.findings.shortcuts import check_shortcuts
 
 
@@ -44,6 +44,11 @@ CHECKS = {
         check_epistemic,
         "targets whose explanations leave the training data",
         "The members disagree about counterfactuals no more than about images that they are as sure of.",
+    ),
+    "judged": Check(
+        check_judged,
+        "counterfactuals in which the held-out judge does not see the target",
+        "The held-out judge sees the target in more than 95 % of the counterfactuals.",
     ),
     "reencoding": Check(
         check_reencoding,

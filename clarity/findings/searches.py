@@ -1,4 +1,6 @@
-"""Checks of reading, searching and re-encoding: unreadable images, pairs that did not converge, lost targets."""
+"""Checks of reading, searching and written pictures: what was not read, did not converge or lost its target."""
+
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -94,35 +96,70 @@ def check_unconverged(facts: Facts) -> Outcome:
     )
 
 
+def check_judged(facts: Facts) -> Outcome:
+    """Counterfactuals in whose pictures the held-out judge does not see the target."""
+    judged = "converged AND judge_class IS NOT NULL"
+    total, images, missed, worst = count_missed(facts, judged, "judge_class <> target")
+    if not total:
+        return NotChecked("no picture of a converged search was shown to a held-out judge")
+    share = missed / total
+    if share < 0.05:
+        return []
+    ((unchanged,),) = facts.rows(f"SELECT count(*) FROM counterfactuals WHERE {judged} AND judge_class = source")
+    known = facts.judge_accuracy
+    return Finding(
+        "judged",
+        min(0.95, 0.35 + 0.6 * min(1.0, share / 0.5)),
+        f"The judge does not see the target in {percent(share)} of the counterfactuals",
+        f"The held-out judge does not see the target in {missed:,} of {plural(total, 'counterfactual')} "
+        f"({percent(share)}); in {percent(unchanged, total)} it sees the class of the image{most_often(facts, worst)}."
+        + ("" if known is None else f" Of the reconstructions of real images it recognises {percent(known)}."),
+        f"Counted over the pairs that converged; expected for similar images: {share_text(share * images, images)}.",
+        tuple(worst),
+        figures={"share": share},
+    )
+
+
 def check_reencoding(facts: Facts) -> Outcome:
     """Counterfactuals that are not classified as their target once decoded, rounded to 8 bits and encoded again.
 
     A search that did not converge has no target to lose.
     """
-    rows = facts.rows(
-        "SELECT source, target, count(*), count(*) FILTER (reencoded_class IS DISTINCT FROM target), "
-        "count(DISTINCT image_id) FROM counterfactuals WHERE converged GROUP BY ROLLUP ((source, target)) ORDER BY ALL"
-    )
-    *rows, (_, _, total, all_lost, images) = rows
+    total, images, lost, worst = count_missed(facts, "converged", "reencoded_class IS DISTINCT FROM target")
     if not total:
         return NotChecked("no search converged")
-    share = all_lost / total
+    share = lost / total
     if share < 0.01:
         return []
-    fewest = min(5, max(row[2] for row in rows))  # a small audit has no class pair of five
-    shares = np.full((len(facts.class_names),) * 2, np.nan)
-    for source, target, count, lost, _ in rows:
-        shares[source, target] = lost / count if lost and count >= fewest else np.nan
-    worst = ranked(shares)[:6]
-    parts = [f"{facts.arrow(pair)} ({percent(shares[pair])})" for pair in worst[:3]]
     return Finding(
         "reencoding",
         min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
         f"{percent(share)} of the counterfactuals do not survive re-encoding",
-        f"Decoded, rounded to 8 bits and encoded again, {all_lost:,} of {plural(total, 'counterfactual')} "
-        f"({percent(share)}) are no longer classified as their target"
-        + (f"; most often {listed(parts)}." if parts else "."),
+        f"Decoded, rounded to 8 bits and encoded again, {lost:,} of {plural(total, 'counterfactual')} "
+        f"({percent(share)}) are no longer classified as their target{most_often(facts, worst)}.",
         f"Counted over the pairs that converged; expected for similar images: {share_text(share * images, images)}.",
         tuple(worst),
         figures={"share": share},
     )
+
+
+def count_missed(facts: Facts, among: str, missed: str) -> tuple[int, int, int, dict[tuple[int, int], float]]:
+    """Counts the pairs that fulfil ``among``, their images, and the pairs of these that fulfil ``missed``.
+
+    Last come the six class pairs with the largest shares of such pairs, and these shares.
+    """
+    rows = facts.rows(
+        f"SELECT source, target, count(*), count(DISTINCT image_id), count(*) FILTER ({missed}) "
+        f"FROM counterfactuals WHERE {among} GROUP BY ROLLUP ((source, target)) ORDER BY ALL"
+    )
+    *rows, (_, _, total, images, all_missed) = rows
+    fewest = min(5, max((row[2] for row in rows), default=0))  # a small audit has no class pair of five
+    shares = {(row[0], row[1]): row[4] / row[2] for row in rows if row[4] and row[2] >= fewest}
+    worst = sorted(shares, key=lambda pair: (-shares[pair], pair))[:6]
+    return total, images, all_missed, {pair: shares[pair] for pair in worst}
+
+
+def most_often(facts: Facts, worst: Mapping[tuple[int, int], float]) -> str:
+    """The end of a sentence that names the first of the class pairs of ``count_missed``."""
+    parts = [f"{facts.arrow(pair)} ({percent(share)})" for pair, share in worst.items()]
+    return f"; most often {listed(parts[:3])}" if parts else ""

@@ -12,12 +12,14 @@ from clarity.audit.queries import connect
 from clarity.findings.differences import mean_differences
 from clarity.findings.finding import Finding, gather
 from clarity.findings.registry import CHECKS, Results, find
+from clarity.report.text import percent
 
 ALARMS = {
     "unread",
     "shortcut",
     "labels",
     "epistemic",
+    "judged",
     "reencoding",
     "unconverged",
     "asymmetry",
@@ -143,6 +145,20 @@ def test_find_tells_what_does_not_survive_encoding() -> None:
     assert "reencoding" not in told(failing(make_tables(planted=Planted(lost=1)), target=1)), (
         "there is no target to lose"
     )
+
+
+def test_find_tells_where_the_judge_does_not_see_the_target() -> None:
+    tables = make_tables()
+    source, target = (tables.counterfactuals[name].to_numpy() for name in ("source", "target"))
+    seen = np.where(target == 2, np.where(np.arange(len(target)) % 3 == 0, source, 0), target)
+    tables = replaced(tables, "counterfactuals", "judge_class", seen)
+    finding = told(tables, card=model_card(judge=(0.95, 0.9)))["judged"]
+    missed, same = ((seen != target), (seen != target) & (seen == source))
+    assert finding.figures["share"] == pytest.approx(missed.mean()) and {pair[1] for pair in finding.pairs} == {2}
+    assert f"{missed.sum()} of 360 counterfactuals" in finding.sentence
+    assert f"in {percent(same.sum(), 360)} it sees the class of the image; most often ant → cow" in finding.sentence
+    assert finding.sentence.endswith("Of the reconstructions of real images it recognises 90 %.")
+    assert "judged" not in told(failing(tables, target=2)), "the others are seen as their targets"
 
 
 def test_find_counts_what_was_not_read_or_not_finite() -> None:
@@ -286,6 +302,7 @@ NOT_CHECKED: list[tuple[Callable[[], Tables], dict[str, Any], dict[str, str]]] =
         {
             "asymmetry": "no two classes have 8 pairs in each direction",
             "fooled": "no predictor was asked",
+            "judged": "no picture of a converged search was shown to a held-out judge",
             "confirmed": "no check of the written pictures",
             "predictions": "the audit has no predictions",
             "attributes": "the attributes of the pictures were not measured",
