@@ -1,6 +1,8 @@
-"""Figures of counterfactuals and searches, for notebooks, the README and the comparison with the paper.
+"""Figures of arrays and of audits, for notebooks, the README and the report.
 
 Every figure is readable in greyscale: whatever a colour says, a dash, a marker or a shade says too.
+
+Shapes: R rows and Q columns of a grid.
 """
 
 from __future__ import annotations
@@ -11,19 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
+from clarity.audit.queries import PAIR_FIGURES, PairFigure, connect
 from clarity.figure import DARK, FULL_WIDTH, MIDDLE, Picture, new_picture, styled
 from clarity.images import decode_png
-from clarity.report.text import short_names
+from clarity.report.text import decimals, short_names
 
 if TYPE_CHECKING:
     from clarity.audit.read import Audit
 
 Array = np.ndarray
+TEXT: dict[str, Any] = {"ha": "center", "va": "center"}
 
 
 def image_axes(images: Sequence[Sequence[Array | None]], rows: int, columns: int, cell: float) -> tuple[Picture, Any]:
@@ -54,7 +60,7 @@ def draw_image(ax: Any, image: Array | None) -> None:
     """Draws an image (C, H, W); a dash for None."""
     frame(ax)
     if image is None:
-        ax.text(0.5, 0.5, "–", transform=ax.transAxes, ha="center", va="center")
+        ax.text(0.5, 0.5, "–", transform=ax.transAxes, **TEXT)
     else:
         ax.imshow(displayed(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
@@ -162,6 +168,48 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
         Line2D([], [], color=DARK, ls=(0, (5, 1.5)), label="log$_{10}$ epistemic (right axis)"),
     ]
     picture.legend(handles=handles, loc="outside upper center", ncols=3)
+    return picture
+
+
+def class_pairs(audit: Audit, what: str = "median_distance") -> Picture:
+    """One of PAIR_FIGURES by source and target class of an audit, as a K x K map."""
+    if what not in PAIR_FIGURES:
+        raise ValueError(f"what: unknown figure {what!r}; choose from {', '.join(PAIR_FIGURES)}")
+    con = connect(audit.codes, audit.counterfactuals)
+    rows = con.sql(f"SELECT source, target, {what} FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
+    values = np.full((len(audit.class_names),) * 2, np.nan)
+    values[rows["source"], rows["target"]] = np.ma.filled(rows[what].astype(float), np.nan)
+    return class_pair_map(values, audit.class_names, PAIR_FIGURES[what])
+
+
+@styled
+def class_pair_map(values: Array, class_names: Sequence[str], figure: PairFigure) -> Picture:
+    """A number for each (source, target) as a K x K map with the numbers written in; NaN is a dash."""
+    count = len(class_names)
+    side = max(2.4, 0.36 * count + 0.9)
+    picture = new_picture(side + 0.7, side)
+    ax = picture.subplots()
+    low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0.0, 1.0)
+    if figure.share:  # a point or two below 100 % should not look dark
+        low, high = min(0.95, np.floor(low * 20) / 20), 1.0
+    scale = Normalize(low, high if high > low else low + 1)
+    cmap = matplotlib.colormaps["gray" if figure.share else "gray_r"]
+    shown = ax.imshow(np.ma.masked_invalid(values), cmap=cmap, norm=scale)
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{100 * value:.0f}" if figure.share else f"{value:.{decimals(high)}f}"
+            ax.text(j, i, text, color="white" if cmap(scale(value))[0] < 0.5 else "black", fontsize=6, **TEXT)
+        else:
+            ax.text(j, i, "–", color="0.5", fontsize=6, **TEXT)
+    names = short_names(class_names, 16)
+    ax.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 3 else 0, parse_math=False)
+    ax.set_yticks(range(count), names, parse_math=False)
+    ax.set(xlabel="target", ylabel="source", title=figure.title)
+    ax.spines[:].set_visible(False)
+    bar = picture.colorbar(shown, ax=ax, shrink=0.7, aspect=22)
+    bar.set_label(figure.label)
+    if figure.share:
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     return picture
 
 

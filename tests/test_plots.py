@@ -9,14 +9,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from audits import make_tables, write_audit
+from audits import Planted, make_tables, write_audit
 from PIL import Image
 
 from clarity import figure, plots
+from clarity.audit.queries import PAIR_FIGURES, connect
 from clarity.audit.read import read_audit
 from clarity.images import decode_png
 
-C, H, W = 3, 8, 12
+C, H, W, K = 3, 8, 12, 4
+SHARE = PAIR_FIGURES["strict_validity"]
 
 
 def image(value: float) -> np.ndarray:
@@ -31,6 +33,7 @@ def trace(steps: int) -> plots.Trace:
 PICTURES = {
     "counterfactual": lambda: plots.counterfactual(image(0.2), image(0.7), source="cat", target="dog", note="p = 1"),
     "path_strip": lambda: plots.path_strip([image(0.1), image(0.9)], [0, 7], [0.1, 0.99], target="dog"),
+    "class_pair_map": lambda: plots.class_pair_map(np.where(np.eye(K, dtype=bool), np.nan, 0.5), "abcd", SHARE),
     "search_traces": lambda: plots.search_traces({"R": trace(9), "C": trace(4)}, source="3", target="8"),
 }  # fmt: skip
 
@@ -77,6 +80,18 @@ def test_bytes_and_floats_are_drawn_alike() -> None:
     assert plots.displayed(image(2.0)).max() == 1 and plots.displayed(image(0.3)).shape == (H, W, 3)
 
 
+def test_class_pairs_are_those_of_the_view(tmp_path: Path) -> None:
+    tables = make_tables(planted=Planted(hard=(1, 3), lost=2))
+    opened = read_audit(write_audit(tmp_path / "audit", tables))
+    view = connect(tables.codes, tables.counterfactuals).sql("FROM class_pair_figures WHERE source IS NOT NULL").df()
+    for what in PAIR_FIGURES.keys() - {"judge_agreement", "confirmed_share"}:  # neither judge nor checks here
+        shown = plots.class_pairs(opened, what).axes[0].images[0].get_array()
+        assert np.ma.getmaskarray(shown).tolist() == np.eye(4, dtype=bool).tolist()
+        assert shown[view.source, view.target].tolist() == pytest.approx(view[what].tolist())
+    with pytest.raises(ValueError, match="choose from strict_validity"):
+        plots.class_pairs(opened, "steps")
+
+
 def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any) -> None:
     tables = make_tables()
     opened = read_audit(write_audit(tmp_path / "audit", tables, tiny_model))
@@ -111,8 +126,12 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
 
 
 def test_picture_draws_long_names_and_formulas_as_they_are() -> None:
+    names = ["a" * 300, "$b$", "a" * 299 + "c"]
+    picture = plots.class_pair_map(np.eye(3), names, SHARE)
+    assert len({label.get_text() for label in picture.axes[0].get_xticklabels()}) == 3
+    assert picture.render() and picture.get_tightbbox().width < 2 * figure.FULL_WIDTH
     titled = plots.counterfactual(image(0.2), image(0.7), source="a" * 300, target="$x_{$")
-    assert titled.render() and titled.get_tightbbox().width < 2 * figure.FULL_WIDTH
+    titled.render()
     boxes = [ax.title.get_window_extent() for ax in titled.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 

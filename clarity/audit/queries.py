@@ -26,7 +26,7 @@ class PairFigure(NamedTuple):
     share: bool = False
 
 
-#: Columns of the view class_pair_figures that the report shows as maps.
+#: Columns of the view class_pair_figures that ``plots.class_pairs`` and the report show.
 PAIR_FIGURES = {
     "strict_validity": PairFigure(
         "Converged", "share of pairs", "searches in which the target reached the requested probability", True
