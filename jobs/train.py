@@ -33,7 +33,7 @@ from clarity.report.text import counted
 from clarity.training.cost import Cost, costs
 from clarity.training.directory import begin, finish
 from clarity.training.loops import PRECISIONS, VAETraining
-from clarity.training.plan import DECODERS, RECIPES, TRAININGS, TrainingPlan, plan_training
+from clarity.training.plan import DECODERS, OPTIONS, RECIPES, TRAININGS, TrainingPlan, plan_training
 from clarity.training.recipe import with_recipe
 from clarity.training.stages import STAGES, TRAINED, Worker, run_stages
 from clarity.vae import VAES, VAEConfig
@@ -41,19 +41,7 @@ from clarity.vae import VAES, VAEConfig
 #: Little goes through Ray's object store.
 OBJECT_STORE_BYTES = 200_000_000
 #: Flags that are parameters of ``plan_training`` as they are.
-SAME_NAMES = [
-    "num_members",
-    "hidden",
-    "mode",
-    "center_crop",
-    "recipe",
-    "predictor",
-    "image_members",
-    "judge_updates",
-    "attributes",
-    "decoder",
-    "precision",
-]
+SAME_NAMES = (*OPTIONS, "num_members", "hidden", "mode", "center_crop", "recipe", "predictor")
 #: What the trainings' flags train, by their prefix.
 NETWORKS = {"vae": "VAE", "ensemble": "ensemble", "image": "image ensemble"}
 #: What is said of images with the same pixels: entries of the card, the name of a line, its text.
@@ -109,7 +97,7 @@ def new_parser() -> argparse.ArgumentParser:
         "Also train N ensembles, each without a part of the training split, so that --split train explains each image "
         "by one that has not seen it (default: 0)."
     )
-    add("--folds", default=0, **number, help=about)
+    add("--folds", dest="num_folds", default=0, **number, help=about)
     about = "Updates of the held-out judge; 0: no judge (default: by the number of images)."
     add("--judge-updates", **number, help=about)
     about = "Columns of two values, or all, to fit linear heads for --keep of jobs/explain_all.py."
@@ -174,7 +162,6 @@ def make_plan(args: argparse.Namespace) -> TrainingPlan:
         architecture=args.vae,
         vae_fields={name: getattr(args, name) for name in ("latent_dim", "channels", "beta", "loss", "label_weight")},
         image_size=size,
-        num_folds=args.folds,
         refit=None if args.refit is None else driver.job_path(args.refit, "", "--refit"),
         **{name: getattr(args, name) for name in SAME_NAMES},
         **{f"{prefix}_seed": args.seed for prefix in TRAININGS},

@@ -101,11 +101,11 @@ def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
         folds=tuple(folds),
         **{name: load_network(plan, name) for name in ("vae", "judge", "sharp")},
     )
-    heads_metrics: dict[str, Any] = {}
+    further: dict[str, Any] = {}
     if plan.attributes:
         log(f"fitting the heads of {counted(len(plan.attributes), 'attributes')}")
         given = plan.preprocessing, plan.dataset, plan.held_out, plan.attributes
-        model.heads, heads_metrics = fit_heads(model.vae, *given)
+        model.heads, further["attributes"] = fit_heads(model.vae, *given)
     measured: dict[str, Any] = {"metrics": {}}
     if plan.held_out is not None:
         held_out = load_images(plan, plan.held_out)
@@ -113,10 +113,9 @@ def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
         log(f"measuring on {counted(len(held_out.ids), 'held-out images')}")
         labelled = partial(load_images, plan, plan.dataset, BASELINE_IMAGES) if plan.data["labelled"] else None
         measured = evaluate(model, labelled, held_out)
-    if heads_metrics:
-        measured["metrics"]["attributes"] = heads_metrics
     if folds and (found := measure_folds(plan, folds)):
-        measured["metrics"]["out_of_fold"] = found
+        further["out_of_fold"] = found
+    measured["metrics"] |= further
     if (predictor := plan_predictor(plan)) is not None:
         refit = None if plan.refit is None else storage.display(plan.refit)
         measured["predictor"] = {"name": predictor.name, "digest": predictor.digest, "refit": refit}
@@ -124,8 +123,8 @@ def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
             some = held_out.take(evenly(len(held_out.ids), MEASURED_IMAGES))
             probs = original_probs(predictor, plan.held_out, list_images(plan.held_out), some, plan.preprocessing)
             measured["predictor"] |= fidelity(model, predictor, some, probs)
-    card = {"data": plan.data, "plan": plan.describe(), "precision": plan.precision, **measured}
-    card["vae_updates"] = num_updates(plan.vae_training, plan.data["images"])
+    updates = num_updates(plan.vae_training, plan.data["images"])
+    card = {"data": plan.data, "plan": plan.describe(), "precision": plan.precision, "vae_updates": updates, **measured}
     save_model(model, plan.out, card=card | ({"recipe": plan.recipe} if plan.recipe else {}))
     storage.delete_tree(plan.file())
     return model

@@ -92,8 +92,8 @@ def open_audit(uri: str, out: str, dataset: Dataset, listing: pa.Table, class_na
     sums = [None if card is None else card["files"][FILES["vae"]]["sha256"] for card in cards]
     if sums[0] is None or sums[0] != sums[1]:
         raise ValueError(
-            f"refit: expected the model of {name} in {storage.display(out)}, found "
-            f"{'none' if sums[0] is None else 'one with another VAE'}: name its directory as out"
+            f"refit: expected the model of {name} in {storage.display(out)}, found none or one with another VAE: name "
+            "its directory as out"
         )
     return audit
 

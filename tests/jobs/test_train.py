@@ -181,7 +181,7 @@ def test_job_shares_the_vae_among_workers(folder: Path, tmp_path: Path, environm
         (["--loss", "hinge"], "unknown reconstruction loss 'hinge'; choose from bce"),
         (["--vae-epochs", "0"], "error: --vae-epochs: expected at least 1, got 0"),
         (["--ensemble-learning-rate", "-1"], "--ensemble-learning-rate: expected more than 0, got -1.0"),
-        (["--folds", "1"], "num_folds: expected 0 or at least 2, got 1"),
+        (["--folds", "1"], "error: --folds: expected 0 or at least 2, got 1"),
         (["--workers", "0"], "--workers: expected at least 1, got 0"),
         (["--image-size", "1", "2", "3"], "--image-size: expected a side, or height and width"),
         (["--out", "s3://user:secret@bucket/model"], "s3://"),
