@@ -1,4 +1,4 @@
-"""Checks of written counterfactual images, and what a pair does that fails one.
+"""Checks of written counterfactual images, and the further search of pairs that fail one.
 
 A check is one function over the images as they are written, in 8 bits. A pair that fails a check continues its search
 on the next rung: from where it stands, with fresh moments, a threshold nearer to 1, and no distance penalty.

@@ -1,4 +1,4 @@
-"""From a question to the plan of an audit: which images, which targets; and a measurement of its speed and size."""
+"""Plan an audit: select images and targets, check the request, and measure speed and size on a few images."""
 
 import dataclasses
 import hashlib

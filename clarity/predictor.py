@@ -1,4 +1,4 @@
-"""The predictor: the user's own model, which an audit can explain and which then has the last word on each image.
+"""The predictor: the user's own model, which an audit can explain and which then judges each written image.
 
 An ONNX file, of which nothing is executed but its graph, or a Python function of the user's. It is asked for
 probabilities only, never for gradients, and sees 8-bit images through its own preprocessing. Does not know our models.
@@ -58,7 +58,7 @@ class Predictor:
         return replace(self, order=tuple(self.class_names.index(name) for name in class_names))
 
     def sees(self, preprocessing: Preprocessing) -> Preprocessing:
-        """What makes its pixels: a model's preprocessing, crop included, where mode and size are the same."""
+        """The preprocessing of its images: a model's, crop included, where mode and size are the same; else its own."""
         return preprocessing if preprocessing.image_shape == self.preprocessing.image_shape else self.preprocessing
 
     def predict(self, pixels: np.ndarray, threads: int = 1) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the stages of the explainer hand each other, and the tables that are made of it."""
+"""Intermediate results of the explainer's stages, and the tables that are built from them."""
 
 import copy
 from collections.abc import Mapping, Sequence

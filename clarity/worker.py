@@ -77,7 +77,7 @@ def read_shard(batch: pa.Table, work: Work) -> pa.Table:
 
 
 def add_images(images: pa.Table, others: pa.Table) -> pa.Table:
-    """Images with those that the predictor sees as a further column; null, with the reason, where either is."""
+    """Images with the predictor's version of each as a further column; null, with the reason, where either is."""
     readable = pc.and_(images["image"].is_valid(), others["image"].is_valid())
     image = pc.if_else(readable, images["image"], pa.scalar(None, images["image"].type))
     images = images.set_column(images.column_names.index("image"), images.schema.field("image"), image)

@@ -30,7 +30,7 @@ class GivenUp(RuntimeError):
 
 @dataclass
 class Claim:
-    """The driver's hold on an audit directory: its plan, and the commit records by shard."""
+    """The driver's exclusive claim on an audit directory: its plan, and the commit records by shard."""
 
     uri: str
     plan: Plan

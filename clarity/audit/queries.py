@@ -1,4 +1,4 @@
-"""Documented SQL questions to an audit, by DuckDB.
+"""Documented SQL queries of an audit, run by DuckDB.
 
 Each is a file in sql/: its comments say what it answers, and the defaults of its parameters as JSON.
 """

@@ -107,7 +107,7 @@ def with_attributes(dataset: Dataset, names: Sequence[str]) -> Dataset:
 
 
 def choose_split(dataset: Dataset) -> str:
-    """The split of a data set that a requested name means."""
+    """The name of the requested split in the data: train, validation, test or all; ValueError where it has none."""
     if dataset.split == "all":
         return "all"
     wanted = split_named(dataset.split)

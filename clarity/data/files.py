@@ -30,7 +30,7 @@ def read_files(dataset: Dataset, rows: pa.Table) -> Iterator[tuple[int, Content]
 
 
 def read_file(uri: str, size: int | None, named_by: str = "") -> Content:
-    """The bytes of a file, or why it has none: other than the listed ``size``, or not where ``named_by`` says."""
+    """The bytes of a file of the listed ``size``, or why it cannot be read; ``named_by`` is the file that names it."""
     if (size or 0) > MAX_BYTES:
         return UnreadableImage(f"expected a file of at most {MAX_BYTES} bytes, found {size}: make the image smaller")
     try:

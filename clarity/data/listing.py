@@ -1,4 +1,4 @@
-"""What every source shares: a data set, what a source can do, and the listing of a data set's images."""
+"""What all sources share: the types Dataset and Source, and the listing of the images of a data set."""
 
 import json
 import re
