@@ -296,6 +296,21 @@ def test_trace_search_follows_the_search(bench: Bench, root: Path) -> None:
             assert np.allclose(gap, 0, atol=1e-5)
 
 
+def test_curves_end_in_the_probabilities_of_the_two_images(bench: Bench, root: Path) -> None:
+    classes = np.arange(COUNT)
+    images = dataclasses.replace(bench.results(root).images, label=classes, source=classes)
+    curves = claims.segment_curves(bench.model, images, 2, 7, 11)
+    names = ["latent classifiers", "image classifiers", "image classifiers, image space"]
+    assert [(name, curve.shape) for name, curve in curves.items()] == list(zip(names, [(3, 11), (2, 11), (2, 11)]))
+    with torch.no_grad():
+        ends = bench.model.ensemble(torch.from_numpy(images.z[[2, 7]])).softmax(-1)[..., 7].numpy()
+    assert np.allclose(curves[names[0]][:, [0, -1]], ends, atol=1e-6)
+    assert np.allclose(curves[names[1]][:, [0, -1]], curves[names[2]][:, [0, -1]], atol=1e-6)
+    found = claims.curve_measures(bench.model, images)
+    assert list(found) == [label for name in names for label in (name, f"{name}, mean of the ensemble")]
+    assert all(row["segments"] == COUNT and 0 <= row["plateau_width"] <= 1 for row in found.values())
+
+
 def test_member_gradients_are_those_of_each_alone(bench: Bench) -> None:
     z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     target = torch.tensor([0, 3, 9, 1])
