@@ -8,8 +8,8 @@ changes nothing.
 """
 
 import argparse
-import importlib.util
 import re
+import runpy
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -59,10 +59,11 @@ def flags_list(parser: argparse.ArgumentParser, known: dict[tuple[str, str], str
                 repeated.setdefault(known[flag, text], []).append(f"`{action.option_strings[0]}`")
             else:
                 lines.append(item(flag))
-        title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title or "")
-        if lines and title:
+        title = group.title or ""
+        if lines and title not in ("options", "positional arguments"):
             parts.append(f"*{title[0].upper()}{title[1:]}*")
-        parts += ["\n".join(lines)] * bool(lines)
+        if lines:
+            parts.append("\n".join(lines))
     parts += [f"As in `jobs/{job}.py`: {', '.join(flags)}." for job, flags in repeated.items()]
     return "\n\n".join(parts)
 
@@ -81,11 +82,8 @@ def sections() -> dict[str, str]:
     found = {f"### `{table}/*.parquet`": columns_list(columns) for table, columns in TABLES.items()}
     known: dict[tuple[str, str], str] = {}
     for name in JOBS:
-        spec = importlib.util.spec_from_file_location(f"reference_{name}", ROOT / "jobs" / f"{name}.py")
-        assert spec and spec.loader
-        job = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(job)
-        found[f"### `jobs/{name}.py`"] = flags_list(job.new_parser(), known, name)
+        job = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))
+        found[f"### `jobs/{name}.py`"] = flags_list(job["new_parser"](), known, name)
     return found
 
 
