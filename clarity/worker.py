@@ -31,25 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker of a run is given.
+    """What every worker of a run is given."""
 
-    Args:
-        uri: of the audit.
-        run: name of the run.
-        plan: of the audit.
-        dataset: the images.
-        preprocessing: of the model.
-        predictor_preprocessing: of the predictor; None where the plan has none.
-        predictor: an ONNX file or module:function.
-    """
-
-    uri: str
-    run: str
+    uri: str  # of the audit
+    run: str  # name of the run
     plan: Plan
     dataset: data.Dataset
-    preprocessing: Preprocessing
-    predictor_preprocessing: Preprocessing | None = None
-    predictor: str | None = None
+    preprocessing: Preprocessing  # of the model
+    predictor_preprocessing: Preprocessing | None = None  # None where the plan has no predictor
+    predictor: str | None = None  # an ONNX file or module:function
 
 
 def shard_item(plan: Plan, shard: int, listing: pa.Table) -> dict[str, Any]:

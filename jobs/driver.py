@@ -160,15 +160,10 @@ def field_help(config: type) -> dict[str, str]:
 
 
 def run(parser: argparse.ArgumentParser, job: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-    """Parse the command line and run a job; what it raises becomes a line on stderr and an exit code.
+    """Parse the command line and run a job, which returns 0 (complete) or 1 (incomplete).
 
-    Args:
-        parser: of the job's flags.
-        job: returns 0 (complete) or 1 (incomplete).
-        argv: the command line; that of the process by default.
-
-    After an interrupt and after an error of Ray the same command resumes, exit code 1. ValueError and OSError are bad
-    input, exit code 2.
+    What it raises becomes a line on stderr and an exit code: 1 after an interrupt or an error of Ray, as the same
+    command resumes; 2 for ValueError and OSError, which are bad input.
     """
     tolerate_output_errors()
     args = parser.parse_args(argv)

@@ -69,12 +69,11 @@ def verify(uri: str | Path, *, redecode: Decoder | None = None) -> Verification:
     if stray := [path for name in TABLES for path in files_below(uri, name) if path not in named]:
         result.problems.append(f"{len(stray)} data files that no commit names, the first {stray[0]}")
     share = -(-SAMPLE // max(len(commits), 1))
-
-    def check(shard: int) -> Verification:
-        return verify_shard(uri, plan, shard, commits[shard], redecode, share)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(check, sorted(commits)):
+        shards = pool.map(
+            lambda shard: verify_shard(uri, plan, shard, commits[shard], redecode, share), sorted(commits)
+        )
+        for found in shards:
             for name in ("images", "errors", "pairs", "converged", "redecoded", "problems", "shards"):
                 setattr(result, name, getattr(result, name) + getattr(found, name))
     if result.ok and result.images != plan.num_images:
