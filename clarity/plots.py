@@ -5,13 +5,11 @@ Every figure is readable in greyscale: whatever a colour says, a dash, a marker 
 Shapes: R rows and Q columns of a grid.
 """
 
-from __future__ import annotations
-
 import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,13 +18,12 @@ import pyarrow.compute as pc
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
+from clarity import notebook
 from clarity.audit.queries import PAIR_FIGURES, PairFigure, connect
+from clarity.audit.read import Audit
 from clarity.figure import DARK, FULL_WIDTH, MIDDLE, Picture, new_picture, styled
 from clarity.images import decode_png
 from clarity.report.text import decimals, short_names
-
-if TYPE_CHECKING:
-    from clarity.audit.read import Audit
 
 Array = np.ndarray
 TEXT: dict[str, Any] = {"ha": "center", "va": "center"}
@@ -117,22 +114,21 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
 
 @dataclass(frozen=True)
 class Trace:
-    """One search, step by step: each (T,), the start included; ``images`` may hold the first and the last."""
+    """One search, step by step: each (T,), the start included; ``images`` (C, H, W) are the first and the last."""
 
     target_prob: Array
     aleatoric: Array
     epistemic: Array
-    images: tuple[Array, Array] | None = None
+    images: tuple[Array, Array]
 
 
 @styled
-def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_target_prob: float = 0.99) -> Picture:
+def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_target_prob: float) -> Picture:
     """Figure 8: target probability, logarithm of the epistemic uncertainty and aleatoric uncertainty at each step."""
     picture = new_picture(min(FULL_WIDTH, 0.5 + 3.1 * len(traces)), 2.5)
     axes = picture.subplots(1, len(traces), sharey=True, squeeze=False)[0]
     logs = [np.log10(np.maximum(trace.epistemic, 1e-8)) for trace in traces.values()]
-    # The upper part of each panel is kept free for the images.
-    free = 0.3 if any(trace.images for trace in traces.values()) else 0.0
+    free = 0.3  # the upper part of each panel, for the images
     bottom, top = float(np.floor(min(map(np.min, logs)))), float(np.ceil(max(map(np.max, logs))))
     powers = np.arange(bottom, top + 1)
     top = bottom + (top - bottom) / (1 - free)
@@ -156,7 +152,7 @@ def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_
         ax.set_xlim(0, max(1, steps[-1]))
         ax.set_xlabel("step")
         set_title(ax, f"{name}, {source} → {target}, {steps[-1]} steps", 2.6)
-        for k, image in enumerate(trace.images or ()):
+        for k, image in enumerate(trace.images):
             corner = ax.inset_axes((0.02 if k == 0 else 0.81, 0.74, 0.17, 0.25))
             draw_image(corner, image)
             side = {"x": 1.06, "ha": "left"} if k == 0 else {"x": -0.06, "ha": "right"}
@@ -217,9 +213,8 @@ class Counterfactual:
     """One counterfactual of an audit, which a notebook displays; ValueError where the audit holds no such pair."""
 
     def __init__(self, audit: Audit, image_id: str, target: str) -> None:
-        names = audit.plan.model["class_names"]
-        if target not in names:
-            raise ValueError(f"target: expected one of the classes {', '.join(names)}, got {target!r}")
+        if target not in audit.class_names:
+            raise ValueError(f"target: expected one of the classes {', '.join(audit.class_names)}, got {target!r}")
         mine = pc.field("image_id") == image_id
         rows = audit.counterfactuals.to_table(filter=mine & (pc.field("target_name") == target))
         if not len(rows):
@@ -233,9 +228,7 @@ class Counterfactual:
 
     def decoded(self, column: str) -> Array:
         """The picture of the pair's code in ``z`` or ``z_cf``."""
-        from clarity.notebook import decode
-
-        return decode(self.audit, self.tables[column], column=column)[0]
+        return notebook.decode(self.audit, self.tables[column], column=column)[0]
 
     def stored(self, value: bytes | None, column: str) -> Array:
         """A stored picture; decoded from a code where there is none."""
@@ -243,17 +236,16 @@ class Counterfactual:
 
     def picture(self) -> Picture:
         """Original, reconstruction, counterfactual and difference; decoded from the codes where none is stored."""
-        row, reconstruction = self.row, self.decoded("z")
+        row = self.row
         p = f"p({row['target_name']}) = {row['target_prob_final']:.3f}, {row['steps']} steps"
-        if (told := row.get("prediction_target_prob_final")) is not None:
+        if (told := row["prediction_target_prob_final"]) is not None:
             p += f"; your model {told:.3f}"
-        x = self.stored(self.code["x"], "z")
         return counterfactual(
-            x,
+            self.stored(self.code["x"], "z"),
             self.stored(row["x_cf"], "z_cf"),
             source=row["source_name"],
             target=row["target_name"],
-            reconstruction=reconstruction,
+            reconstruction=self.decoded("z"),
             note=p if row["converged"] else f"{p}, not converged",
         )
 
@@ -263,21 +255,14 @@ class Counterfactual:
     @functools.cached_property
     def trace(self) -> pa.Table:
         """The search, one row for each step: as the audit recorded it, else searched again by the plain engine."""
-        from clarity.notebook import trace
-
-        return trace(self.audit, self.row["image_id"], self.row["target"])
+        return notebook.trace(self.audit, self.row["image_id"], self.row["target"])
 
     def path(self, frames: int = 8) -> Picture:
         """Pictures at ``frames`` steps of the search, with the target probability under each."""
-        from clarity.notebook import decode
-
-        steps = self.trace["step"].to_numpy()
-        chosen = np.unique(np.round(np.linspace(0, len(steps) - 1, frames)).astype(int))
-        some = self.trace.take(pa.array(chosen))
-        images = list(decode(self.audit, some, column="z"))
-        return path_strip(
-            images, steps[chosen].tolist(), some["target_prob"].to_pylist(), target=self.row["target_name"]
-        )
+        some = self.trace.take(np.unique(np.linspace(0, len(self.trace) - 1, frames).round().astype(int)))
+        images = list(notebook.decode(self.audit, some, column="z"))
+        steps, target_prob = (some[name].to_pylist() for name in ("step", "target_prob"))
+        return path_strip(images, steps, target_prob, target=self.row["target_name"])
 
     def uncertainty(self) -> Picture:
         """Target probability, aleatoric and epistemic uncertainty at each step of the search."""
@@ -285,5 +270,7 @@ class Counterfactual:
             raise ValueError(f"the method {self.row['method']} has a single classifier: no epistemic uncertainty")
         probs, aleatoric, epistemic = (self.trace[n].to_numpy() for n in ("target_prob", "aleatoric", "epistemic"))
         ends = (self.decoded("z"), self.stored(self.row["x_cf"], "z_cf"))
+        traces = {f"image {self.row['image_id']}": Trace(probs, aleatoric, epistemic, ends)}
+        threshold = self.audit.plan.min_target_prob(np.array([self.row["target"]]))[0]
         names = {"source": self.row["source_name"], "target": self.row["target_name"]}
-        return search_traces({f"image {self.row['image_id']}": Trace(probs, aleatoric, epistemic, ends)}, **names)
+        return search_traces(traces, **names, min_target_prob=threshold)
