@@ -69,18 +69,12 @@ class Explained:
     traces: pa.Table | None = None
 
 
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - start
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time spent inside to the seconds of a stage."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] += time.perf_counter() - start
 
 
 class Explainer:
@@ -178,7 +172,7 @@ class Explainer:
 
     def search_shard(self, shard: pa.Table, trace: int = 0) -> Explained:
         """``explain_shard`` without PNG encoding: the columns ``x`` and ``x_cf`` hold raw pixels."""
-        clock, engine = Clock(), None
+        seconds, engine = defaultdict[str, float](float), None
         valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
         codes = [error_rows(self.model, shard.filter(pa.array(~valid)), predicted=self.predictor is not None)]
         num_kept = 0 if self.kept is None else len(self.kept.names)
@@ -186,23 +180,23 @@ class Explainer:
         traces = [schema.traces_schema(self.model.latent_dim).empty_table()]
         with one_thread(self.threads):
             for ensemble, rows in self.by_ensemble(shard["image_id"].to_pylist(), valid):
-                encoded = self.encode(ensemble, shard.take(rows), clock)
+                encoded = self.encode(ensemble, shard.take(rows), seconds)
                 codes.append(code_rows(encoded, self.images))
                 asked = self.ask(encoded)
                 if not len(asked.target):
                     continue
-                results = self.find(encoded, asked, clock)
+                results = self.find(encoded, asked, seconds)
                 engine = results.found.engine
-                with clock("predict"):
+                with timed(seconds, "predict"):
                     initial = self.predict_start(encoded)
                     final = uncertainties(classifier_logits(encoded.model, self.method, results.found.point))
-                with clock("table"):
+                with timed(seconds, "table"):
                     ends = (results, initial, final)
                     pairs.append(pair_rows(self.method, encoded, asked, *ends, self.images, self.kept))
                 if traced := set(shard["image_id"][:trace].to_pylist()):
-                    with clock("trace"):
+                    with timed(seconds, "trace"):
                         traces.append(self.trace_rows(encoded, asked, traced))
-        with clock("table"):
+        with timed(seconds, "table"):
             counterfactuals = sort(pairs, "target", "image_id")
             final = counterfactuals["target_prob_final"].drop_null().to_numpy()
             return Explained(
@@ -217,7 +211,7 @@ class Explainer:
                     "pairs": len(counterfactuals),
                     "converged": pc.sum(counterfactuals["converged"]).as_py() or 0,
                     "reach": float(np.quantile(final, 0.05)) if len(final) else None,
-                    "seconds": clock.seconds,
+                    "seconds": seconds,
                 },
             )
 
@@ -229,9 +223,9 @@ class Explainer:
             if len(rows := np.flatnonzero(valid & (fold == number))):
                 yield ensemble, rows
 
-    def encode(self, ensemble: LatentEnsemble, shard: pa.Table, clock: Clock) -> Encoded:
+    def encode(self, ensemble: LatentEnsemble, shard: pa.Table, seconds: dict[str, float]) -> Encoded:
         """Encode readable images, reconstruct them, and predict their classes from their codes."""
-        with clock("encode"):
+        with timed(seconds, "encode"):
             pixels = schema.matrix(shard["image"]).reshape(-1, *self.model.image_shape)
             x = to_float(pixels, self.device)
             z, log_var = encode_rows(self.model.vae, x)
@@ -256,7 +250,7 @@ class Explainer:
             )
         if self.predictor is None:
             return encoded
-        with clock("predictor"):
+        with timed(seconds, "predictor"):
             originals = pixels
             if schema.PREDICTOR_IMAGE in shard.column_names:
                 originals = schema.matrix(shard[schema.PREDICTOR_IMAGE])
@@ -287,15 +281,15 @@ class Explainer:
             pairs = replace(pairs, min_target_prob=torch.from_numpy(thresholds).to(self.device))
         return Asked(image, target, pairs)
 
-    def find(self, encoded: Encoded, asked: Asked, clock: Clock) -> Results:
+    def find(self, encoded: Encoded, asked: Asked, seconds: dict[str, float]) -> Results:
         """Search pairs and write their images; those that fail a check continue, see ``checks.search_again``."""
 
         def search(pairs: Pairs, config: SearchConfig) -> Counterfactuals:
-            with clock("search"):
+            with timed(seconds, "search"):
                 return self.search(encoded.model, pairs, config)
 
         found = search(asked.pairs, self.config)
-        write = partial(self.write, encoded, clock)
+        write = partial(self.write, encoded, seconds)
         results = Results(found, write(asked, found.point), None, np.zeros(len(asked.target), np.int32))
         if not self.checks:
             return results
@@ -310,23 +304,23 @@ class Explainer:
         run = {"engine": self.engine, "threads": self.threads, "fixed": self.fixed} | run
         return METHODS[self.method].search(model, pairs, config, **run)
 
-    def write(self, encoded: Encoded, clock: Clock, asked: Asked, points: Tensor) -> Written:
+    def write(self, encoded: Encoded, seconds: dict[str, float], asked: Asked, points: Tensor) -> Written:
         """Decode points to 8-bit images, and predict what those show; a few pairs at a time."""
         latent = METHODS[self.method].space == "latent"
         judge, pixels, distances, codes, probs, judge_probs = self.model.judge, [], [], [], [], []
         for start in range(0, len(points), CHUNK):
             rows = slice(start, start + CHUNK)
-            with clock("decode"):
+            with timed(seconds, "decode"):
                 x_cf = decode_rows(self.model.vae, points[rows]) if latent else points[rows]
                 distances.append(l1(x_cf, encoded.reconstruction[asked.image[rows]]))
                 if latent and self.model.sharp is not None:
                     x_cf = decode_rows(self.model.sharp, points[rows])
                 pixels.append(quantise(x_cf))
-            with clock("reencode"):
+            with timed(seconds, "reencode"):
                 codes.append(encode_rows(self.model.vae, to_float(pixels[-1], self.device))[0])
                 probs.append(mean_probs(logits_rows(encoded.model.ensemble, codes[-1])))
             if judge is not None:
-                with clock("judge"):
+                with timed(seconds, "judge"):
                     judge_probs.append(judge_rows(judge, to_float(pixels[-1], self.device)))
         written = Written(
             pixels=np.concatenate(pixels),
@@ -337,7 +331,7 @@ class Explainer:
         )
         if self.predictor is None:
             return written
-        with clock("predictor"):
+        with timed(seconds, "predictor"):
             return replace(written, predictor_probs=self.predictor.predict(written.pixels, self.threads))
 
     def trace_rows(self, encoded: Encoded, asked: Asked, image_ids: set[str]) -> pa.Table:
