@@ -46,14 +46,10 @@ class Predictor:
 
     def ordered(self, class_names: Sequence[str]) -> "Predictor":
         """The predictor with its output in the order of these names; ValueError where its classes are others."""
-        if missing := [name for name in class_names if name not in self.class_names]:
+        if different := sorted({*class_names} ^ {*self.class_names}):
             raise ValueError(
-                f"predictor: {self.name} has no class {missing[0]!r}; it has {', '.join(self.class_names)}"
-            )
-        if further := [name for name in self.class_names if name not in class_names]:
-            raise ValueError(
-                f"predictor: {self.name} has the class {further[0]!r}, which the model does not know; it knows "
-                f"{', '.join(class_names)}: train the model with this predictor's classes"
+                f"predictor: expected the classes of the model ({', '.join(class_names)}), got {self.name} with "
+                f"{', '.join(self.class_names)}, which differ in {different[0]!r}: train the model with its classes"
             )
         return replace(self, order=tuple(self.class_names.index(name) for name in class_names))
 

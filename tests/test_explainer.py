@@ -371,7 +371,7 @@ def test_least_probabilities_are_asked_of_the_written_image(model: Model, witnes
         ({"min_reencoded_prob": 1.0}, "min_reencoded_prob: expected at least 0 and less than 1, got 1"),
         ({"min_judge_prob": 0.5}, "min_judge_prob: expected a model with a judge, got one without"),
         ({"min_predictor_prob": 2, "predictor": "mine"}, "min_predictor_prob: expected at least 0 and less than 1"),
-        ({"predictor": "other"}, "has no class 'dog'; it has ant, bee, cow, elk"),
+        ({"predictor": "other"}, "with ant, bee, cow, elk, which differ in 'dog'"),
     ],
 )
 def test_explainer_refuses_what_it_cannot_ask(model: Model, asked: dict[str, Any], message: str) -> None:

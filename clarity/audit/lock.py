@@ -50,18 +50,17 @@ class FileLock:
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                current = os.path.samestat(os.fstat(self.file), os.stat(self.path))
+                if os.path.samestat(os.fstat(self.file), os.stat(self.path)):
+                    break
             except BlockingIOError:
                 holder = parse_holder(os.pread(self.file, 4096, 0))
                 os.close(self.file)
                 raise busy(uri, holder) from None
             except FileNotFoundError:
-                current = False
+                pass
             except OSError:
                 os.close(self.file)
                 raise
-            if current:
-                break
             os.close(self.file)  # its holder removed it between our opening and our locking
         os.ftruncate(self.file, 0)
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
