@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from audits import make_tables, write_audit
+from audits import SEARCHED, make_tables, write_audit
 
 import clarity
 from clarity import schema
@@ -189,13 +189,13 @@ def test_finding_counts_pairs_out_of_reach_and_pictures_that_change_sides() -> N
     final[index % 5 == 1, 1] = 0.8
     pairs = pairs.set_column(pairs.column_names.index("converged"), "converged", pa.array(converged))
     pairs, names = with_kept(pairs, initial, final), tables.class_names
-    found = check_kept(gather(connect(tables.codes, pairs), names, keep=["Male", "Young"]))
+    found = check_kept(gather(connect(tables.codes, pairs), names, **SEARCHED, keep=["Male", "Young"]))
     assert isinstance(found, Finding)
     assert found.level == "look"
     assert found.figures["missed"] == (~converged).sum()
     assert found.figures["flipped"] == {"Male": 0.0, "Young": (index[converged] % 5 == 1).mean()}
     assert "20 % with “Male” and 0 % without “Male”" in found.sentence
-    assert isinstance(check_kept(gather(connect(tables.codes, tables.counterfactuals), names)), NotChecked)
+    assert isinstance(check_kept(gather(connect(tables.codes, tables.counterfactuals), names, **SEARCHED)), NotChecked)
 
 
 @pytest.mark.parametrize(("keep", "level"), [(["Male", "Young"], "look"), ([], "alert")])
@@ -205,7 +205,7 @@ def test_pairs_that_kept_attributes_put_out_of_reach_are_not_probably_wrong(keep
     reached = pa.array(pairs["target"].to_numpy() != 1)
     pairs = pairs.set_column(pairs.column_names.index("converged"), "converged", reached)
     pairs = with_kept(pairs, *np.full((2, len(pairs), 2), 0.2))
-    failed = check_unconverged(gather(connect(tables.codes, pairs), tables.class_names, keep=keep))
+    failed = check_unconverged(gather(connect(tables.codes, pairs), tables.class_names, **SEARCHED, keep=keep))
     assert isinstance(failed, Finding)
     assert failed.level == level and ("kept Male and Young" in failed.sentence) == bool(keep)
 
@@ -221,7 +221,7 @@ def test_finding_counts_what_a_held_out_judge_sees_flip() -> None:
         seen = seen.append_column(name, pa.array(np.broadcast_to(values, len(index))))
     con = connect(tables.codes, pairs)
     con.register("attributes", seen)
-    found = check_kept(gather(con, tables.class_names, keep=["Male", "Young"]))
+    found = check_kept(gather(con, tables.class_names, **SEARCHED, keep=["Male", "Young"]))
     assert isinstance(found, Finding)
     assert found.figures["judged"] == {"Male": ((reached & (index % 4 == 0)).sum(), reached.sum())}
     assert "According to the held-out judge of attributes they flip: “Male” in 2" in found.sentence

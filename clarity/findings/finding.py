@@ -61,13 +61,14 @@ class Facts:
     pairs: dict[str, np.ndarray]
     #: distinct images in the pairs; shares of pairs have intervals as if each image were one observation
     num_images: int
-    thresholds: tuple[float, float] | None  # the smallest and the largest that a target probability had to exceed
-    max_steps: int | None  # of the search
+    thresholds: tuple[float, float]  # the smallest and the largest that a target probability had to exceed
+    max_steps: int  # of the search
     #: what counterfactuals change; None without pictures, and shortcuts are not looked for
     differences: Differences | None
     suspicion: pa.Table  # of ``suspicious_labels``
     trained_on_labels: bool  # the ensemble may have been trained on the labels of these images
     verdict: Verdict  # on the model
+    unreachable: list[int]  # the classes that it calls out of reach
     has_predictor: bool  # the user's own model is explained through the ensemble, so that source is its class
     judge_accuracy: float | None  # of the held-out judge, on reconstructions of real images
     keep: tuple[str, ...] = ()  # attributes that the search kept, in the order of their columns
@@ -117,8 +118,8 @@ def gather(
     con: duckdb.DuckDBPyConnection,
     class_names: Sequence[str],
     *,
-    thresholds: tuple[float, float] | None = None,
-    max_steps: int | None = None,
+    thresholds: tuple[float, float],
+    max_steps: int,
     card: Mapping[str, Any] | None = None,
     differences: Differences | None = None,
     trained_on_labels: bool = False,
@@ -133,7 +134,10 @@ def gather(
     ((num_images, asked),) = con.execute(
         "SELECT count(DISTINCT image_id), count(prediction_target_prob_initial) FROM counterfactuals"
     ).fetchall()
-    judge = ((card or {}).get("evaluation") or {}).get("judge") or {}
+    card = card or {}
+    evaluation = card.get("evaluation") or {}
+    judge, names = evaluation.get("judge") or {}, list(evaluation.get("per_class", ()))
+    found = verdict(card, foreign_labels(con) > 0)
     return Facts(
         con=con,
         class_names=tuple(class_names),
@@ -144,7 +148,8 @@ def gather(
         differences=differences,
         suspicion=suspicious_labels(con),
         trained_on_labels=trained_on_labels,
-        verdict=verdict(card or {}, foreign_labels(con) > 0),
+        verdict=found,
+        unreachable=[names.index(name) for name in found.unreachable],
         has_predictor=asked > 0,
         judge_accuracy=judge.get("accuracy_on_reconstructions"),
         keep=tuple(keep),

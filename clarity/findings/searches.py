@@ -61,34 +61,30 @@ def check_unconverged(facts: Facts) -> Outcome:
     worst = ranked(np.where(failed > 0, failed, np.nan))[:6]
     share = total / facts.num_pairs
     mostly = (facts.pairs["pairs"] >= MIN_DESCRIBED) & (failed > facts.pairs["pairs"] / 2)
-    beyond = [facts.class_names.index(name) for name in facts.verdict.unreachable if name in facts.class_names]
-    share_beyond = float(np.nansum(failed[:, beyond])) / total
-    reason = (
-        f" {percent(share_beyond)} of them are towards classes out of reach "
-        f"({listed([facts.name(k) for k in beyond])}), whose real images do not get that far either"
-        if share_beyond
-        else ""
-    )
-    given = facts.thresholds
-    by_class = given is not None and given[0] < given[1]
-    if share_beyond:  # a model that sees nothing in real images has no threshold to ask for
+    share_beyond = float(np.nansum(failed[:, facts.unreachable])) / total
+    lowest, highest = facts.thresholds
+    reason = ""
+    if share_beyond:
+        reason = (
+            f" {percent(share_beyond)} of them are towards classes out of reach "
+            f"({listed([facts.name(k) for k in facts.unreachable])}), whose real images do not get that far either"
+        )
+        # A model that sees nothing in real images has no threshold to ask for.
         asks = ": --min-target-prob auto asks only for what real images of each class get."
-        reason += "." if facts.verdict.level == "no-go" or by_class else asks
+        reason += "." if facts.verdict.level == "no-go" or lowest < highest else asks
     if facts.keep:
         reason += f" The search kept {listed(list(facts.keep))}, which puts some pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach
     # for real images too, or that is the price of kept attributes.
     most_severe = 0.95 if mostly.any() and share_beyond < 0.5 and not facts.keep else 0.65
-    wanted = f"a target probability of {thresholds(given)}" if given else "the wanted target probability"
-    within = f" within {facts.max_steps:,} steps" if facts.max_steps is not None else ""
     parts = [f"{facts.arrow(pair)} ({failed[pair]:,.0f} of {facts.pairs['pairs'][pair]:,.0f})" for pair in worst[:3]]
     where = f"most often {listed(parts)}" if (failed > 0).sum() > 3 else listed(parts)
     return Finding(
         "unconverged",
         min(most_severe, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
         f"{plural(total, 'pair')} did not converge",
-        f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach {wanted}{within}: "
-        f"{where}.{reason}",
+        f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach a target probability of "
+        f"{thresholds(facts.thresholds)} within {facts.max_steps:,} steps: {where}.{reason}",
         f"Counted; expected for similar images: {facts.share_of_pairs(total)}.",
         tuple(worst),
         facts.examples("NOT converged", "target_prob_final"),

@@ -120,7 +120,7 @@ def open_view(audit: Audit, name: str) -> View:
         con,
         short_names(audit.class_names, MAX_NAME),
         thresholds=audit.plan.thresholds,
-        max_steps=audit.plan.config.get("max_steps"),
+        max_steps=audit.plan.config["max_steps"],
         card=None if model is None else model.card,
         differences=mean_changes(con, audit, model),
         # No folds, and no held-out split.

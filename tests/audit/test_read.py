@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+from audits import SEARCHED
 from shards import make_tables
 
 from clarity import storage
@@ -111,7 +112,7 @@ def test_summarise_warns_of_a_model_of_another_data_set(filled: str, monkeypatch
     for foreign, table in ((False, codes), (True, strange)):
         level = f"foreign {foreign}"
         assert replace(audit, codes=pads.dataset(table)).summary()["verdict"]["level"] == level
-        assert gather(connect(table, audit.counterfactuals), audit.class_names).verdict.level == level
+        assert gather(connect(table, audit.counterfactuals), audit.class_names, **SEARCHED).verdict.level == level
     assert found["warnings"][1].startswith("3 images hold values above the range")
     assert describe(found | ENDED).splitlines()[0].startswith("WARNING    None of the")
 

@@ -1,6 +1,7 @@
 """What an audit says: each planted fact is told with its figures, a clean audit tells none of them, queries run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,9 @@ def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None
     found = told(tables, card=card)["unconverged"]
     assert "100 % of them are towards classes out of reach (dog)" in found.sentence and found.level == "look"
     assert "--min-target-prob auto" in found.sentence
+    # A long name is shortened on the page.
+    short = replace(tables, class_names=("ant", "bee", "cow", "d…g"))
+    assert "out of reach (d…g)" in told(short, card=card)["unconverged"].sentence
     useless = model_card((0.24,) * 4, p90=p90)
     assert "--min-target-prob" not in told(tables, card=useless)["unconverged"].sentence  # no-go: none helps
     assert told(tables)["unconverged"].level == "alert"
@@ -112,7 +116,7 @@ def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
 
 def test_more_than_three_class_pairs_are_said_to_be_examples() -> None:
     tables = make_tables()
-    facts = gather(connect(tables.codes, tables.counterfactuals), tables.class_names)
+    facts = gather(connect(tables.codes, tables.counterfactuals), tables.class_names, **SEARCHED)
     pairs = [(0, 1), (0, 2), (0, 3), (1, 0)]
     assert facts.arrows(pairs) == "such as ant → bee, ant → cow and ant → dog"
     assert facts.arrows(pairs[:3]) == "ant → bee, ant → cow and ant → dog"
