@@ -169,14 +169,15 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
         raise ValueError(f"predictor: {name} cannot be loaded: {reason[:300]}") from None
     inputs, outputs = session.get_inputs(), session.get_outputs()
     shape, count = fields["preprocessing"].image_shape, len(fields["classes"])
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not shape_fits(inputs[0].shape, (None, *shape)):
-        found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in inputs)
-        raise ValueError(f"predictor: {name}: expected one input tensor(float) [B, *{shape}], found {found}")
+    takes = [put for put in inputs if put.type == "tensor(float)" and shape_fits(put.shape, (None, *shape))]
     floats = ("tensor(float)", "tensor(double)", "tensor(float16)")
     chosen = [put.name for put in outputs if put.type in floats and shape_fits(put.shape, (None, count))]
-    if len(chosen) != 1:
-        found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in outputs)
-        raise ValueError(f"predictor: {name}: expected one output of floats [B, {count} classes], found {found}")
+    if not len(inputs) == len(takes) == len(chosen) == 1:
+        found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in [*inputs, *outputs])
+        raise ValueError(
+            f"predictor: {name}: expected one input tensor(float) [B, *{shape}] and one output of floats "
+            f"[B, {count} classes], found {found}"
+        )
     batch = inputs[0].shape[0]
     mean, std = (np.array(fields[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
 

@@ -30,13 +30,10 @@ def take_lock(uri: str) -> "FileLock | Lease":
     if storage.is_remote(uri):
         return Lease(uri)
     try:
-        return FileLock(uri)
-    except OSError as error:
+        return storage.attempt("lock", uri, lambda: FileLock(uri))
+    except storage.StorageError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            reason = os.strerror(error.errno or 0)
-            raise storage.StorageError(
-                f"out: cannot write {storage.display(uri)}: {reason}: choose another directory", code=error.errno
-            ) from None
+            raise
         return Lease(uri)
 
 

@@ -69,15 +69,10 @@ def celeba_attributes(root: str) -> list[str]:
     """The names of the attributes, from the second line of their file."""
     lines = celeba_lines(root, "list_attr_celeba.txt")
     names = lines[1].split() if len(lines) > 1 else []
-    if missing := [name for name in HAIR if name not in names]:
+    if not set(HAIR) <= set(names) or lines[0].strip() != str(len(lines) - 2):
         raise ValueError(
-            f"expected the names of the attributes in line 2 of list_attr_celeba.txt, found no {', '.join(missing)}: "
-            "restore the file"
-        )
-    if lines[0].strip() != str(len(lines) - 2):
-        raise ValueError(
-            f"expected {lines[0].strip()[:20]} faces in list_attr_celeba.txt, as its first line says, found "
-            f"{len(lines) - 2}: copy it again"
+            "expected the number of faces in line 1 of list_attr_celeba.txt, the attributes in line 2, among them "
+            f"{', '.join(HAIR)}, and a line for each face, found {len(lines)} lines: copy it again"
         )
     return names
 

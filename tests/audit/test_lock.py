@@ -1,6 +1,7 @@
 """Locks of the kernel and leases: one run at a time."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from clarity import storage
 from clarity.audit import lock
 from clarity.audit.commits import claim
-from clarity.audit.lock import AuditBusy, FileLock, Lease
+from clarity.audit.lock import AuditBusy, FileLock, Lease, take_lock
 from clarity.audit.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -103,3 +104,20 @@ def test_lock_of_those_that_begin_at_once_is_held_by_one(
         thread.join()
     assert len(locks) == 1
     locks[0].release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EACCES])
+def test_lease_serves_where_a_file_system_has_no_locks_and_only_there(
+    code: int, quick_renewals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    if code == errno.ENOLCK:
+        held = take_lock(str(tmp_path))
+        assert isinstance(held, Lease)
+        held.release()
+    else:
+        with pytest.raises(storage.StorageError, match=r"cannot lock .*: Permission denied: give"):
+            take_lock(str(tmp_path))
