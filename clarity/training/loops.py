@@ -122,10 +122,11 @@ class Epoch:
     state: Callable[[], dict[str, Tensor]]
 
 
-def checkpoint(network: nn.Module, adam: Adam, epoch: int) -> dict[str, Tensor]:
+def checkpoint(network: nn.Module, adam: Adam, epoch: int, first_loss: float) -> dict[str, Tensor]:
     """The tensors from which training continues after an epoch."""
+    numbers = {"epoch": torch.tensor(epoch), "first_loss": torch.tensor(first_loss)}
     weights = {f"model.{name}": tensor.detach().clone() for name, tensor in network.state_dict().items()}
-    return {**weights, **adam.tensors(), "epoch": torch.tensor(epoch)}
+    return {**weights, **adam.tensors(), **numbers}
 
 
 def weights_of(state: Mapping[str, Tensor], part: str = "") -> dict[str, Tensor]:
@@ -183,7 +184,7 @@ def run_epochs(
     if state is not None:
         adam.load_tensors(state)
         schedule.last_epoch = adam.count
-        done = int(state["epoch"])
+        done, first = int(state["epoch"]), float(state.get("first_loss", 0.0))
     for epoch in range(done, total):
         sums: dict[str, Any] = {}
         for metrics in updates_of(epoch, updates):
@@ -202,7 +203,7 @@ def run_epochs(
             raise ValueError(
                 f"the {what}'s loss is {means['loss']:.4g} after epoch {epoch + 1}{before}: lower its learning_rate"
             )
-        yield Epoch(epoch + 1, total, means, partial(checkpoint, network, adam, epoch + 1))
+        yield Epoch(epoch + 1, total, means, partial(checkpoint, network, adam, epoch + 1, first))
 
 
 class VAEWithHeads(nn.Module):
