@@ -228,11 +228,8 @@ def parse_description(found: Any, name: str, needed: Sequence[str], optional: Se
         if not fit:
             raise ValueError(f"predictor: {name}: expected {expected}, got {value!r}; an example: {EXAMPLE}")
 
-    require(isinstance(found, Mapping), "an object", found)
-    for key in needed:
-        require(key in found, f"an entry {key!r}", sorted(found))
-    unknown = sorted(set(found) - {*needed, *optional})
-    require(not unknown, f"the entries {', '.join([*needed, *optional])} and no other", unknown)
+    right = isinstance(found, Mapping) and set(needed) <= found.keys() <= {*needed, *optional}
+    require(right, f"the entries {', '.join(needed)} (optional: {', '.join(optional) or 'none'})", found)
     classes, size = found["classes"], found["size"]
     names = isinstance(classes, list | tuple) and all(isinstance(label, str) and label for label in classes)
     require(names and len(set(classes)) == len(classes) >= 2, "classes as two or more distinct names", classes)

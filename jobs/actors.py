@@ -117,15 +117,10 @@ def plan_cpu_actors(nodes: Sequence[Mapping[str, float]], num_shards: int, actor
         total = sum(beside[c] * nodes_alike for c, nodes_alike in cpus.items() if c >= least)
         limits = [beside[c] for c in cpus if round_down(c / candidate) > beside[c]]
         fitting, size = max((fitting, size), (min([count, total, *limits]), candidate))
-    if not fitting:
+    if fitting < (actors or 1):  # of whole CPUs at least one fits
         raise ValueError(
-            f"no actor can be scheduled on nodes of {sorted(cpus.elements())} CPUs; start a node with --num-cpus of 2 "
-            "or more"
-        )
-    if actors is not None and fitting < actors:
-        raise ValueError(
-            f"--actors {actors} cannot be scheduled on {len(nodes)} node(s) with {sum(cpus.elements()):g} CPUs in all, "
-            f"at least 0.75 of each kept for reading and writing; ask for --actors {fitting} or fewer, or add nodes"
+            f"--actors {actors or 1} cannot be scheduled on {len(nodes)} node(s) with {sum(cpus.elements()):g} CPUs in "
+            f"all, at least 0.75 of each for reading and writing; ask for --actors {fitting} or fewer, or add nodes"
         )
     fit = [node["CPU"] for node in hosts if node["CPU"] >= size]
     threads = int(max(1, min(sum(fit) // fitting, min(fit))))

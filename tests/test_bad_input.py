@@ -528,7 +528,11 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("predictor that cannot be imported", ["--predictor", "no.such:model"], "cannot be imported: ModuleNotFoundError"),
     ("predictor whose file is missing", ["--predictor", "/nowhere/m.onnx"], "an ONNX file, found no /nowhere/m.onnx"),
     ("predictor without its description", onnx_file(None), "model.onnx.json beside the model"),
-    ("predictor without the order of its classes", onnx_file({"mode": "L"}), "expected an entry 'classes'"),
+    (
+        "predictor without the order of its classes",
+        onnx_file({"mode": "L"}),
+        "expected the entries classes, mode, size, output",
+    ),
     ("predictor that is not ONNX", onnx_file(DESCRIBED), "model.onnx cannot be loaded"),
     ("no images asked for", ["--limit", "0"], "--limit: expected at least 1, got 0"),
     ("shards of no images", ["--shard-rows", "0"], "--shard-rows: expected at least 1, got 0"),
