@@ -104,12 +104,11 @@ def evidence(
         caption = f"mean change towards {names[target]}"
         tile = tiles.add_change(view.facts.differences.target_mean[target])
         shown.append(([{"tile": tile, "alt": caption, "size": tiles.width_at(84), "signed": True}], caption))
-    examples = [example for example in finding.examples if example[1] >= 0][:3] or [
+    examples = list(finding.examples[:3]) or [
         (sample.examples[pair][0][0], pair[1]) for pair in finding.pairs[:3] if pair in sample.examples
     ]
     for image_id, target in examples:
-        if (image := images.get(image_id)) is None:
-            continue
+        image = images[image_id]
         source = "?" if image["source"] is None else names[image["source"]]
         pictures = [(image["x"], f"image {image_id}")]
         caption = f"{image_id}: {source}"

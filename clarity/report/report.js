@@ -7,13 +7,13 @@ const $ = (id) => document.getElementById(id);
 const root = document.documentElement, isDark = () => root.dataset.theme === "dark";
 
 // -- making elements: text never becomes markup ----------------------------------------------------------------------
-function el(tag, attributes, ...children) {
+function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) {
+  for (const [name, value] of Object.entries(attributes)) {
     if (name === "on") for (const [event, run] of Object.entries(value)) node.addEventListener(event, run);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+    else if (value !== null) node.setAttribute(name, value);
   }
-  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
+  node.append(...children.flat().filter((child) => child !== null));
   return node;
 }
 const arrow = (s, t) => `${data.full_names[s]} → ${data.full_names[t]}`;
@@ -53,7 +53,7 @@ function missing(size, alt, text) {
   return node;
 }
 function picture(index, size, alt) {
-  if (index === undefined || index === null || index < 0) return missing(size, alt, "not stored");
+  if (index < 0) return missing(size, alt, "not stored");
   const canvas = blank(size, alt);
   paint(canvas, index);
   return canvas;
@@ -95,7 +95,7 @@ function signed(size, alt, gain, load) {
   return canvas;
 }
 function difference(from, to, size, alt) {
-  if (!(from >= 0) || !(to >= 0)) return missing(size, alt, "not stored");
+  if (from < 0 || to < 0) return missing(size, alt, "not stored");
   return signed(size, alt, 1.25, async () => {
     const [a, b] = await Promise.all([grey(from), grey(to)]);
     return b.map((value, i) => value - a[i]);
@@ -122,9 +122,8 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) =>
 retheme(root.dataset.theme);
 
 // -- maps ---------------------------------------------------------------------------------------------------------------
-const hasChange = data.audits.some((audit) => audit.change);
 const choices = [...data.maps];
-if (hasChange) choices.push({ key: "change", title: "Mean change", unit: "", doc: "what counterfactuals of this class pair add and remove on average" });
+if (data.audits.some((audit) => audit.change)) choices.push({ key: "change", title: "Mean change", unit: "", doc: "what counterfactuals of this class pair add and remove on average" });
 metric = choices.find((map) => map.key === "median_distance") || choices[0];
 
 const mapOf = Object.fromEntries(data.maps.map((map) => [map.key, map]));
@@ -249,7 +248,7 @@ function command(text) {
   return el("pre", { class: "command" }, copy, code);
 }
 const quoted = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : "'" + text.replaceAll("'", `'"'"'`) + "'";
-function rowFacts(row, t, extra) {
+function rowFacts(row, t, extra = null) {
   const get = (name) => row[field[name]];
   const seen = (name, k, p) => k === null ? null : fact(name, `${names[k]}${k === t ? " ✓" : ""}, p(${names[t]}) ${p}`, k !== t);
   return el("dl", { class: "facts" }, extra,
@@ -267,7 +266,7 @@ function rowFacts(row, t, extra) {
 }
 function strip(row, s, t, size = small) {
   const tiles = row[field.path], probs = row[field.path_prob], texts = row[field.path_text];
-  if (!tiles || !tiles.length) return null;
+  if (!tiles.length) return null;
   const frames = tiles.map((index, i) => {
     const where = `${Math.round(100 * (i + 1) / (tiles.length + 1))} % of the way`;
     const bar = el("i");
@@ -279,9 +278,7 @@ function strip(row, s, t, size = small) {
 }
 const rowOf = (audit, id, t) => audit.rows[id]?.find((row) => row[field.target] === t);
 function example(id, s, t) {
-  const image = data.images[id];
-  if (!image) return null;
-  const box = el("article", { class: "example", "aria-label": `image ${id}` });
+  const image = data.images[id], box = el("article", { class: "example", "aria-label": `image ${id}` });
   data.audits.forEach((audit, a) => {
     const row = rowOf(audit, id, t);
     if (several) box.append(el("p", { class: "audit-tag" }, audit.name));
@@ -322,7 +319,7 @@ function gallery(s, t) {
   } else {
     for (const kind of Object.keys(kinds)) {
       const ids = list.filter((entry) => entry[1] === kind);
-      if (ids.length) box.append(el("h3", { class: "kind" }, kinds[kind]), ...ids.map(([id]) => example(id, s, t)).filter(Boolean));
+      if (ids.length) box.append(el("h3", { class: "kind" }, kinds[kind]), ...ids.map(([id]) => example(id, s, t)));
     }
   }
 }
@@ -342,9 +339,7 @@ $("gallery").addEventListener("keydown", (event) => { if (event.key === "Escape"
 // -- one image ------------------------------------------------------------------------------------------------------------
 $("image-ids").append(...data.lookup.map((id) => el("option", { value: id })));
 $("contact").append(...data.lookup.map((id) => {
-  const image = data.images[id];
-  if (!image) return "";
-  const differs = isContradicted(image);
+  const image = data.images[id], differs = isContradicted(image);
   const seen = image.source === null ? "not read" : `classified as ${names[image.source]}`;
   const text = `image ${id}, ${seen}${differs ? `, labelled ${names[image.label]}` : ""}`;
   return el("button", { type: "button", class: differs ? "differs" : null, "data-id": id, title: text, "aria-label": text, on: { click: () => look(id) } },
@@ -356,7 +351,7 @@ function look(id) {
   const box = $("image"), image = data.images[id];
   for (const button of $("contact").children) button.setAttribute("aria-current", button.dataset.id === id);
   if (!id) { box.replaceChildren(); return; }
-  if (!image || !data.lookup.includes(id)) {
+  if (!data.lookup.includes(id)) {
     box.replaceChildren(el("div", { class: "empty" }, `“${id}” is not among the images on this page. This command adds it:`, command(`${data.command} --image ${quoted(id)}`)));
     return;
   }
@@ -370,7 +365,7 @@ function look(id) {
     return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, text)];
   }).flat());
   const facts = el("dl", { class: "facts" }, fact("classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
-    image.prediction === null || image.prediction === undefined ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
+    image.prediction === null ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
     fact("disagreement", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));
   const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("div", { style: "height:.5rem" }), probs))];
   data.audits.forEach((audit) => {
@@ -415,7 +410,7 @@ if (!follow(true)) {
   gallery(s, t);
   mark();
   readout(s, t);
-  if (data.lookup.length) { look(data.lookup.find((id) => data.images[id] && data.images[id].error === null) || data.lookup[0]); history.replaceState(null, "", location.pathname); }
+  if (data.lookup.length) { look(data.lookup.find((id) => data.images[id].error === null) || data.lookup[0]); history.replaceState(null, "", location.pathname); }
 }
 performance.mark("clarity-interactive");
 })();

@@ -62,9 +62,7 @@ def choose(views: Sequence[View], budget: int, images: Sequence[str], pairs: Seq
     others = [example for view in views for finding in view.results.findings for example in finding.examples[:6]]
     others += [(row["image_id"], row["other"]) for row in disagreements]
     others += [(image_id, target) for image_id in lookup for target in range(len(first.class_names))]
-    for key in others:
-        if key[1] >= 0:
-            frames.setdefault(key, 0)
+    frames = dict.fromkeys(others, 0) | frames
     examples: dict[tuple[int, int], list[tuple[str, str]]] = {}
     for row in chosen:
         examples.setdefault((row["source"], row["target"]), []).append((row["image_id"], row["kind"]))
