@@ -149,8 +149,9 @@ def read_columns(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, dict[st
         fields = parquet.schema_arrow
         wanted = [name for name in dict.fromkeys([*names.values(), *dataset.attributes]) if name in fields.names]
         require_once([dataset.column("image"), *wanted], fields.names, storage.display(part.uri))
-        if image_kind(dataset, part.uri, parquet) == "path":
-            check_paths(dataset, part, parquet)
+        of_bytes, of_paths = image_leaves(dataset, part.uri, parquet)
+        if of_bytes is None:
+            check_paths(dataset, part, parquet, of_paths)
         if missing := [name for key, name in dataset.columns if key != "image" and name not in [*wanted, *part.keys]]:
             raise ValueError(
                 f"columns: expected {names_of(missing)} in {storage.display(part.uri)}, found columns "
@@ -185,26 +186,29 @@ def rows_of_split(
     return np.array([name is None or split_of(name) == dataset.split for name in ids.to_pylist()], bool), 0
 
 
-def image_kind(dataset: Dataset, uri: str, parquet: pq.ParquetFile) -> str:
-    """How a file holds its images: "bytes", "struct" of bytes and path, or "path"."""
+def image_leaves(dataset: Dataset, uri: str, parquet: pq.ParquetFile) -> tuple[str | None, str | None]:
+    """The leaf columns of a file's images: that of their bytes, and that of paths to files, each None where unused."""
     fields, name = parquet.schema_arrow, dataset.column("image")
     if name not in fields.names:
-        likely = next((field.name for field in fields if kind_of(field.type)), "COLUMN")
+        likely = next((field.name for field in fields if holds_bytes(field.type)), "COLUMN")
         raise ValueError(
             f"expected a column {name} in {storage.display(uri)}, found columns {names_of(fields.names)}: say which "
             f"one holds the images, as in columns image={likely}"
         )
-    found = fields.field(name).type
-    kind = "path" if is_text(plain_type(found)) else kind_of(found)
-    if kind is None:
+    kind = plain_type(fields.field(name).type)
+    if is_text(kind):
+        return None, name
+    if not holds_bytes(kind):
         raise ValueError(
-            f"expected a column {name} of bytes or struct<bytes, path> in {storage.display(uri)}, found {found}: store "
+            f"expected a column {name} of bytes or struct<bytes, path> in {storage.display(uri)}, found {kind}: store "
             "the files of the images in it"
         )
-    if kind == "struct" and has_paths(found):
-        nulls = null_count(parquet, f"{name}.bytes")
-        return "path" if nulls and nulls == parquet.metadata.num_rows else kind
-    return kind
+    if not pa.types.is_struct(kind):
+        return name, None
+    nulls, index = null_count(parquet, f"{name}.bytes"), kind.get_field_index("path")
+    if nulls == 0 or index < 0 or not is_text(plain_type(kind.field(index).type)):  # numbers are no paths
+        return f"{name}.bytes", None
+    return None if nulls == parquet.metadata.num_rows else f"{name}.bytes", f"{name}.path"
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -212,20 +216,13 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def has_paths(kind: pa.DataType) -> bool:
-    """Whether a struct of bytes and path holds paths: they are text; numbers are not."""
-    index = kind.get_field_index("path")
-    return index >= 0 and is_text(plain_type(kind.field(index).type))
-
-
-def kind_of(kind: pa.DataType) -> str | None:
-    """Whether a type holds images as "bytes" or as a "struct" of bytes; None: neither."""
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes, or a struct with bytes."""
     kind = plain_type(kind)
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return "struct" if index >= 0 and kind_of(kind.field(index).type) == "bytes" else None
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = plain_type(kind.field("bytes").type)
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-    return "bytes" if binary or pa.types.is_binary_view(kind) else None
+    return binary or pa.types.is_binary_view(kind)
 
 
 def null_count(parquet: pq.ParquetFile, leaf: str) -> int | None:
@@ -240,10 +237,8 @@ def null_count(parquet: pq.ParquetFile, leaf: str) -> int | None:
     return total
 
 
-def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile) -> None:
+def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile, leaf: str | None) -> None:
     """Raises ValueError where a file holds paths instead of images, and none of the first is there."""
-    name = dataset.column("image")
-    leaf = f"{name}.path" if pa.types.is_struct(parquet.schema_arrow.field(name).type) else name
     batch = next(parquet.iter_batches(16, columns=[leaf], use_threads=False), None)
     if batch is None:
         return
@@ -252,8 +247,8 @@ def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile) ->
     if not any(storage.exists(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
         what = f"paths such as {paths[0]!r}, with no file there" if paths else "only null"
         raise ValueError(
-            f"expected images in column {name} of {storage.display(part.uri)}, found {what}: store the bytes of the "
-            "images, or put the files beside the Parquet file"
+            f"expected images in column {dataset.column('image')} of {storage.display(part.uri)}, found {what}: store "
+            "the bytes of the images, or put the files beside the Parquet file"
         )
 
 
@@ -335,11 +330,7 @@ def read_part(dataset: Dataset, uri: str, numbers: np.ndarray) -> Iterator[tuple
         ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
         if not len(ends) or numbers[-1] >= ends[-1]:
             raise ValueError("fewer rows than were listed")
-        name, kind = dataset.column("image"), image_kind(dataset, uri, parquet)
-        leaves, column = [name], parquet.schema_arrow.field(name).type
-        if pa.types.is_struct(column):
-            some_paths = has_paths(column) and null_count(parquet, f"{name}.bytes") != 0
-            leaves = [f"{name}.bytes"] * (kind != "path") + [f"{name}.path"] * some_paths
+        leaves = [leaf for leaf in image_leaves(dataset, uri, parquet) if leaf]
         groups = np.searchsorted(ends, numbers, side="right")
         for group in np.unique(groups):
             pending = np.flatnonzero(groups == group).tolist()
