@@ -63,10 +63,11 @@ def explain(
         image_ids = [str(image) if isinstance(image, str | Path) else str(i) for i, image in enumerate(images)]
     if len(image_ids) != len(images) or len(set(image_ids)) != len(image_ids):
         raise ValueError(f"image_ids: expected {len(images)} distinct names, got {len(set(image_ids))}")
+    config = config or SearchConfig()
     if min_target_prob == "auto":
-        options["min_target_probs"] = class_thresholds(model, (config or SearchConfig()).min_target_prob)
+        options["min_target_probs"] = class_thresholds(model, config.min_target_prob)
     elif min_target_prob is not None:
-        config = replace(config or SearchConfig(), min_target_prob=float(min_target_prob))
+        config = replace(config, min_target_prob=float(min_target_prob))
     explainer = Explainer(model, method, config, targets=class_indices(targets, model.class_names), **options)
     pixels = prepare(images, image_ids, model.preprocessing)
     shard = as_shard(image_ids, pixels)
@@ -144,8 +145,4 @@ def redecoder(uri: str | Path) -> Callable[[np.ndarray], np.ndarray] | None:
     if METHODS[read_plan(str(uri)).method].space != "latent":
         return None
     model = load_model(storage.join(str(uri), "model"))
-
-    def redecode(codes: np.ndarray) -> np.ndarray:
-        return quantise(decode_rows(model.decoder, torch.tensor(codes)))
-
-    return redecode
+    return lambda codes: quantise(decode_rows(model.decoder, torch.tensor(codes)))

@@ -140,7 +140,7 @@ def embed_paths(
     for row in rows:
         image_id, target = row["image_id"], row["target"]
         frames = sample.frames[image_id, target]
-        if frames and row["z_cf"] is not None and image_id in codes:
+        if frames and row["z_cf"] is not None:
             z, z_cf = np.array(codes[image_id]), np.array(row["z_cf"])
             along = np.arange(1, frames + 1)[:, None] / (frames + 1)
             walks[image_id, target] = (z + along * (z_cf - z)).astype(np.float32)

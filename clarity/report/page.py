@@ -121,8 +121,7 @@ def render(
     labels, predictions = tables.labels(first, images, tiles), tables.predictions(first)
     script = script_data(views, sample, embedded, images, tiles)
     data = json.dumps(script, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # No text in it can end its script element.
-    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    data = data.replace("<", "\\u003c")  # so that no text in it ends its script element
     totals = [overview.totals(view) for view in views]
     title = overview.dataset_name(first.audit.plan.dataset)
     subject = listed([view.name for view in views]) if several else "what would each image need to be another class?"

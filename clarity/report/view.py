@@ -107,10 +107,9 @@ def names_of(audits: Sequence[Audit]) -> list[str]:
 def open_view(audit: Audit, name: str) -> View:
     """Opens one audit; without a model in its directory the page has tables only."""
     attributes, directory = (storage.join(audit.uri, part) for part in (ATTRIBUTES_FILE, "model"))
-    others = {}
+    con = connect(audit.codes, audit.counterfactuals)
     if storage.exists(attributes):
-        others["attributes"] = pq.read_table(io.BytesIO(storage.read_bytes(attributes)))
-    con = connect(audit.codes, audit.counterfactuals, **others)
+        con.register("attributes", pq.read_table(io.BytesIO(storage.read_bytes(attributes))))
     model = None
     if storage.exists(storage.join(directory, "model.json")):
         from clarity.model import load_model
