@@ -39,19 +39,9 @@ async function paint(canvas, index) {
     (within % tile.columns) * tile.width, Math.floor(within / tile.columns) * tile.height,
     tile.width, tile.height, 0, 0, tile.width, tile.height);
 }
-function blank(size, alt) {
-  const width = Math.round(size), height = Math.round(size * tile.height / tile.width);
-  const canvas = el("canvas", { class: "tile" + (tile.width < 60 ? " exact" : ""), width: tile.width, height: tile.height, role: "img", "aria-label": alt, title: alt });
-  canvas.style.width = width + "px";
-  canvas.style.height = height + "px";
-  return canvas;
-}
-function missing(size, alt, text) {
-  const node = el("span", { class: "nopic", role: "img", "aria-label": alt + ": " + text }, text);
-  node.style.width = size + "px";
-  node.style.height = Math.round(size * tile.height / tile.width) + "px";
-  return node;
-}
+const sized = (width) => `width: ${Math.round(width)}px; height: ${Math.round(width * tile.height / tile.width)}px`;
+const blank = (width, alt) => el("canvas", { class: "tile" + (tile.width < 60 ? " exact" : ""), style: sized(width), width: tile.width, height: tile.height, role: "img", "aria-label": alt, title: alt });
+const missing = (width, alt, text) => el("span", { class: "nopic", style: sized(width), role: "img", "aria-label": alt + ": " + text }, text);
 function picture(index, size, alt) {
   if (index < 0) return missing(size, alt, "not stored");
   const canvas = blank(size, alt);
@@ -269,8 +259,7 @@ function strip(row, s, t, size = small) {
   if (!tiles.length) return null;
   const frames = tiles.map((index, i) => {
     const where = `${Math.round(100 * (i + 1) / (tiles.length + 1))} % of the way`;
-    const bar = el("i");
-    bar.style.width = 100 * probs[i] + "%";
+    const bar = el("i", { style: `width: ${100 * probs[i]}%` });
     return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${texts[i]}`),
       el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, texts[i]));
   });
@@ -360,8 +349,7 @@ function look(id) {
   const left = el("div", { class: "frames" }, figure(picture(image.x, scaled(112), `image ${id}, original`), "original"),
     data.audits.map((audit) => audit.reconstructions[id] === undefined ? null : figure(picture(audit.reconstructions[id], scaled(112), `image ${id}, reconstruction`), several ? `reconstruction, ${audit.name}` : "reconstruction")));
   const probs = el("div", { class: "probs" }, image.probs.map(([i, p, text]) => {
-    const bar = el("i");
-    bar.style.width = 100 * p + "%";
+    const bar = el("i", { style: `width: ${100 * p}%` });
     return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, text)];
   }).flat());
   const facts = el("dl", { class: "facts" }, fact("classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
