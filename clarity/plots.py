@@ -238,8 +238,8 @@ class Counterfactual:
         """Original, reconstruction, counterfactual and difference; decoded from the codes where none is stored."""
         row = self.row
         p = f"p({row['target_name']}) = {row['target_prob_final']:.3f}, {row['steps']} steps"
-        if (told := row["prediction_target_prob_final"]) is not None:
-            p += f"; your model {told:.3f}"
+        if (predicted := row["prediction_target_prob_final"]) is not None:
+            p += f"; your model {predicted:.3f}"
         return counterfactual(
             self.stored(self.code["x"], "z"),
             self.stored(row["x_cf"], "z_cf"),

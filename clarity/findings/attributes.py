@@ -6,7 +6,7 @@ import numpy as np
 
 from clarity.audit.queries import statement
 from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_text
-from clarity.findings.statistics import can_be_told, holm, signed_rank_p
+from clarity.findings.statistics import can_be_significant, holm, signed_rank_p
 from clarity.report.text import listed, percent, plural
 
 #: Pairs of a class pair at least, and mean change of the attribute's probability from which a drift is reported.
@@ -24,7 +24,7 @@ def check_attributes(facts: Facts) -> Outcome:
         return NotChecked(f"no class pair has {MIN_PAIRS} pairs with attributes")
     changes = [np.array(row[3]) for row in rows]
     most = max(map(len, changes))
-    if not can_be_told(2.0 ** (1 - most), len(rows)):
+    if not can_be_significant(2.0 ** (1 - most), len(rows)):
         return NotChecked(f"{most} pairs of a class pair are too few for {len(rows):,} comparisons")
     drifting = [(float(change.mean()), row) for change, row, drifts in zip(changes, rows, drift(changes)) if drifts]
     if not drifting:
@@ -49,7 +49,7 @@ def check_attributes(facts: Facts) -> Outcome:
 
 def drift(changes: Sequence[np.ndarray]) -> np.ndarray:
     """Which of many samples of changes have a mean of at least MIN_DRIFT, beyond chance over all of them."""
-    # What is too small to be told keeps a p-value of 1, which only makes the others' correction stricter.
+    # Smaller ones are not tested: a p-value of 1 only makes the correction of the others stricter.
     return holm([signed_rank_p(change) if abs(change.mean()) >= MIN_DRIFT else 1.0 for change in changes])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked
-from clarity.findings.statistics import can_be_told, fisher_p, holm, rank_sum_p
+from clarity.findings.statistics import can_be_significant, fisher_p, holm, rank_sum_p
 from clarity.report.text import listed, percent, plural
 
 #: Pairs of a class pair below which it is not described as the hardest or easiest.
@@ -64,7 +64,7 @@ def check_asymmetry(facts: Facts) -> Outcome:
         return NotChecked(f"no two classes have {MIN_COMPARED} pairs in each direction")
     pairs = np.nan_to_num(facts.pairs["pairs"])
     most = int(np.minimum(pairs, pairs.T).max())
-    if not can_be_told(2 / math.comb(2 * most, most), 2 * num_compared):
+    if not can_be_significant(2 / math.comb(2 * most, most), 2 * num_compared):
         return NotChecked(f"{most} pairs in each direction are too few to compare {plural(num_compared, 'class pair')}")
     if not found:
         return []
@@ -120,7 +120,7 @@ def asymmetries(
         gap = float(converged[back].mean() - converged[there].mean())
         ratio = float(np.median(far[0]) / np.median(far[1])) if min(map(len, far)) >= MIN_COMPARED else 1.0
         candidates.append((pair, gap, ratio))
-        # What is too small to be told keeps a p-value of 1, which only makes the others' correction stricter.
+        # Smaller ones are not tested: a p-value of 1 only makes the correction of the others stricter.
         fails = further = 1.0
         if abs(gap) >= MIN_GAP:
             counts = [(int(converged[some].sum()), len(some)) for some in (there, back)]

@@ -1,4 +1,4 @@
-"""Check of counterfactuals about which the members disagree more than about images that they are as sure of."""
+"""Check for counterfactuals with more epistemic uncertainty than images of similar probability."""
 
 import numpy as np
 
@@ -31,41 +31,41 @@ def check_epistemic(facts: Facts) -> Outcome:
     image_class, image_prob, epistemic = (np.asarray(columns[name]) for name in columns)
     reached = {t: target == t for t in np.unique(target).tolist()}
     reached = {t: mine for t, mine in reached.items() if mine.sum() >= MIN_COUNTERFACTUALS}
-    escaping, compared = [], 0
+    beyond_data, compared = [], 0
     for t, mine in reached.items():
-        most = most_of_images_as_sure(prob[mine], image_prob, epistemic, image_class == t)
-        if most is None:
+        limit = similar_images_quantile(prob[mine], image_prob, epistemic, image_class == t)
+        if limit is None:
             continue
         compared += 1
-        beyond = final[mine] > most
+        beyond = final[mine] > limit
         if escapes(beyond, len(reached)):
             shares = [(float(beyond[source[mine] == s].mean()), s) for s in np.unique(source[mine]).tolist()]
             sources = [s for _, s in sorted(shares, key=lambda entry: (-entry[0], entry[1]))]
-            escaping.append((float(beyond.mean()), t, len(beyond), float(np.median(final[mine])), most, sources))
+            beyond_data.append((float(beyond.mean()), t, len(beyond), float(np.median(final[mine])), limit, sources))
     if not compared:
         return NotChecked(
             f"{MIN_IMAGES} images as certain as the counterfactuals, and {MIN_COUNTERFACTUALS} of these, are needed"
         )
-    if not escaping:
+    if not beyond_data:
         return []
-    escaping.sort(key=lambda entry: (-entry[0], entry[1]))
-    share, t, count, after, most, _ = escaping[0]
-    names = listed([f"{facts.name(entry[1])} ({percent(entry[0])})" for entry in escaping[:4]])
+    beyond_data.sort(key=lambda entry: (-entry[0], entry[1]))
+    share, t, count, after, limit, _ = beyond_data[0]
+    names = listed([f"{facts.name(entry[1])} ({percent(entry[0])})" for entry in beyond_data[:4]])
     return Finding(
         "epistemic",
         min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
         f"Explanations towards {facts.name(t)} leave the training data",
         f"On {percent(share)} of the counterfactuals towards {facts.name(t)} the members of the ensemble disagree more "
         f"than on 95 % of the images that it is as sure of (median {number(after)} nats; the images' 95 % quantile is "
-        f"{number(most)}). Affected targets: {names}.",
+        f"{number(limit)}). Affected targets: {names}.",
         f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
         f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
-        tuple((s, entry[1]) for entry in escaping[:3] for s in entry[5][:3]),
-        figures={"share": share, "targets": len(escaping)},
+        tuple((s, entry[1]) for entry in beyond_data[:3] for s in entry[5][:3]),
+        figures={"share": share, "targets": len(beyond_data)},
     )
 
 
-def most_of_images_as_sure(
+def similar_images_quantile(
     prob: np.ndarray, image_prob: np.ndarray, epistemic: np.ndarray, own: np.ndarray
 ) -> float | None:
     """The 95 % quantile of the epistemic uncertainty of images whose odds are within a factor of two of 5 % to 95 % of

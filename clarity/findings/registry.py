@@ -75,7 +75,7 @@ MAX_WITH_CARE = 0.65
 
 @dataclass(frozen=True)
 class Results:
-    """What the checks of an audit say: findings, most severe first; what was checked in vain; what was not checked."""
+    """Results of the checks: findings, most severe first; checks without a finding; checks not run, and why."""
 
     findings: list[Finding]
     clear: list[tuple[str, str]]

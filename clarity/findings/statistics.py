@@ -7,7 +7,7 @@ import scipy  # whose stats is loaded at its first use, in a second
 
 #: Values up to which rank tests are exact.
 MAX_EXACT = 40
-#: Chance of any false rejection among many comparisons, at most.
+#: Family-wise error rate: the chance of any false rejection among many comparisons, at most.
 LEVEL = 0.05
 
 
@@ -43,8 +43,8 @@ def fisher_p(a: int, n: int, b: int, m: int) -> float:
     return float(scipy.stats.fisher_exact([[a, n - a], [b, m - b]]).pvalue)
 
 
-def can_be_told(smallest_p: float, comparisons: int) -> bool:
-    """Whether the clearest outcome of one of many comparisons would pass Holm's procedure."""
+def can_be_significant(smallest_p: float, comparisons: int) -> bool:
+    """Whether the smallest p-value that one of many comparisons can have is significant by Holm's procedure."""
     return smallest_p * comparisons <= LEVEL
 
 

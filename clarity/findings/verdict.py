@@ -73,10 +73,10 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     ``card`` is model.json, with ``evaluation``, ``target_probs``, ``vae_updates`` and, where the ensemble learned from
     a predictor, ``predictor``.
     """
-    evaluation, told = card.get("evaluation"), card.get("predictor", {})
-    if evaluation is None and "codes" not in told:
+    evaluation, fidelity = card.get("evaluation"), card.get("predictor", {})
+    if evaluation is None and "codes" not in fidelity:
         return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
-    no_go, care, figures = judge_fidelity(told) if "codes" in told else ([], [], [])
+    no_go, care, figures = judge_fidelity(fidelity) if "codes" in fidelity else ([], [], [])
     if foreign_labels:
         no_go.insert(0, "none of the labels of the data is one of its classes: it was trained on another data set")
     classes: list[tuple[str, str, str, str, str]] = []
@@ -133,13 +133,14 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     return Verdict(level, sentence, tuple(reasons), tuple(figures), tuple(classes))
 
 
-def judge_fidelity(told: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
+def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
     """How far the ensemble may speak for the predictor: reasons for no-go, for with care, and figures."""
-    same, agree = told["reconstructing"]["agreement"], told["codes"]["agreement"]
+    codes, same = fidelity["codes"], fidelity["reconstructing"]["agreement"]
+    agree = codes["agreement"]
     lost = f"your model keeps its answer on only {percent(same)} of the reconstructions"
     unlike = f"the ensemble predicts the same class as your model on only {percent(agree)} of the images"
-    perturbed = percent(told["perturbed"]["agreement"])
-    note = f"{plural(told['images'], 'image')}, KL {number(told['codes']['kl'])} nats; on perturbed codes {perturbed}"
+    perturbed = percent(fidelity["perturbed"]["agreement"])
+    note = f"{plural(fidelity['images'], 'image')}, KL {number(codes['kl'])} nats; on perturbed codes {perturbed}"
     no_go = [lost] if same < MIN_RECONSTRUCTED else []
     care = [lost] if MIN_RECONSTRUCTED <= same < MIN_FIDELITY else []
     care += [unlike] if agree < MIN_FIDELITY else []

@@ -113,10 +113,10 @@ def render(
         shards = f"{len(view.audit.plan.shards)} shards, {len(view.audit.commits)} committed"
         return json.dumps(view.audit.plan.to_json() | {"shards": shards}, indent=2, ensure_ascii=False)
 
-    told = [(finding, view, each) for view, each in zip(views, embedded) for finding in view.results.findings]
+    reported = [(finding, view, each) for view, each in zip(views, embedded) for finding in view.results.findings]
     findings = [
         (finding, view.name, overview.evidence(finding, view, each, images, sample, tiles))
-        for finding, view, each in sorted(told, key=lambda entry: -entry[0].severity)
+        for finding, view, each in sorted(reported, key=lambda entry: -entry[0].severity)
     ]
     labels, predictions = tables.labels(first, images, tiles), tables.predictions(first)
     script = script_data(views, sample, embedded, images, tiles)

@@ -16,9 +16,9 @@ from clarity.audit.queries import has_predictions, statement
 from clarity.report.view import View
 
 KINDS = ("closest", "median", "hardest", "failed")
-#: Examples of each kind for each class pair, and pictures of the path to each: the most generous choice first.
-GENEROSITY = ((3, 5), (3, 3), (2, 3), (1, 3), (1, 0))
-MAX_EXAMPLES = GENEROSITY[0][0]
+#: Examples of each kind for each class pair, and pictures of the path to each: the most detailed choice first.
+DETAIL = ((3, 5), (3, 3), (2, 3), (1, 3), (1, 0))
+MAX_EXAMPLES = DETAIL[0][0]
 #: Images to look up at most, and rows of the tables of suspicious labels and of disagreements.
 MAX_IMAGES, LISTED = 240, 40
 
@@ -77,16 +77,16 @@ def fitting_examples(
 ) -> tuple[list[dict[str, Any]], int]:
     """The examples that fit, with the frames of their paths, and how many pictures they are.
 
-    Class pairs asked for come first, then those of findings, then the nearest. All get the most generous choice that
+    Class pairs asked for come first, then those of findings, then the nearest. All get the most detailed choice that
     fits them all; where none does, as many as fit get the smallest.
     """
-    told = [pair for view in views for finding in view.results.findings for pair in finding.pairs]
+    reported = [pair for view in views for finding in view.results.findings for pair in finding.pairs]
     distance = np.nan_to_num(views[0].facts.pairs["median_distance"], nan=np.inf)
     near = sorted(ranked, key=lambda pair: (distance[pair], pair))
-    order = [pair for pair in dict.fromkeys([*pairs, *told[:24], *near]) if pair in ranked]
+    order = [pair for pair in dict.fromkeys([*pairs, *reported[:24], *near]) if pair in ranked]
     chosen: list[dict[str, Any]] = []
     used = 0
-    for count, frames in GENEROSITY:
+    for count, frames in DETAIL:
         each = (3 + frames) * len(views)
         kept = {pair: [row for row in ranked[pair] if row["rank"] <= count] for pair in order}
         if sum(map(len, kept.values())) * each <= room:
@@ -108,7 +108,7 @@ def choose_images(views: Sequence[View], images: Sequence[str], room: int) -> li
         uri = storage.display(first.audit.uri)
         raise ValueError(f"images: no image {missing[0][0]!r} in {uri}; its ids look like {some}")
     number = max(len(asked), min(MAX_IMAGES, room // (2 + (len(first.class_names) - 1) * len(views))))
-    told = [example[0] for view in views for finding in view.results.findings for example in finding.examples[:6]]
+    reported = [example[0] for view in views for finding in view.results.findings for example in finding.examples[:6]]
     spread = first.facts.rows(statement("page_images"), {"each": max(1, math.ceil(number / len(first.class_names)))})
-    chosen = dict.fromkeys([*asked, *told, *(row[0] for row in spread)])
+    chosen = dict.fromkeys([*asked, *reported, *(row[0] for row in spread)])
     return list(chosen)[:number]

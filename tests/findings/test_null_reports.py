@@ -92,7 +92,7 @@ def escapes(reports: int, classes: int, images: int, each: int, factor: float = 
         for target in range(classes):
             prob = rng.uniform(0.99, 0.993, each)
             final = uncertainty(prob) * (factor if target == 0 else 1.0)
-            most = epistemic.most_of_images_as_sure(prob, image_prob, epistemic_of, image_class == target)
+            most = epistemic.similar_images_quantile(prob, image_prob, epistemic_of, image_class == target)
             if most is not None:
                 found |= epistemic.escapes(final > most, classes)
         told += found
@@ -110,7 +110,7 @@ def test_escape_is_found_where_it_is_planted() -> None:
 
 def test_escape_is_not_judged_by_few_images() -> None:
     sure = np.full(50, 0.99), np.full(500, 1.0), np.zeros(500), np.ones(500, bool)
-    assert epistemic.most_of_images_as_sure(*sure) is None
+    assert epistemic.similar_images_quantile(*sure) is None
 
 
 def test_escape_is_beyond_all_images_and_not_only_those_of_a_class_that_are_all_alike() -> None:
@@ -119,7 +119,7 @@ def test_escape_is_beyond_all_images_and_not_only_those_of_a_class_that_are_all_
     # A class that is more uncertain than the others has its own quantile.
     for its_own, most in ((0.002, 0.0095), (0.2, 0.2)):
         values = np.concatenate([np.full(45, its_own), others])
-        found = epistemic.most_of_images_as_sure(np.full(50, 0.99), np.full(1045, 0.99), values, own)
+        found = epistemic.similar_images_quantile(np.full(50, 0.99), np.full(1045, 0.99), values, own)
         assert found == pytest.approx(most, abs=1e-4)
 
 
