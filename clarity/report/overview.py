@@ -19,9 +19,9 @@ ABOUT_IMAGES = ("labels", "predictions", "confirmed", "fooled")
 
 def dataset_name(dataset: dict[str, Any]) -> str:
     """The source and the split; for a folder or Parquet files the name of the directory or file."""
-    source, data, split = (str(dataset.get(name) or "") for name in ("source", "data", "split"))
-    name = storage.name(data).rsplit(".", 1)[0] if source in ("folder", "parquet") and data else source
-    return f"{name or 'images'}, {split}" if split else name or "images"
+    source = dataset["source"]
+    name = storage.name(dataset["data"]).rsplit(".", 1)[0] if source in ("folder", "parquet") else source
+    return f"{name or 'images'}, {dataset['split']}"
 
 
 def problem(view: View, named: bool) -> dict[str, Any] | None:

@@ -95,12 +95,11 @@ const meanChange = (index, size, alt) => index < 0 ? missing(size, alt, "–")
   : signed(size, alt, 2, async () => (await grey(index)).map((value) => 2 * value - 1));
 
 // -- light and dark -----------------------------------------------------------------------------------------------------
-let metric = null, cursor = null, chosen = null;
 function retheme(theme) {
   root.dataset.theme = theme;
   for (const canvas of signedOnPage) canvas.isConnected ? canvas.repaint() : signedOnPage.delete(canvas);
   const [low, zero, high] = ends().map((rgb) => `rgb(${rgb.join(" ")})`);
-  if (metric) drawMaps();
+  drawMaps();
   for (const [name, value] of [["--d0", low], ["--d1", zero], ["--d2", high]]) root.style.setProperty(name, value);
 }
 $("theme").addEventListener("click", () => {
@@ -109,12 +108,11 @@ $("theme").addEventListener("click", () => {
   retheme(theme);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => retheme(event.matches ? "dark" : "light"));
-retheme(root.dataset.theme);
 
 // -- maps ---------------------------------------------------------------------------------------------------------------
 const choices = [...data.maps];
 if (data.audits.some((audit) => audit.change)) choices.push({ key: "change", title: "Mean change", unit: "", doc: "what counterfactuals of this class pair add and remove on average" });
-metric = choices.find((map) => map.key === "median_distance") || choices[0];
+let metric = choices.find((map) => map.key === "median_distance"), cursor = null, chosen = null;
 
 const mapOf = Object.fromEntries(data.maps.map((map) => [map.key, map]));
 const textAt = (key, s, t, a) => mapOf[key] ? mapOf[key].audits[a].text[s][t] : "–";
@@ -312,12 +310,15 @@ function gallery(s, t) {
     }
   }
 }
-function go(s, t, focus) {
-  if (s === t || !(s >= 0 && s < K && t >= 0 && t < K)) return;
+function show(s, t) {
   chosen = cursor = [s, t];
   gallery(s, t);
   mark();
   readout(s, t);
+}
+function go(s, t, focus) {
+  if (s === t || !(s >= 0 && s < K && t >= 0 && t < K)) return;
+  show(s, t);
   history.replaceState(null, "", `#pair=${s}-${t}`);
   if (focus) $("gallery").focus({ preventScroll: true });
   // Beside the map it is in view already; below it, it is not.
@@ -390,14 +391,10 @@ document.addEventListener("click", (event) => {
   const link = event.target.closest('a[href^="#pair="], a[href^="#image="]');
   if (link && link.getAttribute("href") === location.hash) follow(true);
 });
-drawMaps();
+retheme(root.dataset.theme);
 if (!follow(true)) {
   const first = document.querySelector('a[href^="#pair="]')?.getAttribute("href") || `#pair=${Object.keys(data.examples)[0] || "0-1"}`;
-  const [s, t] = first.slice(6).split("-").map(Number);
-  chosen = [s, t];
-  gallery(s, t);
-  mark();
-  readout(s, t);
+  show(...first.slice(6).split("-").map(Number));
   if (data.lookup.length) { look(data.lookup.find((id) => data.images[id].error === null) || data.lookup[0]); history.replaceState(null, "", location.pathname); }
 }
 performance.mark("clarity-interactive");

@@ -136,8 +136,7 @@ def mean_changes(con: duckdb.DuckDBPyConnection, audit: Audit, model: Model | No
     if not table.num_rows:
         return None
     # An image is in many pairs: its own picture is made once.
-    ids = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first, row_of = np.unique(ids, return_index=True, return_inverse=True)
+    _, first, row_of = np.unique(table["image_id"].to_numpy(), return_index=True, return_inverse=True)
     own = table.take(pa.array(first))
     # The search starts from the reconstruction, so its code comes before the stored image.
     stored = own["x"] if model is None else pa.chunked_array([pa.nulls(len(own))])
