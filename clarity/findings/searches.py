@@ -6,6 +6,8 @@ import numpy as np
 
 from clarity.findings.distances import MIN_DESCRIBED
 from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked, share_text
+from clarity.findings.statistics import share_interval
+from clarity.findings.verdict import MIN_REACHED
 from clarity.report.text import listed, percent, plural, thresholds
 
 COUNTED = "Counted over every row of the audit."
@@ -61,13 +63,16 @@ def check_unconverged(facts: Facts) -> Outcome:
     worst = ranked(np.where(failed > 0, failed, np.nan))[:6]
     share = total / facts.num_pairs
     mostly = (facts.pairs["pairs"] >= MIN_DESCRIBED) & (failed > facts.pairs["pairs"] / 2)
-    share_beyond = float(np.nansum(failed[:, facts.unreachable])) / total
     lowest, highest = facts.thresholds
+    # Out of reach is measured at MIN_REACHED: a lower threshold for all classes may be within reach.
+    unreachable = facts.unreachable if lowest < highest or highest >= MIN_REACHED else []
+    share_beyond = float(np.nansum(failed[:, unreachable])) / total
     reason = ""
     if share_beyond:
         reason = (
             f" {percent(share_beyond)} of them are towards classes out of reach "
-            f"({listed([facts.name(k) for k in facts.unreachable])}), whose real images do not get that far either"
+            f"({listed([facts.name(k) for k in unreachable])}), of whose real images nine tenths do not get that far "
+            "either"
         )
         # A model that sees nothing in real images has no threshold to ask for.
         asks = ": --min-target-prob auto asks only for what real images of each class get."
@@ -103,9 +108,11 @@ def check_judged(facts: Facts) -> Outcome:
         return []
     ((unchanged,),) = facts.rows(f"SELECT count(*) FROM counterfactuals WHERE {judged} AND judge_class = source")
     known = facts.judge_accuracy
+    # A judge that misses as many reconstructions of real images says little against counterfactuals.
+    missed_more = known is not None and share_interval(share * images, images)[0] > 1 - known
     return Finding(
         "judged",
-        min(0.95, 0.35 + 0.6 * min(1.0, share / 0.5)),
+        min(0.95 if missed_more else 0.65, 0.35 + 0.6 * min(1.0, share / 0.5)),
         f"The judge does not see the target in {percent(share)} of the counterfactuals",
         f"The held-out judge does not see the target in {missed:,} of {plural(total, 'counterfactual')} "
         f"({percent(share)}); in {percent(unchanged, total)} it sees the class of the image{most_often(facts, worst)}."

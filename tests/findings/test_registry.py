@@ -105,6 +105,8 @@ def test_find_says_which_failures_are_out_of_reach_for_real_images_too() -> None
     assert told(tables)["unconverged"].level == "alert"
     by_class = told(tables, card=card, thresholds=(0.7, 0.99))["unconverged"].sentence
     assert "out of reach (dog)" in by_class and "--min-target-prob" not in by_class  # it was asked for
+    low = told(tables, card=card, thresholds=(0.6, 0.6))["unconverged"]  # which a tenth of the real images exceeds
+    assert "out of reach" not in low.sentence and low.level == "alert"
 
 
 def test_find_names_the_pair_that_mostly_fails_beside_the_order() -> None:
@@ -163,6 +165,10 @@ def test_find_tells_where_the_judge_does_not_see_the_target() -> None:
     assert f"in {percent(same.sum(), 360)} it sees the class of the image; most often ant → cow" in finding.sentence
     assert finding.sentence.endswith("Of the reconstructions of real images it recognises 90 %.")
     assert "judged" not in told(failing(tables, target=2)), "the others are seen as their targets"
+    blind = replaced(tables, "counterfactuals", "judge_class", source)
+    for accuracy, level in ((0.9, "alert"), (0.01, "look")):  # of a judge that misses as many real images
+        assert told(blind, card=model_card(judge=(0.95, accuracy)))["judged"].level == level
+    assert told(blind)["judged"].level == "look", "nothing is known of the judge"
 
 
 def test_find_counts_what_was_not_read_or_not_finite() -> None:
