@@ -70,13 +70,15 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[
         return percent(part, whole), f"{interval(part / each, whole / each)}; {note}" if whole else "no pairs yet"
 
     figures = []
+    # The findings count the pairs that converged alone.
+    among = ", converged or not" if lost else ""
     if total["judged"]:
-        found = share_of_pairs("judged_as_target", "judged", "by a held-out network")
+        found = share_of_pairs("judged_as_target", "judged", f"by a held-out network{among}")
         figures.append(("Judge sees the target", *found))
     if total["checked"]:
         note = f"passed every check, {total['went_on']:,} after a further search"
         figures.append(("Confirmed", *share_of_pairs("confirmed", "checked", note)))
-    survived = f"still seen as the target, with a median probability of {probability(total['reencoded'])}"
+    survived = f"still seen as the target{among}; median probability {probability(total['reencoded'])}"
     distance = f"median latent distance {number(total['median_distance'])}"
     before = f"median, nats; before the search {number(total['epistemic_initial'])}"
     reached = f"{lost:,} did not reach" if lost else "all reached"

@@ -28,7 +28,7 @@ def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
             row["tile"] = tiles.add(read_picture(stored, view))
     note = (
         "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "
-        f"{NEIGHBOURS} nearest codes; from 0.5 on it is among the findings."
+        f"{NEIGHBOURS} nearest codes; above 0.5 it is among the findings, if the ensemble tells the two classes apart."
     )
     if rows and rows[0]["suspicion"] <= 0.5:
         note += " None is as high here: these labels are doubtful, not wrong."

@@ -57,6 +57,11 @@ def test_report_says_which_probabilities_the_search_asked_for(tmp_path: Path) ->
     assert f"{lead}0.68 to 0.99 (by class) or 500 steps" in by_class
 
 
+def test_report_says_which_pairs_its_first_figures_count(tmp_path: Path) -> None:
+    assert "still seen as the target, converged or not; median probability 0.98" in page_of(tmp_path / "some").html
+    assert "still seen as the target; median probability" in page_of(tmp_path / "all", make_tables()).html
+
+
 def test_report_tells_the_findings_in_words_and_in_order(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     told = [page.html.index(f">{finding.title}<") for finding in page.made.findings]
@@ -225,7 +230,7 @@ def test_report_lists_no_suspicious_labels_where_they_were_not_checked(tmp_path:
         (tmp_path / str(wrong)).mkdir()
         page = page_of(tmp_path / str(wrong), make_tables(100, planted=Planted(wrong_labels=wrong)))
         assert ("Most suspicious labels first." in page.html) == listed
-        assert ("from 0.5 on it is among the findings" in page.html) == listed
+        assert ("above 0.5 it is among the findings" in page.html) == listed
         assert page.html.count("correct labels of hard images would be called wrong") == 2 * (not listed)
 
 
