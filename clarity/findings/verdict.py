@@ -23,7 +23,7 @@ MAX_COPIES = 0.02
 #: "With care" if the VAE was trained for fewer updates, the least that a training makes unless it is asked for fewer.
 MIN_UPDATES = 1200
 #: Notes on a class.
-GUESSED, BEYOND = "no-go: no better than guessing", "out of reach"
+GUESSED, BEYOND = "no better than guessing", "out of reach"
 OPENINGS = {
     "no-go": "No-go: this model is not good enough for an audit",
     "with care": "With care: read this audit with reservations",
