@@ -60,8 +60,8 @@ def totals(view: View) -> dict[str, Any]:
     return view.records(statement("page_totals"))[0]
 
 
-def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[tuple[str, str, str]]:
-    """The figures of the first screen: name, value, and a line that explains it."""
+def key_figures(total: dict[str, Any], num_images: int, explained: str) -> dict[str, tuple[str, str]]:
+    """The figures of the first screen: by name, the value, and a line that explains it."""
     pairs, failed, broken, after = (total[name] for name in ("pairs", "failed", "nonfinite", "epistemic_final"))
     each, lost, others = pairs / max(num_images, 1), pairs - total["converged"], total["labelled"] - total["agree"]
 
@@ -69,30 +69,31 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> list[
         part, whole = total[name], total[of]
         return percent(part, whole), f"{interval(part / each, whole / each)}; {note}" if whole else "no pairs yet"
 
-    figures = []
+    figures = {}
     # The findings count the pairs that converged alone.
     among = ", converged or not" if lost else ""
     if total["judged"]:
-        found = share_of_pairs("judged_as_target", "judged", f"by a held-out network{among}")
-        figures.append(("Judge sees the target", *found))
+        note = f"by a held-out network{among}"
+        figures["Judge sees the target"] = share_of_pairs("judged_as_target", "judged", note)
     if total["checked"]:
         note = f"passed every check, {total['went_on']:,} after a further search"
-        figures.append(("Confirmed", *share_of_pairs("confirmed", "checked", note)))
+        figures["Confirmed"] = share_of_pairs("confirmed", "checked", note)
     survived = f"still seen as the target{among}; median probability {probability(total['reencoded'])}"
     distance = f"median latent distance {number(total['median_distance'])}"
     before = f"median, nats; before the search {number(total['epistemic_initial'])}"
     reached = f"{lost:,} did not reach" if lost else "all reached"
-    figures += [
-        ("Images", f"{total['images'] - failed:,}", f"{failed:,} could not be read" if failed else "all were read"),
-        ("Counterfactuals", f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),
-        ("Converged", *share_of_pairs("converged", "pairs", f"{reached} the requested probability")),
-        ("Survived re-encoding", *share_of_pairs("reencoded_as_target", "pairs", survived)),
-        ("Median steps", number(total["median_steps"]), distance if total["converged"] else "nothing converged"),
-        ("Ensemble's disagreement", number(after), before if after else "a single classifier has none"),
-    ]
+    unread = f"{failed:,} could not be read" if failed else "all were read"
+    figures |= {
+        "Images": (f"{total['images'] - failed:,}", unread),
+        "Counterfactuals": (f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),
+        "Converged": share_of_pairs("converged", "pairs", f"{reached} the requested probability"),
+        "Survived re-encoding": share_of_pairs("reencoded_as_target", "pairs", survived),
+        "Median steps": (number(total["median_steps"]), distance if total["converged"] else "nothing converged"),
+        "Ensemble's disagreement": (number(after), before if after else "a single classifier has none"),
+    }
     if total["labelled"]:
         differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not, by "
-        figures.append(("Classified as labelled", percent(total["agree"], total["labelled"]), differ + explained))
+        figures["Classified as labelled"] = percent(total["agree"], total["labelled"]), differ + explained
     return figures
 
 

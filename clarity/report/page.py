@@ -123,6 +123,9 @@ def render(
     data = json.dumps(script, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     data = data.replace("<", "\\u003c")  # so that no text in it ends its script element
     totals = [overview.totals(view) for view in views]
+    key_figures = [
+        overview.key_figures(total, view.facts.num_images, view.facts.explained) for view, total in zip(views, totals)
+    ]
     title = overview.dataset_name(first.audit.plan.dataset)
     subject = listed([view.name for view in views]) if several else "what would each image need to be another class?"
     return template.render(
@@ -151,11 +154,12 @@ def render(
                 "name": view.name,
                 "uri": view.audit.uri,
                 "verdict": view.facts.verdict,
-                "figures": overview.key_figures(total, view.facts.num_images, view.facts.explained),
+                "figures": figures,
                 "plan": plan_of(view),
             }
-            for view, total in zip(views, totals)
+            for view, figures in zip(views, key_figures)
         ],
+        figure_names=list(dict.fromkeys(name for figures in key_figures for name in figures)),
         views_sql=views_sql(first.audit.uri),
         queries=[query for name, query in load_queries().items() if name != "predictions" or predictions],
         css=markupsafe.Markup((files / "report.css").read_text("utf-8")),

@@ -185,6 +185,19 @@ def test_report_speaks_of_the_predictor_that_it_explains(tmp_path: Path) -> None
     assert page.row(page.data["examples"]["0-2"][-1][0], 2)["predicted_prob"] == "0.01 → 0.90"
 
 
+def test_report_keeps_its_columns_where_audits_have_other_figures(tmp_path: Path) -> None:
+    plain, judged = make_tables(), make_tables()
+    judged = replaced(judged, "counterfactuals", "judge_class", judged.counterfactuals["target"].to_numpy())
+    uris = [write_audit(tmp_path / name, each, None) for name, each in (("plain", plain), ("judged", judged))]
+    for order in (uris, uris[::-1]):
+        section = Page(*order).section("The audits side by side", "</table>")
+        names = re.findall(r'<th scope="col" class="num">(.*?)</th>', section)
+        column = names.index("Judge sees the target")
+        for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", section):
+            cells = re.findall(r"<td.*?>(.*?)</td>", row)
+            assert len(cells) == len(names) and cells[column] == ("100 %" if ">judged<" in row else "–")
+
+
 def test_report_puts_audits_side_by_side(tmp_path: Path) -> None:
     uris = [
         write_audit(tmp_path / name, make_tables(planted=planted), method=name)
