@@ -115,7 +115,8 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
             )
         copies = (evaluation.get("copies") or {}).get("held_out", 0)
         if copies > MAX_COPIES * evaluation["images"]:
-            share = percent(copies, evaluation["images"])
+            # Of many training images only some were compared.
+            share = f"at least {percent(copies, evaluation['images'])}"
             care.append(f"{share} of the held-out images have copies in its training: its figures are too good")
         if unreachable:
             care.append(
