@@ -207,8 +207,9 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
             inner.setdefault(parts[depth], set()).add(printable(parts[depth + 1]))
         elif len(parts) == depth + 2:
             direct.add(parts[depth])
+    classes = {printable(name) for name in [*inner, *direct]}
     for name, folders in inner.items():
-        if folders <= {printable(other) for other in {*inner, *direct} - {name}}:
+        if folders <= classes and printable(name) not in folders:
             raise ValueError(
                 f"expected a folder for each class, found {printable(name)}/ with folders named as those beside it "
                 f"({some(folders)}): move it away, or its images into those; to read it alone, name it"
