@@ -79,7 +79,7 @@ class Preprocessing:
             raise ValueError(f"expected mode 'L' (grey) or 'RGB' (colour), found {self.mode!r}: choose one of them")
         for name, most in (("height", 8192), ("width", 8192), ("center_crop", 8192), ("max_value", (1 << 31) - 1)):
             value = getattr(self, name)
-            unset = name in ("center_crop", "max_value") and not value
+            unset = (name == "center_crop" and not value) or (name == "max_value" and value is None)
             if not unset and (type(value) is not int or not 1 <= value <= most):
                 raise ValueError(f"expected {name} of 1 to {most}, found {value!r}: choose one in that range")
 

@@ -247,3 +247,8 @@ def test_apply_reads_lab_and_says_what_other_tiffs_are() -> None:
     floats = tiff(np.random.default_rng(0).random((HEIGHT, WIDTH, 3), np.float32), 2, 3)
     with pytest.raises(UnreadableImage, match="found a TIFF of pixels that are not read, such as floats of several"):
         Preprocessing("RGB", HEIGHT, WIDTH).apply(floats)
+
+
+def test_a_largest_value_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected max_value of 1 to 2147483647, found 0"):
+        Preprocessing("L", HEIGHT, WIDTH, max_value=0)
