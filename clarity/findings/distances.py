@@ -88,7 +88,7 @@ def check_asymmetry(facts: Facts) -> Outcome:
     others = ""
     if asymmetric[1:]:
         number = plural(len(asymmetric) - 1, "other class pair")
-        others = f" The same holds for {number}: {facts.arrows(asymmetric[1:])}."
+        others = f" The same holds for {number} ({facts.arrows(asymmetric[1:])})."
     return Finding(
         "asymmetry",
         severity,
