@@ -228,8 +228,9 @@ def parse_description(found: Any, name: str, needed: Sequence[str], optional: Se
         if not fit:
             raise ValueError(f"predictor: {name}: expected {expected}, got {value!r}; an example: {EXAMPLE}")
 
-    right = isinstance(found, Mapping) and set(needed) <= found.keys() <= {*needed, *optional}
-    require(right, f"the entries {', '.join(needed)} (optional: {', '.join(optional) or 'none'})", found)
+    entries = f"the entries {', '.join(needed)} (optional: {', '.join(optional) or 'none'})"
+    require(isinstance(found, Mapping), entries, found)
+    require(set(needed) <= found.keys() <= {*needed, *optional}, entries, sorted(found))
     classes, size = found["classes"], found["size"]
     names = isinstance(classes, list | tuple) and all(isinstance(label, str) and label for label in classes)
     require(names and len(set(classes)) == len(classes) >= 2, "classes as two or more distinct names", classes)

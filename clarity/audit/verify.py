@@ -19,6 +19,8 @@ from clarity.audit.plan import Plan, ids_digest, read_plan, shard_name
 
 #: Pairs that are decoded again.
 SAMPLE = 512
+#: Shards that are checked at once, and held in memory.
+MAX_THREADS = 8
 #: Codes (B, D) to images (B, C, H, W) uint8.
 Decoder = Callable[[np.ndarray], np.ndarray]
 
@@ -69,7 +71,7 @@ def verify(uri: str | Path, *, redecode: Decoder | None = None) -> Verification:
     if stray := [path for name in TABLES for path in files_below(uri, name) if path not in named]:
         result.problems.append(f"{len(stray)} data files that no commit names, the first {stray[0]}")
     share = -(-SAMPLE // max(len(commits), 1))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
         shards = pool.map(
             lambda shard: verify_shard(uri, plan, shard, commits[shard], redecode, share), sorted(commits)
         )
