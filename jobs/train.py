@@ -34,7 +34,7 @@ from clarity.training.cost import Cost, costs
 from clarity.training.directory import begin, finish
 from clarity.training.loops import PRECISIONS, VAETraining
 from clarity.training.plan import DECODERS, OPTIONS, RECIPES, TRAININGS, TrainingPlan, plan_training
-from clarity.training.recipe import with_recipe
+from clarity.training.recipe import LEAST_LABELLED, with_recipe
 from clarity.training.stages import STAGES, TRAINED, Worker, run_stages
 from clarity.vae import VAES, VAEConfig
 
@@ -180,6 +180,8 @@ def train(args: argparse.Namespace) -> int:
     plan = make_plan(args)
     if args.dry_run:
         lines = [about_images(plan), *describe_costs(costs(plan)), *plan.data["remarks"], *about_predictor(plan)]
+        if plan.searched and (labelled := plan.data["labelled"]) < LEAST_LABELLED:
+            lines.append(f"no search for a recipe: it takes {LEAST_LABELLED} labelled images, there are {labelled}")
         print("\n".join(lines))
         return 0
     plan = choose(plan)

@@ -90,7 +90,7 @@ def check_unconverged(facts: Facts) -> Outcome:
         f"{plural(total, 'pair')} did not converge",
         f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach a target probability of "
         f"{thresholds(facts.thresholds)} within {facts.max_steps:,} steps: {where}.{reason}",
-        f"Counted; expected for similar images: {facts.share_of_pairs(total)}.",
+        f"Counted; of other images like these: {facts.share_of_pairs(total)}.",
         tuple(worst),
         facts.examples("NOT converged", "target_prob_final"),
         {"pairs": total, "share": share},
@@ -115,9 +115,10 @@ def check_judged(facts: Facts) -> Outcome:
         min(0.95 if missed_more else 0.65, 0.35 + 0.6 * min(1.0, share / 0.5)),
         f"The judge does not see the target in {percent(share)} of the counterfactuals",
         f"The held-out judge does not see the target in {missed:,} of {plural(total, 'counterfactual')} "
-        f"({percent(share)}); in {percent(unchanged, total)} it sees the class of the image{most_often(facts, worst)}."
+        f"({percent(share)}); in {percent(unchanged, total)} it sees the class that the image has for {facts.explained}"
+        f"{most_often(facts, worst)}."
         + ("" if known is None else f" Of the reconstructions of real images it recognises {percent(known)}."),
-        f"Counted over the pairs that converged; expected for similar images: {share_text(share * images, images)}.",
+        f"Counted over the pairs that converged; of other images like these: {share_text(share * images, images)}.",
         tuple(worst),
         figures={"share": share},
     )
@@ -140,7 +141,7 @@ def check_reencoding(facts: Facts) -> Outcome:
         f"{percent(share)} of the counterfactuals do not survive re-encoding",
         f"Decoded, rounded to 8 bits and encoded again, {lost:,} of {plural(total, 'counterfactual')} "
         f"({percent(share)}) are no longer classified as their target{most_often(facts, worst)}.",
-        f"Counted over the pairs that converged; expected for similar images: {share_text(share * images, images)}.",
+        f"Counted over the pairs that converged; of other images like these: {share_text(share * images, images)}.",
         tuple(worst),
         figures={"share": share},
     )

@@ -88,7 +88,7 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
         guessed, unreachable = ([row[0] for row in classes if note in row[4]] for note in (GUESSED, BEYOND))
         if low <= chance:
             no_go.append(
-                f"its balanced accuracy, {percent(balanced)} ({interval(low, high)}), is not above the "
+                f"its balanced accuracy, {percent(balanced)} ({interval(low, high)}), may be no more than the "
                 f"{percent(chance)} of always naming one class"
             )
         elif guessed:

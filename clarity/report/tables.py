@@ -31,7 +31,7 @@ def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
         f"{NEIGHBOURS} nearest codes; above 0.5 it is among the findings, if the ensemble tells the two classes apart."
     )
     if rows and rows[0]["suspicion"] <= 0.5:
-        note += " None is as high here: these labels are doubtful, not wrong."
+        note += " None is as high here, so that no label is called wrong."
     if folds := int(view.audit.plan.model.get("num_folds") or 0):
         note += f" Each image was explained by the one of {folds} ensembles that was not trained on it."
     elif view.facts.trained_on_labels:
