@@ -215,7 +215,9 @@ def describe_costs(found: Sequence[Cost]) -> list[str]:
         lines.append(f"{cost.part:<18} {f'{networks}{cost.updates} updates':>20}  {cost.seconds:8.0f} s")
     minutes = max(1, round(sum(cost.seconds for cost in found) / 60))
     about = f"about {minutes} minute{'s' * (minutes > 1)} on one free core of this machine, less on several"
-    return [*lines, f"{about}; without measuring and a search's counterfactuals"]
+    searched = any(cost.part.startswith("search") for cost in found)
+    left_out = "measuring and the counterfactuals of the search" if searched else "measuring"
+    return [*lines, f"{about}; without {left_out}"]
 
 
 def choose(plan: TrainingPlan) -> TrainingPlan:
@@ -414,7 +416,7 @@ def progress() -> Iterator[Queue]:
             queue.put(None)
         listener.join(10)
     if failed is not None:
-        raise [failed, *wrong][-1] from None
+        raise (wrong[-1] if wrong else failed) from None
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def describe(summary: Mapping[str, Any]) -> str:
         *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
     if summary.get("unsound"):
-        lines.append(f"TAKEN BACK {counted(summary['unsound'], 'unsound shards')}; the same command redoes that")
+        lines.append(f"TAKEN BACK {counted(summary['unsound'], 'unsound shards')}; the same command repeats the work")
     if summary.get("committed", 0) < summary.get("planned", 0):
         lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command resumes")
     return "\n".join(lines)

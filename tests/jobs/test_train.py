@@ -20,6 +20,7 @@ from ray.train import TrainingFailedError
 
 import clarity
 from clarity.predictor import load_predictor
+from clarity.training.recipe import LEAST_LABELLED
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
@@ -203,6 +204,23 @@ def test_job_refuses_a_relative_place_in_a_submitted_job(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert job.main(command(folder, "runs/model")[2:]) == 2
     assert "--out runs/model: a relative path" in capsys.readouterr().err
+
+
+def test_dry_run_says_why_no_recipe_is_searched(
+    job: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--dataset", "folder", "--data", str(folder), "--out", str(tmp_path / "model"), "--dry-run"]
+    assert job.main([*argv, "--recipe", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert f"no search for a recipe: it takes {LEAST_LABELLED} labelled images, there are " in out
+    assert out.count("less on several; without measuring\n") == 1
+    assert job.main([*argv, "--recipe", "paper"]) == 0
+    assert "no search" not in capsys.readouterr().out, "none was asked for"
+    monkeypatch.setattr(job, "LEAST_LABELLED", 1)
+    monkeypatch.setattr("clarity.training.cost.LEAST_LABELLED", 1)
+    assert job.main([*argv, "--recipe", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "no search" not in out and "without measuring and the counterfactuals of the search" in out
 
 
 def test_stages_are_divided_by_nodes_or_by_networks(job: Any, folder: Path, tmp_path: Path) -> None:
