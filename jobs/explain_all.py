@@ -2,7 +2,7 @@
 """Explain a data set: for every image and every other class, a similar picture that is classified as that class.
 
 Reads, searches and writes the images by shards, over Ray unless the audit is small; then verifies. The same command
-resumes an interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete or unsound, 2 bad input.
+resumes an interrupted run and reports a complete one. Exit codes: 0 complete, 1 incomplete or damaged, 2 bad input.
 """
 
 import dataclasses
@@ -163,7 +163,7 @@ def fill(args: Namespace, held: Claim, resources: Resources, work: Work, items: 
     driver.end_ray()
     checked = verify(held.uri, redecode=redecoder(held.uri))
     summary = read_audit(held.uri, without=checked.shards).summary()
-    summary |= {"problems": checked.problems[:20], "unsound": len(checked.shards), "redecoded": checked.redecoded}
+    summary |= {"problems": checked.problems[:20], "damaged": len(checked.shards), "redecoded": checked.redecoded}
     summary |= {"seconds": round(seconds, 2), "pairs_per_second": round(pairs / seconds, 1)}
     held.finish(summary | {"resources": dataclasses.asdict(resources)}, checked.ok, checked.shards)
     print(describe(summary))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Verify an audit against its plan: files, checksums, images, pairs, order and contents; decode a sample again.
 
-Exit codes: 0 complete and sound, 1 not, 2 no audit there.
+Exit codes: 0 complete and intact, 1 not, 2 no audit there.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def new_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = driver.new_parser(__doc__)
     parser.add_argument("audit", help="Audit directory, local or s3://.")
-    about = "Drop the commits of unsound shards; the next run of explain_all.py redoes them."
+    about = "Drop the commits of damaged shards; the next run of explain_all.py redoes them."
     parser.add_argument("--repair", action="store_true", help=about)
     return parser
 
@@ -42,11 +42,11 @@ def check(args: argparse.Namespace) -> int:
     for problem in found.problems:
         print(f"problem    {problem}")
     if found.problems:
-        print("NOT SOUND: run jobs/explain_all.py again" + (" after --repair" if marked and not args.repair else ""))
+        print("DAMAGED: run jobs/explain_all.py again" + (" after --repair" if marked and not args.repair else ""))
     elif not found.ok:
         print(f"incomplete, {found.committed} of {found.planned} shards: run jobs/explain_all.py again")
     else:
-        print("sound" if marked else "sound, but not marked complete: run jobs/explain_all.py again")
+        print("intact" if marked else "intact, but not marked complete: run jobs/explain_all.py again")
     return 0 if found.ok and marked else 1
 
 

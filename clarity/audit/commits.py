@@ -95,11 +95,11 @@ class Claim:
         value = {"shard": shard, "stage": stage, "error": error, "attempts": max(tried.values(), default=0)}
         storage.write_json(storage.join(self.uri, "_failures", f"{shard_name(shard)}.json"), value)
 
-    def finish(self, summary: Mapping[str, Any], verified: bool, unsound: Iterable[int] = ()) -> None:
-        """Write the summary; take unsound shards back, or mark a verified audit complete and delete failure records."""
+    def finish(self, summary: Mapping[str, Any], verified: bool, damaged: Iterable[int] = ()) -> None:
+        """Write the summary; take damaged shards back, or mark a verified audit complete and delete failure records."""
         self.check()
         storage.write_json(storage.join(self.uri, "summary.json"), summary, scratch=self.scratch)
-        drop_commits(self.uri, unsound)
+        drop_commits(self.uri, damaged)
         if self.pending or not verified:
             return
         storage.delete_tree(storage.join(self.uri, "_failures"))

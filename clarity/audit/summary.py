@@ -116,8 +116,8 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"verified   checksums, keys, order, contents; {counted(summary['redecoded'], 'pairs')} decoded again",
         *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
-    if summary.get("unsound"):
-        lines.append(f"TAKEN BACK {counted(summary['unsound'], 'unsound shards')}; the same command repeats the work")
+    if summary.get("damaged"):
+        lines.append(f"TAKEN BACK {counted(summary['damaged'], 'damaged shards')}; the same command repeats the work")
     if summary.get("committed", 0) < summary.get("planned", 0):
         lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command resumes")
     return "\n".join(lines)

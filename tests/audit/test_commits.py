@@ -194,7 +194,7 @@ def test_finish_marks_only_what_is_verified(plan: Plan, filled: str, model_dir: 
     success.unlink()
     with claim(filled, plan, model_dir) as held:
         assert not held.complete
-        held.finish({}, verified=False, unsound=[1])
+        held.finish({}, verified=False, damaged=[1])
         assert not success.exists() and not Path(filled, "_commits/shard-00001.json").exists()
         commit_shard(filled, plan, 1, make_tables(plan, 1), {})
         held.finish({}, verified=True)

@@ -218,27 +218,28 @@ def test_job_refuses_a_mixture_of_engines(
     assert verify(out, redecode=redecoder(out)).ok
 
 
-def test_verify_job_tells_sound_from_unsound_and_incomplete(
+def test_verify_job_tells_intact_from_damaged_and_incomplete(
     undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = load_job("verify")
     out = tmp_path / "audit"
     shutil.copytree(undisturbed[0], out)
     assert job.main([str(out)]) == 0
+    assert capsys.readouterr().out.endswith("\nintact\n")
     commit = out / "_commits/shard-00000.json"
     kept = commit.read_text()
     commit.unlink()
-    capsys.readouterr()
     assert job.main([str(out)]) == 1
     printed = capsys.readouterr().out
     assert printed.endswith("incomplete, 5 of 6 shards: run jobs/explain_all.py again\n")
-    assert "problem" not in printed and "NOT SOUND" not in printed
+    assert "problem" not in printed and "DAMAGED" not in printed
     commit.write_text(kept)
     path = out / "codes/shard-00002.parquet"
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(bytes(data))
     assert job.main([str(out)]) == 1
+    assert capsys.readouterr().out.endswith("DAMAGED: run jobs/explain_all.py again after --repair\n")
     assert job.main([str(out), "--repair"]) == 1
     assert sorted(clarity.read_audit(out).commits) == [0, 1, 3, 4, 5]
     assert job.main([str(tmp_path)]) == 2

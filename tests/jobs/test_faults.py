@@ -432,7 +432,7 @@ def changed_meanwhile(bench: Bench) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     bench.run(exit_code=1)
-    assert "TAKEN BACK 1 unsound shard;" in bench.log()
+    assert "TAKEN BACK 1 damaged shard;" in bench.log()
     bench.run()
 
 
