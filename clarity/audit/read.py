@@ -41,11 +41,12 @@ class Audit:
         return self.plan.class_names
 
     def summary(self) -> dict[str, Any]:
-        """Verdict on the model; counts, failures, steps, slowest class pairs and seconds of the rows that are there."""
-        card = storage.join(self.uri, "model", "model.json")
+        """Verdict on the model and accuracy of its judge; counts, failures, steps and seconds of what is there."""
+        path = storage.join(self.uri, "model", "model.json")
+        card = storage.read_json(path) if storage.exists(path) else {}
         foreign = foreign_labels(connect(self.codes, self.counterfactuals)) > 0
-        found = verdict(storage.read_json(card) if storage.exists(card) else {}, foreign)
-        return {"verdict": asdict(found)} | summarise(self.plan, self.commits, self.codes, self.counterfactuals)
+        of_model = {"verdict": asdict(verdict(card, foreign)), "judge": (card.get("evaluation") or {}).get("judge")}
+        return of_model | summarise(self.plan, self.commits, self.codes, self.counterfactuals)
 
     def query(self, name: str, *, metadata: Any = None, **parameters: Any) -> pa.Table:
         """Answer a documented question of ``audit/sql``, as ``query("closest_to", source="4", target="9")``.

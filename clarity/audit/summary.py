@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 from clarity import storage
 from clarity.audit.plan import Plan
 from clarity.audit.queries import connect, has_predictions, statement
-from clarity.report.text import counted, plural
+from clarity.report.text import counted, percent, plural
 
 if TYPE_CHECKING:
     import duckdb
@@ -104,7 +104,10 @@ def describe(summary: Mapping[str, Any]) -> str:
     if given := summary.get("reencoded_target_prob"):
         lines[-1] += f"; its probability {given['median']:.3f} in the median, {given['p5']:.3f} at the 5th percentile"
     if judged := summary.get("judged"):
-        lines.append(f"judge      sees the target in {share(summary['judged_as_target'], judged)}, held out")
+        lines.append(f"judge      sees the target in {share(summary['judged_as_target'], judged)}")
+        if judge := summary.get("judge"):
+            real, again = percent(judge["accuracy"]), percent(judge["accuracy_on_reconstructions"])
+            lines[-1] += f"; right on {real} of held-out images, {again} of their reconstructions"
     if given := summary.get("checks"):
         rungs = f"{given['mean_rungs']:.2f} further passes a pair, {given['most_rungs']} at most"
         lines.append(f"confirmed  {share(given['confirmed'], given['pairs'])}; {rungs}")

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-from audits import SEARCHED
+from audits import SEARCHED, model_card
 from shards import make_tables
 
 from clarity import storage
@@ -88,6 +88,10 @@ def test_summarise_counts(filled: str) -> None:
     assert found["mean_steps"] == round(pc.mean(pairs["steps"]).as_py(), 2)
     assert found["engines"] == {"plain": 3}
     assert found["judged"] == found["judged_as_target"] == len(pairs)
+    storage.write_json(str(Path(filled, "model", "model.json")), model_card(judge=(0.9, 0.8)))
+    told = "12 (100.00 %); right on 90 % of held-out images, 80 % of their reconstructions\n"
+    assert "judge      sees the target in 12 (100.00 %)\n" in describe(found | ENDED)
+    assert f"judge      sees the target in {told}" in describe(read_audit(filled).summary() | ENDED)
     assert found["seconds_by_stage"] == {"search": 1.5}
     assert len(found["slowest_class_pairs"]) == 5
     slowest = found["slowest_class_pairs"][0]
