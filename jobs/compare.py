@@ -117,7 +117,7 @@ def run_comparison(args: argparse.Namespace) -> int:
         results[name] = compare.control_results(name, compare.restrict(first, chosen), model, real)
     for name, uri in args.external:
         results[name] = compare.external_results(name, uri, first, model)
-    scored = {name: compare.score(found, judges, real, out, chosen) for name, found in results.items()}
+    scored = {name: compare.score(found, judges, real, chosen) for name, found in results.items()}
     for method in audits if judges.attributes else ():
         table = compare.attribute_table(results[method], judges)
         storage.write_bytes(storage.join(audits[method], ATTRIBUTES_FILE), to_parquet(table))

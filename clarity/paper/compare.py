@@ -4,15 +4,14 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from clarity import data, judges, schema, storage
@@ -30,8 +29,6 @@ from clarity.training.evaluate import encode_pixels
 
 log = logging.getLogger(__name__)
 
-#: Part of what scored rows depend on: raise it when a metric changes.
-VERSION = 1
 #: The most images of the control rows and of COUT, the slowest metric.
 CHOSEN_IMAGES = 1000
 #: Rows of the table beside the methods: the image itself, decode(z) of it, a random training image of the target.
@@ -253,42 +250,26 @@ def reencoded(
     return {"reencoded_agreement": agreement, "l1_z": moved}
 
 
-def score(results: Results, jury: Judges, real: metrics.Reality, out: str, chosen: set[str]) -> pa.Table:
-    """One row for each pair with every metric (COUT for ``chosen`` ids); kept in pieces under ``judged/``."""
+def score(results: Results, jury: Judges, real: metrics.Reality, chosen: set[str]) -> pa.Table:
+    """One row for each pair: what is known of it, and every metric (COUT for ``chosen`` ids)."""
     images, names = results.images, results.images.ids[results.of]
-    swapped = np.isin(names, list(chosen))
-    depends = [VERSION, jury.fingerprint, digest(real.features)]
+    swapped, stay = np.isin(names, list(chosen)), other_attributes(jury)
     pieces = []
-    for number, part in enumerate(parts(len(names))):
-        of = results.of[part]
+    for part in parts(len(names)):
+        of, target = results.of[part], results.target[part]
         known: dict[str, np.ndarray] = {
             "image_id": names[part],
             "label": images.label[of],
             "source": images.source[of],
-            "target": results.target[part],
+            "target": target,
             **{name: values[part] for name, values in results.columns.items()},
         }
         pictures = images.x[of], images.reconstruction[of], results.x_cf[part]
-        make = partial(score_pairs, jury, real, known, pictures, swapped[part])
-        key = key_of(*depends, list(known), digest([*known.values(), *pictures, swapped[part]]))
-        directory = storage.join(out, "judged", results.name.replace(" ", "_"))
-        pieces.append(cached(storage.join(directory, f"{number:05d}.parquet"), key, make))
+        scores = metrics.judge_images(jury, real, *pictures, images.source[of], target, stay, swapped[part])
+        features = schema.fixed_size_list(scores.pop("features").astype(np.float32))
+        pieces.append(pa.table({**known, **scores, "features": features}))
         log.info("scored %s: %d of %d", NAMES.get(results.name, results.name), part.start + len(of), len(names))
     return pa.concat_tables(pieces)
-
-
-def score_pairs(
-    jury: Judges,
-    real: metrics.Reality,
-    known: dict[str, np.ndarray],
-    pictures: tuple[np.ndarray, np.ndarray, np.ndarray],
-    swapped: np.ndarray,
-) -> pa.Table:
-    """Rows of what is known of some pairs and of every metric; ``pictures`` as ``judge_images`` takes them."""
-    ends = known["source"], known["target"]
-    scores = metrics.judge_images(jury, real, *pictures, *ends, other_attributes(jury), swapped)
-    features = schema.fixed_size_list(scores.pop("features").astype(np.float32))
-    return pa.table({**known, **scores, "features": features})
 
 
 def other_attributes(jury: Judges) -> np.ndarray:
@@ -324,25 +305,6 @@ def attribute_table(results: Results, jury: Judges) -> pa.Table:
 def parts(count: int, size: int = 4096) -> list[slice]:
     """Slices of ``size`` that cover ``count`` rows."""
     return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def cached(uri: str, key: str, make: Callable[[], pa.Table]) -> pa.Table:
-    """The table in ``uri``, made anew unless the file has this key."""
-    if storage.exists(uri):
-        kept = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
-        if (kept.schema.metadata or {}).get(b"clarity.key") == key.encode():
-            return kept.replace_schema_metadata(None)
-    made = make()
-    storage.write_bytes(uri, to_parquet(made.replace_schema_metadata({"clarity.key": key})))
-    return made
-
-
-def digest(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 of the content of arrays."""
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
 
 
 def key_of(*depends: Any) -> str:

@@ -1,7 +1,5 @@
 """The networks that the comparison scores images with: a judge, autoencoders for each class, an attribute network."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -71,14 +69,6 @@ class Judges(nn.Module):
             )
             self.attribute_net = build_judge(image_shape, len(attributes)) if attributes else None
         self.eval()
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 over all weights and names: rows are reused only with the same networks."""
-        digest = hashlib.sha256(json.dumps([self.class_names, self.attributes]).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 def train_judges(

@@ -118,7 +118,7 @@ def introduction(
         f"Model {model.fingerprint[:12]}: {members}; one training, one seed. On {accuracy['images']:.0f} test images: "
         f"{', '.join(shares)}.",
         f"Search: {search}.",
-        f"Judges {jury.fingerprint[:12]}: one oracle, of pairs of 3x3 convolutions {blocks} with max pooling, and an "
+        f"Judges: one oracle, of pairs of 3x3 convolutions {blocks} with max pooling, and an "
         f"autoencoder with a code of {jury.code_dim} for each class and for all, trained on "
         f"{jury.card.get('num_labelled', 'an unknown number of')} training images: one half, chosen by image id. "
         "Classifiers trained on the whole training split have seen that half too; the judges have seen no classifier.",

@@ -1,4 +1,4 @@
-"""The comparison: audits, controls and outside images judged alike, kept and read again, summed up and drawn."""
+"""The comparison: audits, controls and outside images judged alike, summed up and drawn."""
 
 import dataclasses
 import functools
@@ -67,28 +67,27 @@ def explained(root: Path, method: str, uri: str, dataset: data.Dataset, listing:
 
 @dataclasses.dataclass
 class Bench:
-    """A model, untrained judges, real images, and where scored rows are kept."""
+    """A model, untrained judges and real images."""
 
     model: Any
     judges: evaluators.Judges
     real: metrics.Reality
-    out: str
 
     def results(self, root: Path, method: str = "clarity") -> compare.Results:
         return compare.results_of_audit(self.model, method, str(root / "audits" / method))
 
     def score(self, results: compare.Results, chosen: set[str] | None = None) -> pa.Table:
         chosen = set(results.images.ids.tolist()) if chosen is None else chosen
-        return compare.score(results, self.judges, self.real, self.out, chosen)
+        return compare.score(results, self.judges, self.real, chosen)
 
 
 @pytest.fixture()
-def bench(root: Path, tmp_path: Path) -> Bench:
+def bench(root: Path) -> Bench:
     model = checkpoints.load_model(root / "model")
     judges = evaluators.load_judges(str(root / "judges"))
     pixels = np.random.default_rng(0).integers(0, 256, (120, *model.image_shape)).astype(np.uint8)
     real = metrics.split_reality(judges, pixels, np.arange(120) % 10)
-    return Bench(model, judges, real, str(tmp_path / "out"))
+    return Bench(model, judges, real)
 
 
 def test_sample_takes_as_many_of_each_class(root: Path) -> None:
@@ -209,19 +208,6 @@ def test_grids_show_images_that_all_methods_answer_for(bench: Bench, root: Path)
     axes = drawn["table1"].axes  # one row, of 3 → 8: the other images are not compared
     assert [ax.get_title() for ax in axes] == ["original", "Schut", "Clarity"] and all(ax.images for ax in axes)
     assert axes[0].get_ylabel() == "3 → 8" and "examples" not in drawn
-
-
-def test_judged_rows_are_kept_until_something_changes(bench: Bench, root: Path, monkeypatch: Any) -> None:
-    like = bench.results(root, "clarity")
-    first = bench.score(like)
-    monkeypatch.setattr(metrics, "judge_images", lambda *_: 1 / 0)
-    assert bench.score(like).equals(first)
-    with pytest.raises(ZeroDivisionError):
-        bench.score(dataclasses.replace(like, x_cf=like.x_cf ^ 1))
-    with torch.no_grad():
-        bench.judges.oracle.head.bias.add_(1e-3)
-    with pytest.raises(ZeroDivisionError):
-        bench.score(like)
 
 
 def test_outside_images_are_judged_in_the_same_table(bench: Bench, root: Path, tmp_path: Path) -> None:

@@ -75,23 +75,17 @@ def test_autoencoder_of_a_class_draws_it_better_than_others(trained: evaluators.
 def test_saved_judges_come_back(trained: evaluators.Judges, tmp_path: Path) -> None:
     save_judges(trained, str(tmp_path / "judges"))
     again = load_judges(str(tmp_path / "judges"))
-    assert again.fingerprint == trained.fingerprint
     assert (again.class_names, again.attributes, again.card) == (trained.class_names, trained.attributes, trained.card)
     images = bars(5, seed=7)[0]
     assert np.array_equal(judges.predict_probs(trained.oracle, images), judges.predict_probs(again.oracle, images))
 
 
-def test_judges_are_drawn_alike_and_known_by_their_weights(tmp_path: Path) -> None:
+def test_judges_are_drawn_alike(tmp_path: Path) -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    built = Judges((C, H, W), "abcd")
-    assert torch.equal(before, torch.random.get_rng_state()) and Judges((C, H, W), "abcd").fingerprint == (
-        built.fingerprint
-    )
-    same = built.fingerprint
-    with torch.no_grad():
-        built.autoencoders[K].up_second.bias.add_(1e-3)  # type: ignore[union-attr,operator]
-    assert built.fingerprint != same
+    built, again = Judges((C, H, W), "abcd").state_dict(), Judges((C, H, W), "abcd").state_dict()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert built.keys() == again.keys() and all(torch.equal(built[name], again[name]) for name in built)
     with pytest.raises(ValueError, match=r"judges: expected judges\.json in .*, found none"):
         load_judges(str(tmp_path / "elsewhere"))
 
