@@ -80,7 +80,8 @@ def list_folder(dataset: Dataset) -> pa.Table:
         names = [printable(step[depth]) if len(step) > depth + 1 else None for step in steps]
         told += notes_on_inner_folders(root, steps, depth)
         told += [f"{name}/ is read as the split {split}" for name, split in tops.items() if not split_named(name)]
-        unread = [path for path in others if "/" not in path and path.lower().endswith((".csv", ".tsv", ".jsonl"))]
+        tables = (".csv", ".tsv", ".jsonl", ".json", ".xlsx")
+        unread = [path for path in others if "/" not in path and path.lower().endswith(tables)]
         if unread and not table.notes and len(classes) < 2:
             told.append(f"{some(unread)} is not read: a table of labels is called labels.csv (file_name,label)")
     left_out[f"files without an image's extension ({some(others)})"] = len(others)

@@ -5,13 +5,14 @@ import io
 import json
 import os
 import posixpath
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clarity import storage
-from clarity.data.listing import Dataset, names_of, split_named
+from clarity.data.listing import Dataset, names_of, require_once, split_named
 from clarity.images import EXTENSIONS
 
 TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv", "metadata.jsonl")
@@ -75,7 +76,7 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
             if path is None:
                 unknown += 1
                 continue
-            text = row.get(label) or None
+            text = (row.get(label) or "").strip() or None
             if labels.setdefault(path, text) != text:
                 raise ValueError(
                     f"expected one label for each image in {table}, found {labels[path]!r} and {text!r} for {path}: "
@@ -83,24 +84,36 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
                 )
             if split:
                 splits[path] = split_named(row.get(split))
+        if unknown == len(rows):
+            notes.append(
+                f"{table} is not used: no name in its column {image}, such as {rows[0].get(image)!r}, is that of "
+                "exactly one image; correct the names, or say which column holds them, as in columns image=NAME"
+            )
+            continue
         read.append(table)
         left_out[f"rows of {table} without an image"] = unknown
         if in_classes:
             notes.append(f"labels come from {table}, not from the names of folders")
+    if all(re.fullmatch(r"-?\d+(\.0*)?", text) for text in labels.values() if text):
+        labels = {path: text and text.partition(".")[0] for path, text in labels.items()}  # 3.0 is class 3
     return Labels(labels, splits, tuple(read), left_out, tuple(notes))
 
 
 def read_table(uri: str) -> list[dict[str, Any]]:
     """The rows of a table of text: JSON lines, or CSV with a header and commas, semicolons or tabs."""
+    names: Sequence[str] = ()
     try:
         text = storage.read_bytes(uri).decode("utf-8-sig")
         if uri.endswith(".jsonl"):
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
-            rows = [{key: None if value is None else str(value) for key, value in row.items()} for row in found]
+            flat = [{key: value for key, value in row.items() if not isinstance(value, (list, dict))} for row in found]
+            rows = [{key: None if value is None else str(value) for key, value in row.items()} for row in flat]
         else:
-            header = text.partition("\n")[0]
-            delimiter = max(",;\t", key=header.count)
-            rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+            file = io.StringIO(text, newline=None)  # lines may end as on an old Mac
+            delimiter = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter)
+            names, rows = reader.fieldnames or (), list(reader)
             for row in rows:
                 row.pop(None, None)  # cells beyond the header
     except (ValueError, AttributeError, csv.Error) as error:
@@ -108,6 +121,7 @@ def read_table(uri: str) -> list[dict[str, Any]]:
             f"expected a table of file names and labels in {storage.display(uri)}, found none that can be read "
             f"({error}): save it as CSV in UTF-8"
         ) from None
+    require_once(filter(None, names), names, storage.display(uri))
     return rows
 
 
@@ -141,4 +155,11 @@ class PathIndex:
         if path is None and not text.lower().endswith(EXTENSIONS):
             stems = (posixpath.normpath(posixpath.join(folder, text + extension)) for extension in EXTENSIONS)
             path = next((self.paths[stem] for stem in stems if stem in self.paths), None)
-        return path or self.names.get(os.path.basename(text))
+        if path is not None:
+            return path
+        path = self.names.get(os.path.basename(text)) or ""
+        # A train/7.jpg that is missing is not test/7.jpg, nor is the 7.jpg of a table in train/.
+        named, lies = (posixpath.basename(posixpath.dirname(name)) for name in (posixpath.normpath(text), path))
+        if not path.startswith(posixpath.join(folder, "")) or (named and lies and named != lies):
+            return None
+        return path or None

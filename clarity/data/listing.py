@@ -140,7 +140,8 @@ def note_of_split(dataset: Dataset, listed: int, total: int, relatives: Sequence
     )
     if len(relatives) > 0.1 * tests:
         first = " and ".join(map(escaped, relatives[0]))
-        text += f"{len(relatives)} test images are named like training images but for the last number ({first}): "
+        images = plural(len(relatives), "test image is", "test images are")
+        text += f"{images} named like training images but for the last number ({first}): "
     text += "if several show one object or person, name splits"
     return [text] if total else []
 

@@ -19,6 +19,7 @@ def write_table(root: Path, text: str, name: str = "labels.csv") -> None:
         ("metadata.csv", "\ufefffile_name;label\n1.png;cat\n2.png;dog\n3.png;\n"),
         ("labels.tsv", "filename\tclass\n./1.png\tcat\n2\tdog\n"),
         ("labels.csv", "id,category\n1,cat\n2,dog\n"),
+        ("labels.csv", "file_name, label\r1.png, cat\r2.png,dog \r3.png, \r"),
         ("metadata.jsonl", '{"file_name": "1.png", "label": "cat"}\n{"file_name": "2.png", "label": "dog"}\n'),
     ],
 )
@@ -104,14 +105,72 @@ def test_labels_are_those_of_folders_where_a_table_holds_something_else(tmp_path
 def test_labels_in_a_table_of_another_name_are_noted(tmp_path: Path) -> None:
     write_images(tmp_path, "train_images/1.png", "train_images/2.png")
     write_table(tmp_path, "image_id,label\n1.png,cat\n", "train.csv")
+    write_table(tmp_path, "{}", "classes.json")
     (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all")))
-    assert note == "train.csv is not read: a table of labels is called labels.csv (file_name,label)"
+    assert note == "classes.json, train.csv is not read: a table of labels is called labels.csv (file_name,label)"
+
+
+@pytest.mark.parametrize("numbers", ["0,1", "0.0,1.0"])
+def test_labels_that_are_whole_numbers_have_no_fraction(numbers: str, tmp_path: Path) -> None:
+    """As pandas writes them where one is missing."""
+    write_images(tmp_path, "1.png", "2.png", "3.png")
+    first, second = numbers.split(",")
+    write_table(tmp_path, f"file_name,label\n1.png,{first}\n2.png,{second}\n3.png,\n")
+    assert listed(tmp_path) == {"1.png": "0", "2.png": "1", "3.png": None}
+    write_table(tmp_path, f"file_name,label\n1.png,{first}\n2.png,v2.0\n3.png,\n")
+    assert listed(tmp_path) == {"1.png": first, "2.png": "v2.0", "3.png": None}
+
+
+@pytest.mark.parametrize(
+    ("images", "table", "text"),
+    [
+        (("train/1.png", "test/2.png"), "labels.csv", "path,label\ntrain/1.png,cat\ntrain/2.png,dog\n"),
+        (("train/1.png", "test/2.png"), "train/labels.csv", "path,label\n1.png,cat\n2.png,dog\n"),
+    ],
+)
+def test_labels_of_a_missing_image_are_not_those_of_another(
+    images: tuple[str, ...], table: str, text: str, tmp_path: Path
+) -> None:
+    write_images(tmp_path, *images)
+    write_table(tmp_path, text, table)
+    assert listed(tmp_path) == {"test/2.png": None, "train/1.png": "cat"}
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert data.left_out(listing) == {f"rows of {table} without an image": 1}
+
+
+@pytest.mark.parametrize("path", ["/home/me/images/1.png", "./1.png", "images/1", "other/../1.png"])
+def test_labels_find_an_image_by_a_path_from_elsewhere(path: str, tmp_path: Path) -> None:
+    write_images(tmp_path, "images/1.png")
+    write_table(tmp_path, f"path,label\n{path},cat\n")
+    assert listed(tmp_path) == {"images/1.png": "cat"}
+
+
+def test_labels_for_no_image_are_not_used_and_it_is_said(tmp_path: Path) -> None:
+    """Such as a table of the names of classes, or of files with another extension."""
+    write_images(tmp_path, "0/a.png", "1/b.png")
+    write_table(tmp_path, "id,label\n0,cat\n1,dog\n")
+    listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
+    assert listing["label_name"].to_pylist() == ["0", "1"]
+    (note,) = data.notes(listing)
+    assert note.startswith("labels.csv is not used: no name in its column id, such as '0', is that of exactly one")
+    write_images(tmp_path / "flat", "1.png", "2.png")
+    write_table(tmp_path / "flat", "id,label\n1.jpg,cat\n2.jpg,dog\n")
+    with pytest.raises(ValueError, match=r"found no labels.*; labels.csv is not used: .* id, such as '1.jpg', is"):
+        data.class_names_of(data.list_images(data.open_dataset("folder", tmp_path / "flat", "all")))
+
+
+def test_labels_are_no_lists(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png")
+    write_table(tmp_path, '{"file_name": "1.png", "label": ["cat", "dog"]}\n', "metadata.jsonl")
+    with pytest.raises(ValueError, match=r"found no labels.*; metadata.jsonl gives no labels"):
+        data.class_names_of(data.list_images(data.open_dataset("folder", tmp_path, "all")))
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"file_name,label\n1.png,cat\n1.png,dog\n", "for each image in labels.csv, found 'cat' and 'dog' for 1.png"),
+        (b"file_name,label,label\n1.png,cat,dog\n", "expected one column label, found 2: rename the others"),
         (b"\xff\xfe\x00", "found none that can be read .*: save it as CSV in UTF-8"),
     ],
 )
