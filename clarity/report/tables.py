@@ -19,26 +19,27 @@ MIN_SUSPICION = 0.01
 
 def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
     """Suspicious labels by the ensemble with their pictures, and how the explained model agrees with the labels."""
-    rows = [row for row in view.facts.suspicion.slice(0, LISTED).to_pylist() if row["suspicion"] >= MIN_SUSPICION]
+    unchecked = dict(view.results.not_checked).get("labels")
+    ranked = [] if unchecked else view.facts.suspicion.slice(0, LISTED).to_pylist()
+    rows = [row for row in ranked if row["suspicion"] >= MIN_SUSPICION]
     for row in rows:
         if row["image_id"] in images:
             row["tile"] = images[row["image_id"]]["x"]
         else:
             ((stored,),) = view.facts.rows("SELECT x FROM codes WHERE image_id = $id", {"id": row["image_id"]})
             row["tile"] = tiles.add(read_picture(stored, view))
-    note = (
-        "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "
-        f"{NEIGHBOURS} nearest codes; above 0.5 it is among the findings, if the ensemble tells the two classes apart."
-    )
-    if rows and rows[0]["suspicion"] <= 0.5:
-        note += " None is as high here, so that no label is called wrong."
+    note = unchecked or "No label is suspicious."
+    if rows:
+        note = (
+            "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "
+            f"{NEIGHBOURS} nearest codes; above 0.5 it is among the findings, if the ensemble tells the two classes "
+            "apart."
+        )
+        note += " None is above 0.5 here: no label is called wrong." if rows[0]["suspicion"] <= 0.5 else ""
     if folds := int(view.audit.plan.model.get("num_folds") or 0):
         note += f" Each image was explained by the one of {folds} ensembles that was not trained on it."
-    elif view.facts.trained_on_labels:
+    elif rows and view.facts.trained_on_labels:
         note += " The ensemble may have been trained on these images, and then trusts their labels: train with folds."
-    unchecked = dict(view.results.not_checked).get("labels")
-    if unchecked and rows and rows[0]["suspicion"] > 0.5:  # as of correct labels that a poor ensemble contradicts
-        rows, note = [], unchecked
     counts = "SELECT label, source, count(*) FROM codes WHERE status = 'ok' AND label IS NOT NULL GROUP BY ALL"
     return {"rows": rows, "agreement": agreement(view, counts), "note": note}
 
