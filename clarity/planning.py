@@ -116,8 +116,8 @@ def make_plan(
 ) -> Plan:
     """The plan of an audit over the images of a listing, in shards of ``shard_rows`` images.
 
-    ``checks`` are those of ``make_checks``. Where the model has folds, each image of the training split is explained by
-    the ensemble of the fold that has not seen it.
+    ``checks`` are those of ``make_checks``. Where the model has folds, each image that it may have been trained on is
+    explained by the ensemble of the fold that has not seen it; images of other data by the ensemble.
 
     ValueError: what is asked for does not fit the model, or none of many images can be read.
     """
@@ -128,7 +128,14 @@ def make_plan(
     checks = dict(checks or {})
     kept_heads(model, method, checks.get("keep", ()))
     indices = class_indices(targets, model.class_names)
-    num_folds = len(model.folds) if dataset.split in ("train", "all") else 0
+    trained, notes = trained_on(model, dataset), data.notes(listing)
+    if trained is None:
+        where = model.card["data"]["uri"] or model.card["data"]["source"]
+        notes.append(
+            f"the model was trained on other data ({where}): whether that holds some of these images, under other ids, "
+            "is unknown, whatever their split"
+        )
+    num_folds = len(model.folds) if trained else 0
     needed = {
         "image_ensemble.safetensors": METHODS[method].classifies_images,
         "folds.safetensors": num_folds > 0,
@@ -151,7 +158,8 @@ def make_plan(
             "listing": data.listing_fingerprint(listing.select(list(data.LISTING_COLUMNS))),
             "extra": [[field.name, str(field.type), digest_of(listing[field.name])] for field in extra],
             "left_out": data.left_out(listing),
-            "notes": data.notes(listing),
+            "notes": notes,
+            "trained": trained,
             **({"columns": dict(dataset.columns)} if dataset.columns else {}),
         },
         model={
@@ -179,6 +187,25 @@ def make_plan(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         checks=checks,
     )
+
+
+def trained_on(model: Model, dataset: data.Dataset) -> bool | None:
+    """Whether a model was trained on images of a data set, by its card; None where that is unknown, as of other data.
+
+    Image ids tell only where the data is that of the training: it lies there, or its listing is the same elsewhere.
+    """
+    known = model.card.get("data") or {}
+    if "fingerprint" not in known:  # a model without its history: its training split is assumed to be called train
+        return dataset.split in ("train", "all")
+    uri = None if dataset.data is None else storage.display(dataset.data)
+    if (dataset.source, uri) != (known["source"], known["uri"]):
+        try:
+            listing = data.list_images(replace(dataset, split=known["split"], attributes=(), unlabelled=True))
+        except ValueError:  # as it has no such split
+            return None
+        if data.listing_fingerprint(listing) != known["fingerprint"]:
+            return None
+    return dataset.split == known["split"] or "all" in (dataset.split, known["split"])
 
 
 def shared_engine(engine: str, method: str, offered: Sequence[Sequence[str]], kept: str | None) -> str:

@@ -235,16 +235,16 @@ def write_audit(
     model: Any = None,
     num_shards: int = 3,
     leave_out: tuple[int, ...] = (),
-    left_out: dict[str, int] | None = None,
+    dataset: dict[str, Any] | None = None,
     **plan_fields: Any,
 ) -> str:
     """An audit directory of such tables, as explain_all writes it; shards in ``leave_out`` stay uncommitted."""
     uri = str(uri)
     ids = tables.codes["image_id"].to_pylist()
     extra = [(name, str(tables.codes[name].type)) for name in tables.codes.column_names if name not in schema.CODES]
-    dataset = {"source": "synthetic", "data": None, "split": "test", "num_images": len(ids), "extra": extra}
+    described = {"source": "synthetic", "data": None, "split": "test", "num_images": len(ids), "extra": extra}
     plan = Plan(
-        dataset=dataset | {"left_out": left_out or {}},
+        dataset=described | (dataset or {}),
         model={
             "fingerprint": "none",
             "class_names": list(tables.class_names),

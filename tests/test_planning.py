@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pictures import write_images
 from predictors import as_predictor, constant
 
 from clarity import data
@@ -31,6 +32,7 @@ from clarity.planning import (
 from clarity.predictor import load_predictor
 from clarity.search import SearchConfig
 from clarity.storage import LFS_POINTER
+from clarity.training.plan import describe_data
 
 CONFIG = SearchConfig(min_target_prob=0.32, max_steps=12, learning_rate=0.3)
 DIGITS = data.open_dataset("digits", split="test")
@@ -85,6 +87,28 @@ def test_make_plan_names_the_weights_that_a_method_uses(model: Model, tmp_path: 
     plan = make_plan(with_folds, replace(dataset, split="test"), listing, method="fgsm", **options)
     assert set(plan.model["sums"]) == {"image_ensemble.safetensors"}
     assert plan.model["num_folds"] == 0
+
+
+def test_a_plan_knows_what_its_model_was_trained_on(model: Model, tmp_path: Path) -> None:
+    names = [f"{name}/{number}.png" for name in ("ant", "bee") for number in range(8)]
+    for folder in ("all/set", "copied/set", "split/train", "split/test"):
+        write_images(tmp_path / folder, *names)
+
+    def trained(root: str, split: str, taught: str = "train", folds: int = 0) -> Any:
+        learned = data.open_dataset("folder", tmp_path / "all", taught)
+        card = {"data": describe_data(learned, None, data.list_images(learned), ["set"])}
+        dataset = data.open_dataset("folder", tmp_path / root, split)
+        knowing = replace(model, card=card, folds=(model.ensemble,) * folds)
+        plan = make_plan(knowing, dataset, data.list_images(dataset), method="clarity", config=CONFIG)
+        told = [note for note in plan.dataset["notes"] if f"trained on other data ({tmp_path}/all)" in note]
+        assert bool(told) == (plan.dataset["trained"] is None)
+        return plan.model["num_folds"] if folds else plan.dataset["trained"]
+
+    for root in ("all", "copied"):  # the same ids
+        assert [trained(root, split) for split in ("train", "test", "all")] == [True, False, True]
+        assert trained(root, "test", taught="all") and trained(root, "train", folds=2) == 2
+    for root, split in (("all/set", "test"), ("all/set", "all"), ("split", "test"), ("split", "train")):  # other ids
+        assert trained(root, split) is None and trained(root, split, folds=2) == 0
 
 
 def test_make_plan_depends_on_further_columns(model: Model) -> None:

@@ -27,7 +27,8 @@ class Plan:
     """What an audit holds when it is complete; written once, never changed."""
 
     #: source, data, split, where, num_images, listing (its sha256), extra (name, type and digest of the columns that
-    #: the listing adds to codes), left_out (reason -> count, informative)
+    #: the listing adds to codes), left_out (reason -> count, informative), trained (whether the model was trained on
+    #: some of the images; null: unknown)
     dataset: dict[str, Any]
     #: fingerprint, class_names, image_shape, latent_dim, num_folds (classifiers of folds, each for the images that it
     #: did not see; 0 for the ensemble alone), sums (of what else the method uses)

@@ -30,13 +30,15 @@ def check_labels(facts: Facts) -> Outcome:
     count = int(wrong.sum())
     if not count:
         if facts.trained_on_labels:
-            return NotChecked("the ensemble was trained on these labels: train with folds, or explain held-out images")
+            return NotChecked(
+                "the ensemble may have been trained on these labels: train with folds, or explain held-out images"
+            )
         return []
     rows = facts.suspicion.filter(pa.array(wrong)).slice(0, 12).to_pylist()
     first = rows[0]
     share = count / images
     pairs = dict.fromkeys((row["source"], row["label"]) for row in rows if row["source"] != row["label"])
-    trained = " The ensemble was trained on these labels, so others may be missed." if facts.trained_on_labels else ""
+    trained = " The ensemble may know these labels from its training: others may be missed."
     return Finding(
         "labels",
         0.45 + 0.45 * min(1.0, share / 0.01),
@@ -45,7 +47,7 @@ def check_labels(facts: Facts) -> Outcome:
         f"{'carries' if count == 1 else 'carry'} a label that the ensemble and the nearest images contradict. "
         f"The most suspicious: {first['image_id']} is labelled {facts.name(first['label'])}; the ensemble predicts "
         f"{facts.name(first['source'])} and gives the label a probability of {probability(first['label_prob'])}."
-        f"{trained}",
+        f"{trained if facts.trained_on_labels else ''}",
         f"The ensemble predicts "
         f"{share_text(agreement * images, images)} of the labels. In simulations with correct labels, up to one in "
         "a thousand was called wrong; an unusual image may be labelled correctly: look at it.",

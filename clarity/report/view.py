@@ -122,8 +122,9 @@ def open_view(audit: Audit, name: str) -> View:
         max_steps=audit.plan.config["max_steps"],
         card=None if model is None else model.card,
         differences=mean_changes(con, audit, model),
-        # No folds, and no held-out split.
-        trained_on_labels=audit.plan.dataset.get("split") in ("train", "all") and not audit.plan.model.get("num_folds"),
+        # No folds, and not known to be held out; a plan without the entry knew its split alone.
+        trained_on_labels=not audit.plan.model.get("num_folds")
+        and audit.plan.dataset.get("trained", audit.plan.dataset.get("split") in ("train", "all")) is not False,
         keep=audit.plan.keep,
     )
     return View(name, audit, model, facts, find(facts))

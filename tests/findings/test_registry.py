@@ -340,7 +340,11 @@ NOT_CHECKED: list[tuple[Callable[[], Tables], dict[str, Any], dict[str, str]]] =
     (lambda: make_tables(100, ("ant", "bee")), {}, {"shortcut": "it takes 3 classes, as it compares"}),
     (lambda: failing(make_tables(200), target=2), {}, {"shortcut": "too few pairs towards cow converged; towards the"}),
     (lambda: make_tables(12), {}, {"shortcut": "no class is the target of 20 pairs from 2 other"}),
-    (lambda: make_tables(200), {"trained_on_labels": True}, {"labels": "the ensemble was trained on these labels"}),
+    (
+        lambda: make_tables(200),
+        {"trained_on_labels": True},
+        {"labels": "the ensemble may have been trained on these labels"},
+    ),
     (
         lambda: make_tables(240, planted=Planted(patch=3, wrong_labels=5)),
         {"card": model_card((0.24,) * 4)},

@@ -62,6 +62,19 @@ def test_report_says_which_pairs_its_first_figures_count(tmp_path: Path) -> None
     assert "still seen as the target; median probability" in page_of(tmp_path / "all", make_tables()).html
 
 
+@pytest.mark.parametrize(
+    ("dataset", "told"),
+    [
+        ({}, False),
+        ({"split": "all"}, True),
+        *(({"trained": known}, known is not False) for known in (False, True, None)),
+    ],
+)
+def test_report_clears_no_labels_that_the_ensemble_may_know(tmp_path: Path, dataset: Any, told: bool) -> None:
+    page = page_of(tmp_path, make_tables(200), dataset=dataset)
+    assert ("the ensemble may have been trained on these labels" in page.html) is told
+
+
 def test_report_tells_the_findings_in_words_and_in_order(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     told = [page.html.index(f">{finding.title}<") for finding in page.made.findings]
@@ -134,7 +147,7 @@ def test_report_embeds_the_images_and_pairs_asked_for(tmp_path: Path) -> None:
 
 
 def test_report_says_what_an_unfinished_audit_lacks(tmp_path: Path) -> None:
-    page = page_of(tmp_path, make_tables(), leave_out=(1,), left_out={"hidden files": 1234})
+    page = page_of(tmp_path, make_tables(), leave_out=(1,), dataset={"left_out": {"hidden files": 1234}})
     assert not page.made.complete and "This audit is unfinished." in page.html
     assert "1 of 3 shards are not committed, so 40 images of 120 are absent" in page.html
     assert "Missing: shard 1." in page.html and "Left out: 1,234 hidden files." in page.html
