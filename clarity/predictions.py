@@ -22,9 +22,8 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
 
     Args:
         uri: a Parquet or CSV file, local or s3://. ``class`` holds names or indices, ``probabilities`` lists of
-            numbers; instead of both there may be a column of probabilities for each class, under its name. What
-            indices and lists refer to is given by the file's metadata (``classes``, or a ClassLabel), or by
-            FILE.classes.txt beside it, a name a line.
+            numbers. What indices and lists refer to is given by the file's metadata (``classes``, or a ClassLabel), or
+            by FILE.classes.txt beside it, a name a line.
         listing: all images; rows of the file about others are dropped and counted (``data.left_out``).
 
     Raises:
@@ -33,9 +32,6 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
     file = f"predictions: {storage.display(uri)}"
     table = read_table(uri)
     found = table.column_names
-    if "image_id" not in found or len(found) < 2:
-        expected = "expected columns image_id and class or probabilities"
-        raise ValueError(f"{file}: {expected}, found {names_of(found)}: rename them")
     try:
         ids = as_text(table["image_id"])
     except ValueError as error:
@@ -55,12 +51,14 @@ def read_predictions(uri: str, listing: pa.Table) -> pa.Table:
 
 
 def read_table(uri: str) -> pa.Table:
-    """The columns of a Parquet or CSV file that may be predictions; ids of a CSV file stay as they are written."""
+    """The columns of a Parquet or CSV file that are predictions; ids of a CSV file stay as they are written."""
 
     def wanted(found: list[str]) -> list[str]:
         names = [name for name in found if name in ("image_id", "class", "probabilities")]
-        names = names if len(names) > 1 else found
         require_once(names, found, f"predictions: {storage.display(uri)}")
+        if "image_id" not in names or len(names) < 2:
+            expected = "expected columns image_id and class or probabilities"
+            raise ValueError(f"predictions: {storage.display(uri)}: {expected}, found {names_of(found)}: rename them")
         return names
 
     if not re.search(r"(?i)\.(csv|tsv)$", storage.name(uri)):
@@ -104,7 +102,6 @@ def add_predictions(listing: pa.Table, predictions: pa.Table, class_names: Seque
     A row's class takes precedence over its probabilities. Indices and probabilities refer to ``class_names``, those of
     the explaining model. ValueError: unknown classes, invalid probabilities, or no image has a prediction.
     """
-    predictions = gather_probabilities(predictions, class_names)
     rows = len(predictions)
     classes, has_class = np.zeros(rows, np.int32), np.zeros(rows, bool)
     probs, has_probs = np.zeros((rows, len(class_names)), np.float32), np.zeros(rows, bool)
@@ -180,25 +177,6 @@ def class_column(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
             f"or indices 0 to {len(class_names) - 1}"
         )
     return found
-
-
-def gather_probabilities(predictions: pa.Table, class_names: Sequence[str]) -> pa.Table:
-    """The table with a column ``probabilities`` made of those that are named like the classes, where they all are."""
-    found = predictions.column_names
-    if "class" in found or "probabilities" in found:
-        return predictions
-    known = {unicodedata.normalize("NFC", name): name for name in found}
-    names = [known.get(unicodedata.normalize("NFC", name)) for name in class_names]
-    if None in names:
-        expected = "expected a column class or probabilities, or one for each class"
-        raise ValueError(f"predictions: {expected}, found {names_of(found)}: rename them")
-    try:
-        values = np.column_stack([predictions[name].cast(pa.float64()).to_numpy() for name in names])
-    except pa.ArrowException as error:
-        raise ValueError(f"predictions: expected numbers in the columns of classes, found none ({error})") from None
-    classes = {**(predictions.schema.metadata or {}), b"clarity.classes": json.dumps(list(class_names))}
-    table = predictions.append_column("probabilities", schema.fixed_size_list(values))
-    return table.replace_schema_metadata(classes)
 
 
 def probability_column(predictions: pa.Table, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
