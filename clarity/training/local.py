@@ -14,7 +14,8 @@ import torch
 
 from clarity import storage
 from clarity.data import Dataset, held_out_of, open_dataset
-from clarity.images import encode_png
+from clarity.data.listing import as_text
+from clarity.images import encode_png, to_uint8
 from clarity.model import Model, load_model
 from clarity.training.directory import begin, finish
 from clarity.training.plan import plan_training
@@ -37,8 +38,8 @@ def train(
     """Trains a model in this process (``clarity.train``), with the loops and the directory of jobs/train.py.
 
     Args:
-        dataset: the name of a source, a Dataset, or (images, labels): uint8 or floats in [0, 1], (N, C, H, W) or
-            (N, H, W), with one label each, or None where a predictor teaches.
+        dataset: the name of a source, a Dataset, or (images, labels): uint8 or floats in [0, 1], (N, C, H, W),
+            (N, H, W, C) or (N, H, W), with one label each, or None where a predictor teaches.
         out: the model directory; None keeps the model in memory only.
         data: path or URI of a named source's data.
         held_out: for the metrics; by default test, or validation where there is no test; one in ten of the arrays.
@@ -66,6 +67,8 @@ def train(
             out = os.path.join(scratch, "model")
         plan = plan_training(str(out), dataset, held_out, **fields)
         plan = replace(plan, data=plan.data | about)
+        for remark in plan.data["remarks"]:
+            log(remark)
         run_stages(plan, ["recipe"], Worker(device=device, log=log))
         plan = with_recipe(plan) or plan
         if begin(plan):
@@ -76,17 +79,16 @@ def train(
 
 def write_arrays(training: Arrays, held_out: Arrays | None, scratch: str) -> str:
     """Writes arrays as a Parquet data set, named by their digest, and returns its directory."""
-    parts = [(checked_pixels(*training), training[1], "train", "")]
+    parts = [(*checked_arrays(training), "train", "")]
     if held_out is not None:
-        parts.append((checked_pixels(*held_out), held_out[1], "test", "held_out/"))
+        parts.append((*checked_arrays(held_out), "test", "held_out/"))
     tables, digest = [], hashlib.sha256()
     for pixels, labels, split, prefix in parts:
         digest.update(f"{split} {pixels.shape}".encode() + pixels.tobytes())
-        names = [None] * len(pixels) if labels is None else [str(label) for label in labels]
         columns = {
             "image": pa.array(encode_png(pixels), pa.binary()),
             "image_id": [f"{prefix}{i}" for i in range(len(pixels))],
-            "label": pa.array(names, pa.string()),
+            "label": labels,
         }
         tables.append(pa.table(columns | ({} if held_out is None else {"split": [split] * len(pixels)})))
     directory = os.path.join(scratch, "arrays")
@@ -96,18 +98,46 @@ def write_arrays(training: Arrays, held_out: Arrays | None, scratch: str) -> str
     return directory
 
 
-def checked_pixels(images: Any, labels: Sequence[Any] | None) -> np.ndarray:
-    """Images as uint8 (N, C, H, W)."""
-    pixels = np.asarray(images)
+def checked_arrays(arrays: Arrays) -> tuple[np.ndarray, pa.Array]:
+    """Images as uint8 (N, C, H, W), and the names of their classes, null for none."""
+    if len(arrays) != 2:
+        raise ValueError(f"expected arrays (images, labels), got {len(arrays)} of them: leave the others out")
+    pixels = as_array(arrays[0], "images of one size")
+    shape = pixels.shape
     if pixels.ndim == 3:
         pixels = pixels[:, None]
-    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or (labels is not None and len(pixels) != len(labels)):
-        raise ValueError(
-            f"expected images (N, C, H, W) or (N, H, W) with C = 1 or 3 and N labels, got {pixels.shape} "
-            f"and {'no' if labels is None else len(labels)} labels"
-        )
+    elif pixels.ndim == 4 and shape[1] not in (1, 3):
+        pixels = pixels.transpose(0, 3, 1, 2)
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not pixels.size:
+        raise ValueError(f"expected images (N, C, H, W), (N, H, W, C) or (N, H, W) with C = 1 or 3, got {shape}")
+    if pixels.dtype == np.uint16:
+        raise ValueError("expected images of uint8, or floats in [0, 1], got uint16: divide them by what is white")
     if pixels.dtype != np.uint8:
-        if not (np.issubdtype(pixels.dtype, np.floating) and pixels.min() >= 0 and pixels.max() <= 1):
-            raise ValueError(f"expected images of uint8, or floats in [0, 1], got {pixels.dtype}")
-        pixels = np.round(pixels * 255).astype(np.uint8)
-    return np.ascontiguousarray(pixels)
+        pixels = np.stack([to_uint8(image, None) for image in pixels])
+    return np.ascontiguousarray(pixels), class_names(arrays[1], len(pixels))
+
+
+def class_names(labels: Sequence[Any] | None, count: int) -> pa.Array:
+    """The names of the classes of ``count`` images: text, or whole numbers as text."""
+    if labels is None:
+        return pa.nulls(count, pa.string())
+    values = as_array(labels, "one label for each image")
+    if values.shape == (count, 1):
+        values = values[:, 0]
+    if values.shape != (count,):
+        raise ValueError(
+            f"expected one label for each of {count} images, got labels of shape {values.shape}: give names or numbers "
+            "of classes, such as argmax(1) of one-hot vectors"
+        )
+    try:
+        return as_text(pa.array(values.tolist(), from_pandas=True))
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"expected labels of text or whole numbers, got {error}: convert them") from None
+
+
+def as_array(values: Any, expected: str) -> np.ndarray:
+    """Values as an array; ValueError where their parts differ in shape."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"expected {expected}, got parts of several shapes ({error}): make them equal") from None

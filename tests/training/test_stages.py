@@ -16,6 +16,7 @@ from clarity import storage
 from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
 from clarity.training.directory import begin, finish
+from clarity.training.local import class_names
 from clarity.training.loops import Epoch
 from clarity.training.plan import TrainingPlan, plan_training
 from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, run_loop, run_stages, save_finished
@@ -266,7 +267,7 @@ def test_train_takes_arrays() -> None:
     model = clarity.train((images.numpy()[:, 0], names), **arguments())
     assert model.class_names == ("low", "mid", "top") and model.image_shape == (1, 8, 12)
     assert model.card["metrics"]["images"] + model.card["data"]["images"] == 90
-    other = clarity.train((images.numpy()[:, 0] / 255, names), **arguments())
+    other = clarity.train((images.numpy().transpose(0, 2, 3, 1) / 255, names[:, None]), **arguments())
     assert other.fingerprint == model.fingerprint
 
 
@@ -277,13 +278,39 @@ def test_train_refuses_held_out_images_that_it_would_not_measure_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("images", "labels", "message"),
     [
-        (np.zeros((4, 2, 8, 12), np.uint8), r"expected images \(N, C, H, W\) or \(N, H, W\)"),
-        (np.zeros((3, 8, 12), np.uint8), r"got \(3, 1, 8, 12\) and 4 labels"),
-        (np.full((4, 8, 12), 7.0), r"floats in \[0, 1\], got float64"),
+        (np.zeros((4, 2, 8, 12), np.uint8), "abab", r"expected images \(N, C, H, W\), .* got \(4, 2, 8, 12\)"),
+        (np.zeros((0, 8, 12), np.uint8), "", r"got \(0, 8, 12\)"),
+        ([np.zeros((8, 12)), np.zeros((8, 9))], "ab", "images of one size, got parts of several shapes"),
+        (np.full((4, 8, 12), 7.0), "abab", r"expected float64 pixels in \[0, 1\], found 7.0 to 7.0: scale them"),
+        (np.full((4, 8, 12), np.nan), "abab", "expected finite pixels, found 96 of 96 NaN"),
+        (np.zeros((4, 8, 12), np.uint16), "abab", "got uint16: divide them by what is white"),
+        (np.zeros((3, 8, 12), np.uint8), "abab", r"for each of 3 images, got labels of shape \(4,\)"),
+        (np.zeros((3, 8, 12), np.uint8), np.eye(3), r"got labels of shape \(3, 3\): .* argmax\(1\) of one-hot"),
+        (np.zeros((3, 8, 12), np.uint8), [0.5, 1, 2], "expected labels of text or whole numbers, got double"),
+        (np.zeros((3, 8, 12), np.uint8), np.array([b"a", b"b", b"c"]), "or whole numbers, got binary: convert them"),
+        (np.zeros((3, 8, 12), np.uint8), ["a", 1, None], "expected labels of text or whole numbers, got "),
     ],
 )
-def test_train_says_what_is_wrong_with_arrays(images: np.ndarray, message: str) -> None:
+def test_train_says_what_is_wrong_with_arrays(images: Any, labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        clarity.train((images, ["a", "b", "a", "b"]), **arguments())
+        clarity.train((images, list(labels) if isinstance(labels, str) else labels), **arguments())
+
+
+def test_train_takes_two_arrays_alone() -> None:
+    with pytest.raises(ValueError, match=r"expected arrays \(images, labels\), got 3 of them"):
+        clarity.train((np.zeros((3, 8, 12)), [0, 1, 2], [1.0, 1.0, 1.0]), **arguments())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (np.array([0.0, 1.0, np.nan]), ["0", "1", None]),
+        (torch.tensor([2, 0, 1]), ["2", "0", "1"]),
+        (np.array([[2], [0], [1]]), ["2", "0", "1"]),
+        (["cat", None, "dog"], ["cat", None, "dog"]),
+    ],
+)
+def test_labels_of_arrays_are_names_of_classes(labels: Any, names: list[str | None]) -> None:
+    assert class_names(labels, 3).to_pylist() == names
