@@ -7,8 +7,7 @@ Shapes: R rows and Q columns of a grid.
 
 import functools
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -16,12 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.colors import Normalize
-from matplotlib.lines import Line2D
 
 from clarity import notebook
 from clarity.audit.queries import PAIR_FIGURES, PairFigure, connect
 from clarity.audit.read import Audit
-from clarity.figure import DARK, FULL_WIDTH, MIDDLE, Picture, new_picture, styled
+from clarity.figure import Picture, new_picture, styled
 from clarity.images import decode_png
 from clarity.report.text import decimals, short_names
 
@@ -109,61 +107,6 @@ def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Seque
     axes[0].text(
         -0.08, -0.03, f"p({name}) =", parse_math=False, transform=axes[0].transAxes, ha="right", va="top", fontsize=7
     )
-    return picture
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One search, step by step: each (T,), the start included; ``images`` (C, H, W) are the first and the last."""
-
-    target_prob: Array
-    aleatoric: Array
-    epistemic: Array
-    images: tuple[Array, Array]
-
-
-@styled
-def search_traces(traces: Mapping[str, Trace], *, source: str, target: str, min_target_prob: float) -> Picture:
-    """Figure 8: target probability, logarithm of the epistemic uncertainty and aleatoric uncertainty at each step."""
-    picture = new_picture(min(FULL_WIDTH, 0.5 + 3.1 * len(traces)), 2.5)
-    axes = picture.subplots(1, len(traces), sharey=True, squeeze=False)[0]
-    logs = [np.log10(np.maximum(trace.epistemic, 1e-8)) for trace in traces.values()]
-    free = 0.3  # the upper part of each panel, for the images
-    bottom, top = float(np.floor(min(map(np.min, logs)))), float(np.ceil(max(map(np.max, logs))))
-    powers = np.arange(bottom, top + 1)
-    top = bottom + (top - bottom) / (1 - free)
-    height = max(1.02, max(float(np.max(trace.aleatoric)) for trace in traces.values()) * 1.03) / (1 - free)
-    for i, (ax, (name, trace), log) in enumerate(zip(axes, traces.items(), logs)):
-        steps = np.arange(len(trace.target_prob))
-        ax.axhline(min_target_prob, color="0.75", lw=0.6, zorder=0)
-        ax.plot(steps, trace.target_prob, color=MIDDLE)
-        ax.plot(steps, trace.aleatoric, color="#4d9221", ls=(0, (1, 1)), lw=1.4)
-        right = ax.twinx()
-        right.plot(steps, log, color=DARK, ls=(0, (5, 1.5)), lw=1)
-        right.set_ylim(bottom, top)
-        right.set_yticks(powers)
-        right.spines["right"].set_visible(True)
-        if i == len(traces) - 1:
-            right.set_ylabel("log$_{10}$ epistemic uncertainty (nats)")
-        else:
-            right.set_yticklabels([])
-        ax.set_ylim(-0.02, height)
-        ax.set_yticks(np.arange(0, height * (1 - free), 0.5))
-        ax.set_xlim(0, max(1, steps[-1]))
-        ax.set_xlabel("step")
-        set_title(ax, f"{name}, {source} → {target}, {steps[-1]} steps", 2.6)
-        for k, image in enumerate(trace.images):
-            corner = ax.inset_axes((0.02 if k == 0 else 0.81, 0.74, 0.17, 0.25))
-            draw_image(corner, image)
-            side = {"x": 1.06, "ha": "left"} if k == 0 else {"x": -0.06, "ha": "right"}
-            corner.text(y=0.5, s=("start", "end")[k], va="center", fontsize=7, transform=corner.transAxes, **side)
-    axes[0].set_ylabel("target probability;\naleatoric uncertainty (nats)")
-    handles = [
-        Line2D([], [], color=MIDDLE, label="target probability"),
-        Line2D([], [], color="#4d9221", ls=(0, (1, 1)), lw=1.4, label="aleatoric (nats)"),
-        Line2D([], [], color=DARK, ls=(0, (5, 1.5)), label="log$_{10}$ epistemic (right axis)"),
-    ]
-    picture.legend(handles=handles, loc="outside upper center", ncols=3)
     return picture
 
 
@@ -263,14 +206,3 @@ class Counterfactual:
         images = list(notebook.decode(self.audit, some, column="z"))
         steps, target_prob = (some[name].to_pylist() for name in ("step", "target_prob"))
         return path_strip(images, steps, target_prob, target=self.row["target_name"])
-
-    def uncertainty(self) -> Picture:
-        """Target probability, aleatoric and epistemic uncertainty at each step of the search."""
-        if self.trace["epistemic"].null_count:
-            raise ValueError(f"the method {self.row['method']} has a single classifier: no epistemic uncertainty")
-        probs, aleatoric, epistemic = (self.trace[n].to_numpy() for n in ("target_prob", "aleatoric", "epistemic"))
-        ends = (self.decoded("z"), self.stored(self.row["x_cf"], "z_cf"))
-        traces = {f"image {self.row['image_id']}": Trace(probs, aleatoric, epistemic, ends)}
-        threshold = self.audit.plan.min_target_prob(np.array([self.row["target"]]))[0]
-        names = {"source": self.row["source_name"], "target": self.row["target_name"]}
-        return search_traces(traces, **names, min_target_prob=threshold)

@@ -14,7 +14,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
-from clarity import plots
 from clarity.figure import DARK, FULL_WIDTH, LIGHT, MIDDLE, Picture, new_picture, styled
 from clarity.methods import METHODS
 from clarity.model import Model
@@ -162,10 +161,8 @@ def draw_traces(write: Write, model: Model, config: SearchConfig, images: Images
     for method in ("revise_e", "clarity"):
         steps = trace_search(model, method, pairs, config)[0]
         ends = decode_rows(model.decoder, torch.from_numpy(steps["point"][[0, -1]])).numpy()
-        shown[NAMES[method]] = plots.Trace(
-            steps["target_prob"], steps["aleatoric"], steps["epistemic"], (ends[0], ends[1])
-        )
-    drawn = plots.search_traces(shown, source=pair[0], target=pair[1], min_target_prob=config.min_target_prob)
+        shown[NAMES[method]] = steps, ends
+    drawn = search_traces(shown, source=pair[0], target=pair[1], min_target_prob=config.min_target_prob)
     write("figure8", drawn)
 
 
@@ -226,6 +223,60 @@ def draw_latent_map(
     points = [images.z[label == k] for k in (source, target)]
     write("figure10", latent_paths(drawn, extent, points[0], points[1], source=pair[0], target=pair[1]))
     return ends
+
+
+@styled
+def search_traces(
+    traces: Mapping[str, tuple[Mapping[str, Array], Array]],
+    *,
+    source: str,
+    target: str,
+    min_target_prob: float,
+) -> Picture:
+    """Figure 8: target probability, logarithm of the epistemic uncertainty and aleatoric uncertainty at each step.
+
+    By method its search as in ``claims.trace_search``, and pictures (2, C, H, W) of the start and the end.
+    """
+    picture = new_picture(min(FULL_WIDTH, 0.5 + 3.1 * len(traces)), 2.5)
+    axes = picture.subplots(1, len(traces), sharey=True, squeeze=False)[0]
+    logs = [np.log10(np.maximum(steps["epistemic"], 1e-8)) for steps, _ in traces.values()]
+    free = 0.3  # the upper part of each panel, for the images
+    bottom, top = float(np.floor(min(map(np.min, logs)))), float(np.ceil(max(map(np.max, logs))))
+    powers = np.arange(bottom, top + 1)
+    top = bottom + (top - bottom) / (1 - free)
+    height = max(1.02, max(float(np.max(steps["aleatoric"])) for steps, _ in traces.values()) * 1.03) / (1 - free)
+    for i, (ax, (name, (steps, ends)), log) in enumerate(zip(axes, traces.items(), logs)):
+        last = len(log) - 1
+        ax.axhline(min_target_prob, color="0.75", lw=0.6, zorder=0)
+        ax.plot(steps["target_prob"], color=MIDDLE)
+        ax.plot(steps["aleatoric"], color="#4d9221", ls=(0, (1, 1)), lw=1.4)
+        right = ax.twinx()
+        right.plot(log, color=DARK, ls=(0, (5, 1.5)), lw=1)
+        right.set_ylim(bottom, top)
+        right.set_yticks(powers)
+        right.spines["right"].set_visible(True)
+        if i == len(traces) - 1:
+            right.set_ylabel("log$_{10}$ epistemic uncertainty (nats)")
+        else:
+            right.set_yticklabels([])
+        ax.set_ylim(-0.02, height)
+        ax.set_yticks(np.arange(0, height * (1 - free), 0.5))
+        ax.set_xlim(0, max(1, last))
+        ax.set_xlabel("step")
+        set_title(ax, f"{name}, {source} → {target}, {last} steps", 2.6)
+        for k, image in enumerate(ends):
+            corner = ax.inset_axes((0.02 if k == 0 else 0.81, 0.74, 0.17, 0.25))
+            draw_image(corner, image)
+            side = {"x": 1.06, "ha": "left"} if k == 0 else {"x": -0.06, "ha": "right"}
+            corner.text(y=0.5, s=("start", "end")[k], va="center", fontsize=7, transform=corner.transAxes, **side)
+    axes[0].set_ylabel("target probability;\naleatoric uncertainty (nats)")
+    handles = [
+        Line2D([], [], color=MIDDLE, label="target probability"),
+        Line2D([], [], color="#4d9221", ls=(0, (1, 1)), lw=1.4, label="aleatoric (nats)"),
+        Line2D([], [], color=DARK, ls=(0, (5, 1.5)), label="log$_{10}$ epistemic (right axis)"),
+    ]
+    picture.legend(handles=handles, loc="outside upper center", ncols=3)
+    return picture
 
 
 @styled

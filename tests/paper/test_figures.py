@@ -19,9 +19,17 @@ def curves(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).random(shape)
 
 
+def search(count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    t = np.linspace(0, 1, count + 1)
+    return {"target_prob": t, "aleatoric": t * (1 - t) / 2, "epistemic": t * (1 - t) / 10}, curves(2, 3, 8, 12)
+
+
 DRAWINGS = {
     "image_grid": lambda: figures.image_grid(
         [[curves(1, 8, 12), None]], ["original", "a"], ["1 → 2"], [["", "not converged"]], differences=True
+    ),
+    "search_traces": lambda: figures.search_traces(
+        {"R": search(9), "C": search(4)}, source="3", target="8", min_target_prob=0.99
     ),
     "segment_panels": lambda: figures.segment_panels(
         {"a": [(curves(2, 9), {"lw": 1}), (curves(3, 9), {})], "b": [(curves(1, 9), {})]}, [Line2D([], [])], "t"
