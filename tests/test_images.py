@@ -227,6 +227,23 @@ def test_dark_colours_of_sixteen_bits_are_refused_in_training(tmp_path: Path) ->
         data.infer_preprocessing(dataset, data.list_images(dataset))
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.linspace(0, 255, HEIGHT * WIDTH, dtype=np.float32), r"in \[0, 1\], found 0.0 to 255.0: scale them"),
+        (np.full(HEIGHT * WIDTH, np.nan, np.float32), "found 96 of 96 NaN or infinite"),
+        (np.linspace(-1000, 3000, HEIGHT * WIDTH, dtype=np.int32), r"int32 pixels in \[0, 3000\], found -1000 to 3000"),
+    ],
+)
+def test_images_out_of_range_are_refused_before_training(values: np.ndarray, said: str, tmp_path: Path) -> None:
+    for name in ("a/0.tif", "b/1.tif"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(encoded(values.reshape(HEIGHT, WIDTH), "TIFF"))
+    dataset, listing = opened("folder", tmp_path, "all")
+    with pytest.raises(ValueError, match=f"found none that can be read among 2; the first: expected .*{said}"):
+        data.infer_preprocessing(dataset, listing)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
 def test_the_inferred_size_is_that_after_turning_once(kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()

@@ -41,7 +41,17 @@ from clarity.data.listing import (
 )
 from clarity.data.mnist import list_mnist, read_mnist
 from clarity.data.parquet import list_parquet, parquet_attributes, parquet_splits, read_parquet
-from clarity.images import RANGES, Preprocessing, UnreadableImage, decode, is_grey, max_value_of, open_image, upright
+from clarity.images import (
+    RANGES,
+    Preprocessing,
+    UnreadableImage,
+    convert,
+    decode,
+    is_grey,
+    max_value_of,
+    open_image,
+    upright,
+)
 from clarity.report.text import counted
 
 #: The digits that ship with the package; DIGITS.md tells their origin and license.
@@ -116,8 +126,9 @@ def choose_split(dataset: Dataset) -> str:
     if dataset.split == "held-out":
         if "train" in choices and len(choices) == 1:
             raise ValueError(
-                f"expected a test or validation split to hold out in {where_of(dataset)}, found train alone: name it "
-                "or all, or for a training none"
+                f"expected a test or validation split to hold out in {where_of(dataset)}, found train alone: to "
+                "hold out one image in ten, name the folder train/ itself, or leave train out of the names of files; "
+                "else choose train or all, or for a training none"
             )
         wanted = choices[-1]  # test, else validation
     if wanted not in choices:
@@ -283,9 +294,12 @@ def sample_images(dataset: Dataset, listing: pa.Table, count: int) -> tuple[set[
             is_deep = opened.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
             picture = decode(upright, opened)
             deep += [int(np.asarray(picture)[..., :3].max())] if is_deep else []
+            value = max_value_of(picture)
+            if value is not None or picture.mode == "F":
+                convert(picture, "L", value or 255)  # refuses floats and negative values out of range
             sizes.add((picture.height, picture.width))
             grey = grey and is_grey(picture)
-            if (value := max_value_of(picture)) is not None:
+            if value is not None:
                 largest = max(largest or 0, value)
         except UnreadableImage as error:
             reasons.append(str(error))

@@ -209,6 +209,10 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+#: What to do with arrays, and with images of formats that are not read.
+ARRAYS = "write the images as files or Parquet, or train on the arrays in Python with clarity.train"
+UNREAD = ("images of a format that is not read", "convert them to PNG or JPEG")
+
 #: What tells formats that look like a folder of images or of Parquet files, by a name in a path, and what to do.
 FOREIGN = (
     (r"(^|/)_delta_log/", "a Delta table", "export the current version as plain Parquet files"),
@@ -220,8 +224,10 @@ FOREIGN = (
     (r"(?i)\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", "tar archives", "unpack them"),
     (r"(?i)\.(zip|7z|rar)$", "zip archives", "unpack them"),
     (r"(?i)\.(parquet|pq)$", "Parquet files", "read them with the source parquet"),
-    (r"-idx\d-ubyte(\.gz)?$", "files of MNIST's format", "read them with the source mnist"),
-    (r"(?i)\.(npz|npy|mat|h5|hdf5|pkl|pickle|pt)$", "files of arrays", "write the images as files or Parquet"),
+    (r"[-.]idx\d-ubyte(\.gz)?$", "files of MNIST's format", "read them with the source mnist"),
+    (r"(?i)\.(npz|npy|mat|h5|hdf5|pkl|pickle|pt)$", "files of arrays", ARRAYS),
+    (r"(^|/)((data|test)_batch(_\d)?(\.bin)?|cifar-100-\w+/(train|test)(\.bin)?)$", "files of CIFAR's format", ARRAYS),
+    (r"(?i)\.(heic|heif|avif|jp2|jxl|dcm|nii|nii\.gz|svs|svg|psd|cr2|nef|dng)$", *UNREAD),
 )
 TABLE_FORMATS = FOREIGN[:4]
 

@@ -50,8 +50,9 @@ def load_mnist(data: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 def read_idx(data: str, file: str, axes: int) -> np.ndarray:
     """The array of an idx file, plain or gzipped, in any of the directories that torchvision uses."""
     folders = [os.path.join(data, "MNIST", "raw"), os.path.join(data, "raw"), data]
-    paths = [os.path.join(folder, name) for folder in folders for name in (file, f"{file}.gz")]
-    path = next(filter(os.path.exists, paths), None)
+    names = (file, f"{file}.gz", file.replace("-idx", ".idx"))  # some copies have a dot there
+    paths = [os.path.join(folder, name) for folder in folders for name in names]
+    path = next(filter(os.path.isfile, paths), None)
     if path is None:
         raise ValueError(f"expected MNIST/raw/{file}[.gz] in {data}, found none: check the path, or run {DOWNLOAD}")
     broken = f"expected a whole idx file of {axes} axes, found {path}, which is none: copy it again"

@@ -31,6 +31,7 @@ from clarity.data.listing import (
     names_of,
     note_of_split,
     require_once,
+    some,
     split_named,
     split_within,
 )
@@ -58,7 +59,8 @@ class ParquetPart:
 def list_parquet(dataset: Dataset) -> pa.Table:
     """The rows of every Parquet file of a data set."""
     tables, others, listed, by_id = [], 0, 0, 0
-    for part in list_parts(dataset):
+    parts = list_parts(dataset)
+    for part in parts:
         table, dropped, rows = list_part(dataset, part)
         tables.append(table)
         others += dropped
@@ -68,7 +70,32 @@ def list_parquet(dataset: Dataset) -> pa.Table:
     except pa.ArrowException as error:
         raise ValueError(f"attributes: expected one type in all files of {dataset.data}, found {error}") from None
     counts = {"rows whose split is none of train, validation and test": others}
-    return annotate(drop_no_label(listing), counts, note_of_split(dataset, listed, by_id))
+    told = [*note_of_split(dataset, listed, by_id), *notes_on_layout(dataset, parts, listing)]
+    return annotate(drop_no_label(listing), counts, told)
+
+
+def notes_on_layout(dataset: Dataset, parts: list[ParquetPart], listing: pa.Table) -> list[str]:
+    """Notes of folders that may be different data sets, and of labels that may lie in another column."""
+    told = []
+    above: dict[str | None, set[str]] = {}
+    for part in parts:
+        folders = itertools.takewhile(lambda name: not split_named(name) and "=" not in name, part.path.split("/")[:-1])
+        above.setdefault(part.split, set()).add("/".join(folders) or ".")
+    if several := next((folders for split, folders in above.items() if split and len(folders) > 1), None):
+        told.append(
+            f"files of one split lie in several folders ({some(several)}), which are read as one data set; if they are "
+            "several configurations of it, name one"
+        )
+    name = dataset.column("label")
+    if listing["label_name"].null_count == len(listing) and name not in parts[0].keys:
+        with storage.open_parquet(parts[0].uri) as parquet:
+            columns = parquet.schema_arrow.names
+        if name not in columns and set(columns) - {dataset.column(other) for other in ("image", "image_id", "split")}:
+            told.append(
+                f"there is no column {name}, and thus no label; the columns are {names_of(columns)}: say which one "
+                "holds the labels, as in columns label=NAME"
+            )
+    return told
 
 
 def list_parts(dataset: Dataset) -> list[ParquetPart]:
@@ -130,7 +157,8 @@ def list_part(dataset: Dataset, part: ParquetPart) -> tuple[pa.Table, int, int]:
     prefix = f"{part.path}#" if part.path else ""
     ids = columns.get("image_id", pa.array([f"{prefix}{row:08d}" for row in rows], pa.string()))
     labels = columns.get("label", pa.nulls(len(rows), pa.string()))
-    labels = pc.if_else(pc.equal(labels, ""), pa.scalar(None, pa.string()), labels)  # as in a table of text
+    labels = pc.utf8_trim_whitespace(labels)  # as in a table of text
+    labels = pc.if_else(pc.equal(labels, ""), pa.scalar(None, pa.string()), labels)
     attributes = [
         attribute_column(part.uri, name, table[name]) if name in table.column_names else pa.nulls(len(rows))
         for name in dataset.attributes
@@ -245,7 +273,7 @@ def check_paths(dataset: Dataset, part: ParquetPart, parquet: pq.ParquetFile, le
     values = batch.column(0).to_pylist()
     paths = [path for value in values if (path := value["path"] if isinstance(value, dict) else value)]
     if not any(storage.exists(uri) for path in paths for uri in path_uris(dataset, part.uri, path)):
-        what = f"paths such as {paths[0]!r}, with no file there" if paths else "only null"
+        what = f"paths such as {paths[0][:100]!r}, with no file there" if paths else "only null"
         raise ValueError(
             f"expected images in column {dataset.column('image')} of {storage.display(part.uri)}, found {what}: store "
             "the bytes of the images, or put the files beside the Parquet file"
@@ -286,7 +314,8 @@ def class_label_names(name: str, metadata: dict[bytes, bytes] | None) -> list[st
     """The names of a ClassLabel column in the metadata that Hugging Face's datasets writes."""
     try:
         feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][name]
-        return [str(text) for text in feature["names"]] if feature.get("_type") == "ClassLabel" else None
+        known = feature.get("_type") == "ClassLabel" and None not in feature["names"]
+        return [str(text) for text in feature["names"]] if known else None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 

@@ -161,6 +161,11 @@ FOREIGN = {
     "train.npz": "files of arrays",
     "train-0.parquet": "Parquet files",
     "t10k-images-idx3-ubyte.gz": "files of MNIST's format",
+    "train-images.idx3-ubyte": "files of MNIST's format",
+    "cifar-10-batches-py/data_batch_1": "files of CIFAR's format",
+    "cifar-100-python/train": "files of CIFAR's format",
+    "a/scan.nii.gz": "images of a format that is not read",
+    "a/IMG_1.HEIC": "images of a format that is not read",
 }
 
 
@@ -168,11 +173,18 @@ FOREIGN = {
 def test_folder_refuses_other_formats_by_name(name: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"found .*{what}.*: (unpack|export|write|read)"):
+    with pytest.raises(ValueError, match=f"found .*{what}.*: (unpack|export|write|read|convert)"):
         listed(tmp_path)
     if "/" not in name:
         with pytest.raises(ValueError, match=f"expected a folder, found .*{what}"):
             listed(tmp_path / name)
+
+
+def test_folder_of_train_alone_is_split_where_train_itself_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path, *(f"train/{number % 2}/{number}.png" for number in range(40)))
+    with pytest.raises(ValueError, match="found train alone: to hold out one image in ten, name the folder train/"):
+        data.open_dataset("folder", tmp_path, "held-out")
+    assert 0 < len(listed(tmp_path / "train", "held-out")) < 12
 
 
 def test_folder_splits_by_hash_and_keeps_each_image_where_it_was(tmp_path: Path) -> None:

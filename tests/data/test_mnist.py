@@ -36,6 +36,12 @@ def test_mnist_is_read_from_torchvisions_layout(mnist: Path) -> None:
     assert len(set(both["image_id"].to_pylist())) == 12
 
 
+def test_mnist_is_read_from_files_with_a_dot_in_their_names(tmp_path: Path) -> None:
+    write_idx(tmp_path / "train-images.idx3-ubyte", random_pixels(0, 3, 28, 28))
+    write_idx(tmp_path / "train-labels.idx1-ubyte", np.arange(3, dtype=np.uint8))
+    assert opened("mnist", tmp_path)[1]["label_name"].to_pylist() == ["0", "1", "2"]
+
+
 def test_mnist_is_resized_when_asked(mnist: Path) -> None:
     dataset, listing = opened("mnist", mnist)
     preprocessing = data.infer_preprocessing(dataset, listing, image_size=32, mode="RGB")

@@ -185,6 +185,31 @@ def test_parquet_of_hugging_face_has_splits_and_names(tmp_path: Path) -> None:
     assert data.notes(listing) == ["1 image has the label -1, which is read as no label"]
 
 
+def test_parquet_of_hugging_face_without_names_of_classes_has_their_numbers(tmp_path: Path) -> None:
+    pq.write_table(hugging_face([0, 1], [None, None]), tmp_path / "x.parquet")  # type: ignore[list-item]
+    assert list(listed(tmp_path, source="parquet").values()) == ["0", "1"]
+
+
+def test_parquet_without_the_column_of_labels_says_which_columns_there_are(tmp_path: Path) -> None:
+    pq.write_table(parquet_table(2, labels=["cat", "dog"]), tmp_path / "x.parquet")
+    listing = data.list_images(data.open_dataset("parquet", tmp_path, "all"))
+    with pytest.raises(ValueError, match=r"no column label, .*; the columns are image, labels: say .* label=NAME"):
+        data.class_names_of(listing)
+    renamed = data.open_dataset("parquet", tmp_path, "all", columns={"label": "labels"})
+    assert data.class_names_of(data.list_images(renamed)) == ("cat", "dog")
+    pq.write_table(parquet_table(2), tmp_path / "x.parquet")
+    assert data.notes(data.list_images(data.open_dataset("parquet", tmp_path, "all"))) == []
+
+
+def test_parquet_of_several_configurations_is_noted(tmp_path: Path) -> None:
+    for folder in ("small", "large", "small/test"):
+        (tmp_path / folder).mkdir()
+        pq.write_table(parquet_table(2), tmp_path / folder / ("0.parquet" if "/" in folder else "train-0.parquet"))
+    (note,) = data.notes(data.list_images(data.open_dataset("parquet", tmp_path, "all")))
+    assert note.startswith("files of one split lie in several folders (large, small), which are read as one data set")
+    assert data.notes(data.list_images(data.open_dataset("parquet", tmp_path / "small", "all"))) == []
+
+
 def test_parquet_names_of_classes_that_are_numbers_are_looked_up_by_index(tmp_path: Path) -> None:
     pq.write_table(hugging_face([0, 1, 2], ["1", "2", "3"]), tmp_path / "x.parquet")
     assert list(listed(tmp_path, source="parquet").values()) == ["1", "2", "3"]
@@ -311,6 +336,11 @@ def test_parquet_images_may_be_encoded_as_a_dictionary(tmp_path: Path) -> None:
     for images in (pa.array([encoded(random_pixels(0))] * 2), pa.array(["0.png"] * 2)):
         pq.write_table(pa.table({"image": images.dictionary_encode()}), tmp_path / "x.parquet")
         assert np.array_equal(pixels_of(read(tmp_path, "parquet"))[:, 0], [random_pixels(0)] * 2)
+
+
+def test_parquet_labels_have_no_blanks_around_them(tmp_path: Path) -> None:
+    pq.write_table(parquet_table(3, label=["cat ", " ", "cat"]), tmp_path / "x.parquet")
+    assert list(listed(tmp_path, source="parquet").values()) == ["cat", None, "cat"]
 
 
 def test_parquet_label_of_empty_text_is_none(tmp_path: Path) -> None:
