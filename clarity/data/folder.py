@@ -77,9 +77,9 @@ def list_folder(dataset: Dataset) -> pa.Table:
         told += notes_on_inner_folders(root, steps, depth)
         told += [f"{name}/ is read as the split {split}" for name, split in tops.items() if not split_named(name)]
         tables = (".csv", ".tsv", ".jsonl", ".json", ".xlsx")
-        unread = [path for path in others if "/" not in path and path.lower().endswith(tables)]
+        unread = [path for path in others if path.lower().endswith(tables)]
         if unread and not table.notes and len(classes) < 2:
-            told.append(f"{some(unread)} is not read: a table of labels is called labels.csv (file_name,label)")
+            told.append(f"not read: {some(unread)}; a table of labels is labels.csv (file_name,label) at the top")
     left_out[f"files without an image's extension ({some(others)})"] = len(others)
     listing = make_listing(
         dataset,

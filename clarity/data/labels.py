@@ -14,6 +14,7 @@ from typing import Any
 from clarity import storage
 from clarity.data.listing import Dataset, names_of, require_once, split_named
 from clarity.images import EXTENSIONS
+from clarity.report.text import counted
 
 TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv", "metadata.jsonl")
 #: Usual names of the columns, the first that is there counts; ``columns`` names another.
@@ -70,7 +71,7 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
                     f"does, as in columns {missing}=NAME"
                 )
             continue
-        unknown = 0
+        unknown, unlike = 0, dict[str, str | None]()
         for row in rows:
             path = index.find(posixpath.dirname(table), row.get(image) or "")
             if path is None:
@@ -78,12 +79,15 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
                 continue
             text = (row.get(label) or "").strip() or None
             if labels.setdefault(path, text) != text:
-                raise ValueError(
-                    f"expected one label for each image in {table}, found {labels[path]!r} and {text!r} for {path}: "
-                    "correct it"
-                )
+                unlike[path] = text
             if split:
                 splits[path] = split_named(row.get(split))
+        if unlike:
+            path, text = next(iter(unlike.items()))
+            raise ValueError(
+                f"expected one label for each image in {table}, found several for {counted(len(unlike), 'images')}, "
+                f"such as {labels[path]!r} and {text!r} for {path}: keep one of them"
+            )
         if unknown == len(rows):
             notes.append(
                 f"{table} is not used: no name in its column {image}, such as {rows[0].get(image)!r}, is that of "

@@ -105,9 +105,11 @@ def test_labels_are_those_of_folders_where_a_table_holds_something_else(tmp_path
 def test_labels_in_a_table_of_another_name_are_noted(tmp_path: Path) -> None:
     write_images(tmp_path, "train_images/1.png", "train_images/2.png")
     write_table(tmp_path, "image_id,label\n1.png,cat\n", "train.csv")
-    write_table(tmp_path, "{}", "classes.json")
+    write_table(tmp_path / "train_images", "{}", "classes.json")
     (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all")))
-    assert note == "classes.json, train.csv is not read: a table of labels is called labels.csv (file_name,label)"
+    assert note.startswith(
+        "not read: train.csv, train_images/classes.json; a table of labels is labels.csv (file_name,"
+    )
 
 
 @pytest.mark.parametrize("numbers", ["0,1", "0.0,1.0"])
@@ -169,7 +171,10 @@ def test_labels_are_no_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"file_name,label\n1.png,cat\n1.png,dog\n", "for each image in labels.csv, found 'cat' and 'dog' for 1.png"),
+        (
+            b"file_name,label\n1.png,cat\n1.png,dog\n",
+            "several for 1 image, such as 'cat' and 'dog' for 1.png: keep one",
+        ),
         (b"file_name,label,label\n1.png,cat,dog\n", "expected one column label, found 2: rename the others"),
         (b"\xff\xfe\x00", "found none that can be read .*: save it as CSV in UTF-8"),
     ],
