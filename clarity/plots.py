@@ -96,17 +96,17 @@ def counterfactual(
 
 
 @styled
-def path_strip(images: Sequence[Array], steps: Sequence[int], target_prob: Sequence[float], *, target: str) -> Picture:
-    """Images at some steps of a search, with the step above and the target probability under each."""
+def path_strip(
+    images: Sequence[Array], steps: Sequence[int], target_prob: Sequence[float], *, target: str, whose: str = ""
+) -> Picture:
+    """Images at some steps of a search, with the step above and the target probability, and whose it is, under each."""
     picture, (axes,) = image_axes([images], 1, len(images), 0.7)
     for i, ax in enumerate(axes):
         draw_image(ax, images[i])
         ax.set_title(f"step {steps[i]}" if not i else f"{steps[i]}", pad=3)
         ax.set_xlabel(f"{target_prob[i]:.3f}", labelpad=2, fontsize=7)
-    name = short_names([target], 16)[0]
-    axes[0].text(
-        -0.08, -0.03, f"p({name}) =", parse_math=False, transform=axes[0].transAxes, ha="right", va="top", fontsize=7
-    )
+    name = f"{whose}p({short_names([target], 16)[0]}) ="
+    axes[0].text(-0.08, -0.03, name, parse_math=False, transform=axes[0].transAxes, ha="right", va="top", fontsize=7)
     return picture
 
 
@@ -178,11 +178,11 @@ class Counterfactual:
         return self.decoded(column) if value is None else decode_png([value], self.audit.plan.image_shape)[0]
 
     def picture(self) -> Picture:
-        """Original, reconstruction, counterfactual and difference; decoded from the codes where none is stored."""
+        """Original, reconstruction, counterfactual with the explained model's probability, and difference."""
         row = self.row
-        p = f"p({row['target_name']}) = {row['target_prob_final']:.3f}, {row['steps']} steps"
-        if (predicted := row["prediction_target_prob_final"]) is not None:
-            p += f"; your model {predicted:.3f}"
+        by_yours = row["prediction_target_prob_final"]
+        whose, prob = ("", row["target_prob_final"]) if by_yours is None else ("your model: ", by_yours)
+        p = f"{whose}p({row['target_name']}) = {prob:.3f}, {row['steps']} steps"
         return counterfactual(
             self.stored(self.code["x"], "z"),
             self.stored(row["x_cf"], "z_cf"),
@@ -201,8 +201,9 @@ class Counterfactual:
         return notebook.trace(self.audit, self.row["image_id"], self.row["target"])
 
     def path(self, frames: int = 8) -> Picture:
-        """Pictures at ``frames`` steps of the search, with the target probability under each."""
+        """Pictures at ``frames`` steps of the search, with the ensemble's probability of the target under each."""
         some = self.trace.take(np.unique(np.linspace(0, len(self.trace) - 1, frames).round().astype(int)))
         images = list(notebook.decode(self.audit, some, column="z"))
         steps, target_prob = (some[name].to_pylist() for name in ("step", "target_prob"))
-        return path_strip(images, steps, target_prob, target=self.row["target_name"])
+        whose = "" if self.row["prediction_target_prob_final"] is None else "ensemble: "
+        return path_strip(images, steps, target_prob, target=self.row["target_name"], whose=whose)

@@ -100,8 +100,10 @@ def test_counterfactual_of_an_audit_shows_itself(tmp_path: Path, tiny_model: Any
     assert np.allclose(picture.axes[2].images[0].get_array(), stored)
     assert found._repr_png_().startswith(b"\x89PNG")
     assert "your model" not in picture.axes[2].get_xlabel()
-    found.row["prediction_target_prob_final"] = 0.55
-    assert found.picture().axes[2].get_xlabel().endswith("; your model 0.550")
+    assert found.path(frames=2).axes[0].texts[0].get_text() == "p(dog) ="
+    found.row["prediction_target_prob_final"] = 0.55  # now another model is explained
+    assert found.picture().axes[2].get_xlabel().startswith("your model: p(dog) = 0.550, ")
+    assert found.path(frames=2).axes[0].texts[0].get_text() == "ensemble: p(dog) ="
     # The search again, by the audit's own model and configuration.
     steps = found.trace["step"].to_pylist()
     assert steps == list(range(len(steps))) and set(found.trace["target"].to_pylist()) == {3}

@@ -180,6 +180,7 @@ def script_data(
         "labels": short_names(views[0].class_names, 14),
         "maps": pair_maps(views),
         "fields": FIELDS,
+        "has_predictor": views[0].facts.has_predictor,
         "audits": [
             {
                 "name": view.name,

@@ -226,8 +226,11 @@ for (const map of choices) {
 const kinds = { closest: "Closest", median: "Median", hardest: "Hardest", failed: "Failed" };
 const figure = (node, ...caption) => el("figure", {}, node, el("figcaption", {}, caption));
 const scaled = (height) => tile.height <= height ? tile.width * Math.max(1, Math.round(height / tile.height)) : Math.round(tile.width * height / tile.height);
+// The ensemble's probabilities, named where another model is explained.
+const led = (t) => `p(${names[t]})` + (data.has_predictor ? " by the ensemble" : "");
 const large = scaled(62), small = Math.min(scaled(42), large);
-function fact(name, value, bad) { return el("div", {}, el("dt", {}, name), el("dd", { class: bad ? "bad" : null }, value)); }
+// What is before and after an arrow stays on one line.
+function fact(name, value, bad) { return el("div", {}, el("dt", {}, name + " "), el("dd", { class: bad ? "bad" : null }, value.replaceAll(" → ", "\u00a0→\u00a0"))); }
 function command(text) {
   const copy = el("button", { class: "small-button copy", type: "button", on: { click: async () => {
     try { await navigator.clipboard.writeText(text); copy.textContent = "Copied"; } catch (error) { getSelection().selectAllChildren(code); }
@@ -243,12 +246,12 @@ function rowFacts(row, t, extra = null) {
     get("status") === "ok" ? null : fact("status", get("status"), true),
     fact("steps", get("steps") + (get("converged") ? "" : ", not converged"), !get("converged")),
     fact("distance", get("distance")),
-    fact(`p(${names[t]})`, get("target_prob")),
+    fact(led(t), get("target_prob")),
     get("epistemic") === null ? null : fact("disagreement", get("epistemic")),
     fact("aleatoric", get("aleatoric")),
     seen("re-encoded", get("reencoded"), get("reencoded_prob")),
     seen("judge", get("judge"), get("judge_prob")),
-    get("predicted_prob") === null ? null : fact(`your model, p(${names[t]})`, get("predicted_prob")),
+    get("predicted_prob") === null ? null : fact(`p(${names[t]}) by your model`, get("predicted_prob")),
     get("rungs") ? fact("rungs", String(get("rungs"))) : null,
     get("confirmed") === null ? null : fact("confirmed", get("confirmed") ? "✓" : "no", !get("confirmed")));
 }
@@ -261,7 +264,7 @@ function strip(row, s, t, size = small) {
     return el("div", { class: "frame" }, picture(index, size, `${where} from ${names[s]} to ${names[t]}, probability of ${names[t]} ${texts[i]}`),
       el("div", { class: "prob", "aria-hidden": "true" }, bar), el("div", { class: "p", "aria-hidden": "true" }, texts[i]));
   });
-  return figure(el("div", { class: "strip" }, frames), `between the reconstruction and the counterfactual, in equal steps of the code, with p(${names[t]})`);
+  return figure(el("div", { class: "strip" }, frames), `path from reconstruction to counterfactual, with ${led(t)}`);
 }
 const rowOf = (audit, id, t) => audit.rows[id]?.find((row) => row[field.target] === t);
 function example(id, s, t) {
@@ -280,7 +283,7 @@ function example(id, s, t) {
       figure(difference(from ?? image.x, to, large, `image ${id}, what changed`), from === undefined ? "difference to the original" : "difference"),
       strip(row, start, t)),
       rowFacts(row, t, a === 0 ? [
-        el("div", {}, el("dt", {}, "image"), el("dd", {}, el("a", { href: "#image=" + encodeURIComponent(id) }, id))),
+        el("div", {}, el("dt", {}, "image "), el("dd", {}, el("a", { href: "#image=" + encodeURIComponent(id) }, id))),
         image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
       ] : []));
   });
@@ -353,10 +356,10 @@ function look(id) {
     const bar = el("i", { style: `width: ${100 * p}%` });
     return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, text)];
   }).flat());
-  const facts = el("dl", { class: "facts" }, fact("classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
-    image.prediction === null ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
+  const facts = el("dl", { class: "facts" }, fact(data.has_predictor ? "your model" : "classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
+    data.has_predictor || image.prediction === null ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
     fact("disagreement", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));
-  const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("div", { style: "height:.5rem" }), probs))];
+  const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("p", { class: "quiet-text bars" }, data.has_predictor ? "Probabilities by the ensemble" : ""), probs))];
   data.audits.forEach((audit) => {
     const rows = audit.rows[id] || [];
     if (several) parts.push(el("p", { class: "audit-tag" }, audit.name));

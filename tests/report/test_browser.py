@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from audits import EVERYTHING, Planted, make_tables, replaced, write_audit
+from audits import EVERYTHING, Planted, make_tables, replaced, with_predictor, write_audit
 
 from clarity.report.page import write_report
 
@@ -155,6 +155,19 @@ def test_page_calls_no_label_wrong_that_the_model_does_not_know(chromium: Any, t
     open_page(chromium, Path(write_report([write_audit(tmp_path / "a", tables)]).uri).as_uri())
     (facts,) = chromium.find_elements("css selector", "#image .one .facts")
     assert "label" in facts.text and not facts.find_elements("css selector", ".bad")
+
+
+def test_page_says_whose_probabilities_it_shows(chromium: Any, tmp_path: Path, tiny_model: Any) -> None:
+    """Of the ensemble, which leads the search, and of the user's model, where that is explained."""
+    for name, tables in (("ensemble", make_tables()), ("yours", with_predictor(make_tables()))):
+        made = write_report([write_audit(tmp_path / name, tables, tiny_model)])
+        open_page(chromium, Path(made.uri).as_uri())
+        click(chromium, chromium.find_element("css selector", '#map td[data-s="1"][data-t="0"]'))
+        gallery, image = (chromium.find_element("id", part).text for part in ("gallery", "image"))
+        yours = name == "yours"
+        assert ("with p(ant) by the ensemble" in gallery) == yours and ("p(ant) by your model" in gallery) == yours
+        assert ("Probabilities by the ensemble" in image) == yours and ("classified as" in image) != yours
+        assert slips(chromium) == []
 
 
 def test_page_changes_its_map_and_its_theme(chromium: Any, page: str) -> None:
