@@ -360,7 +360,7 @@ class Explainer:
             self.search(encoded.model, asked.pairs.select(chosen), self.config, on_step=on_step)
         return pa.concat_tables(tables)
 
-    def predict_start(self, encoded: Encoded) -> Uncertainty:
+    def predict_start(self, encoded: Encoded) -> Uncertainty[np.ndarray]:
         """Uncertainties of the method's own classifier at the start of each image's search."""
         if self.method == "clarity":
             return encoded.uncertainty

@@ -185,7 +185,7 @@ def mean_probs(logits: Tensor) -> np.ndarray:
     return in_blocks(lambda block, _: block.softmax(-1).mean(1), logits.transpose(0, 1)).cpu().numpy()
 
 
-def uncertainties(logits: Tensor) -> Uncertainty:
+def uncertainties(logits: Tensor) -> Uncertainty[np.ndarray]:
     """Uncertainties of logits (M, B, K), as arrays."""
     values = in_blocks(lambda block, _: torch.stack(decompose(block.transpose(0, 1)), 1), logits.transpose(0, 1))
     return Uncertainty(*np.ascontiguousarray(values.cpu().numpy().T))

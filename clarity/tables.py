@@ -34,7 +34,7 @@ class Encoded:
     noise: Tensor  # (B, D), standard normal, of the image id alone
     reconstruction: Tensor
     probs: np.ndarray  # (B, K), of the ensemble at ``z``, and its uncertainty there
-    uncertainty: Uncertainty
+    uncertainty: Uncertainty[np.ndarray]
     source: np.ndarray  # (B,) int32, the class predicted for each image by the explained model
     #: (B, K), of the predictor for the original images and for the reconstructions in 8 bits; None where there is none
     predictor_probs: np.ndarray | None = None
@@ -143,8 +143,8 @@ def pair_rows(
     encoded: Encoded,
     asked: Asked,
     results: Results,
-    initial: Uncertainty,
-    final: Uncertainty,
+    initial: Uncertainty[np.ndarray],
+    final: Uncertainty[np.ndarray],
     images: str,
     kept: AttributeHeads | None = None,
 ) -> pa.Table:

@@ -1,20 +1,23 @@
 """Predictive, aleatoric and epistemic uncertainty of an ensemble."""
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Values = TypeVar("Values", Tensor, np.ndarray)
 
-class Uncertainty(NamedTuple):
+
+class Uncertainty(NamedTuple, Generic[Values]):
     """Uncertainties of each row, (B,) float32, in nats: predictive = aleatoric + epistemic."""
 
-    predictive: Any  # each a tensor, or an array where it is written to a table
-    aleatoric: Any
-    epistemic: Any
+    predictive: Values
+    aleatoric: Values
+    epistemic: Values
 
 
-def decompose(logits: Tensor) -> Uncertainty:
+def decompose(logits: Tensor) -> Uncertainty[Tensor]:
     """Decompose the entropy of an ensemble's mean prediction into data and model uncertainty (Depeweg et al. 2018).
 
     ``predictive`` is the entropy of the members' mean, ``aleatoric`` their mean entropy, ``epistemic`` the difference:
