@@ -36,7 +36,7 @@ LEVELS = [
 ROOMS = sorted(set().union(*LEVELS))
 #: Of jobs/, what is no program: what all jobs share, the actor plan, and what the benchmark times.
 SHARED = {"driver", "actors", "measures"}
-#: The longest file; the search keeps Algorithm 1, its update rules and its engines together.
+#: Lines of a file at most.
 MAX_LINES = 500
 PROGRAMS = sorted((ROOT / "jobs").glob("*.py"))
 
