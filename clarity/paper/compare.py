@@ -2,12 +2,10 @@
 
 import hashlib
 import io
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +14,7 @@ import torch
 
 from clarity import data, judges, schema, storage
 from clarity.audit.commits import to_parquet
+from clarity.audit.plan import digest
 from clarity.audit.read import read_audit
 from clarity.ids import noise
 from clarity.images import Preprocessing, decode_png, encode_png
@@ -86,7 +85,7 @@ def sample_images(dataset: data.Dataset, preprocessing: Preprocessing, count: in
     preprocessed. As a test split, whatever they are: the ensemble explains them, not classifiers by fold.
     """
     listing = data.list_images(dataset)
-    key = key_of(data.listing_fingerprint(listing), preprocessing.to_json(), count).encode()
+    key = digest([data.listing_fingerprint(listing), preprocessing.to_json(), count]).encode()
     if storage.exists(uri):
         with storage.open_parquet(uri) as kept:
             if (kept.schema_arrow.metadata or {}).get(b"clarity.key") != key:
@@ -305,8 +304,3 @@ def attribute_table(results: Results, jury: Judges) -> pa.Table:
 def parts(count: int, size: int = 4096) -> list[slice]:
     """Slices of ``size`` that cover ``count`` rows."""
     return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def key_of(*depends: Any) -> str:
-    """SHA-256 of what a result depends on."""
-    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
