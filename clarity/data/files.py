@@ -52,7 +52,7 @@ def source_failed(uri: str, error: storage.StorageError) -> bool:
     if error.transient or error.errno in GONE:
         return True
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-        return storage.is_remote(uri)
+        return storage.is_remote(uri) and error.errno != errno.ENODATA  # of a Git LFS pointer
     base, query = storage.split_options(uri)
     directory = os.path.dirname(base) + query
     try:

@@ -68,13 +68,14 @@ def test_a_store_that_is_down_or_refuses_is_not_the_images_fault(
     assert error.value.transient
 
 
-def test_an_object_that_was_deleted_is_an_error_row(store: ObjectStore) -> None:
-    for name in ("a/1.png", "a/2.png"):
+def test_an_object_that_was_deleted_or_never_fetched_is_an_error_row(store: ObjectStore) -> None:
+    for name in ("a/1.png", "a/2.png", "a/3.png"):
         storage.write_bytes(store.uri(f"deleted/{name}"), encoded(random_pixels(0)))
     dataset, listing = opened("folder", store.uri("deleted"), "all")
     storage.delete(store.uri("deleted/a/2.png"))
+    storage.write_bytes(store.uri("deleted/a/3.png"), storage.LFS_POINTER)
     errors = data.read_images(dataset, listing, GREY)["error"].to_pylist()
-    assert errors[0] is None and "No such file" in errors[1]
+    assert errors[0] is None and "No such file" in errors[1] and "a Git LFS pointer" in errors[2]
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])
