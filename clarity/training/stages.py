@@ -83,7 +83,7 @@ def load_images(
     listing = list_images(dataset)
     if limit is not None:
         if labelled:
-            listing = listing.filter(pc.is_valid(listing["label_name"]))
+            listing = listing.filter(pc.is_valid(label_indices(listing["label_name"], plan.class_names)))
         listing = listing.take(evenly(len(listing), limit))
     pixels, ids, names, errors = read_all(dataset, listing, plan.preprocessing)
     labels = label_indices(pa.array(names, pa.string()), plan.class_names).fill_null(-1).to_numpy(zero_copy_only=False)
@@ -114,7 +114,7 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
     @cache
     def images() -> LabelledImages:
         log = worker.log if worker.rank == 0 else (lambda line: None)
-        log(f"reading {plan.data['images']} images")
+        log(f"reading {counted(plan.data['images'], 'images')}")
         found = load_images(plan, plan.dataset)
         log_errors(found, log)
         return found
@@ -262,7 +262,7 @@ def encode_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
     worker.wait_for_all()
     if worker.rank == 0:
         storage.write_json(plan.file(f"codes-{plan.num_folds}", "count.json"), len(starts) + len(audit))
-        worker.log(f"encoded {len(split.pixels)} images")
+        worker.log(f"encoded {counted(len(split.pixels), 'images')}")
 
 
 def load_codes(plan: TrainingPlan) -> tuple[Codes, Tensor]:

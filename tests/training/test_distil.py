@@ -11,8 +11,8 @@ import pytest
 import torch
 from audits import fill
 from bars import ENSEMBLE, SHORT, SHORT_VAE, arguments, bars, files_of, write_bars
-from pictures import opened
-from predictors import as_predictor
+from pictures import opened, write_images
+from predictors import as_predictor, constant
 
 import clarity
 from clarity import data
@@ -29,7 +29,7 @@ from clarity.training.distil import COPIES, agreement, original_probs, perturb
 from clarity.training.evaluate import LabelledImages
 from clarity.training.loops import Codes, member_states, train_latent_members
 from clarity.training.plan import plan_training
-from clarity.training.stages import TRAINED, Worker, load_codes, run_stages
+from clarity.training.stages import TRAINED, Worker, load_codes, load_images, run_stages
 from clarity.worker import Work
 
 CLASSES = ["top", "middle", "bottom"]
@@ -156,6 +156,17 @@ def test_classes_that_the_latent_space_loses_are_named(folder: Path, tmp_path: P
     assert told["reconstructing"]["agreement"] < 0.8
     name, other, share = told["confused"][0]
     assert {name, other} == {"top", "middle"} and share > 0.1
+
+
+def test_a_label_that_the_predictor_has_not_counts_as_none(tmp_path: Path) -> None:
+    write_images(
+        tmp_path / "data", *(f"train/{name}/{number}.png" for name in ("ant", "bee", "cow") for number in "12")
+    )
+    dataset = data.open_dataset("folder", tmp_path / "data", "train")
+    plan = plan_training(str(tmp_path), dataset, None, predictor=constant(("ant", "bee"), 0), recipe="paper")
+    assert plan.data["labelled"] == 4
+    assert load_images(plan, dataset, 100).labels.tolist() == [0, 0, 1, 1]
+    assert load_images(plan, dataset).labels.tolist() == [0, 0, 1, 1, -1, -1]
 
 
 def test_labels_are_not_needed_for_arrays() -> None:

@@ -55,6 +55,13 @@ def test_copies_are_found_by_their_pixels_and_those_of_several_labels_named() ->
     assert find_copies(training, held_out) == found
 
 
+def test_baseline_of_images_of_one_class_names_that_class() -> None:
+    images, labels = bars(60)
+    training = LabelledImages(images[labels == 2], [str(i) for i in range(60)], labels[labels == 2])
+    found, _ = linear_baseline(training, images, labels.numpy(), 5)
+    assert found["correct"] == int((labels == 2).sum()) and found["images"] == len(training.labels)
+
+
 def test_linear_code_is_that_of_the_singular_values() -> None:
     images, labels = bars(60)
     split = LabelledImages(images, [str(i) for i in range(60)], labels)
