@@ -22,6 +22,7 @@ from clarity.attributes import AttributeHeads
 from clarity.classifiers import EnsembleConfig, ImageEnsemble, LatentEnsemble
 from clarity.images import Preprocessing
 from clarity.judges import JudgeConfig, JudgeNet
+from clarity.report.text import counted
 from clarity.vae import VAE, Decoder, VAEConfig
 
 MODEL_FILE = "model.json"
@@ -67,7 +68,7 @@ class Model:
             f"Clarity model {self.fingerprint[:12] or '(not saved)'} on {self.device}",
             f"  images    {shape}, {self.num_classes} classes: {names}",
             f"  VAE       {self.vae.config.architecture}, {self.latent_dim} latent dimensions{sharp}",
-            f"  ensemble  {', '.join([f'{self.ensemble.config.num_members} members', *extras])}",
+            f"  ensemble  {', '.join([counted(self.ensemble.config.num_members, 'members'), *extras])}",
         ]
         return "\n".join(lines)
 

@@ -26,6 +26,7 @@ from clarity.images import Preprocessing
 from clarity.methods import METHODS, ensemble_of
 from clarity.model import Model, load_model
 from clarity.predictor import BATCH_TOLERANCE, Predictor, batch_difference
+from clarity.report.text import plural
 from clarity.search import SearchConfig
 from clarity.worker import pack
 
@@ -56,7 +57,8 @@ def select_images(listing: pa.Table, where: Sequence[str] = (), limit: int | Non
             names = storage.read_bytes(value).decode("utf-8-sig").splitlines()
             listing = listing.filter(pc.is_in(listing["image_id"], pa.array(names, pa.string())))
             if unknown := sorted(set(names) - set(listing["image_id"].to_pylist())):
-                raise ValueError(f"where: {len(unknown)} ids of {value} are not in the data, the first {unknown[0]!r}")
+                count = plural(len(unknown), f"id of {value} is", f"ids of {value} are")
+                raise ValueError(f"where: {count} not in the data, the first {unknown[0]!r}")
         else:
             raise ValueError(f"where: expected label=NAME[,NAME...], ids=FILE or misclassified, got {condition!r}")
     if limit is not None and limit < 1:

@@ -21,7 +21,7 @@ from clarity.audit.queries import PAIR_FIGURES, PairFigure, connect
 from clarity.audit.read import Audit
 from clarity.figure import Picture, new_picture, styled
 from clarity.images import decode_png
-from clarity.report.text import decimals, short_names
+from clarity.report.text import counted, decimals, short_names
 
 Array = np.ndarray
 TEXT: dict[str, Any] = {"ha": "center", "va": "center"}
@@ -182,7 +182,7 @@ class Counterfactual:
         row = self.row
         by_yours = row["prediction_target_prob_final"]
         whose, prob = ("", row["target_prob_final"]) if by_yours is None else ("your model: ", by_yours)
-        p = f"{whose}p({row['target_name']}) = {prob:.3f}, {row['steps']} steps"
+        p = f"{whose}p({row['target_name']}) = {prob:.3f}, {counted(row['steps'], 'steps')}"
         return counterfactual(
             self.stored(self.code["x"], "z"),
             self.stored(row["x_cf"], "z_cf"),

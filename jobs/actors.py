@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from clarity.report.text import counted
+
 #: Where `ray up` leaves the description of an autoscaling cluster on its head, on which a submitted job's driver runs.
 AUTOSCALER_FILE = "~/ray_bootstrap_config.yaml"
 #: CPUs of one actor without a GPU. Two actors of one thread do more than one of two, which wait for each other between
@@ -42,12 +44,11 @@ class Resources:
     def describe(self) -> str:
         """One line for the console."""
         if not self.num_actors:
-            return f"in this process, {self.threads_per_actor} threads"
+            return f"in this process, {counted(self.threads_per_actor, 'threads')}"
         device = f"{self.gpus_per_actor:g} GPU, " if self.gpus_per_actor else ""
         return (
-            f"{self.num_actors} actor{'s' * (self.num_actors > 1)} on {self.num_nodes} "
-            f"node{'s' * (self.num_nodes > 1)}, each {device}{self.cpus_per_actor:g} CPU, "
-            f"{self.threads_per_actor} thread{'s' * (self.threads_per_actor > 1)}"
+            f"{counted(self.num_actors, 'actors')} on {counted(self.num_nodes, 'nodes')}, each {device}"
+            f"{self.cpus_per_actor:g} CPU, {counted(self.threads_per_actor, 'threads')}"
         )
 
     def actors_write(self, out: str) -> bool:

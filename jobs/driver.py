@@ -35,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from clarity import data, storage
 from clarity.audit.commits import unreachable_paths
 from clarity.audit.summary import unreached
+from clarity.report.text import counted
 
 # Imports make a million objects that stay: looking through them for garbage takes a sixth of the time of importing
 # them, and a second when the process ends.
@@ -486,10 +487,10 @@ def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int, by_class: 
             seen.update({name: note.get(name, 0) for name in ("pairs", "converged")})
             if (reach := note.get("reach")) is not None:
                 reached.append(reach)
-            bar.update(task, advance=1, description=f"{seen['pairs']} pairs")
+            bar.update(task, advance=1, description=counted(seen["pairs"], "pairs"))
             if bar.disable and (time.time() - printed > 10 or done == total):
                 printed = time.time()
-                print(f"{done} of {total} shards, {seen['pairs']} pairs", flush=True)
+                print(f"{done} of {counted(total, 'shards')}, {counted(seen['pairs'], 'pairs')}", flush=True)
             if done == FIRST_SHARDS and (told := unreached({**seen, "target_prob_p5": min(reached, default=None)})):
                 print(told, flush=True)
             yield shard, note

@@ -29,6 +29,7 @@ from clarity.notebook import redecoder
 from clarity.predictions import add_predictions, describe_coverage, read_predictions
 from clarity.predictor import load_predictor
 from clarity.report.page import report_of
+from clarity.report.text import counted
 from clarity.search import ENGINES, SearchConfig, cpu_engines
 from clarity.worker import ExplainShard, Work, explain_here, read_shard, shard_item, write_shard
 
@@ -137,11 +138,11 @@ def shard_rows(args: Namespace, out: str, model: Model, plan: Plan, listing: Any
 
 def fill(args: Namespace, held: Claim, resources: Resources, work: Work, items: Sequence[dict[str, Any]]) -> None:
     """Explain what is pending, retry what failed, verify, and print how it went."""
-    plan, start, pairs = held.plan, time.time(), 0
+    plan, start, pairs, shards = held.plan, time.time(), 0, counted(len(held.plan.shards), "shards")
     driver.interruptible()
     offered = [] if resources.gpus_per_actor else [names for _, names in driver.on_each_node(cpu_engines)]
     args.engine = planning.shared_engine(args.engine, plan.method, offered, held.keep_one_engine())
-    print(f"{describe_extent(plan)}, {len(held.pending)} of {len(plan.shards)} shards to do; {resources.describe()}")
+    print(f"{describe_extent(plan)}, {len(held.pending)} of {shards} to do; {resources.describe()}")
     failures: dict[int, dict[str, Any]] = {}
     for _ in range(MAX_ATTEMPTS):
         todo = [shard for shard in held.pending if "given_up" not in failures.get(shard, {})]

@@ -212,9 +212,9 @@ def describe_costs(found: Sequence[Cost]) -> list[str]:
     lines = []
     for cost in found:
         networks = f"{cost.networks} x " if cost.networks > 1 else ""
-        lines.append(f"{cost.part:<18} {f'{networks}{cost.updates} updates':>20}  {cost.seconds:8.0f} s")
+        lines.append(f"{cost.part:<18} {networks + counted(cost.updates, 'updates'):>20}  {cost.seconds:8.0f} s")
     minutes = max(1, round(sum(cost.seconds for cost in found) / 60))
-    about = f"about {minutes} minute{'s' * (minutes > 1)} on one free core of this machine, less on several"
+    about = f"about {counted(minutes, 'minutes')} on one free core of this machine, less on several"
     searched = any(cost.part.startswith("search") for cost in found)
     left_out = "measuring and the counterfactuals of the search" if searched else "measuring"
     return [*lines, f"{about}; without {left_out}"]
@@ -239,7 +239,8 @@ def about_images(plan: TrainingPlan) -> str:
     """How many images of what size there are, with and without a label, and of the rarest and the commonest class."""
     images, labelled, counts = plan.data["images"], plan.data["labelled"], plan.data["per_class"]
     channels, height, width = plan.preprocessing.image_shape
-    text = f"{images} images of {plan.data['source']} at {height} x {width}{' in colour' if channels == 3 else ''}"
+    text = f"{counted(images, 'images')} of {plan.data['source']} at {height} x {width}"
+    text += " in colour" if channels == 3 else ""
     if not labelled:
         return f"{text} without labels"
     ends = sorted(counts, key=counts.__getitem__)[:: max(1, len(counts) - 1)]
@@ -300,7 +301,7 @@ def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
         return [f"predictor  {told['name']}, no held-out image to compare the ensemble with it"]
     shares = [f"{told[name]['agreement']:.2%} of {name}" for name in ("codes", "reconstructions", "perturbed")]
     lines = [
-        f"predictor  the ensemble agrees on {', '.join(shares)} codes; {told['images']} held-out images",
+        f"predictor  the ensemble agrees on {', '.join(shares)} codes; {counted(told['images'], 'held-out images')}",
         f"{'':<10} the reconstruction alone changes its answer on {1 - told['reconstructing']['agreement']:.2%}",
     ]
     if confused := told["confused"]:
@@ -349,7 +350,7 @@ def divide(
     count = workers or max(1, min(most, useful))
     # A cluster that scales from nothing offers nothing yet: Ray waits for its nodes.
     if cpus and count > most:
-        raise ValueError(f"--workers {count}: Ray offers {f'{gpus} GPUs' if gpus else f'{most} CPUs'}; ask for fewer")
+        raise ValueError(f"--workers {count}: Ray offers {counted(most, 'GPUs' if gpus else 'CPUs')}; ask for fewer")
     threads = 1 if gpus or not cpus else min(16, *cpus, max(1, sum(cpus) // count))
     return count, threads, bool(gpus)
 

@@ -14,6 +14,7 @@ from clarity import storage
 from clarity.audit.commits import drop_commits
 from clarity.audit.verify import verify
 from clarity.notebook import redecoder
+from clarity.report.text import counted
 
 
 def new_parser() -> argparse.ArgumentParser:
@@ -38,13 +39,13 @@ def check(args: argparse.Namespace) -> int:
         drop_commits(args.audit, found.shards)
     print(f"images     {found.images}, {found.errors} unreadable")
     print(f"pairs      {found.pairs}, {found.converged} converged")
-    print(f"decoded    {found.redecoded} pairs again, within one grey level")
+    print(f"decoded    {counted(found.redecoded, 'pairs')} again, within one grey level")
     for problem in found.problems:
         print(f"problem    {problem}")
     if found.problems:
         print("DAMAGED: run jobs/explain_all.py again" + (" after --repair" if marked and not args.repair else ""))
     elif not found.ok:
-        print(f"incomplete, {found.committed} of {found.planned} shards: run jobs/explain_all.py again")
+        print(f"incomplete, {found.committed} of {counted(found.planned, 'shards')}: run jobs/explain_all.py again")
     else:
         print("intact" if marked else "intact, but not marked complete: run jobs/explain_all.py again")
     return 0 if found.ok and marked else 1

@@ -539,7 +539,11 @@ BAD_REQUESTS: list[tuple[str, list[str] | Callable[[Path], list[str]], str]] = [
     ("unknown condition", ["--where", "size=8"], "expected label=NAME[,NAME...], ids=FILE or misclassified"),
     ("label without a name", ["--where", "label="], "expected label=NAME[,NAME...]"),
     ("label that no image has", ["--where", "label=x"], "no image has the label 'x'; there are 0, 1"),
-    ("ids that are not in the data", ids_file("test/0001\ntest/9999\n"), "are not in the data, the first"),
+    (
+        "ids that are not in the data",
+        ids_file("test/0001\ntest/9999\n"),
+        "ids.txt is not in the data, the first 'test/9999'",
+    ),
     ("file of ids that is missing", ["--where", "ids=/nowhere/ids.txt"], "cannot read /nowhere/ids.txt"),
     ("file of ids that is empty", ids_file(""), "no image is left"),
     ("attributes of data without any", ["--attributes", "Hat"], "Hat"),

@@ -14,6 +14,7 @@ from clarity.audit.plan import Plan, read_plan
 from clarity.audit.queries import connect, load_queries, query
 from clarity.audit.summary import foreign_labels, summarise
 from clarity.findings.verdict import verdict
+from clarity.report.text import counted
 
 #: Attributes of each pair as the attribute network sees them; written by the comparison beside the audit's tables.
 ATTRIBUTES_FILE = "attributes.parquet"
@@ -66,12 +67,12 @@ class Audit:
         plan, names = self.plan, self.class_names
         classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         lines = [
-            f"Audit of {plan.num_images} images by {plan.method!r} in {storage.display(self.uri)}",
+            f"Audit of {counted(plan.num_images, 'images')} by {plan.method!r} in {storage.display(self.uri)}",
             f"  shards           {len(self.commits)} of {len(plan.shards)} committed",
             f"  classes          {len(names)}: {classes}",
         ]
         for name, table in (("codes", self.codes), ("counterfactuals", self.counterfactuals)):
-            lines.append(f"  {name:15}  {table.count_rows()} rows, {len(table.schema)} columns")
+            lines.append(f"  {name:15}  {counted(table.count_rows(), 'rows')}, {len(table.schema)} columns")
         return "\n".join(lines)
 
 

@@ -122,7 +122,9 @@ def describe(summary: Mapping[str, Any]) -> str:
     if summary.get("damaged"):
         lines.append(f"TAKEN BACK {counted(summary['damaged'], 'damaged shards')}; the same command repeats the work")
     if summary.get("committed", 0) < summary.get("planned", 0):
-        lines.append(f"INCOMPLETE {summary['committed']} of {summary['planned']} shards; the same command resumes")
+        lines.append(
+            f"INCOMPLETE {summary['committed']} of {counted(summary['planned'], 'shards')}; the same command resumes"
+        )
     return "\n".join(lines)
 
 

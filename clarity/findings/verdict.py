@@ -127,7 +127,9 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
         care.insert(0, "it was trained on images that it is measured on: its figures are too good")
     updates = card.get("vae_updates")
     if updates is not None and updates < MIN_UPDATES:
-        care.append(f"its VAE was trained for {updates} updates, of {MIN_UPDATES:,} or more by default: a first look")
+        care.append(
+            f"its VAE was trained for {plural(updates, 'update')}, of {MIN_UPDATES:,} or more by default: a first look"
+        )
     level = "no-go" if no_go else "with care" if care else "sound"
     reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
     sentence = f"{OPENINGS[level]}{', because ' + (no_go + care)[0] if reasons else ''}."

@@ -20,7 +20,7 @@ from clarity.report import overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
 from clarity.report.maps import pair_maps
 from clarity.report.sample import MAX_EXAMPLES, Sample, choose
-from clarity.report.text import listed, percent, plural, probability, short_names, thresholds
+from clarity.report.text import counted, listed, percent, plural, probability, short_names, thresholds
 from clarity.report.tiles import Tiles
 from clarity.report.view import View, open_views
 
@@ -110,7 +110,7 @@ def render(
 
     def plan_of(view: View) -> str:
         """The plan as JSON, without its long table of shards."""
-        shards = f"{len(view.audit.plan.shards)} shards, {len(view.audit.commits)} committed"
+        shards = f"{counted(len(view.audit.plan.shards), 'shards')}, {len(view.audit.commits)} committed"
         return json.dumps(view.audit.plan.to_json() | {"shards": shards}, indent=2, ensure_ascii=False)
 
     reported = [(finding, view, each) for view, each in zip(views, embedded) for finding in view.results.findings]

@@ -4,8 +4,6 @@ import math
 import re
 from collections.abc import Sequence
 
-THINGS = re.compile(r"\b(image|file|folder|row|prediction|pair|shard|attribute|picture)s\b")
-
 
 def percent(part: float, whole: float = 1.0) -> str:
     """A share: 12 %, 3.4 %, 0.02 %; never 0 or 100 % unless it is exactly that, and a dash where it is undefined."""
@@ -33,8 +31,8 @@ def plural(count: float, noun: str, nouns: str | None = None) -> str:
 
 
 def counted(count: int, things: str) -> str:
-    """2 images of a split, 1 image of a split: the first of some nouns is put in the singular where there is one."""
-    return f"{count} {things if count != 1 else THINGS.sub(lambda noun: noun[1], things, count=1)}"
+    """2 class folders of images, 1 class folder of images: the first word that ends in one s loses it for one thing."""
+    return f"{count} {things}" if count != 1 else re.sub(r"(?<!s)s\b", "", f"1 {things}", count=1)
 
 
 def probability(value: float | None) -> str:

@@ -96,7 +96,7 @@ def test_job_ends_alike_on_a_new_and_on_a_finished_audit(
     few = ["--limit", "4", "--max-steps", "3", "--min-target-prob", "0.4"]
     argv = ["--model", str(tiny_digits_model), "--out", str(tmp_path / "audit"), *few]
     ends = []
-    for first in ("4 images of split test, 1 of 1 shards to do", "already complete"):
+    for first in ("4 images of split test, 1 of 1 shard to do", "already complete"):
         assert job.main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(first)

@@ -43,6 +43,7 @@ def test_counted_puts_the_first_noun_in_the_singular() -> None:
         "1 file of images",
         "1000 files of images",
     ]
+    assert text.counted(1, "faces without") == "1 face without"
     assert text.counted(1, "class folders linked to others") == "1 class folder linked to others"
 
 
