@@ -1,8 +1,10 @@
 """Folders of image files: one for each class, below one for each split or not, or beside a table of labels."""
 
 import os
+import posixpath
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
@@ -28,6 +30,8 @@ from clarity.report.text import plural
 SYSTEM_FOLDER = re.compile(
     r"(?i)(?:^|/)(@eadir|\$recycle\.bin|lost\+found|__macosx|system volume information|#recycle)(?:/|$)"
 )
+#: The last number of a file's name, to its end.
+LAST_NUMBER = re.compile(r"[\W_]*\d+\W*\.\w+$", re.ASCII)
 #: A class folder of which other folders hold so large a share of all images is taken for a wrapper of the classes.
 WRAPPED = 0.9
 HIDDEN = re.compile(r"(^|/)\.")
@@ -57,7 +61,7 @@ def list_folder(dataset: Dataset) -> pa.Table:
             splits = [table.splits.get(path) for path in paths]
         else:
             splits = [split_of(printable(path)) for path in paths]
-            told += note_of_split(dataset, splits.count(dataset.split), len(paths))
+            told += note_of_split(dataset, splits.count(dataset.split), len(paths), find_relatives(paths, splits))
         left_out["images for which the table of labels names no split"] = splits.count(None)
         images = [file for file, split in zip(images, splits) if split == dataset.split]
     folders = [storage.join(root, top) for top in tops if dataset.split in ("all", tops[top])] or [root]
@@ -112,6 +116,22 @@ def find_images(root: str) -> tuple[list[storage.FileInfo], list[str], dict[str,
         f"files in folders of the system ({some(system)})": len(system),
     }
     return images, others, left_out
+
+
+def find_relatives(paths: Sequence[str], splits: Sequence[str | None]) -> list[tuple[str, str]]:
+    """Images of the split test with names like those of images of train, but for the last number; each with the first.
+
+    As frames of a video, images of a patient and altered copies have: the rest of the name holds a number, too, and not
+    all images of a folder share it.
+    """
+    names = [(path.rpartition("/")[0], LAST_NUMBER.sub("", path)) for path in paths]
+    folders, families = Counter(folder for folder, _ in names), Counter(names)
+    known: dict[tuple[str, str], str] = {}
+    for name, path, split in zip(names, paths, splits):
+        if split == "train" and any(map(str.isdigit, posixpath.basename(name[1]))):
+            known.setdefault(name, path)
+    found = [(name, path) for name, path, split in zip(names, paths, splits) if split == "test" and name in known]
+    return [(printable(path), printable(known[name])) for name, path in found if families[name] < folders[name[0]]]
 
 
 def folder_splits(dataset: Dataset) -> set[str]:

@@ -128,13 +128,21 @@ def drop_no_label(listing: pa.Table) -> pa.Table:
     return annotate(listing, sentences=[f"{have} the label -1, which is read as no label"])
 
 
-def note_of_split(dataset: Dataset, listed: int, total: int) -> list[str]:
-    """The note on images that the data does not split, of which ``listed`` are of its split by their ids."""
+def note_of_split(dataset: Dataset, listed: int, total: int, relatives: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """The note on images that the data does not split, of which ``listed`` are of its split by their ids.
+
+    ``relatives`` are held-out images that seem to show the same as one to train on, each with that one.
+    """
     tests = listed if dataset.split == "test" else total - listed
     text = (
         f"the data names no splits: {tests} of {total} images, chosen by their ids, are the split test, the others the "
-        "split train (split all: every image); if several show one object or person, name splits"
+        "split train (split all: every image); "
     )
+    if len(relatives) > 0.1 * tests:
+        first = " and ".join(map(escaped, relatives[0]))
+        images = plural(len(relatives), "test image is", "test images are")
+        text += f"{images} named like training images but for the last number ({first}): "
+    text += "if several show one object or person, name splits"
     return [text] if total else []
 
 

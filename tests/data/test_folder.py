@@ -60,12 +60,31 @@ def test_folder_without_splits_says_how_many_images_its_ids_hold_out(tmp_path: P
     said = f"the data names no splits: {counts['test']} of 40 images, chosen by their ids, are the split test"
     for split in counts:
         (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, split)))
-        assert note.startswith(said) and note.endswith("if several show one object or person, name splits")
+        assert note.startswith(said)
     assert data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all"))) == []
     few = tmp_path / "few"
     write_images(few, "cat/0.png")
     with pytest.raises(ValueError, match=r"found none; the data names no splits: 0 of 1 images"):
         listed(few, "held-out")
+
+
+@pytest.mark.parametrize(
+    ("name", "related"),
+    [
+        ("aug_Y{0}_0_{1}.png", True),
+        ("person{0}-bacteria ({1}).png", True),
+        ("{0}{1}.png", False),
+        ("image_{0}{1}.png", False),
+        ("2_{0}{1}.png", False),
+        ("{0}-{1}_n.png", False),
+    ],
+)
+def test_folder_without_splits_names_images_of_one_series(name: str, related: bool, tmp_path: Path) -> None:
+    write_images(tmp_path, *(f"cat/{name.format(number, turn)}" for number in range(10, 30) for turn in range(4)))
+    (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "train")))
+    assert ("test images are named like training images but for the last number (cat/" in note) == related
+    assert note in data.notes(data.list_images(data.open_dataset("folder", tmp_path, "test")))
+    assert note.endswith("if several show one object or person, name splits")
 
 
 @pytest.mark.parametrize(
