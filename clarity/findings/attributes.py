@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clarity.audit.queries import statement
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
 from clarity.findings.statistics import can_be_significant, holm, signed_rank_p
 from clarity.report.text import listed, percent, plural
 
@@ -81,8 +81,8 @@ def check_kept(facts: Facts) -> Outcome:
         f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Once decoded and "
         f"encoded again, kept attributes flip: {listed(losses)}."
         + (f" According to the held-out judge of attributes they flip: {listed(seen)}." if seen else ""),
-        f"Counted; expected out of reach for similar images: {share_text(missed, facts.num_pairs)}. Flips "
-        "are measured by the model's linear heads: an attribute is kept only as far as the code represents it.",
+        f"Counted; {facts.interval_of_pairs(missed)}. Flips are measured by the model's linear heads: an attribute is "
+        "kept only as far as the code represents it.",
         figures={"missed": missed, "flipped": flips, "judged": judged},
     )
 

@@ -87,8 +87,8 @@ def check_asymmetry(facts: Facts) -> Outcome:
         )
     others = ""
     if asymmetric[1:]:
-        number = plural(len(asymmetric) - 1, "other class pair")
-        others = f" The same holds for {number} ({facts.arrows(asymmetric[1:])})."
+        number = plural(len(asymmetric) - 1, "other class pair is", "other class pairs are")
+        others = f" {number} harder than the reverse, too ({facts.arrows(asymmetric[1:])})."
     return Finding(
         "asymmetry",
         severity,

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
 from clarity.findings.statistics import share_interval
-from clarity.report.text import listed, number, percent
+from clarity.report.text import interval, listed, number, percent
 
 #: Images behind a quantile, and counterfactuals towards a target, at least.
 MIN_IMAGES, MIN_COUNTERFACTUALS = 40, 20
@@ -44,22 +44,24 @@ def check_epistemic(facts: Facts) -> Outcome:
             beyond_data.append((float(beyond.mean()), t, len(beyond), float(np.median(final[mine])), limit, sources))
     if not compared:
         return NotChecked(
-            f"{MIN_IMAGES} images as certain as the counterfactuals, and {MIN_COUNTERFACTUALS} of these, are needed"
+            f"it takes {MIN_COUNTERFACTUALS} counterfactuals towards a class and {MIN_IMAGES} images that the "
+            "ensemble is as sure of"
         )
     if not beyond_data:
         return []
     beyond_data.sort(key=lambda entry: (-entry[0], entry[1]))
     share, t, count, after, limit, _ = beyond_data[0]
-    names = listed([f"{facts.name(entry[1])} ({percent(entry[0])})" for entry in beyond_data[:4]])
+    others = [f"{facts.name(entry[1])} ({percent(entry[0])})" for entry in beyond_data[1:4]]
     return Finding(
         "epistemic",
         min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
-        f"Explanations towards {facts.name(t)} leave the training data",
+        f"Explanations towards {facts.name(t)} may leave the training data",
         f"On {percent(share)} of the counterfactuals towards {facts.name(t)} the members of the ensemble disagree more "
         f"than on 95 % of the images that it is as sure of (median {number(after)} nats; the images' 95 % quantile is "
-        f"{number(limit)}). Affected targets: {names}.",
-        f"{share_text(share * count, count)}; 5 % is expected by chance. Reported if the lower bound, corrected "
-        f"for {len(reached)} targets, is above {percent(MIN_BOUND)}.",
+        f"{number(limit)}).{f' The same holds towards {listed(others)}.' if others else ''}",
+        f"The 95 % interval of this share is {interval(*share_interval(share * count, count))}; 5 % is expected by "
+        f"chance. Reported if it is above {percent(MIN_SHARE)} and its lower bound, corrected for {len(reached)} "
+        f"targets, above {percent(MIN_BOUND)}.",
         tuple((s, entry[1]) for entry in beyond_data[:3] for s in entry[5][:3]),
         figures={"share": share, "targets": len(beyond_data)},
     )

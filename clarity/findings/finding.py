@@ -14,7 +14,7 @@ from clarity.findings.differences import Differences
 from clarity.findings.statistics import share_interval
 from clarity.findings.suspicion import suspicious_labels
 from clarity.findings.verdict import Verdict, verdict
-from clarity.report.text import interval, listed, percent
+from clarity.report.text import interval, listed
 
 if TYPE_CHECKING:
     import duckdb
@@ -108,10 +108,9 @@ class Facts:
         """Some class pairs, or three of them."""
         return ("such as " if len(pairs) > 3 else "") + listed([self.arrow(pair) for pair in pairs[:3]])
 
-    def share_of_pairs(self, part: float) -> str:
-        """A share of all pairs with its interval, each image counted as one observation."""
-        share = part / self.num_pairs
-        return share_text(share * self.num_images, self.num_images)
+    def interval_of_pairs(self, part: float) -> str:
+        """The interval of a share of all pairs, each image counted as one observation."""
+        return for_others(part / self.num_pairs * self.num_images, self.num_images)
 
 
 def gather(
@@ -156,9 +155,9 @@ def gather(
     )
 
 
-def share_text(part: float, whole: float) -> str:
-    """A share with its 95 % interval."""
-    return f"{percent(part, whole)}, 95 % interval {interval(*share_interval(part, whole))}"
+def for_others(part: float, whole: float) -> str:
+    """The 95 % interval of a share, for other images like those that were counted."""
+    return f"for other images like these the 95 % interval is {interval(*share_interval(part, whole))}"
 
 
 def ranked(values: np.ndarray) -> list[tuple[int, int]]:

@@ -3,8 +3,9 @@
 import numpy as np
 import pyarrow as pa
 
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, share_text
-from clarity.report.text import percent, plural, probability
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
+from clarity.findings.statistics import share_interval
+from clarity.report.text import interval, percent, plural, probability
 
 #: Labelled images at least, and the share of labels that the ensemble predicts at least: of all, and of each two
 #: classes'. Below it, correct labels of hard images are called wrong: see tests/findings/test_null_reports.py.
@@ -23,8 +24,8 @@ def check_labels(facts: Facts) -> Outcome:
     agreement = float((label == source).mean())
     if agreement < MIN_AGREEMENT:
         return NotChecked(
-            f"the ensemble predicts {percent(agreement)} of the labels; below {percent(MIN_AGREEMENT)}, correct labels "
-            "of hard images would be called wrong"
+            f"the ensemble predicts {100 * agreement:.1f} % of the labels; below {percent(MIN_AGREEMENT)}, correct "
+            "labels of hard images would be called wrong"
         )
     wrong = (suspicion > 0.5) & (pair_agreement(label, source, len(facts.class_names))[label, source] >= MIN_AGREEMENT)
     count = int(wrong.sum())
@@ -48,8 +49,8 @@ def check_labels(facts: Facts) -> Outcome:
         f"The most suspicious: {first['image_id']} is labelled {facts.name(first['label'])}; the ensemble predicts "
         f"{facts.name(first['source'])} and gives the label a probability of {probability(first['label_prob'])}."
         f"{trained if facts.trained_on_labels else ''}",
-        f"The ensemble predicts "
-        f"{share_text(agreement * images, images)} of the labels. In simulations with correct labels, up to one in "
+        f"The ensemble predicts {percent(agreement)} of the labels "
+        f"({interval(*share_interval(agreement * images, images))}). In simulations with correct labels, up to one in "
         "a thousand was called wrong; an unusual image may be labelled correctly: look at it.",
         tuple(pairs)[:6],
         tuple((row["image_id"], row["label"]) for row in rows),

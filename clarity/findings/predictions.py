@@ -3,7 +3,7 @@
 import numpy as np
 
 from clarity.audit.queries import has_predictions
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, for_others, ranked
 from clarity.report.text import listed, percent, plural
 
 #: The share of confirmed pairs that nobody else sees as the target from which it is worth a look.
@@ -56,7 +56,7 @@ def check_predictions(facts: Facts) -> Outcome:
         0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
         f"The ensemble agrees with your model on {percent(same, total)} of the images",
         sentence,
-        f"Counted; of other images like these: {share_text(same, total)}.",
+        f"Counted; {for_others(same, total)}.",
         tuple(dict.fromkeys((seen, prediction) for _, prediction, seen in examples)),
         tuple((image_id, seen if facts.has_predictor else prediction) for image_id, prediction, seen in examples),
         {"agreement": same / total, "images": total},
@@ -86,7 +86,7 @@ def check_confirmed(facts: Facts) -> Outcome:
         f"After at most three further searches {who} {failed:,} of {plural(checked, 'picture')} "
         f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. "
         f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
-        f"Counted; of other images like these: {facts.share_of_pairs(confirmed)} confirmed.",
+        f"Counted; {facts.interval_of_pairs(confirmed)}.",
         tuple(worst),
         facts.examples("NOT confirmed", "coalesce(prediction_target_prob_final, reencoded_target_prob)"),
         {"confirmed": confirmed, "pairs": checked, "stubborn": len(stubborn)},
@@ -117,8 +117,8 @@ def check_fooled(facts: Facts) -> Outcome:
         f"Your model is easily fooled on {percent(fooled, confirmed)} of the confirmed pictures",
         f"In {fooled:,} of {plural(confirmed, 'confirmed picture')} ({percent(fooled, confirmed)}) your model sees "
         f"the target and {witnesses} does not; most often {listed(parts)}.",
-        f"Counted; of other images like these: {facts.share_of_pairs(fooled)} of all pairs. Either may be wrong: "
-        "look at the pictures.",
+        f"Counted: {percent(fooled, facts.num_pairs)} of all pairs; {facts.interval_of_pairs(fooled)}. Either may be "
+        "wrong: look at the pictures.",
         tuple((s, t) for s, t, _, _ in cells),
         facts.examples(alone, "prediction_target_prob_final DESC"),
         {"fooled": fooled, "confirmed": confirmed},

@@ -25,47 +25,47 @@ class Check(NamedTuple):
 #: Every check, in the order in which equally severe findings are listed.
 CHECKS = {
     "unread": Check(
-        check_unread, "images and searches that failed", "Every image was read and every search stayed finite."
+        check_unread, "Images and searches that failed", "Every image was read and every search stayed finite."
     ),
     "shortcut": Check(
         check_shortcuts,
-        "a region or tint shared by all counterfactuals towards a class",
+        "A region or tint shared by all counterfactuals towards a class",
         "No region and no tint is shared by all counterfactuals towards a class.",
     ),
-    "labels": Check(check_labels, "wrong labels", "No label is contradicted by the ensemble and the nearest images."),
-    "predictions": Check(check_predictions, "agreement of the ensemble with your model's predictions"),
-    "confirmed": Check(check_confirmed, "pairs that fail a check of the written picture", "Every pair is confirmed."),
+    "labels": Check(check_labels, "Wrong labels", "No label is contradicted by the ensemble and the nearest images."),
+    "predictions": Check(check_predictions, "Agreement of the ensemble with your model's predictions"),
+    "confirmed": Check(check_confirmed, "Pairs that fail a check of the written picture", "Every pair is confirmed."),
     "fooled": Check(
         check_fooled,
-        "pictures in which your model alone sees the target",
+        "Pictures in which your model alone sees the target",
         "Where your model sees the target, so do the ensemble and the held-out judge, in more than 99 % of the pairs.",
     ),
     "epistemic": Check(
         check_epistemic,
-        "targets whose explanations leave the training data",
+        "Targets whose explanations leave the training data",
         "The members disagree about counterfactuals no more than about images that they are as sure of.",
     ),
     "judged": Check(
         check_judged,
-        "counterfactuals in which the held-out judge does not see the target",
+        "Counterfactuals in which the held-out judge does not see the target",
         "The held-out judge sees the target in more than 95 % of the counterfactuals.",
     ),
     "reencoding": Check(
         check_reencoding,
-        "counterfactuals that lose their target when decoded and encoded",
+        "Counterfactuals that lose their target when decoded and encoded",
         "More than 99 % of the counterfactuals keep their target after decoding, rounding to 8 bits and encoding.",
     ),
     "attributes": Check(
-        check_attributes, "attributes that drift", "No attribute drifts by 0.1 or more, beyond chance."
+        check_attributes, "Attributes that drift", "No attribute drifts by 0.1 or more, beyond chance."
     ),
-    "kept": Check(check_kept, "what keeping attributes costs"),
-    "unconverged": Check(check_unconverged, "pairs that did not converge", "Every pair converged."),
+    "kept": Check(check_kept, "What keeping attributes costs"),
+    "unconverged": Check(check_unconverged, "Pairs that did not converge", "Every pair converged."),
     "asymmetry": Check(
         check_asymmetry,
-        "class pairs that are easy in one direction and hard in the other",
+        "Class pairs that are easy in one direction and hard in the other",
         "No class pair is much harder in one direction than in the other, beyond chance.",
     ),
-    "extremes": Check(check_extremes, "the class pairs with the largest and the smallest changes"),
+    "extremes": Check(check_extremes, "The class pairs with the largest and the smallest changes"),
 }
 
 #: Checks that need a good model: not run under the verdict no-go, and no alerts under "with care".
@@ -90,7 +90,7 @@ def find(facts: Facts) -> Results:
         level = facts.verdict.level if kind in NEED_A_GOOD_MODEL else "sound"
         outcome = NotChecked("the model is not good enough for an audit") if level == "no-go" else check.run(facts)
         if isinstance(outcome, NotChecked):
-            not_checked.append((kind, f"{check.doc[0].upper()}{check.doc[1:]}: not checked, because {outcome.reason}."))
+            not_checked.append((kind, outcome.reason))
         elif outcome:
             outcome = [outcome] if isinstance(outcome, Finding) else outcome
             found += map(lowered, outcome) if level == "with care" else outcome

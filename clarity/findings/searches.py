@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from clarity.findings.distances import MIN_DESCRIBED
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, ranked, share_text
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, for_others, ranked
 from clarity.findings.statistics import share_interval
 from clarity.findings.verdict import MIN_REACHED
 from clarity.report.text import listed, percent, plural, thresholds
@@ -70,13 +70,13 @@ def check_unconverged(facts: Facts) -> Outcome:
     reason = ""
     if share_beyond:
         reason = (
-            f" {percent(share_beyond)} of them are towards classes out of reach "
-            f"({listed([facts.name(k) for k in unreachable])}), of whose real images nine tenths do not get that far "
-            "either"
+            f" {'All' if share_beyond == 1 else percent(share_beyond)} of these are towards classes out of reach "
+            f"({listed([facts.name(k) for k in unreachable])}): nine tenths of their real images do not get that far "
+            "either."
         )
         # A model that sees nothing in real images has no threshold to ask for.
-        asks = ": --min-target-prob auto asks only for what real images of each class get."
-        reason += "." if facts.verdict.level == "no-go" or lowest < highest else asks
+        if facts.verdict.level != "no-go" and lowest == highest:
+            reason += " --min-target-prob auto asks only for what real images of each class get."
     if facts.keep:
         reason += f" The search kept {listed(list(facts.keep))}, which puts some pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach
@@ -90,7 +90,7 @@ def check_unconverged(facts: Facts) -> Outcome:
         f"{plural(total, 'pair')} did not converge",
         f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach a target probability of "
         f"{thresholds(facts.thresholds)} within {facts.max_steps:,} steps: {where}.{reason}",
-        f"Counted; of other images like these: {facts.share_of_pairs(total)}.",
+        f"Counted; {facts.interval_of_pairs(total)}.",
         tuple(worst),
         facts.examples("NOT converged", "target_prob_final"),
         {"pairs": total, "share": share},
@@ -106,7 +106,10 @@ def check_judged(facts: Facts) -> Outcome:
     share = missed / total
     if share < 0.05:
         return []
-    ((unchanged,),) = facts.rows(f"SELECT count(*) FROM counterfactuals WHERE {judged} AND judge_class = source")
+    sees_source = ""
+    if len(facts.class_names) > 2:  # of two classes it is the other
+        ((count,),) = facts.rows(f"SELECT count(*) FROM counterfactuals WHERE {judged} AND judge_class = source")
+        sees_source = f"; in {percent(count, total)} it sees the class that {facts.explained} predicts for the image"
     known = facts.judge_accuracy
     # A judge that misses as many reconstructions of real images says little against counterfactuals.
     missed_more = known is not None and share_interval(share * images, images)[0] > 1 - known
@@ -115,10 +118,9 @@ def check_judged(facts: Facts) -> Outcome:
         min(0.95 if missed_more else 0.65, 0.35 + 0.6 * min(1.0, share / 0.5)),
         f"The judge does not see the target in {percent(share)} of the counterfactuals",
         f"The held-out judge does not see the target in {missed:,} of {plural(total, 'counterfactual')} "
-        f"({percent(share)}); in {percent(unchanged, total)} it sees the class that the image has for {facts.explained}"
-        f"{most_often(facts, worst)}."
+        f"({percent(share)}){sees_source}{most_often(facts, worst)}."
         + ("" if known is None else f" Of the reconstructions of real images it recognises {percent(known)}."),
-        f"Counted over the pairs that converged; of other images like these: {share_text(share * images, images)}.",
+        f"Counted over the pairs that converged; {for_others(share * images, images)}.",
         tuple(worst),
         figures={"share": share},
     )
@@ -141,7 +143,7 @@ def check_reencoding(facts: Facts) -> Outcome:
         f"{percent(share)} of the counterfactuals do not survive re-encoding",
         f"Decoded, rounded to 8 bits and encoded again, {lost:,} of {plural(total, 'counterfactual')} "
         f"({percent(share)}) are no longer classified as their target{most_often(facts, worst)}.",
-        f"Counted over the pairs that converged; of other images like these: {share_text(share * images, images)}.",
+        f"Counted over the pairs that converged; {for_others(share * images, images)}.",
         tuple(worst),
         figures={"share": share},
     )

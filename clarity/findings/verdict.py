@@ -1,6 +1,6 @@
 """Whether a model is good enough to be audited: a pure function of its model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ MAX_COPIES = 0.02
 #: "With care" if the VAE was trained for fewer updates, the least that a training makes unless it is asked for fewer.
 MIN_UPDATES = 1200
 #: Notes on a class.
-GUESSED, BEYOND = "no better than guessing", "out of reach"
+GUESSED, BEYOND = "maybe no better than guessing", "out of reach"
 OPENINGS = {
     "no-go": "No-go: this model is not good enough for an audit",
     "with care": "With care: read this audit with reservations",
@@ -96,8 +96,8 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
             rare = all(3 * trained.get(name, 0) * len(trained) < 2 * sum(trained.values()) for name in guessed)
             # Of two classes one may have all the errors of a model that tells them apart.
             (no_go if 2 * len(guessed) >= max(len(classes), 3) else care).append(
-                f"{plural(len(guessed), 'class is', 'classes are')} recognised no better than by guessing: "
-                f"{listed(guessed)}{RARE if rare else ''}"
+                f"it may recognise {plural(len(guessed), 'class', 'classes')} no better than by guessing: "
+                f"{quoted(guessed)}{RARE if rare else ''}"
             )
         reconstruction, judge = evaluation["reconstruction"], evaluation["judge"]
         behind = evaluation["baseline"]["balanced_accuracy"] - balanced
@@ -120,20 +120,24 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
             care.append(f"{share} of the held-out images have copies in its training: its figures are too good")
         if unreachable:
             care.append(
-                f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({listed(unreachable)}): nine "
+                f"{plural(len(unreachable), 'class is', 'classes are')} out of reach ({quoted(unreachable)}): nine "
                 f"tenths of the real images get a probability below {MIN_REACHED:g}; searches ask for more by default"
             )
     if card.get("data", {}).get("held_out_trained"):
         care.insert(0, "it was trained on images that it is measured on: its figures are too good")
     updates = card.get("vae_updates")
     if updates is not None and updates < MIN_UPDATES:
-        care.append(
-            f"its VAE was trained for {plural(updates, 'update')}, of {MIN_UPDATES:,} or more by default: a first look"
-        )
+        made = f"only {plural(updates, 'update')} (default: at least {MIN_UPDATES:,})"
+        care.append(f"its VAE was trained for {made}: a first look")
     level = "no-go" if no_go else "with care" if care else "sound"
     reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
     sentence = f"{OPENINGS[level]}{', because ' + (no_go + care)[0] if reasons else ''}."
     return Verdict(level, sentence, tuple(reasons), tuple(figures), tuple(classes))
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Names of classes, which may be words as "no" is."""
+    return listed([f"“{name}”" for name in names])
 
 
 def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:

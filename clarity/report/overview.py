@@ -92,8 +92,8 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> dict[
         "Ensemble's disagreement": (number(after), before if after else "a single classifier has none"),
     }
     if total["labelled"]:
-        differ = f"{interval(total['agree'], total['labelled'])}; {others:,} {'is' if others == 1 else 'are'} not, by "
-        figures["Classified as labelled"] = percent(total["agree"], total["labelled"]), differ + explained
+        note = f"{interval(total['agree'], total['labelled'])}; by {explained}, {others:,} differently"
+        figures["Classified as labelled"] = percent(total["agree"], total["labelled"]), note
     return figures
 
 

@@ -15,6 +15,7 @@ from clarity import __version__, storage
 from clarity.audit.queries import load_queries, load_views
 from clarity.audit.summary import warnings
 from clarity.findings.finding import Finding
+from clarity.findings.registry import CHECKS
 from clarity.findings.verdict import Verdict
 from clarity.report import overview, tables
 from clarity.report.embed import FIELDS, Embedded, embed_audit, embed_images
@@ -132,7 +133,7 @@ def render(
         findings=findings,
         about_images=overview.ABOUT_IMAGES,
         clear=named(lambda view: [text for _, text in view.results.clear]),
-        not_checked=named(lambda view: [text for _, text in view.results.not_checked]),
+        not_checked=named(lambda view: [f"{CHECKS[kind].doc}: {why}." for kind, why in view.results.not_checked]),
         warnings=named(lambda view: warnings(view.audit.plan, view.audit.commits, view.facts.con)),
         labels=labels,
         predictions=predictions,

@@ -28,7 +28,7 @@ def labels(view: View, images: dict[str, Any], tiles: Tiles) -> dict[str, Any]:
         else:
             ((stored,),) = view.facts.rows("SELECT x FROM codes WHERE image_id = $id", {"id": row["image_id"]})
             row["tile"] = tiles.add(read_picture(stored, view))
-    note = unchecked or "No label is suspicious."
+    note = f"Labels are not checked: {unchecked}." if unchecked else "No label is suspicious."
     if rows:
         note = (
             "Suspicion is the probability that the label is wrong, by the ensemble and by the labels of the "

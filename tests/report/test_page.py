@@ -80,7 +80,7 @@ def test_report_tells_the_findings_in_words_and_in_order(tmp_path: Path) -> None
     told = [page.html.index(f">{finding.title}<") for finding in page.made.findings]
     assert told == sorted(told) and len(told) >= 8
     assert page.made.complete and page.made.size == len(page.html.encode())
-    assert "not checked, because" in page.section("<h3>Not checked</h3>", "</div>")
+    assert "Attributes that drift: the attributes of" in page.section("<h3>Not checked</h3>", "</div>")
     assert re.search(r"<figcaption>\S+: \w+ → \w+, labelled \w+</figcaption>", page.html)
     # It asks for nothing from outside.
     assert "default-src 'none'" in page.html and not re.search(r"""(src|href)=["']?(https?:)?//""", page.html)
@@ -265,7 +265,7 @@ def test_report_lists_no_suspicious_labels_where_they_were_not_checked(tmp_path:
 def test_report_writes_shares_with_their_intervals(tmp_path: Path) -> None:
     page = page_of(tmp_path, make_tables(planted=Planted(wrong_labels=4)))
     html = page.html
-    assert re.search(r"Classified as labelled</dt><dd>96.7 %\s*<div class=\"sub\">91.7 % to 99.08 %; 4 are not", html)
+    assert re.search(r"Classified as labelled</dt><dd>96.7 %\s*<div class=\"sub\">91.7 % to 99.08 %; by the ens", html)
     assert re.search(r"Converged</dt><dd>100 %\s*<div class=\"sub\">97.0 % to 100 %; all reached the requested", html)
     # Of what the audit does not have, nothing is said.
     assert 'class="verdict not-checked"' in html and "because its card has no held-out figures" in html
