@@ -182,8 +182,9 @@ def decode(action: Callable[..., Image.Image], *args: Any) -> Image.Image:
             return action(*args)
     except (UnreadableImage, UnidentifiedImageError, MemoryError):
         raise
-    except Image.DecompressionBombError:
-        raise too_large("more") from None
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise too_large(pixels[0] if pixels else "more") from None
     except Exception as error:
         # Neither an address in memory nor a whole file in the message: a row's reason is the same in each run.
         reason = re.sub(r"\s*<[^>]*>", "", str(error) or type(error).__name__)[:120]
