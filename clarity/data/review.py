@@ -23,6 +23,8 @@ def review(listing: pa.Table, held_out: pa.Table | None) -> list[str]:
     lines += [f"left out of the held-out images: {counted(count, reason)}" for reason, count in others.items()]
     lines += [f"note on the held-out images: {note}" for note in notes(held_out) if note not in notes(listing)]
     measured = count_labels(held_out)
+    if counts and not measured:
+        return [*lines, "note: no held-out image has a label: accuracies stay unknown; hold out a split with labels"]
     if unseen := [name for name in counts if name not in measured]:
         lines.append(
             f"note: no held-out image of {some(unseen)}: its accuracy stays unknown; add images of it to the held-out "

@@ -38,3 +38,9 @@ def test_review_of_a_sound_data_set_says_nothing() -> None:
 def test_review_says_what_is_dropped_or_doubtful_in_a_line_each(names: list[str], said: str, tmp_path: Path) -> None:
     write_images(tmp_path, *names, "val/a/1.png", "val/b/1.png")
     assert [line for line in lines_of(tmp_path) if line.startswith(said)]
+
+
+def test_review_says_once_that_no_held_out_image_has_a_label(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/1.png", "train/b/2.png", "test/3.png")
+    (line,) = lines_of(tmp_path)
+    assert line.startswith("note: no held-out image has a label: accuracies stay unknown")
