@@ -65,7 +65,7 @@ class Predictor:
             part = pixels[start : start + self.block]
             padded = np.zeros((self.block, *pixels.shape[1:]), np.uint8)
             padded[: len(part)] = part
-            return self.check(call_with_timeout(self.call, padded, self.name))[: len(part)]
+            return self.check(call_with_timeout(self.call, padded, self.name), len(part))
 
         starts = range(0, len(pixels), self.block)
         with ThreadPoolExecutor(max(1, min(threads, len(starts)))) as pool:
@@ -82,18 +82,29 @@ class Predictor:
         ]
         return np.stack(resized) if resized else np.zeros((0, *self.preprocessing.image_shape), np.uint8)
 
-    def check(self, probs: Any) -> np.ndarray:
-        """The answer to one block, where it holds probabilities."""
+    def check(self, probs: Any, count: int) -> np.ndarray:
+        """The answer to the first images of one block, where it holds probabilities; what it says of padding is free.
+
+        A model that divides by the deviation of each image, for one, has no answer to the black images of the padding.
+        """
         values, expected = np.asarray(probs), (self.block, len(self.class_names))
         if values.shape != expected or values.dtype.kind != "f":
             raise ValueError(
                 f"predictor: expected {self.name} to answer floats of shape {expected}, one column for each of its "
                 f"classes, got {values.dtype} of shape {values.shape}"
             )
-        if not ((values >= 0).all() and (np.abs(values.sum(1) - 1) <= 0.01).all()):  # or NaN
+        values = values[:count]
+        sums = values.sum(1)
+        bad = np.flatnonzero(~((values >= 0).all(1) & (np.abs(sums - 1) <= 0.01)))  # or NaN
+        if len(bad):
+            row = values[bad[0]]
+            if np.isfinite(row).all():
+                found = f"a sum of {sums[bad[0]]:.4g} and a least value of {row.min():.4g}"
+            else:
+                found = "NaN" if np.isnan(row).any() else "an infinity"
             raise ValueError(
-                f"predictor: expected {self.name} to answer probabilities, got rows that sum to {values.sum(1)[0]:.4g} "
-                f"with a least value of {values.min():.4g}; where they are logits, apply a softmax"
+                f"predictor: expected {self.name} to answer probabilities that sum to 1 for each image, got {found} "
+                f"for {len(bad)} of {count} images{'; of logits take the softmax' if abs(row).max() > 1 else ''}"
             )
         return values.astype(np.float32)
 
@@ -114,7 +125,10 @@ def load_predictor(source: Any, device: str = "cpu") -> Predictor:
         return onnx_predictor(text, device)
     module, separator, function = text.rpartition(":")
     if not separator or not all(part.isidentifier() for part in [*module.split("."), function]):
-        raise ValueError(f"predictor: expected a file ending in .onnx, or module:function, got {text!r}")
+        raise ValueError(
+            f"predictor: expected a file ending in .onnx, or module:function, got {text!r}; for a model in another "
+            "format, name a function that loads and asks it"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -175,8 +189,8 @@ def onnx_predictor(uri: str, device: str) -> Predictor:
     if not len(inputs) == len(takes) == len(chosen) == 1:
         found = "; ".join(f"{put.name}: {put.type} {put.shape}" for put in [*inputs, *outputs])
         raise ValueError(
-            f"predictor: {name}: expected one input tensor(float) [B, *{shape}] and one output of floats "
-            f"[B, {count} classes], found {found}"
+            f"predictor: {name}: expected one input tensor(float) [B, {', '.join(map(str, shape))}] and one output of "
+            f"floats [B, {count} classes], found {found}"
         )
     batch = inputs[0].shape[0]
     mean, std = (np.array(fields[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
@@ -233,7 +247,9 @@ def parse_description(found: Any, name: str, needed: Sequence[str], optional: Se
     require(set(needed) <= found.keys() <= {*needed, *optional}, entries, sorted(found))
     classes, size = found["classes"], found["size"]
     names = isinstance(classes, list | tuple) and all(isinstance(label, str) and label for label in classes)
-    require(names and len(set(classes)) == len(classes) >= 2, "classes as two or more distinct names", classes)
+    require(
+        names and len(set(classes)) == len(classes) >= 2, "classes as a list of two or more distinct texts", classes
+    )
     pair = isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
     require(pair, "size as [height, width] in pixels", size)
     require(found["mode"] in ("L", "RGB"), "mode L (grey) or RGB", found["mode"])
@@ -246,7 +262,9 @@ def parse_description(found: Any, name: str, needed: Sequence[str], optional: Se
     for key, default in (("mean", 0.0), ("std", 1.0)):
         values = found.get(key, [default] * channels)
         numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
-        require(numbers and len(values) == channels, f"{key} as {channels} numbers, one for each channel", values)
+        require(numbers and len(values) == channels, f"{key} as a list of one number a channel ({channels})", values)
+        # Those of pixels in [0, 255] would make all images alike.
+        require(all(abs(value) <= 1 for value in values), f"{key} of at most 1, as pixels are in [0, 1]", values)
         require(key == "mean" or min(values) > 0, "std of more than 0", values)
         fields[key] = values
     return fields

@@ -48,7 +48,9 @@ def test_onnx_answers_do_not_depend_on_the_batch_or_the_threads(tmp_path: Path) 
 
 def test_onnx_takes_probabilities_as_they_are(tmp_path: Path) -> None:
     loaded = load_predictor(write_onnx(tmp_path, output="probabilities"))
-    with pytest.raises(ValueError, match=r"to answer probabilities, got rows that sum to .*apply a softmax"):
+    with pytest.raises(
+        ValueError, match=r"got a sum of .* and a least value of -.* for 2 of 2 images; of logits take the softmax"
+    ):
         loaded.predict(images(2))
 
 
@@ -96,12 +98,16 @@ def test_onnx_weights_elsewhere_are_rejected(tmp_path: Path, external: str) -> N
     ("changes", "message"),
     [
         ({"classes": CLASSES[:2]}, r"and one output of floats \[B, 2 classes\], found x: .*; y: tensor\(float\)"),
-        ({"classes": ["ant", "ant", "cow"]}, "classes as two or more distinct names"),
-        ({"classes": 3}, "classes as two or more distinct names, got 3"),
+        ({"classes": ["ant", "ant", "cow"]}, "classes as a list of two or more distinct texts"),
+        ({"classes": [0, 1, 2]}, r"classes as a list of two or more distinct texts, got \[0, 1, 2\]"),
+        ({"classes": 3}, "distinct texts, got 3"),
         ({"mode": "CMYK"}, r"mode L \(grey\) or RGB, got 'CMYK'"),
-        ({"mode": "RGB", "mean": [0] * 3, "std": [1] * 3}, r"expected one input tensor\(float\) \[B, \*\(3, 4, 6\)\]"),
+        ({"mode": "RGB", "mean": [0] * 3, "std": [1] * 3}, r"expected one input tensor\(float\) \[B, 3, 4, 6\]"),
         ({"size": [4]}, r"size as \[height, width\] in pixels, got \[4\]"),
-        ({"mean": [0.5, 0.5]}, "mean as 1 numbers, one for each channel"),
+        ({"mean": [0.5, 0.5]}, r"mean as a list of one number a channel \(1\), got"),
+        ({"mean": [123.7]}, r"mean of at most 1, as pixels are in \[0, 1\], got \[123.7\]"),
+        ({"std": [255]}, "std of at most 1"),
+        ({"mean": [float("nan")]}, "mean of at most 1"),
         ({"std": [0]}, "std of more than 0"),
         ({"output": "scores"}, "output as one of logits, probabilities, got 'scores'"),
         ({"labels": []}, r"output \(optional: mean, std\), got \['classes', 'labels', "),
@@ -135,16 +141,35 @@ def test_functions_that_answer_alike_have_the_same_digest() -> None:
     ("call", "message"),
     [
         (lambda x: 1 / 0, "failed: ZeroDivisionError: division by zero"),
-        (lambda x: np.full((len(x), K), np.nan), "got rows that sum to nan"),
+        (lambda x: np.full((len(x), K), np.nan), "got NaN for 8 of 8 images$"),
         (lambda x: np.full((len(x), 2), 0.5), r"floats of shape \(64, 3\), .* got float64 of shape \(64, 2\)"),
         (lambda x: np.ones((len(x), K), int), "got int64"),
-        (lambda x: np.full((len(x), K), 2.0), "got rows that sum to 6"),
+        (
+            lambda x: np.full((len(x), K), 2.0),
+            "got a sum of 6 and a least value of 2 for 8 of 8 images; of logits take the softmax",
+        ),
+        (lambda x: np.full((len(x), K), 0.5), "got a sum of 1.5 and a least value of 0.5 for 8 of 8 images$"),
+        (lambda x: np.full((len(x), K), np.inf), "got an infinity for"),
         (lambda x: None, "got object of shape"),
     ],
 )
 def test_answers_that_are_invalid_are_rejected(call: Callable[[np.ndarray], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_predictor(mine(call))
+
+
+def test_the_image_with_a_bad_answer_is_described_and_padding_needs_no_answer() -> None:
+    def standardised(pixels: np.ndarray) -> np.ndarray:
+        flat = pixels.reshape(len(pixels), -1).astype(float)
+        with np.errstate(invalid="ignore"):
+            scores = np.exp(((flat - flat.mean(1, keepdims=True)) / flat.std(1, keepdims=True))[:, :K])
+        return scores / scores.sum(1, keepdims=True)
+
+    loaded, pixels = load_predictor(mine(standardised)), images(5)  # black images are NaN
+    assert np.allclose(loaded.predict(pixels), standardised(pixels))
+    pixels[3] = 0
+    with pytest.raises(ValueError, match="got NaN for 1 of 5 images"):
+        loaded.predict(pixels)
 
 
 def test_answer_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
