@@ -1,6 +1,7 @@
 """The audit report: one self-contained HTML page from one audit or several side by side."""
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,7 @@ def write_report(
     sample = choose(views, budget, images, [(names.index(source), names.index(target)) for source, target in pairs])
     embedded = [embed_audit(view, sample, tiles) for view in views]
     html = render(views, sample, embedded, embed_images(views, sample.image_ids, tiles), tiles, budget)
+    html = re.sub(r"(?<=\d) %", "\u00a0%", html)  # a number stays with its sign
     uri, data = out or storage.join(first.audit.uri, "report.html"), html.encode()
     storage.write_bytes(uri, data)
     return Report(
@@ -102,8 +104,7 @@ def render(
     files = resources.files("clarity.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"plural": plural, "percent": percent, "probability": probability, "thresholds": thresholds}
-    # A class pair stays on one line.
-    environment.filters |= {"display": storage.display, "unbroken": lambda text: text.replace(" → ", "\u00a0→\u00a0")}
+    environment.filters |= {"display": storage.display, "unbroken": unbroken}
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
 
     def named(texts: Callable[[View], Iterable[str]]) -> list[str]:
@@ -168,6 +169,12 @@ def render(
         data=markupsafe.Markup(data),
         sheets=tiles.sheets(),
     )
+
+
+def unbroken(text: str) -> markupsafe.Markup:
+    """Text as HTML in which a class pair and a flag each stay on one line."""
+    escaped = str(markupsafe.escape(text)).replace(" → ", "\u00a0→\u00a0")
+    return markupsafe.Markup(re.sub(r"--[a-z-]+( auto)?", r"<code>\g<0></code>", escaped))
 
 
 def script_data(

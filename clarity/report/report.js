@@ -154,7 +154,7 @@ function fill(cell, s, t, a) {
     cell.className = "value" + (few ? " few" : "") + (v > (isDark() ? 58 : 70) ? " high" : "");
     cell.style.setProperty("--heat", mixed(v));
     // The unit of a cell stands in the legend.
-    cell.textContent = isTiny ? "" : text.replace(" %", "");
+    cell.textContent = isTiny ? "" : text.replace("\u00a0%", "");
     say(`${arrow(s, t)}: ${text}${few ? `, of ${pairsAt(s, t, a)} only` : ""}`);
   }
 }
@@ -164,14 +164,14 @@ function grid(a) {
   const side = Math.max(5, Math.min(9, Math.floor(($("map").clientWidth - 96) / K))), every = isTiny ? Math.ceil(9 / side) : 1;
   // Short names of columns stand upright where they are too wide for a cell.
   const widest = Math.max(...labels.map((label) => label.length), 2), upright = !isTiny && widest > (K > 14 ? 2 : 6) ? " upright" : "";
-  const head = el("tr", {}, el("td", { class: "corner" }, isTiny ? "" : "source ↓ target →"),
+  const head = el("tr", {}, el("td", { class: "corner" }, isTiny ? "" : ["source\u00a0↓", el("br"), "target\u00a0→"]),
     names.map((name, t) => el("th", { scope: "col", title: data.full_names[t], "aria-label": name }, t % every ? [] : el("span", {}, labels[t]))));
   const rows = names.map((name, s) => {
     const cells = names.map((_, t) => el("td", { role: "gridcell", tabindex: "-1", "data-s": s, "data-t": t, "data-a": a }));
     cells.forEach((cell, t) => fill(cell, s, t, a));
     return el("tr", {}, el("th", { scope: "row", title: data.full_names[s], "aria-label": name }, s % every ? [] : labels[s]), cells);
   });
-  const table = el("table", { class: "grid" + size + upright, style: `--side: ${side}px; --names: ${widest}ch`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` },
+  const table = el("table", { class: "grid" + size + upright, style: `--side: ${side}px; --names: ${widest}ch; --classes: ${K}`, role: "grid", "aria-label": `${metric.title} by class pair, ${audit.name}` },
     el("thead", {}, head), el("tbody", {}, rows));
   return el("div", { class: "map" }, several ? el("h3", {}, audit.name) : null, el("div", { class: "scroller" }, table));
 }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from audits import EVERYTHING, Planted, Tables, make_tables, model_card, replaced, with_predictor, write_audit
 
-from clarity.report.page import Report, write_report
+from clarity.report.page import Report, unbroken, write_report
 from clarity.report.text import percent
 from clarity.rows import logits_rows
 
@@ -26,7 +26,7 @@ class Page:
 
     def __init__(self, *uris: str, **options: Any) -> None:
         self.made: Report = write_report(uris, **options)
-        self.html = Path(self.made.uri).read_text()
+        self.html = Path(self.made.uri).read_text().replace("\u00a0%", " %")
         script = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.html, re.S)
         self.data: dict[str, Any] = json.loads(script.group(1))
 
@@ -79,7 +79,7 @@ def test_report_tells_the_findings_in_words_and_in_order(tmp_path: Path) -> None
     page = page_of(tmp_path)
     told = [page.html.index(f">{finding.title}<") for finding in page.made.findings]
     assert told == sorted(told) and len(told) >= 8
-    assert page.made.complete and page.made.size == len(page.html.encode())
+    assert page.made.complete and page.made.size == Path(page.made.uri).stat().st_size
     assert "Attributes that drift: the attributes of" in page.section("<h3>Not checked</h3>", "</div>")
     assert re.search(r"<figcaption>\S+: \w+ → \w+, labelled \w+</figcaption>", page.html)
     # It asks for nothing from outside.
@@ -230,6 +230,12 @@ def test_report_lets_no_name_break_out_of_the_page(tmp_path: Path) -> None:
     page = page_of(tmp_path, make_tables(class_names=names))
     assert "<script>alert" not in page.html and "<img src=x" not in page.html
     assert page.data["names"] == list(names)
+
+
+def test_report_breaks_no_line_within_a_flag_a_class_pair_or_a_share(tmp_path: Path) -> None:
+    told = unbroken("<a> → b: --min-target-prob auto asks for less")
+    assert told == "&lt;a&gt;\u00a0→\u00a0b: <code>--min-target-prob auto</code> asks for less"
+    assert not re.search(r"\d %", Path(page_of(tmp_path).made.uri).read_text())
 
 
 def test_report_begins_with_the_model_of_another_data_set(tmp_path: Path) -> None:
