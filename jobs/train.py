@@ -42,6 +42,10 @@ from clarity.vae import VAES, VAEConfig
 OBJECT_STORE_BYTES = 200_000_000
 #: Flags that are parameters of ``plan_training`` as they are.
 SAME_NAMES = (*OPTIONS, "num_members", "hidden", "mode", "center_crop", "recipe", "predictor")
+#: How often stages are tried again after a worker or its node died; they go on from their checkpoints.
+RETRIES = 3
+#: After so many seconds Ray knows that a node died, and another attempt does not count on it.
+NODE_DEATH_S = 30
 #: What the trainings' flags train, by their prefix.
 NETWORKS = {"vae": "VAE", "ensemble": "ensemble", "image": "image ensemble"}
 #: What is said of images with the same pixels: entries of the card, the name of a line, its text.
@@ -311,9 +315,27 @@ def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
 
 
 def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None) -> None:
-    """Run stages on all workers, in one trainer; nothing where nothing is left to do."""
+    """Run stages on all workers; nothing where nothing is left to do.
+
+    A ValueError of a worker is raised at once: another attempt would end in it, too.
+    """
     if all(STAGES[stage].done(plan) for stage in stages):
         return
+    for left in reversed(range(1 + RETRIES)):
+        try:
+            return attempt(plan, stages, workers)
+        except ray.train.WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                if isinstance(failure, ValueError):
+                    raise failure from None
+            if not left:
+                raise
+        print("a worker died or failed; trying again from the last checkpoints", flush=True)
+        time.sleep(NODE_DEATH_S)
+
+
+def attempt(plan: TrainingPlan, stages: Sequence[str], workers: int | None) -> None:
+    """Run stages in one trainer, on the nodes that are there."""
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a predictor may read files by relative paths
     nodes = driver.offered_nodes()
     count, threads, use_gpu = divide(plan, stages, nodes, workers)
@@ -326,11 +348,8 @@ def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None) -> None:
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": threads} | ({"GPU": 1} if use_gpu else {}),
             ),
-            run_config=ray.train.RunConfig(
-                name=f"{stages[0]}-{time.time_ns()}",
-                failure_config=ray.train.FailureConfig(max_failures=3),
-                **ray_storage(plan),
-            ),
+            # Ray Train itself would try again after any error, and with as many workers when a node is gone.
+            run_config=ray.train.RunConfig(name=f"{stages[0]}-{time.time_ns()}", **ray_storage(plan)),
         ).fit()
 
 
@@ -370,11 +389,7 @@ def work(config: dict[str, Any]) -> None:
         wrap=ray.train.torch.prepare_model,
         log=config["log"],
     )
-    try:
-        run_stages(config["plan"], config["stages"], worker)
-    except ValueError as error:
-        config["log"](error)
-        raise
+    run_stages(config["plan"], config["stages"], worker)
 
 
 def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
@@ -388,21 +403,15 @@ def ray_storage(plan: TrainingPlan) -> dict[str, Any]:
 
 @contextmanager
 def progress() -> Iterator[Queue]:
-    """A queue for the workers to speak through; what they report is printed while the block runs.
-
-    A ValueError that a worker reports is raised where the training fails: the same command would not resume it.
-    """
+    """A queue for the workers to speak through; what they report is printed while the block runs."""
     driver.interruptible()
-    queue, failed, wrong = Queue(actor_options={"num_cpus": 0}), None, list[ValueError]()
+    queue = Queue(actor_options={"num_cpus": 0})
 
     def listen() -> None:
         # The queue's end is told by whoever ended it; the training goes on without.
         with suppress(ray.exceptions.RayError):
             for line in iter(queue.get, None):
-                if isinstance(line, ValueError):
-                    wrong.append(line)
-                else:
-                    print(line, flush=True)
+                print(line, flush=True)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
@@ -410,14 +419,11 @@ def progress() -> Iterator[Queue]:
         yield queue
     except SystemExit:  # Ray Train's answer to Ctrl-C; it would give exit code 0
         raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as error:
-        failed = error
     finally:
+        driver.interruptible()  # Ray Train took SIGINT for itself
         with suppress(ray.exceptions.RayError):
             queue.put(None)
         listener.join(10)
-    if failed is not None:
-        raise (wrong[-1] if wrong else failed) from None
 
 
 if __name__ == "__main__":

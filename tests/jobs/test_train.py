@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import ray.train.torch
+import torch
 from bars import files_of, write_bars
 from pictures import write_shapes
 from predictors import write_onnx
-from ray.train import TrainingFailedError
 
 import clarity
 from clarity.predictor import load_predictor
@@ -125,15 +127,60 @@ def test_jobs_take_colour_images_that_are_neither_digits_nor_faces(
     assert (audit / "report.html").exists()
 
 
-def test_what_a_worker_calls_wrong_is_raised_where_the_training_fails(job: Any, ray_local: Any) -> None:
-    wrong = ValueError("the VAE's loss is nan: lower its learning_rate")
-    with job.progress() as lines:
-        lines.put(wrong)  # and the next attempt ends well
-    with pytest.raises(TrainingFailedError), job.progress():
-        raise TrainingFailedError("a worker died")
-    with pytest.raises(ValueError, match="lower its learning_rate"), job.progress() as lines:
-        lines.put(wrong)
-        raise TrainingFailedError("a worker raised it")
+def test_training_that_diverges_ends_at_once_in_one_line(
+    ray_local: Any, job: Any, folder: Path, tmp_path: Path, capfd: Any
+) -> None:
+    assert job.main([*command(folder, tmp_path / "model")[2:], "--vae-learning-rate", "1e30"]) == 2
+    out, err = capfd.readouterr()
+    assert out.count("reading ") == 1, "one attempt"
+    said = r"error: the VAE's loss is nan after epoch \d(, \S+ after the first)?: lower its learning_rate"
+    assert re.fullmatch(said, err.splitlines()[-1]), err
+    assert signal.getsignal(signal.SIGINT).__module__ == "driver", "Ray Train's handler would end a job with code 0"
+
+
+@pytest.mark.slow
+def test_workers_are_tried_again_where_one_died_but_not_where_one_raises_a_value_error(
+    ray_local: Any, job: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    plan = job.make_plan(job.new_parser().parse_args(command(folder, tmp_path / "model")[2:]))
+
+    def work(config: dict[str, Any]) -> None:
+        rank = ray.train.get_context().get_world_rank()
+        config["log"](f"worker {rank} works")
+        if rank == 1:
+            time.sleep(1)  # until the other waits
+            if not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os._exit(1)
+            raise ValueError("out: the worker of rank 1 does not see it")
+        torch.distributed.all_reduce(torch.zeros(1))
+
+    monkeypatch.setattr(job, "work", work)
+    monkeypatch.setattr(job, "NODE_DEATH_S", 0)
+    with pytest.raises(ValueError, match="rank 1 does not see it"):
+        job.fit(plan, ["vae"], 2)
+    assert capfd.readouterr().out.count("worker 1 works\n") == 2
+
+
+def test_a_worker_that_dies_each_time_is_tried_again_three_times(
+    ray_local: Any, job: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    attempts: list[str] = []
+
+    class Trainer:
+        def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
+            attempts.append(run_config.name)
+
+        def fit(self) -> None:
+            raise ray.train.WorkerGroupError("it died", {0: RuntimeError("it died")})
+
+    plan = job.make_plan(job.new_parser().parse_args(command(folder, tmp_path / "model")[2:]))
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    monkeypatch.setattr(job, "NODE_DEATH_S", 0)
+    with pytest.raises(ray.train.WorkerGroupError, match="it died"):
+        job.fit(plan, ["vae"], 1)
+    assert len(set(attempts)) == 4
+    assert capfd.readouterr().out.count("a worker died or failed; trying again from the last checkpoints\n") == 3
 
 
 def test_workers_of_a_training_keep_the_working_directory(
