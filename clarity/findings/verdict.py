@@ -156,7 +156,7 @@ def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], l
         care,
         [
             ("Agreement with your model", percent(agree), note),
-            ("Changed by the reconstruction", percent(1 - same), "your model's own answer"),
+            ("Changed by the reconstruction", percent(1 - same), "of your model's answers"),
         ],
     )
 

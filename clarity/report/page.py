@@ -108,7 +108,12 @@ def render(
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
 
     def named(texts: Callable[[View], Iterable[str]]) -> list[str]:
-        return [f"{view.name}: {text}" if several else text for view in views for text in texts(view)]
+        """Texts of the audits, with the names of those that have one where not all have it."""
+        said: dict[str, list[str]] = {}
+        for view in views:
+            for text in texts(view):
+                said.setdefault(text, []).append(view.name)
+        return [text if len(names) == len(views) else f"{listed(names)}: {text}" for text, names in said.items()]
 
     def plan_of(view: View) -> str:
         """The plan as JSON, without its long table of shards."""

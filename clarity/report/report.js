@@ -125,10 +125,10 @@ const pairsAt = (s, t, a) => `${textAt("pairs", s, t, a)} pair${data.audits[a].p
 function describe(s, t, a) {
   if (data.audits[a].pairs[s][t] === null) return "no pairs";
   const text = (key) => textAt(key, s, t, a);
-  return `${pairsAt(s, t, a)}, ${text("strict_validity")} converged, ${text("reencoded_agreement")} survived re-encoding, ` +
-    (mapOf.judge_agreement ? `the judge sees the target in ${text("judge_agreement")}, ` : "") +
-    (text("median_steps") === "–" ? "nothing converged" : `median ${text("median_steps")} steps over a latent distance of ${text("median_distance")}`) +
-    (text("epistemic_final") === "–" ? "" : `, disagreement ${text("epistemic_initial")} → ${text("epistemic_final")} nats`);
+  return [pairsAt(s, t, a), `${text("strict_validity")} converged`, `${text("reencoded_agreement")} survived re-encoding`,
+    mapOf.judge_agreement && `the judge sees the target in ${text("judge_agreement")}`,
+    text("median_steps") !== "–" && `median ${text("median_steps")} steps over a latent distance of ${text("median_distance")}`,
+    text("epistemic_final") !== "–" && `disagreement ${text("epistemic_initial")} → ${text("epistemic_final")} nats`].filter(Boolean).join(", ");
 }
 // A median of fewer pairs is uncertain: such cells are drawn with a cut corner.
 const FEW = 5;
