@@ -114,5 +114,5 @@ def test_verdict_says_how_far_the_ensemble_speaks_for_the_predictor(
     for made in ({"predictor": told}, {**card(), "predictor": told}):
         found = verdict(made)
         assert found.level == level and reason in " ".join(found.reasons)
-        assert ("Changed by the reconstruction", "your model's own answer") in [(a, c) for a, _, c in found.figures]
+        assert ("Changed by the reconstruction", "of your model's answers") in [(a, c) for a, _, c in found.figures]
     assert verdict({"predictor": {"name": "asked of nobody"}}).level == "not checked"
