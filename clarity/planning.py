@@ -21,6 +21,7 @@ from clarity.audit.plan import MAX_SHARD_ROWS, Plan, shard_table
 from clarity.audit.summary import describe_foreign_labels
 from clarity.checks import Requirements, kept_heads, require_judge
 from clarity.explainer import explainer_of
+from clarity.findings.statistics import share_interval
 from clarity.ids import sample
 from clarity.images import Preprocessing
 from clarity.methods import METHODS, ensemble_of
@@ -34,6 +35,9 @@ from clarity.worker import pack
 START_BYTES = 8 << 20
 #: Of more images than these, some are read before a run: where none can be, none is explained.
 LOOKED_AT = 64
+#: Labelled images from which a predictor that guesses is warned of, and images of a label from which one that sees
+#: another class in most of them is; labels shown of the latter.
+LEAST_ANSWERS, LEAST_ALIKE, SHOWN = 20, 3, 4
 
 
 def select_images(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
@@ -275,22 +279,61 @@ def describe_kept(model: Model, keep: Sequence[str]) -> str:
 def describe_predictor(
     predictor: Predictor, dataset: data.Dataset, listing: pa.Table, preprocessing: Preprocessing
 ) -> str:
-    """What a predictor sees in the first image that can be read, so that a wrong preprocessing is seen, as text."""
-    images = data.read_images(dataset, listing.slice(0, 8), predictor.sees(preprocessing))
+    """What a predictor sees in some images, so that wrong preprocessing or a wrong order of classes shows, as text."""
+    names, own = predictor.class_names, predictor.preprocessing
+    known = listing.filter(pc.is_in(listing["label_name"], pa.array(names)))
+    rows = known if len(known) else listing
+    some = rows.take(pa.array(sample(rows["image_id"].to_pylist(), LOOKED_AT), pa.int64()))
+    images = data.read_images(dataset, some, predictor.sees(preprocessing))
     images = images.filter(images["image"].is_valid())
     if not len(images):
-        return f"predictor  {predictor.name}, none of the first images can be read"
-    pixels = schema.matrix(images["image"]).reshape(-1, *predictor.preprocessing.image_shape)
-    probs = predictor.predict(pixels)[0]
-    best = [f"{predictor.class_names[k]} {probs[k]:.3f}" for k in np.argsort(-probs, kind="stable")[:3]]
-    label = images["label_name"][0].as_py()
-    lines = [f"predictor  {predictor.name}: image {images['image_id'][0]} (label {label}) is {', '.join(best)}"]
+        return f"predictor  {predictor.name}, none of {plural(len(some), 'image')} can be read"
+    pixels = schema.matrix(images["image"]).reshape(-1, *own.image_shape)
+    probs = predictor.predict(pixels)
+    best = [f"{names[k]} {probs[0, k]:.3f}" for k in np.argsort(-probs[0], kind="stable")[:3]]
+    label = f"label {images['label_name'][0]}" if images["label_name"][0].is_valid else "no label"
+    lines = [f"predictor  {predictor.name}: image {images['image_id'][0]} ({label}) is {', '.join(best)}"]
+    if own.image_shape != preprocessing.image_shape:
+        theirs, ours = (
+            f"{shape[1]} x {shape[2]} in {'colour' if shape[0] == 3 else 'grey'}"
+            for shape in (own.image_shape, preprocessing.image_shape)
+        )
+        lines.append(f"{'':<10} sees {theirs}: pictures, of {ours}, are converted for it")
+    if len(known):
+        labels = np.array([names.index(name) for name in images["label_name"].to_pylist()])
+        lines += describe_answers(predictor.name, names, labels, probs.argmax(1))
     if (difference := batch_difference(predictor, pixels)) > BATCH_TOLERANCE:
         lines.append(
             f"WARNING    {predictor.name} answers differently by {difference:.2g} for an image alone and among others: "
-            "the same image may get another answer in another run"
+            "the same image may get another answer in another run (does a network in PyTorch miss eval()?)"
         )
     return "\n".join(lines)
+
+
+def describe_answers(name: str, class_names: Sequence[str], labels: np.ndarray, seen: np.ndarray) -> list[str]:
+    """How many labels of some images a predictor sees, and a warning where they look like those of another order."""
+    right, count = int((labels == seen).sum()), len(labels)
+    lines = [f"{'':<10} sees the label in {right} of {plural(count, 'labelled image')}"]
+    shares = [np.bincount(classes, minlength=len(class_names)) / count for classes in (labels, seen)]
+    found = np.zeros((len(class_names),) * 2, int)
+    np.add.at(found, (labels, seen), 1)
+    others = [
+        f"{class_names[k]} as {class_names[other]}"
+        for k, other in enumerate(found.argmax(1))
+        if other != k and found[k].sum() >= LEAST_ALIKE and 2 * found[k, other] > found[k].sum()
+    ]
+    if count >= LEAST_ANSWERS and share_interval(right, count)[0] <= float(np.dot(*shares)):
+        lines.append(
+            f"WARNING    {name} may be right no more often than by chance: check the order of its classes and what it "
+            "expects of pixels"
+        )
+    elif others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        lines.append(
+            f"WARNING    {name} sees most images of one label as another class ({', '.join(others[:SHOWN])}{more}): "
+            "check the order of its classes and what it expects of pixels"
+        )
+    return lines
 
 
 def class_thresholds(model: Model, limit: float) -> list[float]:

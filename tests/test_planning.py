@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from bars import write_bars
 from pictures import write_images
 from predictors import as_predictor, constant
 
@@ -15,7 +16,7 @@ from clarity import data
 from clarity.checks import Requirements
 from clarity.classifiers import ImageEnsemble
 from clarity.explainer import explainer_of
-from clarity.images import encode_png
+from clarity.images import Preprocessing, encode_png
 from clarity.model import Model, load_model, save_model
 from clarity.planning import (
     class_indices,
@@ -167,7 +168,9 @@ def test_explainer_of_a_plan_takes_the_planned_predictor_only(model: Model) -> N
 
 def test_describe_predictor_shows_an_image_with_its_likeliest_classes_and_warns(model: Model) -> None:
     told = describe_predictor(load_predictor(constant(model.class_names, 2)), DIGITS, THREE, model.preprocessing)
-    assert told.endswith("is cow 0.700, ant 0.100, bee 0.100") and "label 7" in told and "WARNING" not in told
+    assert told.endswith("is cow 0.700, ant 0.100, bee 0.100") and "(label 7)" in told and "WARNING" not in told
+    told = describe_predictor(load_predictor(constant(model.class_names, 2)), DIGITS, THREE, Preprocessing("RGB", 9, 9))
+    assert told.endswith("\n           sees 8 x 12 in grey: pictures, of 9 x 9 in colour, are converted for it")
 
     def relative(pixels: np.ndarray) -> np.ndarray:
         return np.where(pixels.mean() > 20, [[0.4, 0.3, 0.2, 0.1]], [[0.1, 0.2, 0.3, 0.4]]).repeat(len(pixels), 0)
@@ -175,6 +178,31 @@ def test_describe_predictor_shows_an_image_with_its_likeliest_classes_and_warns(
     unstable = load_predictor(as_predictor(relative, model.class_names))
     told = describe_predictor(replace(unstable, block=3), DIGITS, THREE, model.preprocessing)
     assert "WARNING" in told and "alone and among others" in told
+
+
+def test_describe_predictor_counts_the_labels_that_it_sees_and_finds_another_order_of_classes(tmp_path: Path) -> None:
+    dataset = data.open_dataset("folder", write_bars(tmp_path, 40), "all")
+    listing, preprocessing = data.list_images(dataset), Preprocessing("L", 8, 12)
+
+    def told(*order: int) -> list[str]:
+        """What is said where the bars are taken for these classes."""
+
+        def answers(pixels: np.ndarray) -> np.ndarray:
+            bar = pixels[:, 0, 1:7].reshape(len(pixels), 3, -1).mean(2).argmax(1)
+            return np.eye(3)[np.array(order)[bar]]
+
+        mine = load_predictor(as_predictor(answers, ["bar0", "bar1", "bar2"]))
+        return describe_predictor(mine, dataset, listing, preprocessing).splitlines()[1:]
+
+    assert told(0, 1, 2) == [f"{'':<10} sees the label in 40 of 40 labelled images"]
+    count, warning = told(0, 2, 1)
+    assert count.endswith("in 14 of 40 labelled images") and "may be right no more often than by chance" in warning
+    assert "may be right no more often than by chance" in told(1, 1, 1)[1]
+    count, warning = told(0, 1, 1)
+    assert count.endswith("in 27 of 40 labelled images")
+    assert warning.endswith(
+        "as another class (bar2 as bar1): check the order of its classes and what it expects of pixels"
+    )
 
 
 def test_a_run_tells_thresholds_and_labels_that_the_model_does_not_know(model: Model) -> None:

@@ -225,8 +225,8 @@ def plan_training(
         teachers["predictor"] = loaded.digest
         data["codes"] = len(listing) * (1 + COPIES)
         if unknown := sorted(set(listing["label_name"].unique().drop_null().to_pylist()) - set(class_names)):
-            data["remarks"].append(f"note: the predictor has no class {unknown[0]!r}: such a label counts as none")
-            data["labelled"] = sum(data["per_class"].values())
+            labelled, data["labelled"] = data["labelled"], sum(data["per_class"].values())
+            data["remarks"].insert(0, describe_unknown(unknown, labelled - data["labelled"], labelled, class_names))
         if fields.get("image_members") and not data["labelled"]:
             raise ValueError("image_members: expected images with labels, which an image ensemble needs; found none")
     if refit is not None:
@@ -249,6 +249,14 @@ def plan_training(
         **fields,
     )
     return keep_extras(plan)
+
+
+def describe_unknown(unknown: Sequence[str], images: int, labelled: int, class_names: Sequence[str]) -> str:
+    """The remark on labels that are no class of the predictor, of so many images among all that have a label."""
+    some, known = (", ".join(names[:5]) + (" ..." if len(names) > 5 else "") for names in (unknown, class_names))
+    if images == labelled:
+        return f"WARNING: no label ({some}) is a class of the predictor ({known}): all count as none"
+    return f"note: labels that are no class of the predictor ({some}; {plural(images, 'image')}) count as none"
 
 
 def describe_data(

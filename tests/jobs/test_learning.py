@@ -41,7 +41,7 @@ def test_jobs_learn_from_a_predictor_explain_it_and_refit(tmp_path: Path, ray_lo
 
     train = ["--predictor", "mine:predict", "--out", "model", *SMALL, *BUDGET]
     said = run("train.py", *train)
-    assert "predictor  mine:predict: image train" in said and "(label None) is " in said
+    assert "predictor  mine:predict: image train" in said and "(no label) is " in said
     assert "images of folder at 8 x 12 without labels" in said and "no judge" in said
     assert "predictor  the ensemble agrees on " in said and "the reconstruction alone changes its answer on" in said
     again = run("train.py", *train)

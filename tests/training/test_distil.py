@@ -167,6 +167,11 @@ def test_a_label_that_the_predictor_has_not_counts_as_none(tmp_path: Path) -> No
     assert plan.data["labelled"] == 4
     assert load_images(plan, dataset, 100).labels.tolist() == [0, 0, 1, 1]
     assert load_images(plan, dataset).labels.tolist() == [0, 0, 1, 1, -1, -1]
+    (note,) = plan.data["remarks"]
+    assert note == "note: labels that are no class of the predictor (cow; 2 images) count as none"
+    others = plan_training(str(tmp_path), dataset, None, predictor=constant(("cat", "dog"), 0), recipe="paper")
+    (warning,) = others.data["remarks"]
+    assert warning.startswith("WARNING: no label (ant, bee, cow) is a class of the predictor (cat, dog):")
 
 
 def test_labels_are_not_needed_for_arrays() -> None:
