@@ -22,6 +22,7 @@ from clarity.audit.summary import describe_foreign_labels
 from clarity.checks import Requirements, kept_heads, require_judge
 from clarity.explainer import explainer_of
 from clarity.findings.statistics import share_interval
+from clarity.findings.verdict import describe_other
 from clarity.ids import sample
 from clarity.images import Preprocessing
 from clarity.methods import METHODS, ensemble_of
@@ -265,6 +266,8 @@ def describe_inputs(
         told.append(describe_kept(model, plan.keep))
     if predictor is not None:
         told.append(describe_predictor(predictor, dataset, listing, model.preprocessing))
+        if (taught := model.card.get("predictor", {})).get("digest", predictor.digest) != predictor.digest:
+            told.append(f"WARNING    The model: {describe_other(taught['name'])}")
     return "".join(f"{text}\n" for text in told)
 
 

@@ -308,6 +308,10 @@ def describe_fidelity(told: Mapping[str, Any]) -> list[str]:
         f"predictor  the ensemble agrees on {', '.join(shares)} codes; {counted(told['images'], 'held-out images')}",
         f"{'':<10} the reconstruction alone changes its answer on {1 - told['reconstructing']['agreement']:.2%}",
     ]
+    labelled = told.get("labelled") or {"images": 0}
+    if count := labelled["images"]:
+        right = f"accuracy {labelled['correct'] / count:.2%} on {counted(count, 'labelled held-out images')}"
+        lines.insert(1, f"{'':<10} {right}, too good if it was trained on them")
     if confused := told["confused"]:
         pairs = [f"{name} seen as {other} in {share:.0%}" for name, other, share in confused[:SHOWN_CLASSES]]
         lines.append(f"{'':<10} not told apart once reconstructed: {', '.join(pairs)}")

@@ -218,6 +218,15 @@ def test_a_run_tells_thresholds_and_labels_that_the_model_does_not_know(model: M
     assert told.startswith("WARNING    None of the 3 labels of the data is a class of the model (ant, bee, cow, ")
 
 
+def test_a_run_tells_that_the_model_learned_from_another_predictor(model: Model) -> None:
+    plain, mine = make_plan(model, DIGITS, THREE, method="clarity", config=CONFIG), constant(model.class_names, 2)
+    loaded = load_predictor(mine)
+    for digest, warned in ((loaded.digest, False), ("0", True)):
+        taught = replace(model, card={"predictor": {"name": "theirs", "digest": digest}})
+        said = describe_inputs(taught, plain, loaded, DIGITS, THREE)
+        assert ("it learned from theirs, not from the explained model" in said) == warned
+
+
 def test_a_run_of_many_images_of_which_none_can_be_read_is_refused(model: Model, tmp_path: Path) -> None:
     (tmp_path / "ant").mkdir()
     for number in range(66):

@@ -46,7 +46,8 @@ class Audit:
         path = storage.join(self.uri, "model", "model.json")
         card = storage.read_json(path) if storage.exists(path) else {}
         foreign = foreign_labels(connect(self.codes, self.counterfactuals)) > 0
-        of_model = {"verdict": asdict(verdict(card, foreign)), "judge": (card.get("evaluation") or {}).get("judge")}
+        found = verdict(card, foreign, self.plan.checks.get("predictor"))
+        of_model = {"verdict": asdict(found), "judge": (card.get("evaluation") or {}).get("judge")}
         return of_model | summarise(self.plan, self.commits, self.codes, self.counterfactuals)
 
     def query(self, name: str, *, metadata: Any = None, **parameters: Any) -> pa.Table:

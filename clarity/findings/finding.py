@@ -123,8 +123,13 @@ def gather(
     differences: Differences | None = None,
     trained_on_labels: bool = False,
     keep: Sequence[str] = (),
+    predictor: str | None = None,
 ) -> Facts:
-    """Computes what the checks need; ``card`` is model.json, without whose figures the verdict is "not checked"."""
+    """Computes what the checks need.
+
+    ``card`` is model.json, without whose figures the verdict is "not checked"; ``predictor`` the digest of the user's
+    own model, if it is explained.
+    """
     columns = con.execute("FROM class_pair_figures WHERE source IS NOT NULL").fetchnumpy()
     pairs = {}
     for name in columns.keys() - {"source", "source_name", "target", "target_name"}:
@@ -136,7 +141,7 @@ def gather(
     card = card or {}
     evaluation = card.get("evaluation") or {}
     judge, names = evaluation.get("judge") or {}, list(evaluation.get("per_class", ()))
-    found = verdict(card, foreign_labels(con) > 0)
+    found = verdict(card, foreign_labels(con) > 0, predictor)
     return Facts(
         con=con,
         class_names=tuple(class_names),

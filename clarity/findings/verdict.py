@@ -57,7 +57,7 @@ class Verdict:
         return [name for name, *_, note in self.classes if BEYOND in note]
 
 
-def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
+def verdict(card: Mapping[str, Any], foreign_labels: bool = False, predictor: str | None = None) -> Verdict:
     """Judges a model by its held-out figures.
 
     No-go: the data have labels, none of which is a class of the model (``foreign_labels``); the lower bound of the
@@ -71,12 +71,15 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
     MIN_UPDATES. Sound otherwise.
 
     ``card`` is model.json, with ``evaluation``, ``target_probs``, ``vae_updates`` and, where the ensemble learned from
-    a predictor, ``predictor``.
+    a predictor, ``predictor``, whose figures say nothing of another one that is explained, whose digest is
+    ``predictor``: then with care.
     """
     evaluation, fidelity = card.get("evaluation"), card.get("predictor", {})
     if evaluation is None and "codes" not in fidelity:
         return Verdict("not checked", "The model was not checked, because its card has no held-out figures.")
     no_go, care, figures = judge_fidelity(fidelity) if "codes" in fidelity else ([], [], [])
+    if "codes" in fidelity and predictor not in (None, fidelity.get("digest")):
+        no_go, care, figures = [], [describe_other(fidelity["name"])], []
     if foreign_labels:
         no_go.insert(0, "none of the labels of the data is one of its classes: it was trained on another data set")
     classes: list[tuple[str, str, str, str, str]] = []
@@ -84,7 +87,8 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False) -> Verdict:
         chance = 1 / len(evaluation["per_class"])
         balanced, low, high = balanced_accuracy(evaluation["per_class"])
         classes = class_rows(card)
-        figures = [*figure_rows(card, balanced, low, high), *figures]
+        whose = "Ensemble's accuracy" if fidelity or predictor is not None else "Accuracy"
+        figures = [*figure_rows(card, balanced, low, high, whose), *figures]
         guessed, unreachable = ([row[0] for row in classes if note in row[4]] for note in (GUESSED, BEYOND))
         if low <= chance:
             no_go.append(
@@ -140,6 +144,11 @@ def quoted(names: Sequence[str]) -> str:
     return listed([f"“{name}”" for name in names])
 
 
+def describe_other(name: str) -> str:
+    """The reason against an audit that explains another model than the ensemble learned from."""
+    return f"it learned from {name}, not from the explained model: how far it speaks for that one was not measured"
+
+
 def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
     """How far the ensemble may speak for the predictor: reasons for no-go, for with care, and figures."""
     codes, same = fidelity["codes"], fidelity["reconstructing"]["agreement"]
@@ -151,14 +160,15 @@ def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], l
     no_go = [lost] if same < MIN_RECONSTRUCTED else []
     care = [lost] if MIN_RECONSTRUCTED <= same < MIN_FIDELITY else []
     care += [unlike] if agree < MIN_FIDELITY else []
-    return (
-        no_go,
-        care,
-        [
-            ("Agreement with your model", percent(agree), note),
-            ("Changed by the reconstruction", percent(1 - same), "of your model's answers"),
-        ],
-    )
+    figures = [
+        ("Agreement with your model", percent(agree), note),
+        ("Changed by the reconstruction", percent(1 - same), "of your model's answers"),
+    ]
+    labelled = fidelity.get("labelled", {})
+    if count := labelled.get("images"):
+        note = f"{interval(*share_interval(labelled['correct'], count))}; {plural(count, 'image')}"
+        figures.insert(0, ("Your model's accuracy", percent(labelled["correct"], count), note))
+    return no_go, care, figures
 
 
 def balanced_accuracy(per_class: Mapping[str, Mapping[str, int]]) -> tuple[float, float, float]:
@@ -193,8 +203,10 @@ def class_rows(card: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
-def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: float) -> list[tuple[str, str, str]]:
-    """The figures behind a verdict."""
+def figure_rows(
+    card: Mapping[str, Any], balanced: float, low: float, high: float, whose: str
+) -> list[tuple[str, str, str]]:
+    """The figures behind a verdict; ``whose`` is the name of the first, the ensemble's accuracy."""
     evaluation = card["evaluation"]
     right, count = evaluation["correct"], evaluation["images"]
     bounds, calibration = interval(*share_interval(right, count)), card["metrics"]["ensemble"]["calibration_error"]
@@ -205,7 +217,7 @@ def figure_rows(card: Mapping[str, Any], balanced: float, low: float, high: floa
     )
     error, linear = (percent(reconstruction[name], reconstruction["mean_image"]) for name in ("vae", "linear_code"))
     rows = [
-        ("Accuracy", percent(right, count), f"{bounds}; {plural(count, 'image')}"),
+        (whose, percent(right, count), f"{bounds}; {plural(count, 'image')}"),
         ("Balanced accuracy", percent(balanced), interval(low, high)),
         (always, percent(majority["share"]), "accuracy; the most frequent class"),
         ("Baseline", percent(baseline["balanced_accuracy"]), f"balanced accuracy; logistic regression on {components}"),

@@ -126,6 +126,7 @@ def open_view(audit: Audit, name: str) -> View:
         trained_on_labels=not audit.plan.model.get("num_folds")
         and audit.plan.dataset.get("trained", audit.plan.dataset.get("split") in ("train", "all")) is not False,
         keep=audit.plan.keep,
+        predictor=audit.plan.checks.get("predictor"),
     )
     return View(name, audit, model, facts, find(facts))
 

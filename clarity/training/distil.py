@@ -113,10 +113,11 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
     ``reconstructions`` and ``perturbed`` hold "agreement", how often both name the same class, and "kl", the mean of
     KL(predictor, ensemble) in nats, of the predictor on the original, the reconstruction, and a decoded, perturbed
     code; ``reconstructing`` the same for what the VAE alone changes. ``confused``: [class, other, share] where more
-    than MAX_CONFUSED of the images of a class are seen as the other one once they are reconstructed.
+    than MAX_CONFUSED of the images of a class are seen as the other one once they are reconstructed. ``labelled``: of
+    how many images the predictor sees the label ("correct"), among those with a label of its classes ("images").
     """
     known = ~probs.isnan().any(1)
-    probs, pixels = probs[known], images.pixels[known]
+    probs, pixels, labels = probs[known], images.pixels[known], images.labels[known]
     z, _ = encode_pixels(model.vae, pixels)
     around = perturb(z, torch.Generator().manual_seed(0), copies=1)
     codes = z.to(model.device), around.to(model.device)
@@ -133,6 +134,7 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
         ]
     return {
         "images": len(z),
+        "labelled": {"correct": int((before == labels).sum()), "images": int((labels >= 0).sum())},
         "codes": agreement(probs, of_code),
         "reconstructions": agreement(reconstructed, of_code),
         "perturbed": agreement(perturbed, of_perturbed),

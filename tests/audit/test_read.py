@@ -112,7 +112,7 @@ def test_summarise_warns_of_a_model_of_another_data_set(filled: str, monkeypatch
     labelled = len(codes) - codes["label_name"].null_count
     assert found["warnings"][0].startswith(f"None of the {labelled} labels of the data is a class of the model (")
     for module in ("audit.read", "findings.finding"):  # whose model has no figures here
-        monkeypatch.setattr(f"clarity.{module}.verdict", lambda card, foreign: Verdict(f"foreign {foreign}", ""))
+        monkeypatch.setattr(f"clarity.{module}.verdict", lambda card, foreign, _: Verdict(f"foreign {foreign}", ""))
     for foreign, table in ((False, codes), (True, strange)):
         level = f"foreign {foreign}"
         assert replace(audit, codes=pads.dataset(table)).summary()["verdict"]["level"] == level

@@ -94,6 +94,9 @@ def test_verdict_leaves_out_classes_without_images() -> None:
     assert [row[0] for row in verdict(made).classes] == ["ant", "bee", "cow"] and verdict(made).level == "sound"
 
 
+UNMEASURED = "how far it speaks for that one was not measured"
+
+
 def fidelity(codes: float = 0.99, reconstructing: float = 0.99) -> dict[str, Any]:
     shares = {"codes": codes, "reconstructions": 0.98, "perturbed": 0.97, "reconstructing": reconstructing}
     return {"images": 500, **{name: {"agreement": share, "kl": 0.1} for name, share in shares.items()}}
@@ -111,8 +114,23 @@ def fidelity(codes: float = 0.99, reconstructing: float = 0.99) -> dict[str, Any
 def test_verdict_says_how_far_the_ensemble_speaks_for_the_predictor(
     told: dict[str, Any], level: str, reason: str
 ) -> None:
+    labelled = {"correct": 450, "images": 500}
     for made in ({"predictor": told}, {**card(), "predictor": told}):
         found = verdict(made)
         assert found.level == level and reason in " ".join(found.reasons)
         assert ("Changed by the reconstruction", "of your model's answers") in [(a, c) for a, _, c in found.figures]
+        ours, theirs = (f"{whose} accuracy" for whose in ("Ensemble's", "Your model's"))
+        figures = [(a, b) for a, b, _ in verdict({**made, "predictor": told | {"labelled": labelled}}).figures]
+        assert (theirs, "90 %") in figures and (ours in dict(figures)) == ("evaluation" in made)
     assert verdict({"predictor": {"name": "asked of nobody"}}).level == "not checked"
+
+
+def test_verdict_says_nothing_of_a_predictor_by_the_figures_of_another() -> None:
+    told = {**fidelity(codes=0.8, reconstructing=0.4), "name": "mine.onnx", "digest": "a"}
+    assert verdict({**card(), "predictor": told}, predictor="a").level == "no-go"
+    found = verdict({**card(), "predictor": told}, predictor="b")
+    assert found.level == "with care"
+    assert found.reasons == (f"It learned from mine.onnx, not from the explained model: {UNMEASURED}.",)
+    assert not {"Agreement with your model", "Changed by the reconstruction"} & {name for name, *_ in found.figures}
+    assert verdict(card(), predictor="b").level == "sound"
+    assert verdict(card(), predictor="b").figures[0][0] == "Ensemble's accuracy"

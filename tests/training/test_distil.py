@@ -137,7 +137,12 @@ def test_model_is_taught_without_labels_and_its_card_says_how_well(taught: Path)
     model = clarity.load(taught)
     assert model.class_names == tuple(CLASSES) and model.judge is None
     told = model.card["predictor"]
-    assert told["images"] == 30 and told["refit"] is None and len(told["digest"]) == 64
+    assert (
+        told["images"] == 30
+        and told["labelled"] == {"correct": 0, "images": 0}
+        and told["refit"] is None
+        and len(told["digest"]) == 64
+    )
     assert all(told[name]["agreement"] >= 0.8 for name in ("codes", "reconstructions", "reconstructing")), told
     assert 0 <= told["perturbed"]["agreement"] <= 1 and told["codes"]["kl"] > 0
     assert "ensemble" not in model.card["metrics"] and "evaluation" not in model.card
@@ -248,6 +253,7 @@ def test_model_of_labels_is_taught_by_a_predictor_and_keeps_its_vae_and_judge(tm
     card = clarity.load(tmp_path / "out").card  # labels measure what a predictor taught
     assert card["metrics"]["ensemble"]["accuracy"] > 0.5 and card["evaluation"]["images"] > 0
     assert card["predictor"]["codes"]["agreement"] > 0.5
+    assert card["predictor"]["labelled"] == {"correct": 18, "images": 18}
 
 
 def test_finished_model_is_not_taught_by_labels_again(folder: Path, taught: Path) -> None:
