@@ -31,7 +31,7 @@ from clarity.planning import describe_predictor
 from clarity.predictor import load_predictor
 from clarity.report.text import counted
 from clarity.training.cost import Cost, costs
-from clarity.training.directory import begin, finish
+from clarity.training.directory import begin, finish, networks, require_same
 from clarity.training.loops import PRECISIONS, VAETraining
 from clarity.training.plan import DECODERS, OPTIONS, RECIPES, TRAININGS, TrainingPlan, plan_training
 from clarity.training.recipe import LEAST_LABELLED, with_recipe
@@ -181,20 +181,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train what is not there yet and print how good the model is."""
     start = time.time()
-    plan = make_plan(args)
+    asked = make_plan(args)
+    plan, out = with_recipe(asked) or asked, storage.display(asked.out)
+    changed = require_same(plan)
+    if asked.searched and not (plan.searched or plan.recipe):
+        changed["recipe"] = "none was searched there, auto here"
     if args.dry_run:
-        lines = [about_images(plan), *describe_costs(costs(plan)), *plan.data["remarks"], *about_predictor(plan)]
+        lines = [about_images(plan), *about_kept(plan, changed), *describe_costs(costs_left(plan))]
+        lines += [*plan.data["remarks"], *about_predictor(plan)]
         if plan.searched and (labelled := plan.data["labelled"]) < LEAST_LABELLED:
             lines.append(f"no search for a recipe: it takes {LEAST_LABELLED} labelled images, there are {labelled}")
         print("\n".join(lines))
         return 0
     plan = choose(plan)
-    out = storage.display(plan.out)
     if begin(plan):
-        print(f"already finished\n{describe(plan)}\nmodel      {out}")
+        print(f"already finished{in_brackets(changed)}\n{describe(plan)}\nmodel      {out}")
         return 0
     lines = [*about_predictor(plan), f"training {out} on {about_images(plan)}", *plan.data["remarks"]]
-    print("\n".join(lines), flush=True)
+    print("\n".join([*lines, *about_kept(plan, changed)]), flush=True)
     driver.start_ray(OBJECT_STORE_BYTES)
     for by_member in (False, True):
         fit(plan, [name for name in TRAINED if STAGES[name].by_member == by_member], args.workers)
@@ -211,8 +215,31 @@ def about_predictor(plan: TrainingPlan) -> list[str]:
     return [describe_predictor(predictor, plan.dataset, listing, plan.preprocessing)]
 
 
+def about_kept(plan: TrainingPlan, changed: Mapping[str, str]) -> list[str]:
+    """Which networks are there already, and why the others are trained; nothing where none is there."""
+    there = networks(plan)
+    kept, left = ([name for name in there if there[name] == known] for known in (True, False))
+    if not kept:
+        return []
+    return [f"kept: {', '.join(kept)}; to train: {', '.join(left) or 'nothing'}{in_brackets(changed)}"]
+
+
+def in_brackets(changed: Mapping[str, str]) -> str:
+    """What differs from the model that is there, after what follows from it."""
+    return f" ({'; '.join(f'{name}: {values}' for name, values in changed.items())})" if changed else ""
+
+
+def costs_left(plan: TrainingPlan) -> list[Cost]:
+    """The costs of what is not there yet."""
+    there = networks(plan)
+    guided = [name for name in ("VAE", "sharp decoder") if not there.get(name, True)]
+    return [cost for cost in costs(plan) if not there.get(cost.part, cost.part == "guide" and not guided)]
+
+
 def describe_costs(found: Sequence[Cost]) -> list[str]:
-    """A line for each part of a training, and one for all."""
+    """A line for each part of a training, and one for all; none where nothing is to train."""
+    if not found:
+        return []
     lines = []
     for cost in found:
         networks = f"{cost.networks} x " if cost.networks > 1 else ""

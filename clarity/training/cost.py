@@ -98,7 +98,9 @@ def costs(plan: TrainingPlan) -> list[Cost]:
         found.append(cost("search: ensembles", num_trials(plan), ENSEMBLE_UPDATES, members(MEMBERS)))
     found.append(vaes("VAE", 1, num_updates(vae_training, counted["images"]), vae))
     count = num_updates(ensemble_training, rows)
-    found.append(cost("ensembles", 1 + plan.num_folds, count, members(ensemble.num_members)))
+    for part, networks in (("ensemble", 1), ("ensembles of folds", plan.num_folds)):
+        if networks:
+            found.append(cost(part, networks, count, members(ensemble.num_members)))
     if plan.image_members:
         training, count = plan.image_training, num_updates(plan.image_training, counted["labelled"])
         one, (images, labels) = replace(plan.image_ensemble, num_members=1), batch(training, counted["labelled"], vae)

@@ -19,6 +19,7 @@ from clarity.training.evaluate import BASELINE_IMAGES, evaluate, evenly
 from clarity.training.loops import Log, join_states, member_states, num_updates, weights_of
 from clarity.training.plan import EXTRAS, TEACHERS, TrainingPlan
 from clarity.training.stages import (
+    is_finished,
     load_codes,
     load_images,
     load_network,
@@ -34,36 +35,110 @@ def begin(plan: TrainingPlan) -> bool:
     A finished model that lacks only EXTRAS is split into checkpoints again, so that the stages find the rest done. Of
     one that a predictor or a refit is to teach, all but the ensembles is kept.
     """
+    require_same(plan)
     wanted, card, file = plan.describe(), read_card(plan.out), plan.file("plan.json")
     begun = storage.read_json(file) if storage.exists(file) else wanted
-    found: Mapping[str, Any] = begun if card is None else card.get("plan") or {}
+    found = described(plan)
     if card is not None and found == wanted:
         return True
-    kept = set(EXTRAS)
-    if card is None and found.get("image_training"):
-        kept -= {"image_training"}
-    if card is None and (plan.vae.label_weight or plan.decoder == "sharp"):
-        kept -= {"attributes"}  # which the guide learns
-    if card is not None and not taught_alike(plan, found):
-        kept |= plan.teachers.keys() | {"ensemble_training"}
-    names = [name for name in dict.fromkeys([*wanted, *TEACHERS]) if name not in kept]
-    there, here = (flatten({name: each.get(name) for name in names}) for each in (found, wanted))
-    if different := [name for name in there | here if there.get(name) != here.get(name)]:
-        values = {name: f"{shortened(there.get(name))} there, {shortened(here.get(name))} here" for name in different}
-        if "data" in values:
-            values["data"] = "other images"
-        details = "; ".join(f"{name}: {value}" for name, value in values.items())
-        raise ValueError(
-            f"out: {storage.display(plan.out)} holds another model: {details}. Choose another directory, or delete "
-            "that one"
-        )
-    searched_by_another = card is None and not storage.exists(file) and not plan.recipe
+    searched_by_another = card is None and found is None and not plan.recipe
     if searched_by_another or (card is not None and begun != wanted):
         storage.delete_tree(plan.file())
+    elif begun["judge_updates"] != wanted["judge_updates"]:
+        storage.delete(plan.file("judge.safetensors"))
     storage.write_json(file, wanted)
     if card is not None:
-        restore_checkpoints(plan, found)
+        restore_checkpoints(plan, found or {})
     return False
+
+
+def described(plan: TrainingPlan) -> Mapping[str, Any] | None:
+    """The description of the model in the plan's directory, finished or not; None where there is none."""
+    card, file = read_card(plan.out), plan.file("plan.json")
+    if card is not None:
+        return card.get("plan") or {}
+    return storage.read_json(file) if storage.exists(file) else None
+
+
+def require_same(plan: TrainingPlan) -> dict[str, str]:
+    """Raises ValueError where the directory holds another model, or one that began without the plan's search.
+
+    Returns what may differ and does, by parameter: "3 there, 4 here". Values that a search has still to choose may.
+    """
+    found, wanted, finished = described(plan), plan.describe(), read_card(plan.out) is not None
+    if found is None:
+        return {}
+    may = set(EXTRAS)
+    if not finished and found.get("image_training"):
+        may -= {"image_training"}
+    if not finished and (plan.vae.label_weight or plan.decoder == "sharp"):
+        may -= {"attributes"}  # which the guide learns
+    if finished and not taught_alike(plan, found):
+        may |= plan.teachers.keys() | {"ensemble_training"}
+    names = dict.fromkeys([*wanted, *TEACHERS])
+    there, here = (flatten({name: each.get(name) for name in names}) for each in (found, wanted))
+    refused, changed = dict[str, str](), dict[str, str]()
+    for name in there | here:
+        if there.get(name) != here.get(name) and name.rpartition(".")[2] not in plan.searched:
+            values = f"{shortened(there.get(name))} there, {shortened(here.get(name))} here"
+            if name.partition(".")[0] not in may:
+                refused[parameter_of(name)] = "other images" if name == "data" else values
+            elif name in there and name in here:
+                changed[parameter_of(name)] = values
+    if refused:
+        unfinished = "" if finished else "the unfinished training of "
+        said = f"{unfinished}another model: {'; '.join(f'{name}: {values}' for name, values in refused.items())}"
+    elif plan.searched:
+        said = f"an unfinished training that began without a search for {', '.join(plan.searched)}"
+    else:
+        return changed
+    raise ValueError(f"out: {storage.display(plan.out)} holds {said}. Choose another directory, or delete that one")
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that sets an entry of a plan's description, as vae_epochs does vae_training.epochs."""
+    part, _, entry = name.partition(".")
+    if part in ("vae", "ensemble") or entry == "seed":
+        return entry
+    return f"{part.removesuffix('training')}{entry}" if entry and part.endswith("_training") else name
+
+
+def networks(plan: TrainingPlan) -> dict[str, bool]:
+    """The networks that a plan asks for, and whether each is there, in the finished model or as a checkpoint."""
+
+    def members(kinds: Sequence[str], count: int) -> list[str]:
+        return [plan.member_file(kind, m) for kind in kinds for m in range(count)]
+
+    found, wanted, (latent, *folds) = described(plan) or {}, plan.describe(), plan.latent_kinds()
+    finished, file, same = read_card(plan.out) is not None, plan.file("plan.json"), taught_alike(plan, found)
+    resumed = storage.exists(file) and storage.read_json(file) == wanted
+    images = found.get("image_training") == wanted["image_training"]
+    # Of each, whether the model that was found has the one that is wanted, and its checkpoints.
+    about = {
+        "VAE": (True, [plan.file("vae.safetensors")]),
+        "ensemble": (same, members([latent], plan.ensemble.num_members)),
+        "ensembles of folds": (
+            same and found.get("num_folds") == plan.num_folds,
+            members(folds, plan.ensemble.num_members),
+        ),
+        "image ensemble": (
+            images and found.get("image_members", 0) >= plan.image_members,
+            members(["image"], plan.image_members),
+        ),
+        "judge": (
+            found.get("judge_updates") == wanted["judge_updates"],
+            [plan.file("judge.safetensors")] if plan.judge_training else [],
+        ),
+        "sharp decoder": (
+            found.get("sharp_training") == wanted.get("sharp_training"),
+            [plan.file("sharp.safetensors")] if plan.decoder == "sharp" else [],
+        ),
+    }
+    return {
+        name: (known and finished) or ((known or resumed) and all(map(is_finished, files)))
+        for name, (known, files) in about.items()
+        if files
+    }
 
 
 def taught_alike(plan: TrainingPlan, found: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from clarity.data import Dataset, held_out_of, open_dataset
 from clarity.data.listing import as_text
 from clarity.images import encode_png, to_uint8
 from clarity.model import Model, load_model
-from clarity.training.directory import begin, finish
+from clarity.training.directory import begin, finish, require_same
 from clarity.training.plan import plan_training
 from clarity.training.recipe import with_recipe
 from clarity.training.stages import TRAINED, Worker, run_stages
@@ -67,12 +67,14 @@ def train(
             out = os.path.join(scratch, "model")
         plan = plan_training(str(out), dataset, held_out, **fields)
         plan = replace(plan, data=plan.data | about)
-        for remark in plan.data["remarks"]:
-            log(remark)
+        plan = with_recipe(plan) or plan
+        require_same(plan)
         run_stages(plan, ["recipe"], Worker(device=device, log=log))
         plan = with_recipe(plan) or plan
         if begin(plan):
             return load_model(plan.out).to(device)
+        for remark in plan.data["remarks"]:
+            log(remark)
         run_stages(plan, TRAINED, Worker(device=device, log=log))
         return finish(plan, log).to(device)
 

@@ -270,6 +270,49 @@ def test_dry_run_says_why_no_recipe_is_searched(
     assert "no search" not in out and "without measuring and the counterfactuals of the search" in out
 
 
+def test_job_says_what_it_keeps_of_what_is_there_and_refuses_another_model_before_a_search(
+    job: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(*flags: str) -> str:
+        code = job.main([*command(folder, tmp_path / "model")[2:], *flags])
+        out, err = capsys.readouterr()
+        assert code == 2 * bool(err)
+        return str(out + err)
+
+    def of_networks(said: str) -> list[str]:
+        return [line for line in said.splitlines() if re.match("kept|error|already|about|.* updates? ", line)]
+
+    from clarity.training.directory import begin, finish
+    from clarity.training.stages import TRAINED, Worker, run_stages
+
+    plan = job.make_plan(job.new_parser().parse_args(command(folder, tmp_path / "model")[2:]))
+    begin(plan)
+    run_stages(plan, ["vae"], Worker())
+    first, judge, ensemble, _ = of_networks(says("--dry-run"))
+    assert first == "kept: VAE; to train: ensemble, judge"
+    assert judge.startswith("judge ") and ensemble.startswith("ensemble ")
+    holds = f"error: --out: {tmp_path / 'model'} holds "
+    there = "the unfinished training of another model: --vae-epochs: 2 there, 3 here. Choose another directory"
+    for flags in (["--dry-run"], [], ["--recipe", "auto"]):
+        assert says("--vae-epochs", "3", *flags).startswith(holds + there), flags
+    begun = "an unfinished training that began without a search for beta, adversarial_eps, label_weight. Choose"
+    assert says("--recipe", "auto").startswith(holds + begun)
+
+    run_stages(plan, TRAINED, Worker())
+    finish(plan)
+    assert of_networks(says("--dry-run")) == ["kept: VAE, ensemble, judge; to train: nothing"]
+    assert says().startswith("already finished\n")
+    assert says("--recipe", "auto").startswith("already finished (recipe: none was searched there, auto here)\n")
+    assert says("--num-members", "4").startswith(f"{holds}another model: --num-members: 3 there, 4 here. Choose")
+    assert says("--seed", "1").startswith(f"{holds}another model: --seed: 0 there, 1 here. Choose")
+    first, folds, _ = of_networks(says("--dry-run", "--folds", "2"))
+    assert first == "kept: VAE, ensemble, judge; to train: ensembles of folds (num_folds: 0 there, 2 here)"
+    assert re.match(r"ensembles of folds +2 x 2 updates ", folds)
+    first, judge, _ = of_networks(says("--dry-run", "--judge-updates", "4"))
+    assert first == "kept: VAE, ensemble; to train: judge (judge_updates: 3 there, 4 here)"
+    assert re.match("judge +4 updates ", judge)
+
+
 def test_stages_are_divided_by_nodes_or_by_networks(job: Any, folder: Path, tmp_path: Path) -> None:
     argv = command(folder, tmp_path / "model", "--image-members", "5")[2:]
     plan = job.make_plan(job.new_parser().parse_args(argv))

@@ -234,7 +234,7 @@ def test_workers_ask_about_parts_of_the_images(
 def test_another_predictor_does_not_resume(folder: Path, tmp_path: Path) -> None:
     begin(plan_of(folder, tmp_path))
     turned = teacher(lambda pixels: heights(pixels)[:, ::-1])
-    with pytest.raises(ValueError, match=r'holds another model: predictor: "\w+\.\.\. there, "\w+\.\.\. here'):
+    with pytest.raises(ValueError, match=r'training of another model: predictor: "\w+\.\.\. there, "\w+\.\.\. here'):
         begin(plan_of(folder, tmp_path, predictor=turned))
     with pytest.raises(ValueError, match=r"predictor: expected that of the plan, found another"):
         plan = plan_of(folder, tmp_path, vae_training=SHORT_VAE)

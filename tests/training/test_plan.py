@@ -74,7 +74,8 @@ def test_costs_count_the_updates_of_every_network(tmp_path: Path) -> None:
     assert {part: (cost.networks, cost.updates) for part, cost in found.items()} == {
         "judge": (1, 5),
         "VAE": (1, 2 * (rows // 128)),
-        "ensembles": (3, 3 * (rows // 256)),
+        "ensemble": (1, 3 * (rows // 256)),
+        "ensembles of folds": (2, 3 * (rows // 256)),
         "image ensemble": (3, rows // 128),
     }
     assert all(0 < cost.seconds < 60 for cost in found.values())

@@ -15,7 +15,7 @@ import clarity
 from clarity import storage
 from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
-from clarity.training.directory import begin, finish
+from clarity.training.directory import begin, finish, networks
 from clarity.training.local import class_names
 from clarity.training.loops import Epoch
 from clarity.training.plan import TrainingPlan, plan_training
@@ -210,13 +210,13 @@ def test_finished_model_takes_an_image_ensemble_and_folds_later(
 
 def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path, trained: Path) -> None:
     begin(plan_of(folder, tmp_path))
-    with pytest.raises(ValueError, match=r"holds another model: ensemble\.num_members: 4 there, 5 here\. Choose"):
+    with pytest.raises(ValueError, match=r"the unfinished training of another model: num_members: 4 there, 5"):
         begin(plan_of(folder, tmp_path, num_members=5))
     vae = dataclasses.replace(plan_of(folder, tmp_path).vae, latent_dim=9)
     ensemble = dataclasses.replace(plan_of(folder, tmp_path).ensemble, latent_dim=9)
     other = dataclasses.replace(plan_of(folder, tmp_path), vae=vae, ensemble=ensemble)
     other.data["fingerprint"] = "0"
-    said = r"holds another model: data: other images; vae\.latent_dim: \d there, 9 here; ensemble\.latent_dim: "
+    said = r"unfinished training of another model: data: other images; latent_dim: \d there, 9 here\. Choose"
     with pytest.raises(ValueError, match=said):
         begin(other)
     with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
@@ -228,6 +228,27 @@ def test_judge_of_an_abandoned_search_is_not_taken(folder: Path, tmp_path: Path)
     save_finished(plan.file("judge.safetensors"), {})
     begin(plan)
     assert not STAGES["judge"].done(plan)
+
+
+def test_judge_of_another_number_of_updates_is_not_kept(folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(folder, tmp_path)
+    begin(plan)
+    run_stages(plan, ("judge",), Worker())
+    other = plan_of(folder, tmp_path, judge_updates=4)
+    assert networks(other) == networks(plan) | {"judge": False} and networks(plan)["judge"]
+    begin(other)
+    assert not STAGES["judge"].done(other)
+
+
+def test_search_on_other_images_leaves_a_training_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """Its judge would take the place of the one that is there, before the training is refused."""
+    plan, other = plan_of(folder, tmp_path / "model"), write_bars(tmp_path / "other", 93)
+    begin(plan)
+    run_stages(plan, ("judge",), Worker())
+    judge = (tmp_path / "model" / "_training" / "judge.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="the unfinished training of another model: data: other images"):
+        clarity.train("folder", tmp_path / "model", data=other, **arguments(recipe="auto"))
+    assert (tmp_path / "model" / "_training" / "judge.safetensors").read_bytes() == judge
 
 
 def test_worker_that_does_not_see_the_model_directory_says_so(folder: Path, tmp_path: Path) -> None:
