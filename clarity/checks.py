@@ -67,17 +67,18 @@ def search_again(
     checks: Sequence[Check],
     search: Callable[[Pairs, SearchConfig], Counterfactuals],
     write: Callable[[Asked, Tensor], Written],
+    doubtful: np.ndarray,
 ) -> Results:
-    """Search pairs that failed a check again, on up to ``MAX_RUNGS`` rungs and ``max_steps`` in all.
+    """Search pairs that failed a check, or are ``doubtful``, again: on up to ``MAX_RUNGS`` rungs, ``max_steps`` in all.
 
-    Where no rung passes all checks, the first result stays.
+    Where no rung passes all checks, the first result stays, confirmed or not.
     """
     assert results.confirmed is not None
     point, steps, finite = results.found.point.clone(), results.found.steps.clone(), results.found.finite
     thresholds = np.full(len(steps), config.min_target_prob, np.float32)
     if asked.pairs.min_target_prob is not None:
         thresholds = to_numpy(asked.pairs.min_target_prob)
-    rows = np.flatnonzero(~results.confirmed & to_numpy(finite & (steps < config.max_steps)))
+    rows = np.flatnonzero((~results.confirmed | doubtful) & to_numpy(finite & (steps < config.max_steps)))
     for rung in range(1, MAX_RUNGS + 1):
         if not len(rows):
             break

@@ -294,10 +294,13 @@ class Explainer:
         if not self.checks:
             return results
         confirmed = passes(self.checks, results.written, asked.target)
+        doubtful = np.zeros(len(confirmed), bool)
         if self.predictor is not None:
-            # Where the ensemble predicts the target at the start, the first search proves nothing.
-            confirmed &= encoded.probs.argmax(1)[asked.image] != asked.target
-        return search_again(replace(results, confirmed=confirmed), asked, self.config, self.checks, search, write)
+            # Where the ensemble predicts the target at the start, a search proves little, and without a step nothing.
+            doubtful = encoded.probs.argmax(1)[asked.image] == asked.target
+            confirmed &= ~doubtful | (found.steps > 0).cpu().numpy()
+        results = replace(results, confirmed=confirmed)
+        return search_again(results, asked, self.config, self.checks, search, write, doubtful)
 
     def search(self, model: Model, pairs: Pairs, config: SearchConfig, **run: Any) -> Counterfactuals:
         """Search pairs by the explainer's method and engine."""

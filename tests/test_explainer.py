@@ -421,8 +421,24 @@ def test_predictor_is_the_explained_model(model: Model) -> None:
     started = ensemble[image] == target
     confirmed, rungs = pairs["confirmed"].to_numpy(), pairs["rungs"].to_numpy()
     assert (confirmed == passed)[~started].all() and not (confirmed & ~passed).any()
-    # A pair that starts in its target for the ensemble is confirmed on a rung only.
     assert started.any() and not (confirmed & started & (rungs == 0)).any()
+
+
+@pytest.mark.parametrize("config", [LADDER, replace(LADDER, max_steps=1, min_target_prob=0.9)])
+def test_pair_that_the_ensemble_sees_as_its_target_at_the_start_is_searched_again_and_loses_nothing(
+    model: Model, config: SearchConfig
+) -> None:
+    explainer = Explainer(model, "clarity", config, predictor=their_model(model), threads=1)
+    explainer.checks = [far(0.0)]
+    explained = explainer.explain_shard(shard_of(model, IDS))
+    ensemble = dict(zip(explained.codes["image_id"].to_pylist(), schema.matrix(explained.codes["probs"]).argmax(1)))
+    rows = explained.counterfactuals.to_pylist()
+    started = [row for row in rows if ensemble[row["image_id"]] == row["target"]]
+    assert all(row["confirmed"] == (row["steps"] > 0) for row in rows)
+    if config.max_steps == 1:
+        assert any(row["confirmed"] and not row["converged"] and row["rungs"] == 0 for row in started)
+    else:
+        assert all(row["rungs"] > 0 or row["steps"] == config.max_steps for row in started)
 
 
 def test_predictor_sees_the_original_in_its_own_size(model: Model) -> None:

@@ -206,6 +206,12 @@ def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
     assert {target for image_id, target in agree.examples if image_id == "img-00000"} == {1}
     confirmed = found["confirmed"]
     assert "your model does not see the target in 12 of 360 pictures (3.3 %)" in confirmed.sentence
+    tables = with_predictor(make_tables())
+    pairs = tables.counterfactuals
+    seen = pa.array(np.full(len(pairs), 0.9), pairs.schema.field("prediction_target_prob_final").type)
+    index = pairs.column_names.index("prediction_target_prob_final")
+    tables = replace(tables, counterfactuals=pairs.set_column(index, "prediction_target_prob_final", seen))
+    assert "searches the checks fail on 12 of 360 pictures" in told(tables)["confirmed"].sentence
     assert "0 images cannot be flipped" in confirmed.sentence and confirmed.figures["confirmed"] == 348
     assert "In 24 of 348 confirmed pictures (6.9 %)" in found["fooled"].sentence
     # The labels are those of the predictor's class, which the ensemble contradicts on nine images.
