@@ -112,7 +112,8 @@ def with_recipe(plan: TrainingPlan) -> TrainingPlan | None:
         found = card.get("recipe") or {}
     elif not storage.exists(file) or (found := storage.read_json(file))["key"] != recipe_key(plan):
         return None
-    chosen = own_values(plan) | found.get("chosen", {})
+    kept = {name: value for name, value in found.get("chosen", {}).items() if name in plan.searched}
+    chosen = own_values(plan) | kept
     dim = chosen["latent_dim"]
     return replace(
         plan,

@@ -147,7 +147,7 @@ def recipe_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
         if (predictor := plan_predictor(plan, worker.device)) is not None:
             listing = list_images(plan.dataset)
             probs = original_probs(predictor, plan.dataset, listing, some, plan.preprocessing)
-            some = replace(some, labels=torch.where(probs.isnan().any(1), -1, probs.argmax(1)))
+            some = replace(some, labels=probs.argmax(1)).take(np.flatnonzero(~probs.isnan().any(1)))
         small, some = small_plan(plan), small_images(plan, some)
         keep = small is plan and predictor is None and plan.judge_training is not None  # others are trained later
         judge = trained_judge(small, worker, images() if keep else some)

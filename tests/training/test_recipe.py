@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bars import write_bars
 from pictures import write_images
+from predictors import as_predictor
 
 import clarity
 from clarity import data, storage
@@ -240,6 +242,34 @@ def test_finished_model_is_never_searched_again(folder: Path, tmp_path: Path) ->
     assert clarity.train("folder", tmp_path / "out", data=folder, **SHORT).fingerprint == model.fingerprint
     with pytest.raises(ValueError, match=r"holds another model: num_members: "):
         clarity.train("folder", tmp_path / "out", data=folder, **SHORT | {"num_members": 3})
+
+
+def test_value_that_is_given_is_not_replaced_by_the_one_that_a_search_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(8)))
+    plan = plan_of(tmp_path, tmp_path.parent / "out")
+    chosen = recipe.own_values(plan) | {"beta": 0.2, "latent_dim": 3}
+    monkeypatch.setattr(recipe, "read_card", lambda _: {"recipe": {"chosen": chosen}})
+    known = recipe.with_recipe(plan)
+    assert known and (known.vae.beta, known.vae.latent_dim) == (0.2, 3)
+    given = dataclasses.replace(plan, vae=dataclasses.replace(plan.vae, beta=2.0), searched=("latent_dim",))
+    known = recipe.with_recipe(given)
+    assert known and (known.vae.beta, known.vae.latent_dim, known.ensemble.latent_dim) == (2.0, 3, 3)
+
+
+def test_search_leaves_out_images_that_the_predictor_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{name}/{i}.png" for name in "ab" for i in range(8)]
+    write_images(tmp_path, *names)
+    answers = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 12 + [[torch.nan] * 2])
+    monkeypatch.setattr("clarity.training.stages.original_probs", lambda *_: answers)
+    out, predictor = tmp_path.parent / "out", as_predictor(lambda pixels: np.eye(2)[[0] * len(pixels)], ["a", "b"])
+    lines: list[str] = []
+    plan = plan_of(tmp_path, out, predictor=predictor, recipe="auto", judge_updates=3)
+    run_stages(plan, ["recipe"], Worker(log=lines.append))
+    assert lines[-1] == "recipe: too few labelled images for a search (15); the paper's values are taken"
 
 
 def test_search_of_too_few_images_keeps_the_paper(tmp_path: Path) -> None:
