@@ -46,6 +46,8 @@ SAME_NAMES = (*OPTIONS, "num_members", "hidden", "mode", "center_crop", "recipe"
 RETRIES = 3
 #: After so many seconds Ray knows that a node died, and another attempt does not count on it.
 NODE_DEATH_S = 30
+#: How long workers wait for the first one at most, which trains the guide alone; by default half an hour.
+WAIT_S = 24 * 3600
 #: What the trainings' flags train, by their prefix.
 NETWORKS = {"vae": "VAE", "ensemble": "ensemble", "image": "image ensemble"}
 #: What is said of images with the same pixels: entries of the card, the name of a line, its text.
@@ -379,6 +381,7 @@ def attempt(plan: TrainingPlan, stages: Sequence[str], workers: int | None) -> N
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": threads} | ({"GPU": 1} if use_gpu else {}),
             ),
+            torch_config=ray.train.torch.TorchConfig(timeout_s=WAIT_S),
             # Ray Train itself would try again after any error, and with as many workers when a node is gone.
             run_config=ray.train.RunConfig(name=f"{stages[0]}-{time.time_ns()}", **ray_storage(plan)),
         ).fit()
@@ -389,18 +392,19 @@ def divide(
 ) -> tuple[int, int, bool]:
     """Number of workers for some stages, CPUs of each, and whether each has a GPU; ``workers`` is the user's number.
 
-    By default one for each GPU, else for each CPU, but no more than there are networks to divide; or one for each
-    node, where all train one network: without GPUs the parts of a batch talk more than they compute.
+    By default one for each GPU, else for each CPU; or one for each node, where all train one network: without GPUs the
+    parts of a batch talk more than they compute. No more than there are networks, or images of a batch, to divide.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     by_member = any(STAGES[stage].by_member for stage in stages)
     most = gpus or (sum(cpus) if by_member or workers else min(len(cpus), 4))
-    useful = max(plan.ensemble.num_members, plan.image_members) if by_member else most
-    count = workers or max(1, min(most, useful))
     # A cluster that scales from nothing offers nothing yet: Ray waits for its nodes.
-    if cpus and count > most:
-        raise ValueError(f"--workers {count}: Ray offers {counted(most, 'GPUs' if gpus else 'CPUs')}; ask for fewer")
+    if cpus and (workers or 0) > most:
+        raise ValueError(f"--workers {workers}: Ray offers {f'{gpus} GPUs' if gpus else f'{most} CPUs'}; ask for fewer")
+    in_batch = min(plan.vae_training.batch_size, plan.data["images"])
+    useful = max(plan.ensemble.num_members, plan.image_members) if by_member else in_batch
+    count = max(1, min(workers or most, useful))
     threads = 1 if gpus or not cpus else min(16, *cpus, max(1, sum(cpus) // count))
     return count, threads, bool(gpus)
 

@@ -168,8 +168,9 @@ def test_a_worker_that_dies_each_time_is_tried_again_three_times(
     attempts: list[str] = []
 
     class Trainer:
-        def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
+        def __init__(self, *_: Any, run_config: Any, torch_config: Any, **__: Any) -> None:
             attempts.append(run_config.name)
+            assert torch_config.timeout_s >= 12 * 3600, "the others wait while the first one trains a guide"
 
         def fit(self) -> None:
             raise ray.train.WorkerGroupError("it died", {0: RuntimeError("it died")})
@@ -322,8 +323,13 @@ def test_stages_are_divided_by_nodes_or_by_networks(job: Any, folder: Path, tmp_
     expected |= dict.fromkeys(("latent", "images", "judge"), one_a_network)
     assert {name: job.divide(plan, [name], nodes, None) for name in job.TRAINED} == expected
     assert job.divide(plan, ["recipe"], nodes, 1) == (1, 4, False) and job.divide(plan, ["vae"], [], 3) == (3, 1, False)
-    with pytest.raises(ValueError, match="--workers 9: Ray offers 8 CPUs; ask for fewer"):
-        job.divide(plan, ["vae"], nodes, 9)
+    for stage in ("vae", "latent"):
+        with pytest.raises(ValueError, match="--workers 9: Ray offers 8 CPUs; ask for fewer"):
+            job.divide(plan, [stage], nodes, 9)
+    few = job.make_plan(job.new_parser().parse_args([*argv, "--vae-batch-size", "2"]))
+    assert job.divide(few, ["vae"], nodes, 3) == (2, 4, False), "a worker without an image of a batch has the loss nan"
+    assert job.divide(few, ["vae"], [{"CPU": 8.0, "GPU": 8.0}], None) == (2, 1, True)
+    assert job.divide(plan, ["latent"], nodes, 7) == (5, 1, False), "of five networks each"
     assert job.divide(plan, ["latent"], [{"CPU": 4.0, "GPU": 3.0}], None) == (3, 1, True)
 
 
