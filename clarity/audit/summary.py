@@ -109,7 +109,7 @@ def describe(summary: Mapping[str, Any]) -> str:
             real, again = percent(judge["accuracy"]), percent(judge["accuracy_on_reconstructions"])
             lines[-1] += f"; right on {real} of held-out images, {again} of their reconstructions"
     if given := summary.get("checks"):
-        rungs = f"{given['mean_rungs']:.2f} further passes a pair, {given['most_rungs']} at most"
+        rungs = f"{given['mean_rungs']:.2f} further searches a pair, {given['most_rungs']} at most"
         lines.append(f"confirmed  {share(given['confirmed'], given['pairs'])}; {rungs}")
     lines += [
         f"steps      median {summary['median_steps']}, mean {summary['mean_steps']}; most: {', '.join(slow)}",

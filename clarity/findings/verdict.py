@@ -33,6 +33,10 @@ REMEDY = (
     "the code loses what separates the classes. A longer code (--latent-dim), a smaller --beta or a smaller "
     "--ensemble-adversarial-eps may help"
 )
+BLURRED = (
+    "pictures lose what it looks at. An --image-size as large as your model's, a longer training (--vae-min-updates) "
+    "or a longer code (--latent-dim) may help"
+)
 RARE = ", of few training images. A larger --ensemble-balance, such as 1, may help"
 TOO_SHORT = "the VAE is worse than a linear code of its size. A longer training (--vae-min-updates) may help"
 
@@ -153,7 +157,7 @@ def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], l
     """How far the ensemble may speak for the predictor: reasons for no-go, for with care, and figures."""
     codes, same = fidelity["codes"], fidelity["reconstructing"]["agreement"]
     agree = codes["agreement"]
-    lost = f"your model keeps its answer on only {percent(same)} of the reconstructions"
+    lost = f"your model keeps its answer on only {percent(same)} of the reconstructions: {BLURRED}"
     unlike = f"the ensemble predicts the same class as your model on only {percent(agree)} of the images"
     perturbed = percent(fidelity["perturbed"]["agreement"])
     note = f"{plural(fidelity['images'], 'image')}, KL {number(codes['kl'])} nats; on perturbed codes {perturbed}"

@@ -79,7 +79,7 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> dict[
         note = f"passed every check, {total['went_on']:,} after a further search"
         figures["Confirmed"] = share_of_pairs("confirmed", "checked", note)
     survived = f"still seen as the target{among}; median probability {probability(total['reencoded'])}"
-    distance = f"median latent distance {number(total['median_distance'])}"
+    distance = f"median latent distance {number(total['median_distance'])}{'; of those that converged' if lost else ''}"
     before = f"median, nats; before the search {number(total['epistemic_initial'])}"
     reached = f"{lost:,} did not reach" if lost else "all reached"
     unread = f"{failed:,} could not be read" if failed else "all were read"

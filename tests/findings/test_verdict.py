@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from audits import model_card as card
 
-from clarity.findings.verdict import MIN_UPDATES, RARE, REMEDY, TOO_SHORT, verdict
+from clarity.findings.verdict import BLURRED, MIN_UPDATES, RARE, REMEDY, TOO_SHORT, verdict
 from clarity.training.loops import VAETraining
 
 
@@ -59,8 +59,8 @@ def test_verdict_knows_a_first_look_and_a_model_of_other_data() -> None:
 
 def test_verdict_advises_flags_that_exist() -> None:
     reference = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
-    flags = re.findall(r"--[a-z-]+", REMEDY + TOO_SHORT + RARE)
-    assert len(flags) == 5 and all(f"- `{flag}`" in reference for flag in flags)
+    flags = re.findall(r"--[a-z-]+", REMEDY + TOO_SHORT + RARE + BLURRED)
+    assert len(flags) == 8 and all(f"- `{flag}`" in reference for flag in flags)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def test_report_says_which_probabilities_the_search_asked_for(tmp_path: Path) ->
 
 
 def test_report_says_which_pairs_its_first_figures_count(tmp_path: Path) -> None:
-    assert "still seen as the target, converged or not; median probability 0.98" in page_of(tmp_path / "some").html
+    html = page_of(tmp_path / "some").html
+    assert "still seen as the target, converged or not; median probability 0.98" in html
+    assert re.search(r"median latent distance [\d.]+; of those that converged", html)
     assert "still seen as the target; median probability" in page_of(tmp_path / "all", make_tables()).html
 
 
