@@ -120,11 +120,13 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
         return found
 
     for name in stages:
-        if name != "recipe" and not storage.exists(plan.file("plan.json")):
-            raise ValueError(
-                f"out: the worker of rank {worker.rank} does not see {storage.display(plan.out)}; with several nodes, "
-                "choose a directory that every node sees: s3://..., or a shared mount"
-            )
+        needed = {"data": plan.dataset.data, "out": None if name == "recipe" else plan.file("plan.json")}
+        for what, uri in needed.items():
+            if uri is not None and not storage.exists(uri):
+                raise ValueError(
+                    f"{what}: the worker of rank {worker.rank} does not see {storage.display(uri)}; with several nodes, "
+                    "choose a directory that every node sees: s3://..., or a shared mount"
+                )
         done = STAGES[name].done(plan)
         if not STAGES[name].by_member:
             worker.wait_for_all()  # before one of them does what the others would then find done

@@ -251,9 +251,17 @@ def test_search_on_other_images_leaves_a_training_as_it_is(folder: Path, tmp_pat
     assert (tmp_path / "model" / "_training" / "judge.safetensors").read_bytes() == judge
 
 
-def test_worker_that_does_not_see_the_model_directory_says_so(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rank 1 does not see .* a shared mount"):
+def test_worker_that_does_not_see_the_model_directory_or_the_data_says_so(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^out: the worker of rank 1 does not see .* a shared mount"):
         run_stages(plan_of(folder, tmp_path), TRAINED, Worker(1, 2))
+    data = write_bars(tmp_path / "data", 90)
+    plan = plan_of(data, tmp_path / "model")
+    begin(plan)
+    data.rename(tmp_path / "elsewhere")
+    for stage in ("recipe", "vae"):
+        open_plan = dataclasses.replace(plan, searched=("beta",))
+        with pytest.raises(ValueError, match=r"^data: the worker of rank 0 does not see .*/data; .* a shared mount"):
+            run_stages(open_plan, [stage], Worker())
 
 
 def test_training_on_an_object_store_is_that_on_a_disk(folder: Path, tmp_path: Path, uncut: dict[str, bytes]) -> None:
