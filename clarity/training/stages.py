@@ -124,8 +124,8 @@ def run_stages(plan: TrainingPlan, stages: Iterable[str], worker: Worker) -> Non
         for what, uri in needed.items():
             if uri is not None and not storage.exists(uri):
                 raise ValueError(
-                    f"{what}: the worker of rank {worker.rank} does not see {storage.display(uri)}; with several nodes, "
-                    "choose a directory that every node sees: s3://..., or a shared mount"
+                    f"{what}: the worker of rank {worker.rank} does not see {storage.display(uri)}; with several "
+                    "nodes, choose a directory that every node sees: s3://..., or a shared mount"
                 )
         done = STAGES[name].done(plan)
         if not STAGES[name].by_member:
