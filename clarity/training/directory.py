@@ -194,7 +194,7 @@ def finish(plan: TrainingPlan, log: Log = lambda line: None) -> Model:
     if (predictor := plan_predictor(plan)) is not None:
         refit = None if plan.refit is None else storage.display(plan.refit)
         measured["predictor"] = {"name": predictor.name, "digest": predictor.digest, "refit": refit}
-        if plan.held_out is not None:
+        if plan.held_out is not None and held_out.ids:
             some = held_out.take(evenly(len(held_out.ids), MEASURED_IMAGES))
             probs = original_probs(predictor, plan.held_out, list_images(plan.held_out), some, plan.preprocessing)
             measured["predictor"] |= fidelity(model, predictor, some, probs)

@@ -256,6 +256,15 @@ def test_model_of_labels_is_taught_by_a_predictor_and_keeps_its_vae_and_judge(tm
     assert card["predictor"]["labelled"] == {"correct": 18, "images": 18}
 
 
+def test_held_out_images_that_cannot_be_read_are_compared_with_nothing(tmp_path: Path) -> None:
+    directory = write_bars(tmp_path / "data", 90, lambda i, k: f"train/{CLASSES[k]}")
+    (directory / "test" / CLASSES[0]).mkdir(parents=True)
+    (directory / "test" / CLASSES[0] / "broken.png").write_bytes(b"no picture")
+    predictor = as_predictor(heights, sorted(CLASSES))
+    model = clarity.train("folder", tmp_path / "out", data=directory, **taught_by(predictor=predictor))
+    assert model.card["metrics"] == {} and set(model.card["predictor"]) == {"name", "digest", "refit"}
+
+
 def test_finished_model_is_not_taught_by_labels_again(folder: Path, taught: Path) -> None:
     plan = plan_of(folder, taught)
     assert begin(plan)
