@@ -186,7 +186,7 @@ def train(args: argparse.Namespace) -> int:
     asked = make_plan(args)
     plan, out = with_recipe(asked) or asked, storage.display(asked.out)
     changed = require_same(plan)
-    if asked.searched and not (plan.searched or plan.recipe):
+    if changed is not None and asked.searched and not plan.recipe:
         changed["recipe"] = "none was searched there, auto here"
     if args.dry_run:
         lines = [about_images(plan), *about_kept(plan, changed), *describe_costs(costs_left(plan))]
@@ -217,16 +217,16 @@ def about_predictor(plan: TrainingPlan) -> list[str]:
     return [describe_predictor(predictor, plan.dataset, listing, plan.preprocessing)]
 
 
-def about_kept(plan: TrainingPlan, changed: Mapping[str, str]) -> list[str]:
-    """Which networks are there already, and why the others are trained; nothing where none is there."""
+def about_kept(plan: TrainingPlan, changed: Mapping[str, str] | None) -> list[str]:
+    """Which networks of a model that is there are kept, and why the others are trained."""
     there = networks(plan)
     kept, left = ([name for name in there if there[name] == known] for known in (True, False))
-    if not kept:
+    if changed is None or not kept:
         return []
     return [f"kept: {', '.join(kept)}; to train: {', '.join(left) or 'nothing'}{in_brackets(changed)}"]
 
 
-def in_brackets(changed: Mapping[str, str]) -> str:
+def in_brackets(changed: Mapping[str, str] | None) -> str:
     """What differs from the model that is there, after what follows from it."""
     return f" ({'; '.join(f'{name}: {values}' for name, values in changed.items())})" if changed else ""
 

@@ -60,14 +60,15 @@ def described(plan: TrainingPlan) -> Mapping[str, Any] | None:
     return storage.read_json(file) if storage.exists(file) else None
 
 
-def require_same(plan: TrainingPlan) -> dict[str, str]:
+def require_same(plan: TrainingPlan) -> dict[str, str] | None:
     """Raises ValueError where the directory holds another model, or one that began without the plan's search.
 
-    Returns what may differ and does, by parameter: "3 there, 4 here". Values that a search has still to choose may.
+    Returns what may differ and does, by parameter: "3 there, 4 here"; None where no model is there. Values that a
+    search has still to choose may differ.
     """
     found, wanted, finished = described(plan), plan.describe(), read_card(plan.out) is not None
     if found is None:
-        return {}
+        return None
     may = set(EXTRAS)
     if not finished and found.get("image_training"):
         may -= {"image_training"}
