@@ -267,7 +267,7 @@ def describe_inputs(
     if predictor is not None:
         told.append(describe_predictor(predictor, dataset, listing, model.preprocessing))
         if (taught := model.card.get("predictor", {})).get("digest", predictor.digest) != predictor.digest:
-            told.append(f"WARNING    The model: {describe_other(taught['name'])}")
+            told.append(f"WARNING    {describe_other(taught['name'])}")
     return "".join(f"{text}\n" for text in told)
 
 

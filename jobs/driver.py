@@ -484,13 +484,14 @@ def progress(ended: Iterable[tuple[int, dict[str, Any]]], total: int, by_class: 
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         for done, (shard, note) in enumerate(ended, 1):
-            seen.update({name: note.get(name, 0) for name in ("pairs", "converged")})
+            seen.update({name: note.get(name, 0) for name in ("pairs", "converged")}, failed="error" in note)
+            lost = f", {seen['failed']} failed" if seen["failed"] else ""
             if (reach := note.get("reach")) is not None:
                 reached.append(reach)
             bar.update(task, advance=1, description=counted(seen["pairs"], "pairs"))
             if bar.disable and (time.time() - printed > 10 or done == total):
                 printed = time.time()
-                print(f"{done} of {counted(total, 'shards')}, {counted(seen['pairs'], 'pairs')}", flush=True)
+                print(f"{done} of {counted(total, 'shards')}, {counted(seen['pairs'], 'pairs')}{lost}", flush=True)
             if done == FIRST_SHARDS and (told := unreached({**seen, "target_prob_p5": min(reached, default=None)})):
                 print(told, flush=True)
             yield shard, note

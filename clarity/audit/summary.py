@@ -80,14 +80,29 @@ def describe_foreign_labels(labelled: int, plan: Plan) -> str:
 
 def describe(summary: Mapping[str, Any]) -> str:
     """A summary as text."""
-    slow = [f"{pair['source']}->{pair['target']} {pair['mean_steps']:.0f}" for pair in summary["slowest_class_pairs"]]
-    engines = [f"{engine} ({counted(count, 'shards')})" for engine, count in summary["engines"].items()]
-    stages = [f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds_by_stage"].items()]
     model = summary.get("verdict", {"sentence": "not checked", "reasons": []})
     lines = [
         *(f"WARNING    {warning}" for warning in summary.get("warnings", [])),
         f"model      {model['sentence']}",
         *(f"           {reason}" for reason in model["reasons"][1:]),
+        *(describe_rows(summary) if summary.get("committed", 1) else []),
+        *(f"PROBLEM    {problem}" for problem in summary["problems"]),
+    ]
+    if summary.get("damaged"):
+        lines.append(f"TAKEN BACK {counted(summary['damaged'], 'damaged shards')}; the same command repeats the work")
+    if summary.get("committed", 0) < summary.get("planned", 0):
+        lines.append(
+            f"INCOMPLETE {summary['committed']} of {counted(summary['planned'], 'shards')}; the same command resumes"
+        )
+    return "\n".join(lines)
+
+
+def describe_rows(summary: Mapping[str, Any]) -> list[str]:
+    """The lines on images and pairs, of which there are some."""
+    slow = [f"{pair['source']}->{pair['target']} {pair['mean_steps']:.0f}" for pair in summary["slowest_class_pairs"]]
+    engines = [f"{engine} ({counted(count, 'shards')})" for engine, count in summary["engines"].items()]
+    stages = [f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds_by_stage"].items()]
+    lines = [
         f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
         *(f"           {reason}" for reason in reasons_unread(summary)),
         *about_data(summary),
@@ -111,21 +126,14 @@ def describe(summary: Mapping[str, Any]) -> str:
     if given := summary.get("checks"):
         rungs = f"{given['mean_rungs']:.2f} further searches a pair, {given['most_rungs']} at most"
         lines.append(f"confirmed  {share(given['confirmed'], given['pairs'])}; {rungs}")
-    lines += [
+    return [
+        *lines,
         f"steps      median {summary['median_steps']}, mean {summary['mean_steps']}; most: {', '.join(slow)}",
         f"speed      {summary['pairs_per_second']} pairs/s over {summary['seconds']} s, start-up included",
         f"stages     {', '.join(stages)} (seconds, summed over the processes)",
         f"engine     {', '.join(engines) or 'none'}",
         f"verified   checksums, keys, order, contents; {counted(summary['redecoded'], 'pairs')} decoded again",
-        *(f"PROBLEM    {problem}" for problem in summary["problems"]),
     ]
-    if summary.get("damaged"):
-        lines.append(f"TAKEN BACK {counted(summary['damaged'], 'damaged shards')}; the same command repeats the work")
-    if summary.get("committed", 0) < summary.get("planned", 0):
-        lines.append(
-            f"INCOMPLETE {summary['committed']} of {counted(summary['planned'], 'shards')}; the same command resumes"
-        )
-    return "\n".join(lines)
 
 
 def describe_extent(plan: Plan) -> str:

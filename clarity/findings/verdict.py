@@ -1,5 +1,6 @@
 """Whether a model is good enough to be audited: a pure function of its model card."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ OPENINGS = {
     "with care": "With care: read this audit with reservations",
     "sound": "Sound: the held-out figures give no reason against an audit of this model",
 }
+#: This model, where there is the user's own, too.
+OURS = "Clarity's model"
 REMEDY = (
     "the code loses what separates the classes. A longer code (--latent-dim), a smaller --beta or a smaller "
     "--ensemble-adversarial-eps may help"
@@ -138,8 +141,12 @@ def verdict(card: Mapping[str, Any], foreign_labels: bool = False, predictor: st
         made = f"only {plural(updates, 'update')} (default: at least {MIN_UPDATES:,})"
         care.append(f"its VAE was trained for {made}: a first look")
     level = "no-go" if no_go else "with care" if care else "sound"
-    reasons = [reason[0].upper() + reason[1:] + "." for reason in no_go + care]
-    sentence = f"{OPENINGS[level]}{', because ' + (no_go + care)[0] if reasons else ''}."
+    opening, why = OPENINGS[level], no_go + care
+    if fidelity or predictor is not None:  # "this model" and "it" would be taken for the user's own
+        opening = opening.replace("this model", OURS)
+        why = [re.sub("^its ", "Clarity's ", re.sub("^it ", f"{OURS} ", reason)) for reason in why]
+    reasons = [reason[0].upper() + reason[1:] + "." for reason in why]
+    sentence = f"{opening}{', because ' + why[0] if why else ''}."
     return Verdict(level, sentence, tuple(reasons), tuple(figures), tuple(classes))
 
 
@@ -150,7 +157,7 @@ def quoted(names: Sequence[str]) -> str:
 
 def describe_other(name: str) -> str:
     """The reason against an audit that explains another model than the ensemble learned from."""
-    return f"it learned from {name}, not from the explained model: how far it speaks for that one was not measured"
+    return f"{OURS} learned from {name}, not from the explained model: how far it speaks for that one was not measured"
 
 
 def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:

@@ -127,6 +127,8 @@ def test_summarise_of_nothing_is_empty(plan: Plan, model_dir: str, tmp_path: Pat
         found = read_audit(uri).summary()
     assert (found["images"], found["pairs"], found["converged"]) == (0, 0, 0)
     assert found["mean_steps"] is None and found["median_steps"] is None and found["slowest_class_pairs"] == []
+    told = describe(found | ENDED).splitlines()
+    assert told[0].startswith("model  ") and told[1:] == ["INCOMPLETE 0 of 3 shards; the same command resumes"]
 
 
 READERS = """

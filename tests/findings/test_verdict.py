@@ -130,7 +130,10 @@ def test_verdict_says_nothing_of_a_predictor_by_the_figures_of_another() -> None
     assert verdict({**card(), "predictor": told}, predictor="a").level == "no-go"
     found = verdict({**card(), "predictor": told}, predictor="b")
     assert found.level == "with care"
-    assert found.reasons == (f"It learned from mine.onnx, not from the explained model: {UNMEASURED}.",)
+    assert found.reasons == (f"Clarity's model learned from mine.onnx, not from the explained model: {UNMEASURED}.",)
     assert not {"Agreement with your model", "Changed by the reconstruction"} & {name for name, *_ in found.figures}
-    assert verdict(card(), predictor="b").level == "sound"
+    sound = verdict(card(), predictor="b")
+    assert sound.level == "sound" and sound.sentence.endswith("against an audit of Clarity's model.")
+    short = {**card(), "predictor": fidelity(), "vae_updates": 9}
+    assert verdict(short).reasons[0].startswith("Clarity's VAE was trained for only 9 updates")
     assert verdict(card(), predictor="b").figures[0][0] == "Ensemble's accuracy"

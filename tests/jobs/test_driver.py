@@ -179,6 +179,7 @@ def test_progress_advises_by_the_shard_that_reaches_least(capsys: pytest.Capture
     ]
     assert len(list(driver.progress(enumerate(notes), 3))) == 3
     told = capsys.readouterr().out.splitlines()
+    assert told[-2] == "3 of 3 shards, 19 pairs, 1 failed"
     assert told[-1] == (
         "6 (31.58 %) of the searches did not converge; 95 % of the pairs reach 0.700: "
         "try --min-target-prob auto, or 0.69"
