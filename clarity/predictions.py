@@ -173,7 +173,7 @@ def class_column(predictions: pa.Table, class_names: Sequence[str]) -> pa.Array:
     if len(wrong):
         raise ValueError(
             f"predictions: expected classes that the model knows, found {column[wrong[0]]} for image "
-            f"{predictions['image_id'][wrong[0]]} and {len(wrong) - 1} others; choose from {', '.join(class_names)}, "
+            f"{predictions['image_id'][wrong[0]]} ({len(wrong)} in all); choose from {', '.join(class_names)}, "
             f"or indices 0 to {len(class_names) - 1}"
         )
     return found
@@ -192,8 +192,8 @@ def probability_column(predictions: pa.Table, class_names: Sequence[str]) -> tup
     def check(bad: np.ndarray, what: str, found: Callable[[int], Any]) -> None:
         if len(rows_ := np.flatnonzero(bad)):
             raise ValueError(
-                f"predictions: expected {what}, found {found(int(rows_[0]))} for image {ids[rows_[0]]} and "
-                f"{len(rows_) - 1} others; the classes are {', '.join(class_names)}, in this order"
+                f"predictions: expected {what}, found {found(int(rows_[0]))} for image {ids[rows_[0]]} "
+                f"({len(rows_)} in all); the classes are {', '.join(class_names)}, in this order"
             )
 
     lengths = pc.list_value_length(rows).to_numpy()
