@@ -29,6 +29,8 @@ TIMEOUT_S = 300.0
 BATCH_TOLERANCE = 1e-4
 OUTPUTS = ("logits", "probabilities")
 EXAMPLE = '{"classes": ["cat", "dog"], "mode": "RGB", "size": [224, 224], "output": "logits"}'
+#: Of a function, which answers probabilities.
+EXAMPLE_OF_FUNCTION = 'predict.classes, predict.mode, predict.size = ["cat", "dog"], "RGB", (224, 224)'
 
 
 @dataclass(frozen=True)
@@ -240,9 +242,11 @@ def parse_description(found: Any, name: str, needed: Sequence[str], optional: Se
 
     def require(fit: bool, expected: str, value: Any) -> None:
         if not fit:
-            raise ValueError(f"predictor: {name}: expected {expected}, got {value!r}; an example: {EXAMPLE}")
+            example = EXAMPLE if "output" in needed else EXAMPLE_OF_FUNCTION
+            raise ValueError(f"predictor: {name}: expected {expected}, got {value!r}; an example: {example}")
 
-    entries = f"the entries {', '.join(needed)} (optional: {', '.join(optional) or 'none'})"
+    entries = f"the entries {', '.join(needed)}" if optional else f"the attributes {', '.join(needed)} of the function"
+    entries += f" (optional: {', '.join(optional)})" if optional else ""
     require(isinstance(found, Mapping), entries, found)
     require(set(needed) <= found.keys() <= {*needed, *optional}, entries, sorted(found))
     classes, size = found["classes"], found["size"]

@@ -131,6 +131,16 @@ def test_function_is_imported_from_the_working_directory(tmp_path: Path, monkeyp
         load_predictor("their_model:missing")
 
 
+def test_function_without_its_attributes_is_shown_an_example_that_fits() -> None:
+    def predict(pixels: np.ndarray) -> np.ndarray:
+        return np.full((len(pixels), 2), 0.5)
+
+    with pytest.raises(ValueError, match=r"attributes classes, mode, size of the function, got \[\]; an") as refused:
+        load_predictor(predict)
+    exec(str(refused.value).partition("an example: ")[2])
+    assert load_predictor(predict).class_names == ("cat", "dog")
+
+
 def test_functions_that_answer_alike_have_the_same_digest() -> None:
     flat = mine(lambda x: np.full((len(x), K), 1 / K))
     assert load_predictor(flat).digest == load_predictor(mine(lambda x: np.full((len(x), K), 1 / K))).digest
