@@ -307,7 +307,9 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
     context.enable_progress_bars = context.print_on_execution_start = False
     if ray.is_initialized():
         return
-    require_answer(os.environ.get("RAY_ADDRESS", ""))
+    given = os.environ.get("RAY_ADDRESS")
+    source = "RAY_ADDRESS" if given else ray._common.utils.get_ray_address_file(None)  # of the last `ray start`
+    require_answer(given or ray._private.utils.read_ray_address() or "", source)
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS", "local") == "local":  # which is silent while it waits for its processes
@@ -350,8 +352,8 @@ def silent_core() -> Iterator[None]:
         os.close(nothing)
 
 
-def require_answer(address: str) -> None:
-    """Raise ValueError unless somebody listens at RAY_ADDRESS; Ray itself would try for a quarter of an hour."""
+def require_answer(address: str, source: str = "RAY_ADDRESS") -> None:
+    """Raise ValueError unless somebody listens at an address; Ray itself would try for a quarter of an hour."""
     host, _, port = address.rpartition("//")[2].rpartition(":")
     end = time.monotonic() + RAY_CONTACT_S
     while host and port.isdigit():
@@ -361,8 +363,8 @@ def require_answer(address: str) -> None:
         except OSError as error:
             if time.monotonic() > end:
                 raise ValueError(
-                    f"RAY_ADDRESS: expected a Ray at {address}, got no answer in {RAY_CONTACT_S} s ({error}): start "
-                    "that cluster, correct the address, or unset RAY_ADDRESS for a Ray of this job's own"
+                    f"{source}: expected a Ray at {address}, got no answer in {RAY_CONTACT_S} s ({error}): start that "
+                    f"cluster, correct the address, or remove {source} for a Ray of this job's own"
                 ) from None
             print(f"no Ray answers at {address} yet ({error}); trying again", file=sys.stderr)
             time.sleep(2)

@@ -205,7 +205,7 @@ def test_job_path_keeps_away_from_a_temporary_working_directory(
 
 
 def test_ray_that_does_not_answer_is_given_up_soon(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(driver, "RAY_CONTACT_S", 1)
     with socket.socket() as listener:
@@ -219,6 +219,13 @@ def test_ray_that_does_not_answer_is_given_up_soon(
     with pytest.raises(ValueError, match=f"RAY_ADDRESS: expected a Ray at 127.0.0.1:{port}, got no answer in 1 s"):
         driver.require_answer(f"127.0.0.1:{port}")
     assert "trying again" in capsys.readouterr().err
+    (tmp_path / "ray").mkdir()
+    (file := tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(ValueError, match=f"^{file}: expected a Ray at 127.*, or remove {file} for a Ray of this job's"):
+        driver.start_ray()
 
 
 def test_silent_core_hears_nothing_and_gives_stderr_back(capfd: pytest.CaptureFixture[str]) -> None:
