@@ -234,7 +234,7 @@ def test_workers_ask_about_parts_of_the_images(
 def test_another_predictor_does_not_resume(folder: Path, tmp_path: Path) -> None:
     begin(plan_of(folder, tmp_path))
     turned = teacher(lambda pixels: heights(pixels)[:, ::-1])
-    with pytest.raises(ValueError, match=r'training of another model: predictor: "\w+\.\.\. there, "\w+\.\.\. here'):
+    with pytest.raises(ValueError, match="training of another model: predictor: another one there"):
         begin(plan_of(folder, tmp_path, predictor=turned))
     with pytest.raises(ValueError, match=r"predictor: expected that of the plan, found another"):
         plan = plan_of(folder, tmp_path, vae_training=SHORT_VAE)
@@ -269,7 +269,7 @@ def test_finished_model_is_not_taught_by_labels_again(folder: Path, taught: Path
     plan = plan_of(folder, taught)
     assert begin(plan)
     without = dataclasses.replace(plan, predictor=None, teachers={}, data=plan.data | {"labelled": 90})
-    with pytest.raises(ValueError, match=r'holds another model: predictor: "\w+\.\.\. there, null here'):
+    with pytest.raises(ValueError, match="holds another model: predictor: one there, none here"):
         begin(without)
 
 
@@ -293,7 +293,7 @@ def test_refit_learns_from_an_audit_and_keeps_the_vae(folder: Path, taught: Path
     assert before["ensemble.safetensors"] != after["ensemble.safetensors"]
     assert model.card["predictor"]["refit"] == str(audit)
     assert begin(plan_of(folder, out, refit=str(audit)))
-    with pytest.raises(ValueError, match=r'refit: "\w+\.\.\. there, null here'):
+    with pytest.raises(ValueError, match="refit: one there, none here"):
         begin(plan_of(folder, out))
     with pytest.raises(ValueError, match=r"refit: expected the predictor"):
         plan_of(folder, out, refit=str(audit), predictor=None)
