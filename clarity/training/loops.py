@@ -198,10 +198,15 @@ def run_epochs(
         means = {name: float(value) / updates for name, value in sums.items()}
         first = first or means["loss"]
         if not math.isfinite(means["loss"]) or means["loss"] > DIVERGED * first:
-            what = {VAE: "VAE", VAEWithHeads: "VAE", nn.ModuleDict: "sharp decoder"}.get(type(network), "ensemble")
+            parameter, what, remedy = {
+                VAE: ("vae_learning_rate", "VAE", "lower it"),
+                VAEWithHeads: ("vae_learning_rate", "VAE", "lower it"),
+                ImageEnsemble: ("image_learning_rate", "image ensemble", "lower it"),
+                nn.ModuleDict: ("decoder", "sharp decoder", "choose the plain one"),
+            }.get(type(network), ("ensemble_learning_rate", "ensemble", "lower it"))
             before = f", {first:.4g} after the first" if epoch else ""
             raise ValueError(
-                f"the {what}'s loss is {means['loss']:.4g} after epoch {epoch + 1}{before}: lower its learning_rate"
+                f"{parameter}: the {what}'s loss is {means['loss']:.4g} after epoch {epoch + 1}{before}: {remedy}"
             )
         yield Epoch(epoch + 1, total, means, partial(checkpoint, network, adam, epoch + 1, first))
 

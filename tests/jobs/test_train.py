@@ -133,7 +133,7 @@ def test_training_that_diverges_ends_at_once_in_one_line(
     assert job.main([*command(folder, tmp_path / "model")[2:], "--vae-learning-rate", "1e30"]) == 2
     out, err = capfd.readouterr()
     assert out.count("reading ") == 1, "one attempt"
-    said = r"error: the VAE's loss is nan after epoch \d(, \S+ after the first)?: lower its learning_rate"
+    said = r"error: --vae-learning-rate: the VAE's loss is nan after epoch \d(, \S+ after the first)?: lower it"
     assert re.fullmatch(said, err.splitlines()[-1]), err
     assert signal.getsignal(signal.SIGINT).__module__ == "driver", "Ray Train's handler would end a job with code 0"
 

@@ -156,10 +156,10 @@ def test_synchronised_batch_norm_normalises_as_batch_norm_does(
 
 def test_train_vae_says_when_it_diverges() -> None:
     images, _ = bars()
-    with pytest.raises(ValueError, match=r"the VAE's loss is .* lower its learning_rate"):
+    with pytest.raises(ValueError, match=r"^vae_learning_rate: the VAE's loss is .*: lower it$"):
         list(train_vae(images, CONFIG, dataclasses.replace(SHORT_VAE, learning_rate=1e30)))
     longer = dataclasses.replace(SHORT_VAE, learning_rate=3.0, epochs=20)
-    with pytest.raises(ValueError, match=r"the VAE's loss is \d.* after epoch \d+, \d\S* after the first: lower its"):
+    with pytest.raises(ValueError, match=r"VAE's loss is \d.* after epoch \d+, \d\S* after the first: lower it"):
         list(train_vae(images, CONFIG, longer))
 
 
@@ -169,7 +169,7 @@ def test_training_goes_on_with_the_loss_by_which_it_tells_that_it_diverges() -> 
     state = epoch.state()
     assert float(state["first_loss"]) == pytest.approx(epoch.metrics["loss"])
     state["first_loss"] = torch.tensor(0.01)
-    with pytest.raises(ValueError, match=r"the VAE's loss is \d\S* after epoch 2, 0\.01 after the first: lower its"):
+    with pytest.raises(ValueError, match=r"VAE's loss is \d\S* after epoch 2, 0\.01 after the first: lower it"):
         next(train_vae(images, CONFIG, SHORT_VAE, state=state))
 
 
@@ -234,6 +234,18 @@ def image_loop(members: list[int], states: Any = None, training: EnsembleTrainin
 
 def by_member(epoch: Epoch, members: list[int]) -> dict[int, dict[str, Tensor]]:
     return dict(zip(members, member_states(epoch.state(), len(members))))
+
+
+@pytest.mark.parametrize(
+    ("loop", "said"),
+    [
+        (latent_loop, "^ensemble_learning_rate: the ensemble's loss is .*: lower it$"),
+        (image_loop, "^image_learning_rate: the image ensemble's loss is .*: lower it$"),
+    ],
+)
+def test_members_that_diverge_name_their_own_learning_rate(loop: Callable[..., Iterator[Epoch]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        list(loop([0, 1], training=dataclasses.replace(SHORT, learning_rate=1e30)))
 
 
 def test_latent_members_learn() -> None:
