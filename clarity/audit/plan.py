@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -120,8 +121,7 @@ class Plan:
             if self.num_images != other.num_images:
                 lines = [f"data: {self.num_images} images in the audit, {other.num_images} in this run"]
         return lines + [
-            f"{name}: {shortened(mine.get(name))} in the audit, {shortened(theirs.get(name))} in this run"
-            for name in names
+            f"{name}: {compared(mine.get(name), theirs.get(name), 'in the audit', 'in this run')}" for name in names
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -228,6 +228,15 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
     for key, part in value.items():
         leaves |= flatten(part, f"{name}.{key}" if name else key)
     return leaves
+
+
+def compared(mine: Any, theirs: Any, here: str, there: str) -> str:
+    """What two plans have as one entry; of digests, which say nothing to people, only whether there are any."""
+    digests = any(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in (mine, theirs))
+    if digests and mine and theirs:
+        return f"another one {here}"
+    shown = [("one" if value else "none") if digests else shortened(value) for value in (mine, theirs)]
+    return f"{shown[0]} {here}, {shown[1]} {there}"
 
 
 def shortened(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from clarity import storage
-from clarity.audit.plan import flatten, shortened
+from clarity.audit.plan import compared, flatten
 from clarity.classifiers import ImageEnsemble, LatentEnsemble
 from clarity.data import list_images
 from clarity.model import Model, load_model, load_tensors, read_card, save_model
@@ -81,7 +81,7 @@ def require_same(plan: TrainingPlan) -> dict[str, str] | None:
     refused, changed = dict[str, str](), dict[str, str]()
     for name in there | here:
         if there.get(name) != here.get(name) and name.rpartition(".")[2] not in plan.searched:
-            values = compared(there.get(name), here.get(name), digests=name in TEACHERS)
+            values = compared(there.get(name), here.get(name), "there", "here")
             if name.partition(".")[0] not in may:
                 refused[parameter_of(name)] = "other images" if name == "data" else values
             elif name in there and name in here:
@@ -94,14 +94,6 @@ def require_same(plan: TrainingPlan) -> dict[str, str] | None:
     else:
         return changed
     raise ValueError(f"out: {storage.display(plan.out)} holds {said}. Choose another directory, or delete that one")
-
-
-def compared(there: Any, here: Any, digests: bool) -> str:
-    """What two plans have as one parameter; of digests, which say nothing to people, only whether there are any."""
-    if digests and None not in (there, here):
-        return "another one there"
-    shown = [("none" if value is None else "one") if digests else shortened(value) for value in (there, here)]
-    return f"{shown[0]} there, {shown[1]} here"
 
 
 def parameter_of(name: str) -> str:

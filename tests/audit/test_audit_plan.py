@@ -28,6 +28,7 @@ def test_plan_survives_json_and_notices_changes(plan: Plan) -> None:
         ({"only": "misclassified"}, "only"),
         ({"trace": 3}, "trace"),
         ({"shards": shard_table(IDS, 3)}, "shards.count: 3 in the audit, 2 in this run"),
+        ({"checks": {"predictor": "a" * 64}}, "checks.predictor: none in the audit, one in this run"),
         ({"versions": {"clarity": "9"}}, "versions.clarity"),
     ],
 )
