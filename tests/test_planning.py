@@ -224,7 +224,7 @@ def test_a_run_tells_that_the_model_learned_from_another_predictor(model: Model)
     for digest, warned in ((loaded.digest, False), ("0", True)):
         taught = replace(model, card={"predictor": {"name": "theirs", "digest": digest}})
         said = describe_inputs(taught, plain, loaded, DIGITS, THREE)
-        assert ("WARNING    Clarity's model learned from theirs, not from the explained model" in said) == warned
+        assert ("WARNING    Clarity's model learned from theirs; yours is another file or function" in said) == warned
 
 
 def test_a_run_of_many_images_of_which_none_can_be_read_is_refused(model: Model, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def quoted(names: Sequence[str]) -> str:
 
 def describe_other(name: str) -> str:
     """The reason against an audit that explains another model than the ensemble learned from."""
-    return f"{OURS} learned from {name}, not from the explained model: how far it speaks for that one was not measured"
+    return f"{OURS} learned from {name}; yours is another file or function, for which it was not measured"
 
 
 def judge_fidelity(fidelity: Mapping[str, Any]) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:

@@ -94,7 +94,7 @@ def test_verdict_leaves_out_classes_without_images() -> None:
     assert [row[0] for row in verdict(made).classes] == ["ant", "bee", "cow"] and verdict(made).level == "sound"
 
 
-UNMEASURED = "how far it speaks for that one was not measured"
+UNMEASURED = "another file or function, for which it was not measured"
 
 
 def fidelity(codes: float = 0.99, reconstructing: float = 0.99) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def test_verdict_says_nothing_of_a_predictor_by_the_figures_of_another() -> None
     assert verdict({**card(), "predictor": told}, predictor="a").level == "no-go"
     found = verdict({**card(), "predictor": told}, predictor="b")
     assert found.level == "with care"
-    assert found.reasons == (f"Clarity's model learned from mine.onnx, not from the explained model: {UNMEASURED}.",)
+    assert found.reasons == (f"Clarity's model learned from mine.onnx; yours is {UNMEASURED}.",)
     assert not {"Agreement with your model", "Changed by the reconstruction"} & {name for name, *_ in found.figures}
     sound = verdict(card(), predictor="b")
     assert sound.level == "sound" and sound.sentence.endswith("against an audit of Clarity's model.")
