@@ -110,9 +110,9 @@ def with_attributes(dataset: Dataset, names: Sequence[str]) -> Dataset:
     known = [name for name in kind.attributes(dataset) if name not in TAKEN] if kind.attributes else []
     wanted = known if tuple(names) == ("all",) else list(dict.fromkeys(names))
     if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(
-            f"attributes: expected some of {names_of(known)}, got {', '.join(map(repr, unknown))}: choose from these"
-        )
+        choices = f"some of {names_of(known)}" if known else "columns of integers or booleans, which these data lack"
+        remedy = "choose from these" if known else "leave them out"
+        raise ValueError(f"attributes: expected {choices}, got {', '.join(map(repr, unknown))}: {remedy}")
     return replace(dataset, attributes=tuple(wanted))
 
 

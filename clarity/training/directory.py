@@ -76,7 +76,7 @@ def require_same(plan: TrainingPlan) -> dict[str, str] | None:
         may -= {"attributes"}  # which the guide learns
     if finished and not taught_alike(plan, found):
         may |= plan.teachers.keys() | {"ensemble_training"}
-    names = dict.fromkeys([*wanted, *TEACHERS])
+    names = dict.fromkeys([*wanted, *sorted(EXTRAS), *TEACHERS])
     there, here = (flatten({name: each.get(name) for name in names}) for each in (found, wanted))
     refused, changed = dict[str, str](), dict[str, str]()
     for name in there | here:

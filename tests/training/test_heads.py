@@ -16,6 +16,8 @@ from clarity.data import open_dataset
 from clarity.images import encode_png
 from clarity.model import load_model
 from clarity.training.attributes import choose_attributes
+from clarity.training.directory import begin
+from clarity.training.plan import plan_training
 
 FIELDS = arguments(num_members=2, vae_training=dataclasses.replace(SHORT_VAE, epochs=30), judge_updates=0)
 
@@ -72,11 +74,26 @@ def test_finished_model_keeps_what_it_has_when_more_is_asked_for(data: Path, tmp
     assert files_of(tmp_path / "model") == before
 
 
+def test_attributes_that_a_cut_training_learned_are_not_left_out_of_it(data: Path, tmp_path: Path) -> None:
+    """Its guide has an output for each."""
+    fields: dict[str, Any] = FIELDS | {"vae_fields": FIELDS["vae_fields"] | {"label_weight": 1.0}}
+    dataset = open_dataset("parquet", data, "train")
+    begin(plan_training(str(tmp_path), dataset, None, attributes=("low",), **fields))
+    with pytest.raises(ValueError, match=r'training of another model: attributes: \["low"\] there, null here'):
+        begin(plan_training(str(tmp_path), dataset, None, **fields))
+
+
+def test_attributes_of_data_that_have_none_are_to_be_left_out() -> None:
+    said = "attributes: expected columns of integers or booleans, which these data lack, got 'blue': leave them out"
+    with pytest.raises(ValueError, match=said):
+        choose_attributes(open_dataset("digits"), None, ["blue"])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["age"], "attributes: expected a column of two values, found 45 in 'age'"),
-        (["blue"], "attributes: expected some of low, noise, age, got 'blue'"),
+        (["blue"], "attributes: expected some of low, noise, age, got 'blue': choose from these"),
     ],
 )
 def test_attributes_that_are_none_are_refused_before_anything_starts(
