@@ -185,9 +185,13 @@ def train(args: argparse.Namespace) -> int:
     start = time.time()
     asked = make_plan(args)
     plan, out = with_recipe(asked) or asked, storage.display(asked.out)
-    changed = require_same(plan)
-    if changed is not None and asked.searched and not plan.recipe:
-        changed["recipe"] = "none was searched there, auto here"
+    if (changed := require_same(plan)) is not None:
+        if asked.searched and not plan.recipe:
+            changed["recipe"] = "none was searched there, auto here"
+        card = read_card(plan.out) or {"data": plan.data}
+        there, here = (data.get("held_out") or "none" for data in (card["data"], plan.data))
+        if there != here:
+            changed["held_out"] = f"{there} there, {here} here"
     if args.dry_run:
         lines = [about_images(plan), *about_kept(plan, changed), *describe_costs(costs_left(plan))]
         lines += [*plan.data["remarks"], *about_predictor(plan)]

@@ -304,6 +304,7 @@ def test_job_says_what_it_keeps_of_what_is_there_and_refuses_another_model_befor
     assert of_networks(says("--dry-run")) == ["kept: VAE, ensemble, judge; to train: nothing"]
     assert says().startswith("already finished\n")
     assert says("--recipe", "auto").startswith("already finished (recipe: none was searched there, auto here)\n")
+    assert says("--held-out", "none").startswith("already finished (held_out: test there, none here)\n")
     assert says("--num-members", "4").startswith(f"{holds}another model: --num-members: 3 there, 4 here. Choose")
     assert says("--seed", "1").startswith(f"{holds}another model: --seed: 0 there, 1 here. Choose")
     first, folds, _ = of_networks(says("--dry-run", "--folds", "2"))
