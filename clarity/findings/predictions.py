@@ -28,13 +28,13 @@ def check_predictions(facts: Facts) -> Outcome:
     sentence = f"On {same:,} of {plural(total, 'image')} ({percent(same, total)}) the ensemble"
     if facts.has_predictor:
         ((images, flipped),) = facts.rows(
-            "SELECT count(*), count(*) FILTER (flipped) FROM (SELECT max(prediction_target_prob_reconstruction) > 0.5 "
+            "SELECT count(*), count(*) FILTER (flipped) FROM (SELECT max(prediction_target_prob_reconstruction) >= 0.5 "
             "AS flipped FROM counterfactuals GROUP BY image_id) WHERE flipped IS NOT NULL"
         )
         sentence += (
             f", whose gradient leads the search, predicts the same class as your model. On {flipped:,} of "
-            f"{plural(images, 'image')} ({percent(flipped, images)}) the reconstruction alone turns your model's "
-            "answer into a target: there a flip proves nothing."
+            f"{plural(images, 'image')} ({percent(flipped, images)}) your model gives a target at least 0.5 in the "
+            "reconstruction already: there a flip proves nothing."
         )
     else:
         sentence += " predicts the same class as your model; only there does an explanation speak for your model."

@@ -200,7 +200,8 @@ def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
         agree.figures["agreement"] == pytest.approx(111 / 120) and "whose gradient leads the search" in agree.sentence
     )
     assert (
-        "On 4 of 120 images (3.3 %) the reconstruction alone turns your model's answer into a target" in agree.sentence
+        "On 4 of 120 images (3.3 %) your model gives a target at least 0.5 in the reconstruction already:"
+        in agree.sentence
     )
     # The example is the counterfactual towards the ensemble's class; towards the source there is none.
     assert {target for image_id, target in agree.examples if image_id == "img-00000"} == {1}
