@@ -71,7 +71,7 @@ def require_same(plan: TrainingPlan) -> dict[str, str] | None:
         return None
     may = set(EXTRAS)
     if not finished and found.get("image_training"):
-        may -= {"image_training"}
+        may -= {"image_training" if plan.image_members else "image_members"}
     if not finished and (plan.vae.label_weight or plan.decoder == "sharp"):
         may -= {"attributes"}  # which the guide learns
     if finished and not taught_alike(plan, found):

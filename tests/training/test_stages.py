@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bars import SHORT_VAE, arguments, bars, files_of, write_bars
+from bars import SHORT_IMAGES, SHORT_VAE, arguments, bars, files_of, write_bars
 from object_store import ObjectStore
 
 import clarity
@@ -221,6 +221,16 @@ def test_another_model_is_not_overwritten(folder: Path, tmp_path: Path, trained:
         begin(other)
     with pytest.raises(ValueError, match=r"Choose another directory, or delete that one"):
         begin(plan_of(folder, trained, vae_training=dataclasses.replace(SHORT_VAE, seed=1)))
+
+
+def test_cut_training_of_an_image_ensemble_goes_on_with_it_as_it_is(folder: Path, tmp_path: Path) -> None:
+    begin(plan_of(folder, tmp_path, image_members=3))
+    with pytest.raises(ValueError, match=r"another model: image_members: 3 there, (0|none) here\. Choose"):
+        begin(plan_of(folder, tmp_path))
+    longer = dataclasses.replace(SHORT_IMAGES, epochs=7)
+    with pytest.raises(ValueError, match=r"another model: image_epochs: 2 there, 7 here\. Choose"):
+        begin(plan_of(folder, tmp_path, image_members=3, image_training=longer))
+    assert not begin(plan_of(folder, tmp_path, image_members=2))
 
 
 def test_judge_of_an_abandoned_search_is_not_taken(folder: Path, tmp_path: Path) -> None:
