@@ -57,10 +57,17 @@ def embed_images(views: Sequence[View], image_ids: Sequence[str], tiles: Tiles) 
                 images[code["image_id"]] = {
                     **{name: code.get(name) for name in ("label", "label_name", "source", "error", "prediction")},
                     **{name: number(code[name]) for name in ("aleatoric", "epistemic", "reconstruction_l1")},
+                    "prediction_prob": their_prob(code),
                     "probs": [[k, round(float(probs[k]), 4), probability(probs[k])] for k in likely],
                     "x": tiles.add(read_picture(code["x"], view)),
                 }
     return images
+
+
+def their_prob(code: dict[str, Any]) -> str | None:
+    """The probability that the user's own model gives to the class that it predicts, where it is known."""
+    seen, probs = code.get("prediction"), code.get("prediction_probs")
+    return None if seen is None or probs is None else probability(probs[seen])
 
 
 def codes_of(view: View, image_ids: Sequence[str]) -> list[dict[str, Any]]:

@@ -356,8 +356,9 @@ function look(id) {
     const bar = el("i", { style: `width: ${100 * p}%` });
     return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, text)];
   }).flat());
-  const facts = el("dl", { class: "facts" }, fact(data.has_predictor ? "your model" : "classified as", names[image.source]), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
-    data.has_predictor || image.prediction === null ? null : fact("your model", names[image.prediction] ?? String(image.prediction), image.prediction !== image.source),
+  const sure = image.prediction_prob === null ? "" : ` ${image.prediction_prob}`;
+  const facts = el("dl", { class: "facts" }, fact(data.has_predictor ? "your model" : "classified as", names[image.source] + (data.has_predictor ? sure : "")), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
+    data.has_predictor || image.prediction === null ? null : fact("your model", (names[image.prediction] ?? String(image.prediction)) + sure, image.prediction !== image.source),
     fact("disagreement", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));
   const parts = [el("div", { class: "one" }, left, el("div", {}, el("h3", {}, `Image ${id}`), facts, el("p", { class: "quiet-text bars" }, data.has_predictor ? "Probabilities by the ensemble" : ""), probs))];
   data.audits.forEach((audit) => {

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from audits import EVERYTHING, Planted, make_tables, replaced, with_predictor, write_audit
@@ -159,13 +160,17 @@ def test_page_calls_no_label_wrong_that_the_model_does_not_know(chromium: Any, t
 
 def test_page_says_whose_probabilities_it_shows(chromium: Any, tmp_path: Path, tiny_model: Any) -> None:
     """Of the ensemble, which leads the search, and of the user's model, where that is explained."""
-    for name, tables in (("ensemble", make_tables()), ("yours", with_predictor(make_tables()))):
+    mine = with_predictor(make_tables())
+    sure = np.where(np.eye(4)[mine.codes["prediction"].to_numpy()] == 1, 0.85, 0.05).astype(np.float32)
+    mine.codes = mine.codes.append_column("prediction_probs", pa.array(sure.tolist(), mine.codes["probs"].type))
+    for name, tables in (("ensemble", make_tables()), ("yours", mine)):
         made = write_report([write_audit(tmp_path / name, tables, tiny_model)])
         open_page(chromium, Path(made.uri).as_uri())
         click(chromium, chromium.find_element("css selector", '#map td[data-s="1"][data-t="0"]'))
         gallery, image = (chromium.find_element("id", part).text for part in ("gallery", "image"))
         yours = name == "yours"
         assert ("with p(ant) by the ensemble" in gallery) == yours and ("p(ant) by your model" in gallery) == yours
+        assert bool(re.search(r"your model\s+\w+ 0\.85", image)) == yours
         assert ("Probabilities by the ensemble" in image) == yours and ("classified as" in image) != yours
         assert slips(chromium) == []
 
