@@ -356,7 +356,7 @@ function look(id) {
     const bar = el("i", { style: `width: ${100 * p}%` });
     return [el("span", {}, names[i]), el("span", { class: "track", "aria-hidden": "true" }, bar), el("span", { class: "num" }, text)];
   }).flat());
-  const sure = image.prediction_prob === null ? "" : ` ${image.prediction_prob}`;
+  const sure = image.prediction_prob === null ? "" : `, p(${names[image.prediction]}) ${image.prediction_prob}`;
   const facts = el("dl", { class: "facts" }, fact(data.has_predictor ? "your model" : "classified as", names[image.source] + (data.has_predictor ? sure : "")), image.label_name === null ? null : fact("label", image.label_name, isContradicted(image)),
     data.has_predictor || image.prediction === null ? null : fact("your model", (names[image.prediction] ?? String(image.prediction)) + sure, image.prediction !== image.source),
     fact("disagreement", image.epistemic + " nats"), fact("aleatoric", image.aleatoric + " nats"), fact("reconstruction error, L1", image.reconstruction_l1));

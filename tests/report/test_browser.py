@@ -170,7 +170,7 @@ def test_page_says_whose_probabilities_it_shows(chromium: Any, tmp_path: Path, t
         gallery, image = (chromium.find_element("id", part).text for part in ("gallery", "image"))
         yours = name == "yours"
         assert ("with p(ant) by the ensemble" in gallery) == yours and ("p(ant) by your model" in gallery) == yours
-        assert bool(re.search(r"your model\s+\w+ 0\.85", image)) == yours
+        assert bool(re.search(r"your model\s+(\w+), p\(\1\) 0\.85", image)) == yours
         assert ("Probabilities by the ensemble" in image) == yours and ("classified as" in image) != yours
         assert slips(chromium) == []
 
