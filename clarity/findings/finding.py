@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from clarity.report.text import interval, listed
 
 if TYPE_CHECKING:
     import duckdb
+
+#: The largest severity of what is worth a look and not probably wrong.
+MAX_LOOK = 0.65
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,13 @@ class Facts:
         """Some class pairs, or three of them."""
         return ("such as " if len(pairs) > 3 else "") + listed([self.arrow(pair) for pair in pairs[:3]])
 
+    def in_images(self, part: float) -> tuple[float, int]:
+        """A part of all pairs and their number, as if each image were one observation."""
+        return part / self.num_pairs * self.num_images, self.num_images
+
     def interval_of_pairs(self, part: float) -> str:
-        """The interval of a share of all pairs, each image counted as one observation."""
-        return for_others(part / self.num_pairs * self.num_images, self.num_images)
+        """The interval of a share of all pairs."""
+        return for_others(*self.in_images(part))
 
 
 def gather(
@@ -158,6 +165,12 @@ def gather(
         judge_accuracy=judge.get("accuracy_on_reconstructions"),
         keep=tuple(keep),
     )
+
+
+def graded(severity: Callable[[float], float], part: float, whole: float) -> float:
+    """The severity of a share; it is an alert only where it would be at the lower end of the share's interval, too."""
+    lowest, found = share_interval(part, whole)[0], severity(part / whole)
+    return found if severity(lowest) > MAX_LOOK else min(found, MAX_LOOK)
 
 
 def for_others(part: float, whole: float) -> str:

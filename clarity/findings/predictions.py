@@ -3,7 +3,7 @@
 import numpy as np
 
 from clarity.audit.queries import has_predictions
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, for_others, ranked
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, for_others, graded, ranked
 from clarity.report.text import listed, percent, plural
 
 #: The share of confirmed pairs that nobody else sees as the target from which it is worth a look.
@@ -53,7 +53,7 @@ def check_predictions(facts: Facts) -> Outcome:
             )
     return Finding(
         "predictions",
-        0.3 + 0.6 * min(1.0, (1 - same / total) / 0.1),
+        graded(lambda x: 0.3 + 0.6 * min(1.0, x / 0.1), total - same, total),
         f"The ensemble agrees with your model on {percent(same, total)} of the images",
         sentence,
         f"Counted; {for_others(same, total)}.",
@@ -85,7 +85,7 @@ def check_confirmed(facts: Facts) -> Outcome:
     failed = checked - confirmed
     return Finding(
         "confirmed",
-        min(0.95, 0.35 + 0.6 * min(1.0, failed / checked / 0.1) ** 0.5),
+        graded(lambda x: 0.35 + 0.6 * min(1.0, x / 0.1) ** 0.5, *facts.in_images(failed)),
         f"{percent(confirmed, checked)} of the pairs are confirmed",
         f"After at most three further searches {who} {failed:,} of {plural(checked, 'picture')} "
         f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. "
@@ -117,7 +117,7 @@ def check_fooled(facts: Facts) -> Outcome:
     witnesses = "the ensemble or the held-out judge" if judged else "the ensemble"
     return Finding(
         "fooled",
-        min(0.95, 0.4 + 0.5 * min(1.0, fooled / confirmed / 0.2)),
+        graded(lambda x: 0.4 + 0.5 * min(1.0, x / 0.2), fooled / confirmed * facts.num_images, facts.num_images),
         f"Your model is easily fooled on {percent(fooled, confirmed)} of the confirmed pictures",
         f"In {fooled:,} of {plural(confirmed, 'confirmed picture')} ({percent(fooled, confirmed)}) your model sees "
         f"the target and {witnesses} does not; most often {listed(parts)}.",

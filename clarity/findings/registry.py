@@ -7,7 +7,7 @@ from typing import NamedTuple
 from clarity.findings.attributes import check_attributes, check_kept
 from clarity.findings.distances import check_asymmetry, check_extremes
 from clarity.findings.epistemic import check_epistemic
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
+from clarity.findings.finding import MAX_LOOK, Facts, Finding, NotChecked, Outcome
 from clarity.findings.labels import check_labels
 from clarity.findings.predictions import check_confirmed, check_fooled, check_predictions
 from clarity.findings.searches import check_judged, check_reencoding, check_unconverged, check_unread
@@ -70,7 +70,6 @@ CHECKS = {
 
 #: Checks that need a good model: not run under the verdict no-go, and no alerts under "with care".
 NEED_A_GOOD_MODEL = ("shortcut", "labels")
-MAX_WITH_CARE = 0.65
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def find(facts: Facts) -> Results:
 
 def lowered(finding: Finding) -> Finding:
     """A finding that rests on a model to be read with care, which is no alert."""
-    if finding.severity <= MAX_WITH_CARE:
+    if finding.severity <= MAX_LOOK:
         return finding
     why = " Severity lowered, because the verdict on the model is “with care”."
-    return replace(finding, severity=MAX_WITH_CARE, evidence=finding.evidence + why)
+    return replace(finding, severity=MAX_LOOK, evidence=finding.evidence + why)

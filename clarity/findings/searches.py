@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from clarity.findings.distances import MIN_DESCRIBED
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, for_others, ranked
+from clarity.findings.finding import MAX_LOOK, Facts, Finding, NotChecked, Outcome, for_others, graded, ranked
 from clarity.findings.statistics import share_interval
 from clarity.findings.verdict import MIN_REACHED
 from clarity.report.text import listed, percent, plural, thresholds
@@ -81,12 +81,12 @@ def check_unconverged(facts: Facts) -> Outcome:
         reason += f" The search kept {listed(list(facts.keep))}, which puts some pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach
     # for real images too, or that is the price of kept attributes.
-    most_severe = 0.95 if mostly.any() and share_beyond < 0.5 and not facts.keep else 0.65
+    most_severe = 0.95 if mostly.any() and share_beyond < 0.5 and not facts.keep else MAX_LOOK
     parts = [f"{facts.arrow(pair)} ({failed[pair]:,.0f} of {facts.pairs['pairs'][pair]:,.0f})" for pair in worst[:3]]
     where = f"most often {listed(parts)}" if (failed > 0).sum() > 3 else listed(parts)
     return Finding(
         "unconverged",
-        min(most_severe, 0.35 + 0.6 * min(1.0, share / 0.1) ** 0.5),
+        min(most_severe, graded(lambda x: 0.35 + 0.6 * min(1.0, x / 0.1) ** 0.5, *facts.in_images(total))),
         f"{plural(total, 'pair')} did not converge",
         f"{total:,} of {plural(facts.num_pairs, 'pair')} ({percent(share)}) did not reach a target probability of "
         f"{thresholds(facts.thresholds)} within {facts.max_steps:,} steps: {where}.{reason}",
@@ -112,10 +112,11 @@ def check_judged(facts: Facts) -> Outcome:
         sees_source = f"; in {percent(count, total)} it sees the class that {facts.explained} predicts for the image"
     known = facts.judge_accuracy
     # A judge that misses as many reconstructions of real images says little against counterfactuals.
+    severity = graded(lambda x: 0.35 + 0.6 * min(1.0, x / 0.5), share * images, images)
     missed_more = known is not None and share_interval(share * images, images)[0] > 1 - known
     return Finding(
         "judged",
-        min(0.95 if missed_more else 0.65, 0.35 + 0.6 * min(1.0, share / 0.5)),
+        severity if missed_more else min(severity, MAX_LOOK),
         f"The judge does not see the target in {percent(share)} of the counterfactuals",
         f"The held-out judge does not see the target in {missed:,} of {plural(total, 'counterfactual')} "
         f"({percent(share)}){sees_source}{most_often(facts, worst)}."
@@ -139,7 +140,7 @@ def check_reencoding(facts: Facts) -> Outcome:
         return []
     return Finding(
         "reencoding",
-        min(0.95, 0.35 + 0.6 * min(1.0, share / 0.2)),
+        graded(lambda x: 0.35 + 0.6 * min(1.0, x / 0.2), share * images, images),
         f"{percent(share)} of the counterfactuals do not survive re-encoding",
         f"Decoded, rounded to 8 bits and encoded again, {lost:,} of {plural(total, 'counterfactual')} "
         f"({percent(share)}) are no longer classified as their target{most_often(facts, worst)}.",

@@ -11,7 +11,7 @@ from audits import SEARCHED, Planted, Tables, make_tables, model_card, replaced,
 
 from clarity.audit.queries import connect
 from clarity.findings.differences import mean_differences
-from clarity.findings.finding import Finding, gather
+from clarity.findings.finding import Finding, gather, graded
 from clarity.findings.registry import CHECKS, Results, find
 from clarity.report.text import percent
 
@@ -59,6 +59,22 @@ def told(tables: Tables, **others: Any) -> dict[str, Finding]:
     silent = {kind for kind, _ in results.clear + results.not_checked}
     assert not kinds & silent and kinds | silent >= CHECKS.keys() - {"shortcut"}
     return {finding.kind: finding for finding in reversed(found)}
+
+
+def test_graded_gives_no_alert_for_a_share_of_few_images() -> None:
+    # Of 40 images 8 are 20 %, with an interval from 9 to 36 %; of 400, from 16 to 24 %.
+    assert graded(lambda share: 5 * share, 80, 400) == 1.0
+    assert graded(lambda share: 5 * share, 8, 40) == 0.65
+    assert graded(lambda share: 2 * share, 8, 40) == 0.4
+    assert graded(lambda share: 5 * share, 0, 40) == 0.0
+
+
+def test_find_calls_nothing_of_a_single_image_probably_wrong() -> None:
+    for num_images, level in ((1, "look"), (90, "alert")):
+        tables = with_predictor(make_tables(num_images))
+        confirmed = pa.array(tables.counterfactuals["target"].to_numpy() != 3)
+        tables = replaced(tables, "counterfactuals", "confirmed", confirmed)
+        assert told(tables)["confirmed"].level == level
 
 
 @pytest.mark.parametrize("channels", [1, 3])
