@@ -106,34 +106,28 @@ def parameter_of(name: str) -> str:
 
 def networks(plan: TrainingPlan) -> dict[str, bool]:
     """The networks that a plan asks for, and whether each is there, in the finished model or as a checkpoint."""
+    found, wanted, (latent, *folds) = described(plan) or {}, plan.describe(), plan.latent_kinds()
+    finished, file, same = read_card(plan.out) is not None, plan.file("plan.json"), taught_alike(plan, found)
+    resumed = storage.exists(file) and storage.read_json(file) == wanted
+
+    def alike(name: str) -> bool:
+        return bool(found.get(name) == wanted.get(name))
 
     def members(kinds: Sequence[str], count: int) -> list[str]:
         return [plan.member_file(kind, m) for kind in kinds for m in range(count)]
 
-    found, wanted, (latent, *folds) = described(plan) or {}, plan.describe(), plan.latent_kinds()
-    finished, file, same = read_card(plan.out) is not None, plan.file("plan.json"), taught_alike(plan, found)
-    resumed = storage.exists(file) and storage.read_json(file) == wanted
-    images = found.get("image_training") == wanted["image_training"]
+    def one(name: str, asked: bool = True) -> list[str]:
+        return [plan.file(f"{name}.safetensors")] if asked else []
+
+    count, images = plan.ensemble.num_members, found.get("image_members", 0) >= plan.image_members
     # Of each, whether the model that was found has the one that is wanted, and its checkpoints.
     about = {
-        "VAE": (True, [plan.file("vae.safetensors")]),
-        "ensemble": (same, members([latent], plan.ensemble.num_members)),
-        "ensembles of folds": (
-            same and found.get("num_folds") == plan.num_folds,
-            members(folds, plan.ensemble.num_members),
-        ),
-        "image ensemble": (
-            images and found.get("image_members", 0) >= plan.image_members,
-            members(["image"], plan.image_members),
-        ),
-        "judge": (
-            found.get("judge_updates") == wanted["judge_updates"],
-            [plan.file("judge.safetensors")] if plan.judge_training else [],
-        ),
-        "sharp decoder": (
-            found.get("sharp_training") == wanted.get("sharp_training"),
-            [plan.file("sharp.safetensors")] if plan.decoder == "sharp" else [],
-        ),
+        "VAE": (True, one("vae")),
+        "ensemble": (same, members([latent], count)),
+        "ensembles of folds": (same and alike("num_folds"), members(folds, count)),
+        "image ensemble": (images and alike("image_training"), members(["image"], plan.image_members)),
+        "judge": (alike("judge_updates"), one("judge", plan.judge_training is not None)),
+        "sharp decoder": (alike("sharp_training"), one("sharp", plan.decoder == "sharp")),
     }
     return {
         name: (known and finished) or ((known or resumed) and all(map(is_finished, files)))
