@@ -309,10 +309,11 @@ def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
         return
     given = os.environ.get("RAY_ADDRESS")
     source = "RAY_ADDRESS" if given else ray._common.utils.get_ray_address_file(None)  # of the last `ray start`
-    require_answer(given or ray._private.utils.read_ray_address() or "", source)
+    address = given or ray._private.utils.read_ray_address() or "local"
+    require_answer(address, source)
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS", "local") == "local":  # which is silent while it waits for its processes
+    if address == "local":  # which is silent while it waits for its processes
         print("starting Ray", flush=True)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     interruptible()

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jobfiles import actors, driver
+from ray.exceptions import RaySystemError
 
 
 def node(cpus: float, gpus: float = 0, memory: float = 0) -> dict[str, float]:
@@ -226,6 +227,30 @@ def test_ray_that_does_not_answer_is_given_up_soon(
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ValueError, match=f"^{file}: expected a Ray at 127.*, or remove {file} for a Ray of this job's"):
         driver.start_ray()
+
+
+def test_ray_that_a_job_joins_is_not_said_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("enough is seen")
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(driver, "WORKER_ENVIRONMENT", {})
+    monkeypatch.setattr(driver, "interruptible", lambda: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RaySystemError, match="enough is seen"):
+        driver.start_ray()
+    assert "starting Ray" in capsys.readouterr().out
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(RaySystemError, match="enough is seen"):
+            driver.start_ray()
+    assert "starting Ray" not in capsys.readouterr().out
 
 
 def test_silent_core_hears_nothing_and_gives_stderr_back(capfd: pytest.CaptureFixture[str]) -> None:
