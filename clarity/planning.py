@@ -36,9 +36,9 @@ from clarity.worker import pack
 START_BYTES = 8 << 20
 #: Of more images than these, some are read before a run: where none can be, none is explained.
 LOOKED_AT = 64
-#: Labelled images from which a predictor that guesses is warned of, and images of a label from which one that sees
-#: another class in most of them is; labels shown of the latter.
-LEAST_ANSWERS, LEAST_ALIKE, SHOWN = 20, 3, 4
+#: Images of other labels than the commonest from which a predictor that guesses is warned of, as chance is always right
+#: where there is one label; images of a label from which one that sees another class in most is; labels shown then.
+LEAST_OTHERS, LEAST_ALIKE, SHOWN = 10, 3, 4
 
 
 def select_images(listing: pa.Table, where: Sequence[str] = (), limit: int | None = None) -> tuple[pa.Table, str]:
@@ -325,7 +325,8 @@ def describe_answers(name: str, class_names: Sequence[str], labels: np.ndarray, 
         for k, other in enumerate(found.argmax(1))
         if other != k and found[k].sum() >= LEAST_ALIKE and 2 * found[k, other] > found[k].sum()
     ]
-    if count >= LEAST_ANSWERS and share_interval(right, count)[0] <= float(np.dot(*shares)):
+    rest = count - int(found.sum(1).max())
+    if rest >= LEAST_OTHERS and share_interval(right, count)[0] <= float(np.dot(*shares)):
         lines.append(
             f"WARNING    {name} may be right no more often than by chance: check the order of its classes and what it "
             "expects of pixels"

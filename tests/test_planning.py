@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from bars import write_bars
 from pictures import write_images
@@ -200,6 +201,8 @@ def test_describe_predictor_counts_the_labels_that_it_sees_and_finds_another_ord
     assert "may be right no more often than by chance" in told(1, 1, 1)[1]
     count, warning = told(0, 1, 1)
     assert count.endswith("in 27 of 40 labelled images")
+    listing = listing.filter(pc.equal(listing["label_name"], "bar0"))
+    assert told(0, 1, 2) == [f"{'':<10} sees the label in 14 of 14 labelled images"]
     assert warning.endswith(
         "as another class (bar2 as bar1): check the order of its classes and what it expects of pixels"
     )
