@@ -301,7 +301,7 @@ def test_report_shows_what_judge_and_checks_say_of_the_counterfactuals(tmp_path:
     assert "judge_agreement" in [kind["key"] for kind in page.data["maps"]]
     row = page.first("0-2")
     assert (row["judge_prob"], row["predicted_prob"]) == ("0.75", "– → 0.50")
-    assert "Confirmed</dt><dd>95.0 %" in page.html and "passed every check, 30 after a further search" in page.html
+    assert "Confirmed</dt><dd>95.0 %" in page.html and "passed every check, 12 after a further search" in page.html
 
 
 def test_job_says_where_the_page_is_and_what_it_found(tmp_path: Path) -> None:

@@ -10,6 +10,6 @@ SELECT * FROM (
     FROM class_pair_figures WHERE source IS NULL
 ), (
     SELECT median(reencoded_target_prob) AS reencoded, count(confirmed) AS checked,
-           count(*) FILTER (confirmed) AS confirmed, count(*) FILTER (rungs > 0) AS went_on
+           count(*) FILTER (confirmed) AS confirmed, count(*) FILTER (confirmed AND rungs > 0) AS went_on
     FROM counterfactuals
 )
