@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, graded
 from clarity.findings.statistics import share_interval
 from clarity.report.text import interval, listed, number, percent
 
@@ -54,7 +54,7 @@ def check_epistemic(facts: Facts) -> Outcome:
     others = [f"{facts.name(entry[1])} ({percent(entry[0])})" for entry in beyond_data[1:4]]
     return Finding(
         "epistemic",
-        min(0.9, 0.45 + 0.5 * (share - MIN_SHARE) / (1 - MIN_SHARE)),
+        graded(lambda x: min(0.9, 0.45 + 0.5 * (x - MIN_SHARE) / (1 - MIN_SHARE)), share * count, count),
         f"Explanations towards {facts.name(t)} may leave the training data",
         f"On {percent(share)} of the counterfactuals towards {facts.name(t)} the members of the ensemble disagree more "
         f"than on 95 % of the images that it is as sure of (median {number(after)} nats; the images' 95 % quantile is "

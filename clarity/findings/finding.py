@@ -19,8 +19,8 @@ from clarity.report.text import interval, listed
 if TYPE_CHECKING:
     import duckdb
 
-#: The largest severity of what is worth a look and not probably wrong.
-MAX_LOOK = 0.65
+#: The smallest severity of what is probably wrong, and one of what is worth a look that is given in its stead.
+MIN_ALERT, MAX_LOOK = 0.7, 0.65
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Finding:
     @property
     def level(self) -> str:
         """The severity as a word: alert, look or fact."""
-        return "alert" if self.severity >= 0.7 else "look" if self.severity >= 0.4 else "fact"
+        return "alert" if self.severity >= MIN_ALERT else "look" if self.severity >= 0.4 else "fact"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def gather(
 def graded(severity: Callable[[float], float], part: float, whole: float) -> float:
     """The severity of a share; it is an alert only where it would be at the lower end of the share's interval, too."""
     lowest, found = share_interval(part, whole)[0], severity(part / whole)
-    return found if severity(lowest) > MAX_LOOK else min(found, MAX_LOOK)
+    return found if severity(lowest) >= MIN_ALERT else min(found, MAX_LOOK)
 
 
 def for_others(part: float, whole: float) -> str:

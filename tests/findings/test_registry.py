@@ -161,6 +161,16 @@ def test_find_tells_where_epistemic_uncertainty_rises() -> None:
     assert finding.pairs[0][1] == 2 and "same holds" not in finding.sentence and finding.figures["targets"] == 1
 
 
+@pytest.mark.parametrize(("num_images", "level"), [(300, "look"), (900, "alert")])
+def test_find_is_as_sure_of_rising_uncertainty_as_the_number_of_pairs_allows(num_images: int, level: str) -> None:
+    tables = make_tables(num_images, planted=Planted(rising=2))
+    final = tables.counterfactuals["epistemic_final"].to_numpy().copy()
+    final[np.arange(len(final)) % 5 == 0] = 0.0
+    tables = replaced(tables, "counterfactuals", "epistemic_final", pa.array(final))
+    finding = told(tables)["epistemic"]
+    assert finding.figures["share"] == pytest.approx(0.8, abs=0.01) and finding.level == level
+
+
 def test_find_tells_what_does_not_survive_encoding() -> None:
     finding = told(make_tables(planted=Planted(lost=1)))["reencoding"]
     assert finding.figures["share"] == pytest.approx(0.25) and {target for _, target in finding.pairs} == {1}
