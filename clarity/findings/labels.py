@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome
+from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, graded
 from clarity.findings.statistics import share_interval
 from clarity.report.text import interval, percent, plural, probability
 
@@ -42,7 +42,7 @@ def check_labels(facts: Facts) -> Outcome:
     trained = " The ensemble may know these labels from its training: others may be missed."
     return Finding(
         "labels",
-        0.45 + 0.45 * min(1.0, share / 0.01),
+        graded(lambda x: 0.45 + 0.45 * min(1.0, x / 0.01), count, images),
         f"{plural(count, 'label')} {'looks' if count == 1 else 'look'} wrong",
         f"{plural(count, 'image')} of {images:,} labelled ones ({percent(share)}) "
         f"{'carries' if count == 1 else 'carry'} a label that the ensemble and the nearest images contradict. "

@@ -402,6 +402,12 @@ def test_wrong_labels_are_told_of_labels_that_the_ensemble_learned() -> None:
     assert "others may be missed" in wrong.sentence
 
 
+def test_wrong_labels_are_graded_by_the_lower_end_of_their_share() -> None:
+    for num_images, count, level in ((800, 5, "look"), (200, 5, "alert")):
+        wrong = told(make_tables(num_images, planted=Planted(wrong_labels=count)))["labels"]
+        assert wrong.figures["images"] == count and wrong.level == level
+
+
 def test_findings_that_need_a_good_model_are_lowered_under_reservations() -> None:
     card = model_card((0.9,) * 4, baseline=0.99)
     found = told(make_tables(240, planted=Planted(patch=3, wrong_labels=5)), card=card)
