@@ -137,3 +137,29 @@ def in_columns(objective: LatentObjective, slots: int) -> Gradient:
         return grad.t(), target_prob, None
 
     return by_rows
+
+
+def require_latent(objective: LatentObjective, start: Tensor, rows: Rows) -> None:
+    """Raise ValueError when codes, rows and stacked layers do not fit together."""
+    for name in ("target", "reference"):
+        if name not in rows:
+            raise ValueError(f"rows: a LatentObjective needs target and reference, got {', '.join(rows) or 'none'}")
+    members, width = objective.layers[0][0].shape[:2]
+    for weight, bias in objective.layers:
+        if weight.shape[:2] != (members, width) or bias.shape != (members, weight.shape[2]):
+            raise ValueError(
+                f"layers: expected weights ({members}, {width}, out) with biases ({members}, out), "
+                f"got {tuple(weight.shape)} with {tuple(bias.shape)}"
+            )
+        width = weight.shape[2]
+    expected = (len(start), objective.layers[0][0].shape[1])
+    for name, shape in (("start", start.shape), ("rows['reference']", rows["reference"].shape)):
+        if tuple(shape) != expected:
+            raise ValueError(f"{name}: expected codes {expected}, got {tuple(shape)}")
+    target = rows["target"]
+    if target.dtype != torch.int64 or target.dim() != 1:
+        raise ValueError(f"rows['target']: expected int64 ({len(start)},), got {target.dtype} {tuple(target.shape)}")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < width:
+        raise ValueError(
+            f"rows['target']: expected classes 0 ... {width - 1}, got {int(target.min())} ... {int(target.max())}"
+        )

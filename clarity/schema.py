@@ -65,7 +65,7 @@ COUNTERFACTUALS: dict[str, Column] = {
     "converged": Column("bool", "whether the target probability exceeded min_target_prob"),
     "steps": Column("int32", "updates over all rungs; 0 if the start satisfies the target"),
     "confirmed": Column("bool", "whether the written image passes every check; null if none was asked for"),
-    "rungs": Column("int32", "further searches after failed checks"),
+    "rungs": Column("int32", "further searches after the first"),
     "target_prob_initial": Column("float", "probability of the target at the start, by the method's classifier"),
     "target_prob_final": Column("float", "the same at the end"),
     "predictive_initial": Column("float", "predictive uncertainty at the start, by the method's classifier, in nats"),

@@ -25,6 +25,7 @@ from clarity.objectives import (
     as_columns,
     autograd_gradient,
     in_columns,
+    require_latent,
 )
 from clarity.refine import refine
 from clarity.rows import float32_convolutions, one_thread
@@ -351,6 +352,8 @@ def descend(
     if "min_target_prob" not in rows:
         rows = {**rows, "min_target_prob": torch.full((len(start),), config.min_target_prob, device=start.device)}
     require_thresholds(rows["min_target_prob"])
+    if isinstance(objective, LatentObjective):
+        require_latent(objective, start, rows)
     fixed = require_fixed(getattr(objective, "fixed", None), start)
     fits = isinstance(objective, LatentObjective) and update == "adam" and bounds is None
     # Only the plain engine reports each step.

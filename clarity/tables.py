@@ -74,7 +74,7 @@ class Results:
     found: Counterfactuals  # of the search, over all rungs
     written: Written  # the images of its points
     confirmed: np.ndarray | None  # (P,) bool, whether the image passes every check; None where no check was asked for
-    rungs: np.ndarray  # (P,) int32, further searches after failed checks
+    rungs: np.ndarray  # (P,) int32, further searches after the first
 
     def updated(self, rows: np.ndarray, found: Counterfactuals, written: Written) -> "Results":
         """These results with other ones, which confirm the pair, in these rows."""

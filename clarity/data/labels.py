@@ -161,9 +161,9 @@ class PathIndex:
             path = next((self.paths[stem] for stem in stems if stem in self.paths), None)
         if path is not None:
             return path
-        path = self.names.get(os.path.basename(text)) or ""
-        # A train/7.jpg that is missing is not test/7.jpg, nor is the 7.jpg of a table in train/.
-        named, lies = (posixpath.basename(posixpath.dirname(name)) for name in (posixpath.normpath(text), path))
-        if not path.startswith(posixpath.join(folder, "")) or (named and lies and named != lies):
+        path = self.names.get(os.path.basename(text))
+        if path is None or not path.startswith(posixpath.join(folder, "")):
             return None
-        return path or None
+        # A train/7.jpg that is missing is not test/7.jpg.
+        named, lies = (posixpath.basename(posixpath.dirname(name)) for name in (posixpath.normpath(text), path))
+        return None if named and lies and named != lies else path

@@ -100,7 +100,7 @@ def find(facts: Facts) -> Results:
 
 def lowered(finding: Finding) -> Finding:
     """A finding that rests on a model to be read with care, which is no alert."""
-    if finding.severity <= MAX_LOOK:
+    if finding.level != "alert":
         return finding
     why = " Severity lowered, because the verdict on the model is “with care”."
     return replace(finding, severity=MAX_LOOK, evidence=finding.evidence + why)

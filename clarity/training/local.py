@@ -116,10 +116,10 @@ def checked_arrays(arrays: Arrays) -> tuple[np.ndarray, pa.Array]:
         raise ValueError("expected images of uint8, or floats in [0, 1], got uint16: divide them by what is white")
     if pixels.dtype != np.uint8:
         pixels = np.stack([to_uint8(image, None) for image in pixels])
-    return np.ascontiguousarray(pixels), class_names(arrays[1], len(pixels))
+    return np.ascontiguousarray(pixels), label_names(arrays[1], len(pixels))
 
 
-def class_names(labels: Sequence[Any] | None, count: int) -> pa.Array:
+def label_names(labels: Sequence[Any] | None, count: int) -> pa.Array:
     """The names of the classes of ``count`` images: text, or whole numbers as text."""
     if labels is None:
         return pa.nulls(count, pa.string())

@@ -12,7 +12,7 @@ from audits import SEARCHED, Planted, Tables, make_tables, model_card, replaced,
 from clarity.audit.queries import connect
 from clarity.findings.differences import mean_differences
 from clarity.findings.finding import Finding, gather, graded
-from clarity.findings.registry import CHECKS, Results, find
+from clarity.findings.registry import CHECKS, Results, find, lowered
 from clarity.report.text import percent
 
 ALARMS = {
@@ -412,6 +412,12 @@ def test_findings_that_need_a_good_model_are_lowered_under_reservations() -> Non
     card = model_card((0.9,) * 4, baseline=0.99)
     found = told(make_tables(240, planted=Planted(patch=3, wrong_labels=5)), card=card)
     assert all(found[kind].level == "look" and "lowered" in found[kind].evidence for kind in ("shortcut", "labels"))
+
+
+def test_lowered_changes_alerts_alone() -> None:
+    finding = Finding("labels", 0.69, "One label looks wrong", "One image carries a wrong label.", "Counted.")
+    assert lowered(finding) == finding
+    assert lowered(replace(finding, severity=0.7)).level == "look"
 
 
 def test_region_that_varies_is_a_fact_beside_the_real_difference() -> None:

@@ -16,7 +16,7 @@ from clarity import storage
 from clarity.data import open_dataset
 from clarity.model import load_tensors, read_card
 from clarity.training.directory import begin, finish, networks
-from clarity.training.local import class_names
+from clarity.training.local import label_names
 from clarity.training.loops import Epoch
 from clarity.training.plan import TrainingPlan, plan_training
 from clarity.training.stages import FINISHED, STAGES, TRAINED, Worker, run_loop, run_stages, save_finished
@@ -352,4 +352,4 @@ def test_train_takes_two_arrays_alone() -> None:
     ],
 )
 def test_labels_of_arrays_are_names_of_classes(labels: Any, names: list[str | None]) -> None:
-    assert class_names(labels, 3).to_pylist() == names
+    assert label_names(labels, 3).to_pylist() == names
