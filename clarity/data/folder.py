@@ -32,6 +32,11 @@ SYSTEM_FOLDER = re.compile(
 )
 #: The last number of a file's name, to its end.
 LAST_NUMBER = re.compile(r"[\W_]*\d+\W*\.\w+$", re.ASCII)
+#: Names of folders for what they hold, or which part of the data set, and not for a class of images.
+NO_CLASS = re.compile(
+    r"(?i)(images?|imgs?|data|datasets?|masks?|labels?|annotations?|segmentations?|"
+    r"(.*[\W_])?(fold|part|split|batch|subset)[\W_]*\d+)"
+)
 #: A class folder of which other folders hold so large a share of all images is taken for a wrapper of the classes.
 WRAPPED = 0.9
 HIDDEN = re.compile(r"(^|/)\.")
@@ -154,7 +159,7 @@ def split_folders(root: str) -> dict[str, str]:
     splits = {name: split for name in tops if (split := split_named(name))}
     if not splits:
         within = {name: split for name in tops if (split := split_within(name))}
-        if len(set(within.values())) > 1 or any(name.casefold() in ("images", "data", "dataset") for name in tops):
+        if len(set(within.values())) > 1 or any(map(NO_CLASS.fullmatch, tops)):
             splits = within
     others = [name for name in tops if name not in splits] if splits else []
     others = [name for name in others if any(is_image(f.path) for f in storage.list_files(storage.join(root, name)))]
@@ -199,7 +204,7 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
     """A note of classes whose images all lie in several folders below theirs, as the folder may only wrap classes.
 
     ValueError: such a folder holds nearly all images, beside folders of a few others; or its folders are named as the
-    classes beside it.
+    classes beside it; or several folders are named for what they hold.
     """
     inner: dict[str, set[str]] = {}
     direct = set()
@@ -209,6 +214,11 @@ def notes_on_inner_folders(root: str, paths: list[list[str]], depth: int) -> lis
         elif len(parts) == depth + 2:
             direct.add(parts[depth])
     classes = {printable(name) for name in [*inner, *direct]}
+    if len(named := [name for name in classes if NO_CLASS.fullmatch(name)]) > 1:
+        raise ValueError(
+            f"expected a folder for each class, found some named for what they hold ({some(named)}): to read one "
+            "alone, name it; if they are classes, give them other names; else put classes or labels.csv at the top"
+        )
     for name, folders in inner.items():
         if folders <= classes and printable(name) not in folders:
             raise ValueError(

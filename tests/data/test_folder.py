@@ -141,6 +141,25 @@ def test_folder_that_holds_all_classes_once_more_is_no_class(split: str, tmp_pat
     assert set(listed(tmp_path).values()) == {"yes", "no", "more data"}
 
 
+@pytest.mark.parametrize("above", ["", "train/"])
+@pytest.mark.parametrize(
+    "names", [("images", "masks"), ("Image", "Labels"), ("fold_1", "fold_2"), ("part1", "part2"), ("x_part_1", "data")]
+)
+def test_folder_refuses_folders_that_are_named_for_what_they_hold(
+    names: tuple[str, str], above: str, tmp_path: Path
+) -> None:
+    write_images(tmp_path, *(f"{above}{name}/1.png" for name in (*names, "cat")))
+    with pytest.raises(ValueError, match=f"named for what they hold .*{names[0]}.*: to read one alone, name it; if"):
+        listed(tmp_path)
+    (tmp_path / "labels.csv").write_text(f"file_name,label\n{above}{names[0]}/1.png,owl\n")
+    assert listed(tmp_path)[f"{above}{names[0]}/1.png"] == "owl", "a table names the classes"
+
+
+def test_folder_takes_one_folder_of_such_a_name_for_a_class(tmp_path: Path) -> None:
+    write_images(tmp_path, "labels/1.png", "bottles/2.png", "part/3.png", "apart 1/4.png")
+    assert set(listed(tmp_path).values()) == {"labels", "bottles", "part", "apart 1"}
+
+
 def test_folder_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
     write_images(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "Tea/1.png", "tea/2.png")
     listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
