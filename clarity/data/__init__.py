@@ -52,10 +52,12 @@ from clarity.images import (
     open_image,
     upright,
 )
-from clarity.report.text import counted
+from clarity.report.text import counted, plural
 
 #: The digits that ship with the package; DIGITS.md tells their origin and license.
 DIGITS = str(Path(__file__).with_name("digits.parquet"))
+#: Labels that pandas reads as missing, in any case.
+MISSING = ("nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nat")
 #: Column names that attributes cannot have, as tables of an audit or a listing hold others under them.
 TAKEN = {*LISTING_COLUMNS, *schema.CODES, *schema.PREDICTIONS, "image", "split", schema.PREDICTOR_IMAGE}
 
@@ -186,9 +188,9 @@ def list_images(dataset: Dataset) -> pa.Table:
 
 
 def normalise_labels(listing: pa.Table) -> pa.Table:
-    """The listing with each class name in one form, see ``normalise_names``, and notes of names that look alike."""
+    """The listing with each class name in one form, see ``normalise_names``, and notes of doubtful names."""
     names = pc.unique(listing["label_name"]).drop_null()
-    composed = Counter(normalise_names(names).to_pylist())
+    labels, composed = normalise_names(listing["label_name"]), Counter(normalise_names(names).to_pylist())
     told = [
         f"the class {name!r} is written in two ways that look alike (Unicode NFC and NFD), read as one"
         for name in sorted(composed)
@@ -202,8 +204,13 @@ def normalise_labels(listing: pa.Table) -> pa.Table:
         for alike in folded.values()
         if len(alike) > 1
     ]
-    index = listing.column_names.index("label_name")
-    listing = listing.set_column(index, "label_name", normalise_names(listing["label_name"]))
+    told += [
+        f"{plural(pc.sum(pc.equal(labels, name)).as_py(), 'image has', 'images have')} the label {name!r}, read as a "
+        "class; if it stands for no label, leave it empty"
+        for name in sorted(composed)
+        if name.casefold() in MISSING
+    ]
+    listing = listing.set_column(listing.column_names.index("label_name"), "label_name", labels)
     return annotate(listing, sentences=told)
 
 

@@ -67,8 +67,8 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
             if not in_classes:
                 missing = "label" if image else "image"
                 notes.append(
-                    f"{table} gives no labels: its columns are {names_of(rows[0] if rows else ())}; say which one "
-                    f"does, as in columns {missing}=NAME"
+                    f"{table} gives no labels: its first line names the columns {names_of(rows[0] if rows else ())}; "
+                    f"say which one does, as in columns {missing}=NAME"
                 )
             continue
         unknown, unlike = 0, dict[str, str | None]()
@@ -117,7 +117,8 @@ def read_table(uri: str) -> list[dict[str, Any]]:
             delimiter = max(",;\t", key=file.readline().count)
             file.seek(0)
             reader = csv.DictReader(file, delimiter=delimiter)
-            names, rows = reader.fieldnames or (), list(reader)
+            reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+            rows = list(reader)
             for row in rows:
                 row.pop(None, None)  # cells beyond the header
     except (ValueError, AttributeError, csv.Error) as error:
@@ -135,21 +136,21 @@ def find_column(dataset: Dataset, table: str, rows: list[dict[str, Any]], name: 
     asked = dict(dataset.columns).get(name)
     if asked is not None and asked not in there:
         raise ValueError(f"columns: expected {asked} in {table}, found columns {names_of(there)}: choose from these")
-    folded = {column.strip().casefold(): column for column in there if column}
+    folded = {column.casefold(): column for column in there}
     return asked or next((folded[known] for known in COLUMNS[name] if known in folded), None)
 
 
 class PathIndex:
-    """Finds image files by what tables call them: a path, a name, or a name without its extension."""
+    """Finds image files by what tables call them: a path, a name, it without its extension, or 7 for 007.png."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths: dict[str, str] = {}
         self.names: dict[str, str | None] = {}
         for path in paths:
             self.paths[unicodedata.normalize("NFC", path)] = path
-            name = os.path.basename(path)
-            for known in (name, os.path.splitext(name)[0]):
-                known = unicodedata.normalize("NFC", known)
+            name = unicodedata.normalize("NFC", os.path.basename(path))
+            stem = os.path.splitext(name)[0]
+            for known in {name, stem, str(int(stem)) if stem.isdecimal() else stem}:
                 self.names[known] = None if known in self.names else path
 
     def find(self, folder: str, text: str) -> str | None:

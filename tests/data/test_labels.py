@@ -59,12 +59,36 @@ def test_labels_in_columns_of_other_names(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "2.png")
     write_table(tmp_path, "Photo,breed\n1.png,pug\n2.png,collie\n")
     listing = data.list_images(data.open_dataset("folder", tmp_path, "all"))
-    with pytest.raises(ValueError, match=r"found no labels.*its columns are Photo, breed; say .* columns image=NAME"):
+    with pytest.raises(ValueError, match=r"found no labels.*line names the columns Photo, breed; say .* image=NAME"):
         data.class_names_of(listing)
     named = data.open_dataset("folder", tmp_path, "all", columns={"image": "Photo", "label": "breed"})
     assert data.list_images(named)["label_name"].to_pylist() == ["pug", "collie"]
     with pytest.raises(ValueError, match=r"columns: expected kind in labels.csv, found columns Photo, breed"):
         data.list_images(data.open_dataset("folder", tmp_path, "all", columns={"label": "kind"}))
+
+
+def test_labels_in_a_column_whose_name_has_spaces_around_it(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png")
+    write_table(tmp_path, "id, breed \n1,pug\n2,collie\n")
+    named = data.open_dataset("folder", tmp_path, "all", columns={"label": "breed"})
+    assert data.list_images(named)["label_name"].to_pylist() == ["pug", "collie"]
+
+
+def test_labels_find_an_image_by_its_number(tmp_path: Path) -> None:
+    """As pandas writes a column of them, without zeros in front."""
+    write_images(tmp_path, "a/000.png", "a/007.png", "a/10.png", "b/08.png", "b/8.png")
+    write_table(tmp_path, "id,label\n0,cat\n7,dog\n10,owl\n8,pug\n")
+    labels = {"a/000.png": "cat", "a/007.png": "dog", "a/10.png": "owl", "b/08.png": None, "b/8.png": None}
+    assert listed(tmp_path) == labels, "one number of two images is the name of neither"
+
+
+@pytest.mark.parametrize("name", ["nan", "NA", "N/A", "null", "None"])
+def test_labels_that_pandas_reads_as_missing_are_classes_and_it_is_said(name: str, tmp_path: Path) -> None:
+    write_images(tmp_path, *(f"{number}.png" for number in range(4)))
+    write_table(tmp_path, f"id,label\n0,{name}\n1,DE\n2,{name}\n3,\n")
+    assert list(listed(tmp_path).values()) == [name, "DE", name, None]
+    (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all")))
+    assert note == f"2 images have the label {name!r}, read as a class; if it stands for no label, leave it empty"
 
 
 def test_labels_in_rows_longer_than_the_header(tmp_path: Path) -> None:
