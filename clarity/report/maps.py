@@ -55,4 +55,4 @@ def cell_text(value: float, share: bool, digits: int) -> str:
     """One number of a map; all of a map have the same digits after the point."""
     if not np.isfinite(value):
         return "–"
-    return percent(value) if share else f"{value:,.{digits}f}"
+    return percent(value).replace(" ", "\u00a0") if share else f"{value:,.{digits}f}"

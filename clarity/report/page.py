@@ -71,7 +71,6 @@ def write_report(
     sample = choose(views, budget, images, [(names.index(source), names.index(target)) for source, target in pairs])
     embedded = [embed_audit(view, sample, tiles) for view in views]
     html = render(views, sample, embedded, embed_images(views, sample.image_ids, tiles), tiles, budget)
-    html = re.sub(r"(?<=\d) %", "\u00a0%", html)  # a number stays with its sign
     uri, data = out or storage.join(first.audit.uri, "report.html"), html.encode()
     storage.write_bytes(uri, data)
     return Report(
@@ -177,8 +176,8 @@ def render(
 
 
 def unbroken(text: str) -> markupsafe.Markup:
-    """Text as HTML in which a class pair and a flag each stay on one line."""
-    escaped = str(markupsafe.escape(text)).replace(" → ", "\u00a0→\u00a0")
+    """Text as HTML in which a class pair, a share and a flag each stay on one line."""
+    escaped = re.sub(r" (?=→ )|(?<= →) |(?<=\d) (?=%)", "\u00a0", str(markupsafe.escape(text)))
     return markupsafe.Markup(re.sub(r"--[a-z-]+( auto)?", r"<code>\g<0></code>", escaped))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from audits import EVERYTHING, Planted, Tables, make_tables, model_card, replaced, with_predictor, write_audit
@@ -75,6 +76,9 @@ def test_report_says_which_pairs_its_first_figures_count(tmp_path: Path) -> None
 def test_report_clears_no_labels_that_the_ensemble_may_know(tmp_path: Path, dataset: Any, told: bool) -> None:
     page = page_of(tmp_path, make_tables(200), dataset=dataset)
     assert ("the ensemble may have been trained on these labels" in page.html) is told
+    lead = page.section('class="lead"', "</p>")
+    assert ("Some or all of these images were used to train the model." in lead) is (dataset.get("trained") is True)
+    assert ("None of these images was used to train the model." in lead) is (dataset.get("trained") is False)
 
 
 def test_report_tells_the_findings_in_words_and_in_order(tmp_path: Path) -> None:
@@ -239,7 +243,17 @@ def test_report_lets_no_name_break_out_of_the_page(tmp_path: Path) -> None:
 def test_report_breaks_no_line_within_a_flag_a_class_pair_or_a_share(tmp_path: Path) -> None:
     told = unbroken("<a> → b: --min-target-prob auto asks for less")
     assert told == "&lt;a&gt;\u00a0→\u00a0b: <code>--min-target-prob auto</code> asks for less"
-    assert not re.search(r"\d %", Path(page_of(tmp_path).made.uri).read_text())
+    assert unbroken("97 % (90 % to 99 %)") == "97\u00a0% (90\u00a0% to 99\u00a0%)"
+
+
+def test_report_leaves_names_and_ids_as_they_are(tmp_path: Path) -> None:
+    tables = make_tables(class_names=("5 % salt", "10 %", "cow", "dog"))
+    for name in ("codes", "counterfactuals"):
+        ids = pc.binary_join_element_wise(getattr(tables, name)["image_id"], " %.png", "")
+        tables = replaced(tables, name, "image_id", ids)
+    html = Path(page_of(tmp_path, tables).made.uri).read_text()
+    assert '"full_names":["5 % salt","10 %"' in html and '"img-00000 %.png":{' in html
+    assert "5 % salt → 10 %</a>" in html and not re.search("img-[0-9]{5}\u00a0", html)
 
 
 def test_report_begins_with_the_model_of_another_data_set(tmp_path: Path) -> None:
