@@ -34,7 +34,7 @@ SYSTEM_FOLDER = re.compile(
 LAST_NUMBER = re.compile(r"[\W_]*\d+\W*\.\w+$", re.ASCII)
 #: Names of folders for what they hold, or which part of the data set, and not for a class of images.
 NO_CLASS = re.compile(
-    r"(?i)(images?|imgs?|data|datasets?|masks?|labels?|annotations?|segmentations?|"
+    r"(?i)((jpeg)?images?|imgs?|data|datasets?|masks?|labels?|annotations?|segmentation(s|class|object)?|"
     r"(.*[\W_])?(fold|part|split|batch|subset)[\W_]*\d+)"
 )
 #: A class folder of which other folders hold so large a share of all images is taken for a wrapper of the classes.

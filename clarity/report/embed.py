@@ -37,8 +37,8 @@ class Embedded:
 
 
 def change_of(row: dict[str, Any], name: str, write: Callable[[float | None], str] = number) -> str:
-    """A quantity before and after the search."""
-    return f"{write(row[name + '_initial'])} → {write(row[name + '_final'])}"
+    """A quantity before and after the search, on one line."""
+    return f"{write(row[name + '_initial'])}\u00a0→\u00a0{write(row[name + '_final'])}"
 
 
 def read_picture(picture: bytes | None, view: View) -> np.ndarray | None:

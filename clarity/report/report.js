@@ -229,8 +229,7 @@ const scaled = (height) => tile.height <= height ? tile.width * Math.max(1, Math
 // The ensemble's probabilities, named where another model is explained.
 const led = (t) => `p(${names[t]})` + (data.has_predictor ? " by the ensemble" : "");
 const large = scaled(62), small = Math.min(scaled(42), large);
-// What is before and after an arrow stays on one line.
-function fact(name, value, bad) { return el("div", {}, el("dt", {}, name + " "), el("dd", { class: bad ? "bad" : null }, value.replaceAll(" → ", "\u00a0→\u00a0"))); }
+function fact(name, value, bad) { return el("div", {}, el("dt", {}, name + " "), el("dd", { class: bad ? "bad" : null }, value)); }
 function command(text) {
   const copy = el("button", { class: "small-button copy", type: "button", on: { click: async () => {
     try { await navigator.clipboard.writeText(text); copy.textContent = "Copied"; } catch (error) { getSelection().selectAllChildren(code); }

@@ -143,7 +143,15 @@ def test_folder_that_holds_all_classes_once_more_is_no_class(split: str, tmp_pat
 
 @pytest.mark.parametrize("above", ["", "train/"])
 @pytest.mark.parametrize(
-    "names", [("images", "masks"), ("Image", "Labels"), ("fold_1", "fold_2"), ("part1", "part2"), ("x_part_1", "data")]
+    "names",
+    [
+        ("images", "masks"),
+        ("Image", "Labels"),
+        ("JPEGImages", "SegmentationClass"),
+        ("fold_1", "fold_2"),
+        ("part1", "part2"),
+        ("x_part_1", "data"),
+    ],
 )
 def test_folder_refuses_folders_that_are_named_for_what_they_hold(
     names: tuple[str, str], above: str, tmp_path: Path

@@ -201,7 +201,7 @@ def test_report_speaks_of_the_predictor_that_it_explains(tmp_path: Path) -> None
     # Links start at the class of the model explained, which is the prediction; nine images of four classes differ.
     assert "0-1" in re.findall(r'href="#pair=(\d-\d)"', part) and part.count("its counterfactual, ") == 9
     assert "confirmed_share" in [kind["key"] for kind in page.data["maps"]]
-    assert page.row(page.data["examples"]["0-2"][-1][0], 2)["predicted_prob"] == "0.01 → 0.90"
+    assert page.row(page.data["examples"]["0-2"][-1][0], 2)["predicted_prob"] == "0.01\u00a0→\u00a00.90"
 
 
 def test_report_keeps_its_columns_where_audits_have_other_figures(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_report_shows_what_judge_and_checks_say_of_the_counterfactuals(tmp_path:
     assert first and first.groups() == ("Judge sees the target", percent(float(seen)))
     assert "judge_agreement" in [kind["key"] for kind in page.data["maps"]]
     row = page.first("0-2")
-    assert (row["judge_prob"], row["predicted_prob"]) == ("0.75", "– → 0.50")
+    assert (row["judge_prob"], row["predicted_prob"]) == ("0.75", "–\u00a0→\u00a00.50")
     assert "Confirmed</dt><dd>95.0 %" in page.html and "passed every check, 12 after a further search" in page.html
 
 
