@@ -206,7 +206,7 @@ def normalise_labels(listing: pa.Table) -> pa.Table:
     ]
     told += [
         f"{plural(pc.sum(pc.equal(labels, name)).as_py(), 'image has', 'images have')} the label {name!r}, read as a "
-        "class; if it stands for no label, leave it empty"
+        "class; if it stands for no label, leave it out"
         for name in sorted(composed)
         if name.casefold() in MISSING
     ]

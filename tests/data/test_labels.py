@@ -88,7 +88,7 @@ def test_labels_that_pandas_reads_as_missing_are_classes_and_it_is_said(name: st
     write_table(tmp_path, f"id,label\n0,{name}\n1,DE\n2,{name}\n3,\n")
     assert list(listed(tmp_path).values()) == [name, "DE", name, None]
     (note,) = data.notes(data.list_images(data.open_dataset("folder", tmp_path, "all")))
-    assert note == f"2 images have the label {name!r}, read as a class; if it stands for no label, leave it empty"
+    assert note == f"2 images have the label {name!r}, read as a class; if it stands for no label, leave it out"
 
 
 def test_labels_in_rows_longer_than_the_header(tmp_path: Path) -> None:
