@@ -68,7 +68,7 @@ def read_labels(dataset: Dataset, folders: Sequence[str], paths: Iterable[str], 
                 missing = "label" if image else "image"
                 notes.append(
                     f"{table} gives no labels: its first line names the columns {names_of(rows[0] if rows else ())}; "
-                    f"say which one does, as in columns {missing}=NAME"
+                    f"say which one does, as in columns {missing}=NAME, or write names above it"
                 )
             continue
         unknown, unlike = 0, dict[str, str | None]()
