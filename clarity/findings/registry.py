@@ -48,12 +48,12 @@ CHECKS = {
     "judged": Check(
         check_judged,
         "Counterfactuals in which the held-out judge does not see the target",
-        "The held-out judge sees the target in more than 95 % of the counterfactuals.",
+        "The held-out judge sees the target in more than 95 % of the counterfactuals that converged.",
     ),
     "reencoding": Check(
         check_reencoding,
         "Counterfactuals that lose their target when decoded and encoded",
-        "More than 99 % of the counterfactuals keep their target after decoding, rounding to 8 bits and encoding.",
+        "More than 99 % of the counterfactuals that converged keep their target, decoded to 8 bits and encoded again.",
     ),
     "attributes": Check(
         check_attributes, "Attributes that drift", "No attribute drifts by 0.1 or more, beyond chance."
