@@ -173,14 +173,17 @@ class Explainer:
     def search_shard(self, shard: pa.Table, trace: int = 0) -> Explained:
         """``explain_shard`` without PNG encoding: the columns ``x`` and ``x_cf`` hold raw pixels."""
         seconds, engine = defaultdict[str, float](float), None
-        valid = shard["image"].is_valid().to_numpy(zero_copy_only=False)
-        codes = [error_rows(self.model, shard.filter(pa.array(~valid)), predicted=self.predictor is not None)]
+        codes = []
         num_kept = 0 if self.kept is None else len(self.kept.names)
         pairs = [schema.counterfactuals_schema(self.model.latent_dim, num_kept=num_kept).empty_table()]
         traces = [schema.traces_schema(self.model.latent_dim).empty_table()]
         with one_thread(self.threads):
+            shard, predicted = self.predict_images(shard, seconds)
+            valid = shard["error"].is_null().to_numpy(zero_copy_only=False)
+            codes.append(error_rows(self.model, shard.filter(pa.array(~valid)), predicted is not None))
             for ensemble, rows in self.by_ensemble(shard["image_id"].to_pylist(), valid):
-                encoded = self.encode(ensemble, shard.take(rows), seconds)
+                probs = None if predicted is None else predicted[rows]
+                encoded = self.encode(ensemble, shard.take(rows), probs, seconds)
                 codes.append(code_rows(encoded, self.images))
                 asked = self.ask(encoded)
                 if not len(asked.target):
@@ -223,8 +226,29 @@ class Explainer:
             if len(rows := np.flatnonzero(valid & (fold == number))):
                 yield ensemble, rows
 
-    def encode(self, ensemble: LatentEnsemble, shard: pa.Table, seconds: dict[str, float]) -> Encoded:
-        """Encode readable images, reconstruct them, and predict their classes from their codes."""
+    def predict_images(self, shard: pa.Table, seconds: dict[str, float]) -> tuple[pa.Table, np.ndarray | None]:
+        """The shard, with an error for each image to which the predictor has no answer, and its answers (N, K)."""
+        if self.predictor is None:
+            return shard, None
+        column, shape = "image", self.model.image_shape
+        if schema.PREDICTOR_IMAGE in shard.column_names:
+            column, shape = schema.PREDICTOR_IMAGE, self.predictor.preprocessing.image_shape
+        readable = shard["error"].is_null()
+        probs = np.full((len(shard), self.model.num_classes), np.nan, np.float32)
+        with timed(seconds, "predictor"):
+            pixels = schema.matrix(shard[column].filter(readable)).reshape(-1, *shape)
+            probs[readable.to_numpy()] = self.predictor.predict(pixels, self.threads)
+        unanswered = pc.and_(readable, pa.array(np.isnan(probs).any(1)))
+        error = pc.if_else(unanswered, "the predictor answers NaN or an infinity", shard["error"])
+        return shard.set_column(shard.column_names.index("error"), shard.schema.field("error"), error), probs
+
+    def encode(
+        self, ensemble: LatentEnsemble, shard: pa.Table, predicted: np.ndarray | None, seconds: dict[str, float]
+    ) -> Encoded:
+        """Encode images, reconstruct them, and predict their classes from their codes.
+
+        ``predicted`` (B, K) are the predictor's answers, None where there is none.
+        """
         with timed(seconds, "encode"):
             pixels = schema.matrix(shard["image"]).reshape(-1, *self.model.image_shape)
             x = to_float(pixels, self.device)
@@ -248,20 +272,15 @@ class Explainer:
                 uncertainty=uncertainties(logits),
                 source=probs.argmax(1).astype(np.int32),
             )
-        if self.predictor is None:
+        if self.predictor is None or predicted is None:
             return encoded
         with timed(seconds, "predictor"):
-            originals = pixels
-            if schema.PREDICTOR_IMAGE in shard.column_names:
-                originals = schema.matrix(shard[schema.PREDICTOR_IMAGE])
-                originals = originals.reshape(-1, *self.predictor.preprocessing.image_shape)
-            probs = self.predictor.predict(originals, self.threads)
             redrawn = quantise(decode_rows(self.model.decoder, encoded.z))  # by the decoder that draws what is written
             return replace(
                 encoded,
-                extra=pa.table(column_dict(encoded.extra) | column_dict(prediction_columns(self.model, probs))),
-                source=probs.argmax(1).astype(np.int32),
-                predictor_probs=probs,
+                extra=pa.table(column_dict(encoded.extra) | column_dict(prediction_columns(self.model, predicted))),
+                source=predicted.argmax(1).astype(np.int32),
+                predictor_probs=predicted,
                 reconstruction_probs=self.predictor.predict(redrawn, self.threads),
             )
 

@@ -78,7 +78,10 @@ def explain(
                 originals[row] = prepare([image], [image_ids[row]], explainer.predictor.preprocessing)[0]
         column = schema.fixed_size_list(originals.reshape(len(images), -1))
         shard = shard.append_column(schema.PREDICTOR_IMAGE, column)
-    return explainer.explain_shard(shard).counterfactuals
+    explained = explainer.explain_shard(shard)
+    for unused in explained.codes.filter(pc.field("status") == "error").to_pylist():
+        raise ValueError(f"image {unused['image_id']}: {unused['error']}")
+    return explained.counterfactuals
 
 
 def as_shard(image_ids: Sequence[str], pixels: np.ndarray) -> pa.Table:

@@ -293,6 +293,14 @@ def describe_predictor(
         return f"predictor  {predictor.name}, none of {plural(len(some), 'image')} can be read"
     pixels = schema.matrix(images["image"]).reshape(-1, *own.image_shape)
     probs = predictor.predict(pixels)
+    given = ~np.isnan(probs).any(1)
+    if not given.any():
+        raise ValueError(
+            f"predictor: expected {predictor.name} to answer probabilities, got NaN or an infinity for each of "
+            f"{plural(len(images), 'image')}, such as {images['image_id'][0]}"
+        )
+    unanswered = images["image_id"].filter(pa.array(~given)).to_pylist()
+    images, pixels, probs = images.filter(pa.array(given)), pixels[given], probs[given]
     best = [f"{names[k]} {probs[0, k]:.3f}" for k in np.argsort(-probs[0], kind="stable")[:3]]
     label = f"label {images['label_name'][0]}" if images["label_name"][0].is_valid else "no label"
     lines = [f"predictor  {predictor.name}: image {images['image_id'][0]} ({label}) is {', '.join(best)}"]
@@ -305,6 +313,11 @@ def describe_predictor(
     if len(known):
         labels = np.array([names.index(name) for name in images["label_name"].to_pylist()])
         lines += describe_answers(predictor.name, names, labels, probs.argmax(1))
+    if unanswered:
+        lines.append(
+            f"WARNING    {predictor.name} answers NaN or an infinity for {plural(len(unanswered), 'image')}, such as "
+            f"{unanswered[0]}: such images are not explained"
+        )
     if (difference := batch_difference(predictor, pixels)) > BATCH_TOLERANCE:
         lines.append(
             f"WARNING    {predictor.name} answers differently by {difference:.2g} for an image alone and among others: "

@@ -60,7 +60,10 @@ class Predictor:
         return preprocessing if preprocessing.image_shape == self.preprocessing.image_shape else self.preprocessing
 
     def predict(self, pixels: np.ndarray, threads: int = 1) -> np.ndarray:
-        """Probabilities (B, K) float32 of images (B, C, H, W) uint8 of any size; ValueError for a bad answer."""
+        """Probabilities (B, K) float32 of images (B, C, H, W) uint8 of any size; ValueError for a bad answer.
+
+        A row is NaN where the predictor answers NaN or an infinity, as one that standardises each image may to black.
+        """
         pixels = self.prepare(pixels)
 
         def block(start: int) -> np.ndarray:
@@ -85,28 +88,22 @@ class Predictor:
         return np.stack(resized) if resized else np.zeros((0, *self.preprocessing.image_shape), np.uint8)
 
     def check(self, probs: Any, count: int) -> np.ndarray:
-        """The answer to the first images of one block, where it holds probabilities; what it says of padding is free.
-
-        A model that divides by the deviation of each image, for one, has no answer to the black images of the padding.
-        """
+        """The answer to the first images of a block, where it holds probabilities; what it says of padding is free."""
         values, expected = np.asarray(probs), (self.block, len(self.class_names))
         if values.shape != expected or values.dtype.kind != "f":
             raise ValueError(
                 f"predictor: expected {self.name} to answer floats of shape {expected}, one column for each of its "
                 f"classes, got {values.dtype} of shape {values.shape}"
             )
-        values = values[:count]
+        values = np.where(np.isfinite(values[:count]).all(1, keepdims=True), values[:count], np.nan)
         sums = values.sum(1)
-        bad = np.flatnonzero(~((values >= 0).all(1) & (np.abs(sums - 1) <= 0.01)))  # or NaN
+        bad = np.flatnonzero((values < 0).any(1) | (np.abs(sums - 1) > 0.01))
         if len(bad):
             row = values[bad[0]]
-            if np.isfinite(row).all():
-                found = f"a sum of {sums[bad[0]]:.4g} and a least value of {row.min():.4g}"
-            else:
-                found = "NaN" if np.isnan(row).any() else "an infinity"
             raise ValueError(
-                f"predictor: expected {self.name} to answer probabilities that sum to 1 for each image, got {found} "
-                f"for {len(bad)} of {count} images{'; of logits take the softmax' if abs(row).max() > 1 else ''}"
+                f"predictor: expected {self.name} to answer probabilities that sum to 1 for each image, got a sum of "
+                f"{sums[bad[0]]:.4g} and a least value of {row.min():.4g} for {len(bad)} of {count} images"
+                f"{'; of logits take the softmax' if abs(row).max() > 1 else ''}"
             )
         return values.astype(np.float32)
 
@@ -149,6 +146,8 @@ def function_predictor(call: Callable[..., Any], name: str, described: Mapping[s
     # Two functions are taken for the same where they answer the same to fixed images.
     images = np.random.default_rng(0).integers(0, 256, (8, *predictor.preprocessing.image_shape), np.uint8)
     answers = np.round(predictor.predict(images).astype(np.float64), 4)
+    if np.isnan(answers).any():
+        raise ValueError(f"predictor: expected {name} to answer probabilities, got NaN or an infinity for noise")
     return replace(predictor, digest=hashlib.sha256(answers.tobytes()).hexdigest())
 
 

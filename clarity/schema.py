@@ -40,8 +40,8 @@ CODES: dict[str, Column] = {
     "epistemic": Column("float", "epistemic uncertainty, the members' disagreement: predictive minus aleatoric"),
     "z": Column("float[D]", "latent code: the posterior mean"),
     "reconstruction_l1": Column("float", "sum over pixels of |decode(z) - x|, pixels in [0, 1]"),
-    "status": Column("string", "ok, or error if the image could not be read", True),
-    "error": Column("string", "why the image could not be read"),
+    "status": Column("string", "ok, or error if the image could not be used", True),
+    "error": Column("string", "why the image could not be used"),
     "x": Column("binary", "preprocessed image as PNG; null with --images none"),
 }
 

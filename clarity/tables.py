@@ -127,7 +127,7 @@ def code_rows(encoded: Encoded, images: str) -> pa.Table:
 
 
 def error_rows(model: Model, shard: pa.Table, predicted: bool) -> pa.Table:
-    """Rows of ``codes`` for images that could not be read, with the columns of a predictor where one was asked."""
+    """Rows of ``codes`` for images that could not be used, with the columns of a predictor where one was asked."""
     extra = schema.extra_columns(shard)
     fields = [*extra.schema, *(schema.predictions_schema(model.num_classes) if predicted else ())]
     expected = schema.codes_schema(model.num_classes, model.latent_dim, fields)

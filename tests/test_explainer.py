@@ -441,6 +441,32 @@ def test_pair_that_the_ensemble_sees_as_its_target_at_the_start_is_searched_agai
         assert all(row["rungs"] > 0 or row["steps"] == config.max_steps for row in started)
 
 
+def test_image_without_an_answer_of_the_predictor_is_an_error_row_and_such_a_picture_is_not_confirmed(
+    model: Model,
+) -> None:
+    shard = shard_of(model, IDS)
+    silent, theirs = schema.matrix(shard["image"])[3], their_model(model)
+
+    def call(pixels: np.ndarray) -> np.ndarray:
+        drawn = pixels.std((1, 2, 3)) < 50  # the images are noise
+        probs = np.where(drawn[:, None], [0.1, 0.7, 0.1, 0.1], theirs(pixels))
+        probs[[row.tobytes() == silent.tobytes() for row in pixels]] = np.nan
+        probs[drawn & (pixels.sum((1, 2, 3)) % 2 == 0)] = np.inf
+        return probs
+
+    predictor = as_predictor(call, model.class_names)
+    explained = Explainer(model, "clarity", LADDER, predictor=predictor, threads=1).explain_shard(shard)
+    row = rows_of(explained.codes, ("image_id",))[(IDS[3],)]
+    assert (row["status"], row["error"]) == ("error", "the predictor answers NaN or an infinity")
+    assert IDS[3] not in explained.counterfactuals["image_id"].to_pylist()
+    pairs = explained.counterfactuals
+    unanswered = decode_png(pairs["x_cf"], model.image_shape).sum((1, 2, 3)) % 2 == 0
+    assert 0 < unanswered.sum() < len(pairs)
+    assert (pairs["prediction_target_prob_final"].is_null().to_numpy() == unanswered).all()
+    confirmed = pairs["confirmed"].to_numpy()
+    assert confirmed.any() and not (confirmed & unanswered).any()
+
+
 def test_predictor_sees_the_original_in_its_own_size(model: Model) -> None:
     shown: list[np.ndarray] = []
 

@@ -72,6 +72,15 @@ def test_explain_says_what_is_wrong(model: Model, images: Any, options: dict[str
         clarity.explain(model, images, **options)
 
 
+def test_explain_names_an_image_without_an_answer_of_the_predictor(model: Model) -> None:
+    def call(pixels: np.ndarray) -> np.ndarray:
+        return np.where(pixels.any((1, 2, 3))[:, None], 0.25, np.nan) * np.ones((1, 4))
+
+    black = np.zeros((2, *model.image_shape), np.uint8)
+    with pytest.raises(ValueError, match="image dark: the predictor answers NaN or an infinity"):
+        clarity.explain(model, black, image_ids=["dark", "darker"], predictor=as_predictor(call, model.class_names))
+
+
 def test_explain_confirms_by_a_function_of_the_users(model: Model, tmp_path: Path) -> None:
     shown: list[np.ndarray] = []
 

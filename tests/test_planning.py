@@ -13,7 +13,7 @@ from bars import write_bars
 from pictures import write_images
 from predictors import as_predictor, constant
 
-from clarity import data
+from clarity import data, schema
 from clarity.checks import Requirements
 from clarity.classifiers import ImageEnsemble
 from clarity.explainer import explainer_of
@@ -175,6 +175,23 @@ def test_describe_predictor_shows_an_image_with_its_likeliest_classes_and_warns(
 
     def relative(pixels: np.ndarray) -> np.ndarray:
         return np.where(pixels.mean() > 20, [[0.4, 0.3, 0.2, 0.1]], [[0.1, 0.2, 0.3, 0.4]]).repeat(len(pixels), 0)
+
+    def silent(dark: float) -> str:
+        """What is said where images darker than this get no answer."""
+
+        def answers(pixels: np.ndarray) -> np.ndarray:
+            return np.where(pixels.mean((1, 2, 3))[:, None] < dark, np.nan, [[0.4, 0.3, 0.2, 0.1]])
+
+        mine = load_predictor(as_predictor(answers, model.class_names))
+        return describe_predictor(mine, DIGITS, THREE, model.preprocessing)
+
+    means = sorted(
+        float(pixels.mean()) for pixels in schema.matrix(data.read_images(DIGITS, THREE, model.preprocessing)["image"])
+    )
+    assert "WARNING" not in silent(means[0])
+    assert "answers NaN or an infinity for 1 image, such as" in silent(means[1])
+    with pytest.raises(ValueError, match="got NaN or an infinity for each of 3 images, such as"):
+        silent(means[2] + 1)
 
     unstable = load_predictor(as_predictor(relative, model.class_names))
     told = describe_predictor(replace(unstable, block=3), DIGITS, THREE, model.preprocessing)

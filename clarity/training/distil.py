@@ -37,7 +37,7 @@ MAX_CONFUSED = 0.1
 def original_probs(
     predictor: Predictor, dataset: Dataset, listing: pa.Table, images: LabelledImages, preprocessing: Preprocessing
 ) -> Tensor:
-    """Probabilities (N, K) of images as the predictor sees the original files, NaN where it cannot read one."""
+    """Probabilities (N, K) of images as the predictor sees the original files, NaN where it gives none."""
     if (theirs := predictor.sees(preprocessing)) == preprocessing:
         return pixel_probs(predictor, images.pixels.numpy())
     rows = listing.take(pc.index_in(pa.array(images.ids, pa.string()), value_set=listing["image_id"]))
@@ -123,8 +123,8 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
     codes = z.to(model.device), around.to(model.device)
     reconstructed, perturbed = (code_probs(predictor, model.vae, part) for part in codes)
     of_code, of_perturbed = (torch.from_numpy(mean_probs(logits_rows(model.ensemble, part))) for part in codes)
-    names, before, after = model.class_names, probs.argmax(1), reconstructed.argmax(1)
-    confused = []
+    names, answered, confused = model.class_names, ~reconstructed.isnan().any(1), []
+    before, after = probs.argmax(1)[answered], reconstructed.argmax(1)[answered]
     for k in before.unique().tolist():
         shares = torch.bincount(after[before == k], minlength=len(names)).double() / (before == k).sum()
         confused += [
@@ -134,7 +134,7 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
         ]
     return {
         "images": len(z),
-        "labelled": {"correct": int((before == labels).sum()), "images": int((labels >= 0).sum())},
+        "labelled": {"correct": int((probs.argmax(1) == labels).sum()), "images": int((labels >= 0).sum())},
         "codes": agreement(probs, of_code),
         "reconstructions": agreement(reconstructed, of_code),
         "perturbed": agreement(perturbed, of_perturbed),
@@ -144,7 +144,11 @@ def fidelity(model: Model, predictor: Predictor, images: LabelledImages, probs: 
 
 
 def agreement(p: Tensor, q: Tensor) -> dict[str, float]:
-    """How often the likeliest classes are the same, and the mean KL(p, q) in nats, of probabilities (B, K)."""
-    p, q = p.double(), q.double()
+    """How often the likeliest classes are the same, and the mean KL(p, q) in nats, of probabilities (B, K).
+
+    Rows with NaN, which the predictor did not answer, are left out.
+    """
+    known = ~(p + q).isnan().any(1)
+    p, q = p[known].double(), q[known].double()
     terms = torch.xlogy(p, p) - torch.xlogy(p, q.clamp_min(1e-12))
     return {"agreement": float((p.argmax(1) == q.argmax(1)).double().mean()), "kl": float(terms.sum(1).mean())}

@@ -258,6 +258,8 @@ def encode_stage(plan: TrainingPlan, worker: Worker, images: Images) -> None:
                 around = point_codes(predictor, vae, perturb(mean, generator))
                 probs = original_probs(predictor, plan.dataset, listing, some, plan.preprocessing)
                 tensors = join_states([{"mean": mean, "log_var": log_var, "probs": probs}, around])
+                if lost := int(tensors["probs"].isnan().any(1).sum()):
+                    worker.log(f"left out: {counted(lost, 'codes')} for which the predictor gives no probabilities")
                 ids = ids * (1 + COPIES)
         folds = torch.tensor([fold_of(image_id, max(plan.num_folds, 1)) for image_id in ids])
         save_tensors(file, {**tensors, "folds": folds})

@@ -149,6 +149,20 @@ def test_model_is_taught_without_labels_and_its_card_says_how_well(taught: Path)
     assert verdict(model.card).level in ("sound", "with care")  # by its agreement with the predictor
 
 
+def test_images_without_an_answer_of_the_predictor_are_left_out(folder: Path, tmp_path: Path) -> None:
+    def call(pixels: np.ndarray) -> np.ndarray:
+        silent = (pixels[:, 0, 0, 0] % 4 == 0) & (pixels.mean((1, 2, 3)) < 90)  # not the noise of its digest
+        return np.where(silent[:, None], np.nan, heights(pixels))
+
+    lines: list[str] = []
+    model = clarity.train("folder", tmp_path, data=folder, log=lines.append, **taught_by(predictor=teacher(call)))
+    assert any("codes for which the predictor gives no probabilities" in line for line in lines), lines
+    told = model.card["predictor"]
+    assert 0 < told["images"] < 30
+    for name in ("codes", "reconstructions", "perturbed", "reconstructing"):
+        assert 0 <= told[name]["agreement"] <= 1 and np.isfinite(told[name]["kl"]), told
+
+
 def test_classes_that_the_latent_space_loses_are_named(folder: Path, tmp_path: Path) -> None:
     """Decided by one dark pixel, which no reconstruction keeps: the classes are not told apart."""
 
