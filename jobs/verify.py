@@ -37,7 +37,7 @@ def check(args: argparse.Namespace) -> int:
     marked = storage.exists(storage.join(args.audit, "_SUCCESS"))
     if args.repair and found.shards:
         drop_commits(args.audit, found.shards)
-    print(f"images     {found.images}, {found.errors} unreadable")
+    print(f"images     {found.images}, {found.errors} unusable")
     print(f"pairs      {found.pairs}, {found.converged} converged")
     print(f"decoded    {counted(found.redecoded, 'pairs')} again, within one grey level")
     for problem in found.problems:

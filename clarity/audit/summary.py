@@ -103,7 +103,7 @@ def describe_rows(summary: Mapping[str, Any]) -> list[str]:
     engines = [f"{engine} ({counted(count, 'shards')})" for engine, count in summary["engines"].items()]
     stages = [f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds_by_stage"].items()]
     lines = [
-        f"images     {summary['images']}, {summary['unread']} unreadable, {summary['unknown_labels']} of unknown label",
+        f"images     {summary['images']}, {summary['unread']} unusable, {summary['unknown_labels']} of unknown label",
         *(f"           {reason}" for reason in reasons_unread(summary)),
         *about_data(summary),
     ]

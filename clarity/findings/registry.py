@@ -25,7 +25,7 @@ class Check(NamedTuple):
 #: Every check, in the order in which equally severe findings are listed.
 CHECKS = {
     "unread": Check(
-        check_unread, "Images and searches that failed", "Every image was read and every search stayed finite."
+        check_unread, "Images and searches that failed", "Every image was used and every search stayed finite."
     ),
     "shortcut": Check(
         check_shortcuts,

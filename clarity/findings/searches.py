@@ -29,7 +29,7 @@ def check_unread(facts: Facts) -> Outcome:
             Finding(
                 "unread",
                 0.5 + 0.5 * min(1.0, 10 * failed / images),
-                f"{plural(failed, 'image')} could not be read",
+                f"{plural(failed, 'image')} could not be used",
                 f"{failed:,} of {plural(images, 'image')} ({percent(failed, images)}) were not explained: {reasons}"
                 f"{' and other reasons' if len(rows) > 3 else ''}. The first is {rows[0][2]}.",
                 COUNTED,

@@ -82,7 +82,7 @@ def key_figures(total: dict[str, Any], num_images: int, explained: str) -> dict[
     distance = f"median latent distance {number(total['median_distance'])}{'; of those that converged' if lost else ''}"
     before = f"median, nats; before the search {number(total['epistemic_initial'])}"
     reached = f"{lost:,} did not reach" if lost else "all reached"
-    unread = f"{failed:,} could not be read" if failed else "all were read"
+    unread = f"{failed:,} could not be used" if failed else "all were used"
     figures |= {
         "Images": (f"{total['images'] - failed:,}", unread),
         "Counterfactuals": (f"{pairs:,}", f"{broken:,} not finite" if broken else "all finite"),

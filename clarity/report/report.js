@@ -348,7 +348,7 @@ function look(id) {
     return;
   }
   history.replaceState(null, "", "#image=" + encodeURIComponent(id));
-  if (image.error !== null) { box.replaceChildren(el("div", { class: "empty" }, `“${id}” could not be read: ${image.error}.`)); return; }
+  if (image.error !== null) { box.replaceChildren(el("div", { class: "empty" }, `“${id}” could not be used: ${image.error}.`)); return; }
   const left = el("div", { class: "frames" }, figure(picture(image.x, scaled(112), `image ${id}, original`), "original"),
     data.audits.map((audit) => audit.reconstructions[id] === undefined ? null : figure(picture(audit.reconstructions[id], scaled(112), `image ${id}, reconstruction`), several ? `reconstruction, ${audit.name}` : "reconstruction")));
   const probs = el("div", { class: "probs" }, image.probs.map(([i, p, text]) => {

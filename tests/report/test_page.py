@@ -225,7 +225,7 @@ def test_report_puts_audits_side_by_side(tmp_path: Path) -> None:
     page = Page(*uris)
     assert [audit["name"] for audit in page.data["audits"]] == ["clarity", "schut"]
     lists = page.section("<h3>Checked, nothing found</h3>", "</section>")
-    assert lists.count("Every image was read") == 1
+    assert lists.count("Every image was used") == 1
     assert "clarity: More than 99 % of the counterfactuals that converged keep" in lists
     image_id = page.data["examples"]["0-1"][0][0]
     assert all(page.row(image_id, 1, audit)["target"] == 1 for audit in range(2))
