@@ -367,7 +367,9 @@ def fit(plan: TrainingPlan, stages: Sequence[str], workers: int | None) -> None:
                     raise failure from None
             if not left:
                 raise
-        print("a worker died or failed; trying again from the last checkpoints", flush=True)
+            first: Exception = next(iter(error.worker_failures.values()), error)
+        why = f"{type(first).__name__}: {first}".partition("\n")[0]
+        print(f"a worker died or failed ({why}); trying again from the last checkpoints", flush=True)
         time.sleep(NODE_DEATH_S)
 
 
