@@ -15,7 +15,7 @@ import torch
 from clarity import storage
 from clarity.data import Dataset, held_out_of, open_dataset
 from clarity.data.listing import as_text
-from clarity.images import encode_png, to_uint8
+from clarity.images import UnreadableImage, encode_png, to_uint8
 from clarity.model import Model, load_model
 from clarity.training.directory import begin, finish, require_same
 from clarity.training.plan import plan_training
@@ -115,7 +115,10 @@ def checked_arrays(arrays: Arrays) -> tuple[np.ndarray, pa.Array]:
     if pixels.dtype == np.uint16:
         raise ValueError("expected images of uint8, or floats in [0, 1], got uint16: divide them by what is white")
     if pixels.dtype != np.uint8:
-        pixels = np.stack([to_uint8(image, None) for image in pixels])
+        try:
+            pixels = np.stack([to_uint8(image, None) for image in pixels])
+        except UnreadableImage:
+            pixels = to_uint8(pixels, None)  # whose error is about all images, not about the first that has one
     return np.ascontiguousarray(pixels), label_names(arrays[1], len(pixels))
 
 
