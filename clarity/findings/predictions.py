@@ -3,7 +3,8 @@
 import numpy as np
 
 from clarity.audit.queries import has_predictions
-from clarity.findings.finding import Facts, Finding, NotChecked, Outcome, for_others, graded, ranked
+from clarity.findings.finding import MAX_LOOK, Facts, Finding, NotChecked, Outcome, for_others, graded, ranked
+from clarity.findings.statistics import share_interval
 from clarity.report.text import listed, percent, plural
 
 #: The share of confirmed pairs that nobody else sees as the target from which it is worth a look.
@@ -77,9 +78,11 @@ def check_confirmed(facts: Facts) -> Outcome:
         "SELECT image_id FROM counterfactuals WHERE confirmed IS NOT NULL GROUP BY 1 HAVING NOT bool_or(confirmed) "
         "ORDER BY 1"
     )
-    ((seen,),) = facts.rows(
-        "SELECT count(*) FILTER (NOT confirmed AND prediction_target_prob_final >= 0.5) FROM counterfactuals"
+    ((seen, spent),) = facts.rows(
+        "SELECT count(*) FILTER (NOT confirmed AND prediction_target_prob_final >= 0.5), "
+        "count(*) FILTER (NOT confirmed AND rungs = 0 AND status = 'ok') FROM counterfactuals"
     )
+    untried = f"For {spent:,} of these no step was left to search further. " if spent else ""
     # Other checks, a higher probability, or a step of the search may have been asked for, too.
     who = "your model does not see the target in" if facts.has_predictor and not seen else "the checks fail on"
     failed = checked - confirmed
@@ -88,7 +91,7 @@ def check_confirmed(facts: Facts) -> Outcome:
         graded(lambda x: 0.35 + 0.6 * min(1.0, x / 0.1) ** 0.5, *facts.in_images(failed)),
         f"{percent(confirmed, checked)} of the pairs are confirmed",
         f"After at most three further searches {who} {failed:,} of {plural(checked, 'picture')} "
-        f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. "
+        f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. {untried}"
         f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
         f"Counted; {facts.interval_of_pairs(confirmed)}.",
         tuple(worst),
@@ -98,7 +101,7 @@ def check_confirmed(facts: Facts) -> Outcome:
 
 
 def check_fooled(facts: Facts) -> Outcome:
-    """Pairs that the user's model confirms, and in which neither the ensemble nor the judge sees the target."""
+    """Pairs that the user's model confirms, and in which the ensemble or the judge does not see the target."""
     if not facts.has_predictor:
         return NotChecked("no predictor was asked about the pictures")
     alone = "confirmed AND (reencoded_class <> target OR coalesce(judge_class <> target, false))"
@@ -115,12 +118,17 @@ def check_fooled(facts: Facts) -> Outcome:
     )
     parts = [f"{facts.arrow((s, t))} ({percent(count, whole)})" for s, t, count, whole in cells[:3]]
     witnesses = "the ensemble or the held-out judge" if judged else "the ensemble"
+    known, seen = facts.judge_accuracy, (fooled / confirmed * facts.num_images, facts.num_images)
+    severity = graded(lambda x: 0.4 + 0.5 * min(1.0, x / 0.2), *seen)
+    if judged and (known is None or share_interval(*seen)[0] <= 1 - known):  # as many real images are missed
+        severity = min(severity, MAX_LOOK)
     return Finding(
         "fooled",
-        graded(lambda x: 0.4 + 0.5 * min(1.0, x / 0.2), fooled / confirmed * facts.num_images, facts.num_images),
-        f"Your model is easily fooled on {percent(fooled, confirmed)} of the confirmed pictures",
+        severity,
+        f"{percent(fooled, confirmed)} of the confirmed pictures convince your model, but not {witnesses}",
         f"In {fooled:,} of {plural(confirmed, 'confirmed picture')} ({percent(fooled, confirmed)}) your model sees "
-        f"the target and {witnesses} does not; most often {listed(parts)}.",
+        f"the target and {witnesses} does not; most often {listed(parts)}."
+        + (f" Of real images' reconstructions the judge recognises {percent(known)}." if judged and known else ""),
         f"Counted: {percent(fooled, facts.num_pairs)} of all pairs; {facts.interval_of_pairs(fooled)}. Either may be "
         "wrong: look at the pictures.",
         tuple((s, t) for s, t, _, _ in cells),

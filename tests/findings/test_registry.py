@@ -240,7 +240,13 @@ def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
     tables = replace(tables, counterfactuals=pairs.set_column(index, "prediction_target_prob_final", seen))
     assert "searches the checks fail on 12 of 360 pictures" in told(tables)["confirmed"].sentence
     assert "0 images cannot be flipped" in confirmed.sentence and confirmed.figures["confirmed"] == 348
+    assert "For 12 of these no step was left to search further. 0 images" in confirmed.sentence
+    further = replaced(tables, "counterfactuals", "rungs", np.full(len(pairs), 3, np.int32))
+    assert "no step was left" not in told(further)["confirmed"].sentence
     assert "In 24 of 348 confirmed pictures (6.9 %)" in found["fooled"].sentence
+    doubted = replaced(tables, "counterfactuals", "judge_class", pairs["source"].to_numpy())
+    for accuracy, level in ((0.9, "alert"), (0.01, "look")):  # of a judge that misses as many real images
+        assert told(doubted, card=model_card(judge=(0.95, accuracy)))["fooled"].level == level
     # The labels are those of the predictor's class, which the ensemble contradicts on nine images.
     assert found["labels"].figures["images"] == 9
 
