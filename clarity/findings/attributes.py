@@ -54,7 +54,7 @@ def drift(changes: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def check_kept(facts: Facts) -> Outcome:
-    """Pairs out of reach with and without each kept attribute, and pictures in which it flips all the same."""
+    """Failed pairs of images with and without each kept attribute, and pictures in which it flips all the same."""
     if not facts.keep:
         return NotChecked("no attribute was kept")
     if not facts.num_pairs:
@@ -76,13 +76,13 @@ def check_kept(facts: Facts) -> Outcome:
     return Finding(
         "kept",
         0.5 if max(shares) > MOST_FLIPPED else 0.3,
-        f"Keeping {listed(list(facts.keep))} leaves {plural(missed, 'pair')} out of reach",
+        f"With {listed(list(facts.keep))} kept, {plural(missed, 'pair')} did not converge",
         f"With {plural(len(facts.keep), 'attribute')} kept, {percent(missed, facts.num_pairs)} of "
-        f"{plural(facts.num_pairs, 'pair')} did not converge: {'; '.join(costs)}. Once decoded and "
-        f"encoded again, kept attributes flip: {listed(losses)}."
+        f"{plural(facts.num_pairs, 'pair')} did not converge; by image, {'; '.join(costs)}. Once decoded "
+        f"and encoded again, kept attributes flip: {listed(losses)}."
         + (f" According to the held-out judge of attributes they flip: {listed(seen)}." if seen else ""),
         f"Counted; {facts.interval_of_pairs(missed)}. Flips are measured by the model's linear heads: an attribute is "
-        "kept only as far as the code represents it.",
+        "kept only as far as the code represents it. An audit without --keep tells how many pairs fail anyway.",
         figures={"missed": missed, "flipped": flips, "judged": judged},
     )
 

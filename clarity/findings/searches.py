@@ -78,7 +78,7 @@ def check_unconverged(facts: Facts) -> Outcome:
         if facts.verdict.level != "no-go" and lowest == highest:
             reason += " --min-target-prob auto asks only for what real images of each class get."
     if facts.keep:
-        reason += f" The search kept {listed(list(facts.keep))}, which puts some pairs out of reach."
+        reason += f" The search kept {listed(list(facts.keep))}, which can put pairs out of reach."
     # Only a question that gets no answer is probably wrong: a class pair that mostly fails, unless it is out of reach
     # for real images too, or that is the price of kept attributes.
     most_severe = 0.95 if mostly.any() and share_beyond < 0.5 and not facts.keep else MAX_LOOK
