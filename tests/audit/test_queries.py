@@ -8,7 +8,7 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from audits import Planted, make_tables
+from audits import Planted, make_tables, replaced
 from pyarrow.dataset import dataset
 
 from clarity.audit.queries import connect, load_queries, query
@@ -60,6 +60,17 @@ def test_query_finds_the_images_closest_to_another_class() -> None:
     rows = query(con, "closest_to", source="ant", target="cow", count=3).to_pylist()
     assert len(rows) == 3 and rows[0]["image_id"] in tables.edge
     assert [row["distance"] for row in rows] == sorted(row["distance"] for row in rows)
+
+
+def test_query_ranks_class_pairs_that_never_converge_as_the_hardest() -> None:
+    tables = make_tables()
+    pairs = tables.counterfactuals
+    source, target = (pairs[name].to_numpy() for name in ("source", "target"))
+    rarely = (source == 2) & (target == 3) & (np.arange(len(pairs)) > np.flatnonzero((source == 2) & (target == 3))[0])
+    tables = replaced(tables, "counterfactuals", "converged", ~rarely & ~((source == 1) & (target == 0)))
+    found = query(connect(tables.codes, tables.counterfactuals), "hardest_pairs", count=2).to_pandas()
+    assert found.source_name.tolist() == [tables.class_names[1], tables.class_names[2]]
+    assert found.strict_validity[0] == 0 < found.strict_validity[1] < 0.5
 
 
 def test_query_refuses_what_it_does_not_know() -> None:

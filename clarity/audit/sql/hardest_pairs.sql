@@ -6,5 +6,5 @@ SELECT source_name, target_name, pairs,
        round(median_distance, 2) AS median_distance
 FROM class_pair_figures
 WHERE source IS NOT NULL
-ORDER BY strict_validity < 0.5 DESC, median_distance DESC, source_name, target_name
+ORDER BY strict_validity < 0.5 DESC, median_distance DESC NULLS FIRST, source_name, target_name
 LIMIT $count
