@@ -336,7 +336,11 @@ def describe_answers(name: str, class_names: Sequence[str], labels: np.ndarray, 
     others = [
         f"{class_names[k]} as {class_names[other]}"
         for k, other in enumerate(found.argmax(1))
-        if other != k and found[k].sum() >= LEAST_ALIKE and 2 * found[k, other] > found[k].sum()
+        if other != k
+        and found[k].sum() >= LEAST_ALIKE
+        and 2 * found[k, other] > found[k].sum()
+        # Another order moves the other class, too; where it stays, a few hard images are no evidence.
+        and (2 * found[other, other] <= found[other].sum() or share_interval(found[k, other], found[k].sum())[0] > 0.5)
     ]
     rest = count - int(found.sum(1).max())
     if rest >= LEAST_OTHERS and share_interval(right, count)[0] <= float(np.dot(*shares)):

@@ -22,6 +22,7 @@ from clarity.model import Model, load_model, save_model
 from clarity.planning import (
     class_indices,
     class_thresholds,
+    describe_answers,
     describe_inputs,
     describe_predictor,
     make_checks,
@@ -223,6 +224,16 @@ def test_describe_predictor_counts_the_labels_that_it_sees_and_finds_another_ord
     assert warning.endswith(
         "as another class (bar2 as bar1): check the order of its classes and what it expects of pixels"
     )
+
+
+def test_describe_answers_does_not_take_a_few_hard_images_of_a_class_for_another_order() -> None:
+    labels = np.repeat([0, 1, 2], [4, 11, 20])
+    hard, swapped = labels.copy(), labels.copy()
+    hard[:3], swapped[:3], swapped[4:14] = 1, 1, 0
+    assert describe_answers("mine", ["dress", "shirt", "hat"], labels, hard) == [
+        f"{'':<10} sees the label in 32 of 35 labelled images"
+    ]
+    assert "(dress as shirt, shirt as dress)" in describe_answers("mine", ["dress", "shirt", "hat"], labels, swapped)[1]
 
 
 def test_a_run_tells_thresholds_and_labels_that_the_model_does_not_know(model: Model) -> None:
