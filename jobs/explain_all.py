@@ -37,7 +37,7 @@ from clarity.worker import ExplainShard, Work, explain_here, read_shard, shard_i
 def new_parser() -> ArgumentParser:
     """The flags; those of the search come from SearchConfig."""
     parser = driver.new_parser(__doc__)
-    add = (group := driver.add_data_flags(parser, "held-out", "Split: train, test, all, held-out")).add_argument
+    add = (group := driver.add_data_flags(parser, "held-out", "Split: train, validation, test or all")).add_argument
     add("--where", nargs="+", default=[], metavar="COND", help="Select images: label=A,B, misclassified, ids=FILE.")
     add("--limit", type=int, metavar="N", help="Explain a fixed sample of N images.")
     add("--attributes", nargs="+", default=[], metavar="NAME", help="Integer columns to copy into codes, or all.")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jobfiles import actors, driver
+from jobfiles import actors, driver, load_job
 from ray.exceptions import RaySystemError
 
 
@@ -54,6 +54,12 @@ def test_a_misspelt_flag_is_answered_by_the_flag_that_was_meant(capsys: pytest.C
             parser.parse_args(argv)
         text = capsys.readouterr().err
         assert said in text and len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["train", "explain_all"])
+def test_help_names_the_splits(name: str) -> None:
+    (split,) = (flag for flag in load_job(name).new_parser()._actions if flag.dest == "split")
+    assert "train, validation, test" in split.help
 
 
 def test_plan_resources_uses_a_cluster_of_hundreds() -> None:
