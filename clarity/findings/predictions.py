@@ -105,8 +105,9 @@ def check_fooled(facts: Facts) -> Outcome:
     if not facts.has_predictor:
         return NotChecked("no predictor was asked about the pictures")
     alone = "confirmed AND (reencoded_class <> target OR coalesce(judge_class <> target, false))"
-    ((confirmed, fooled, judged),) = facts.rows(
-        f"SELECT count(*) FILTER (confirmed), count(*) FILTER ({alone}), count(judge_class) FROM counterfactuals"
+    ((confirmed, fooled, led, judged),) = facts.rows(
+        f"SELECT count(*) FILTER (confirmed), count(*) FILTER ({alone}), count(*) FILTER (confirmed AND "
+        "reencoded_class <> target), count(*) FILTER (confirmed AND judge_class <> target) FROM counterfactuals"
     )
     if not confirmed:
         return NotChecked("no pair is confirmed")
@@ -117,7 +118,7 @@ def check_fooled(facts: Facts) -> Outcome:
         "GROUP BY ALL HAVING fooled > 0 ORDER BY fooled DESC, source, target LIMIT 6"
     )
     parts = [f"{facts.arrow((s, t))} ({percent(count, whole)})" for s, t, count, whole in cells[:3]]
-    witnesses = "the ensemble or the held-out judge" if judged else "the ensemble"
+    witnesses = " or ".join(["the ensemble"] * bool(led) + ["the held-out judge"] * bool(judged))
     known, seen = facts.judge_accuracy, (fooled / confirmed * facts.num_images, facts.num_images)
     severity = graded(lambda x: 0.4 + 0.5 * min(1.0, x / 0.2), *seen)
     if judged and (known is None or share_interval(*seen)[0] <= 1 - known):  # as many real images are missed

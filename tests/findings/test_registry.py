@@ -244,6 +244,7 @@ def test_find_speaks_of_the_predictor_where_there_is_one() -> None:
     further = replaced(tables, "counterfactuals", "rungs", np.full(len(pairs), 3, np.int32))
     assert "no step was left" not in told(further)["confirmed"].sentence
     assert "In 24 of 348 confirmed pictures (6.9 %)" in found["fooled"].sentence
+    assert "your model sees the target and the held-out judge does not" in found["fooled"].sentence
     doubted = replaced(tables, "counterfactuals", "judge_class", pairs["source"].to_numpy())
     for accuracy, level in ((0.9, "alert"), (0.01, "look")):  # of a judge that misses as many real images
         assert told(doubted, card=model_card(judge=(0.95, accuracy)))["fooled"].level == level
