@@ -82,7 +82,8 @@ def check_confirmed(facts: Facts) -> Outcome:
         "SELECT count(*) FILTER (NOT confirmed AND prediction_target_prob_final >= 0.5), "
         "count(*) FILTER (NOT confirmed AND rungs = 0 AND status = 'ok') FROM counterfactuals"
     )
-    untried = f"For {spent:,} of these no step was left to search further. " if spent else ""
+    more = f" For {spent:,} of these no step was left to search further." if spent else ""
+    more += f" {plural(len(stubborn), 'image')} cannot be flipped to any target." if stubborn else ""
     # Other checks, a higher probability, or a step of the search may have been asked for, too.
     who = "your model does not see the target in" if facts.has_predictor and not seen else "the checks fail on"
     failed = checked - confirmed
@@ -91,8 +92,7 @@ def check_confirmed(facts: Facts) -> Outcome:
         graded(lambda x: 0.35 + 0.6 * min(1.0, x / 0.1) ** 0.5, *facts.in_images(failed)),
         f"{percent(confirmed, checked)} of the pairs are confirmed",
         f"After at most three further searches {who} {failed:,} of {plural(checked, 'picture')} "
-        f"({percent(failed, checked)}): least often confirmed are {listed(parts)}. {untried}"
-        f"{plural(len(stubborn), 'image')} cannot be flipped to any target.",
+        f"({percent(failed, checked)}): least often confirmed are {listed(parts)}.{more}",
         f"Counted; {facts.interval_of_pairs(confirmed)}.",
         tuple(worst),
         facts.examples("NOT confirmed", "coalesce(prediction_target_prob_final, reencoded_target_prob)"),
@@ -118,7 +118,7 @@ def check_fooled(facts: Facts) -> Outcome:
         "GROUP BY ALL HAVING fooled > 0 ORDER BY fooled DESC, source, target LIMIT 6"
     )
     parts = [f"{facts.arrow((s, t))} ({percent(count, whole)})" for s, t, count, whole in cells[:3]]
-    witnesses = " or ".join(["the ensemble"] * bool(led) + ["the held-out judge"] * bool(judged))
+    witnesses = " or ".join(who for who, count in (("the ensemble", led), ("the held-out judge", judged)) if count)
     known, seen = facts.judge_accuracy, (fooled / confirmed * facts.num_images, facts.num_images)
     severity = graded(lambda x: 0.4 + 0.5 * min(1.0, x / 0.2), *seen)
     if judged and (known is None or share_interval(*seen)[0] <= 1 - known):  # as many real images are missed
